@@ -1,0 +1,88 @@
+"""Integer grids with one scale, and for asymmetric grids one zero point, per group of columns.
+
+    w_nk ~ (q_nk - z_ng) * s_ng,        g = k // group_size,   q_min <= q, z <= q_max
+    q_min = -2^(bits-1),  q_max = 2^(bits-1) - 1
+
+Codes are signed, as compressed-tensors defines them; the packed bitstream stores q - q_min.
+A symmetric grid has z = 0 and uses all 2^bits levels.
+
+Shape suffixes: N out features, K in features, G groups of K.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The kind of numbers one linear layer's weight is rounded to."""
+
+    bits: int
+    """Bits per code, 2 to 8."""
+    group_size: int
+    """Columns that share a scale; -1 is one group per output channel."""
+    symmetric: bool
+    """No zero point."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be -1 or positive, got {self.group_size}")
+
+    @property
+    def q_min(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def q_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Columns that share a scale in a layer of ``in_features``.
+
+        Raises:
+            ValueError: the group size does not divide ``in_features``; names the legal sizes.
+        """
+        if self.group_size == -1:
+            return in_features
+        if in_features % self.group_size:
+            legal = ", ".join(str(size) for size in legal_group_sizes(in_features))
+            raise ValueError(
+                f"group size {self.group_size} does not divide {in_features} columns; "
+                f"legal sizes: {legal}, or -1 for one group per channel"
+            )
+        return self.group_size
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight, codes, scales and zero points counted."""
+        per_group = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + per_group / self.columns_per_group(in_features)
+
+
+def legal_group_sizes(in_features: int) -> list[int]:
+    """Divisors of ``in_features`` from 16 to 1024 that are multiples of 8, ascending."""
+    return [size for size in range(16, min(in_features, 1024) + 1, 8) if in_features % size == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Codes, scales and zero points of one weight."""
+
+    q_NK: Tensor
+    """int8, in [q_min, q_max]."""
+    scale_NG: Tensor
+    """Storage dtype (fp16, bf16 or fp32), positive, in units of the weight per code step."""
+    zero_NG: Tensor | None
+    """int8, in [q_min, q_max]; None on a symmetric grid."""
+    grid: Grid
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) weight; computed in fp32, then cast to ``dtype``."""
+        N, K = self.q_NK.shape
+        q_NGg = self.q_NK.to(torch.float32).view(N, self.scale_NG.shape[1], -1)
+        if self.zero_NG is not None:
+            q_NGg = q_NGg - self.zero_NG.to(torch.float32)[..., None]
+        return (q_NGg * self.scale_NG.to(torch.float32)[..., None]).view(N, K).to(dtype)

@@ -1,0 +1,296 @@
+"""The recipe: every choice of a quantization job, typed, frozen and checked.
+
+A recipe is a YAML file with one section per stage. Unknown keys are refused with the nearest
+known name, values are checked for type and range, and ``to_dict`` gives back what was resolved,
+so that a job repeats from its own output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Other weights for the layers whose full name matches."""
+
+    match: str
+    """Regular expression, searched in the full module name."""
+    bits: int = 0
+    """Bits per code, 2 to 8; 0 keeps the recipe's."""
+    group_size: int = 0
+    """Columns per scale, -1 per channel; 0 keeps the recipe's."""
+    keep: bool = False
+    """Leave these layers unquantized."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match is not a regular expression: {error}") from None
+        _check("bits", self.bits, self.bits == 0 or 2 <= self.bits <= 8, "2 to 8, or 0")
+        _check("group_size", self.group_size, self.group_size >= -1, "positive, -1 or 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The grid that weights are rounded to."""
+
+    bits: int = 4
+    """Bits per code, 2 to 8."""
+    group_size: int = 128
+    """Columns that share a scale; -1 is one scale per output channel."""
+    group_fallback: Literal["error", "auto"] = "error"
+    """Where the group size does not divide: stop, or take the largest legal one below it."""
+    symmetric: bool = False
+    """No zero points."""
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Storage type of the scales."""
+    overrides: tuple[Override, ...] = ()
+    """Mixed precision: the first match wins."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
+        _check(
+            "group_size",
+            self.group_size,
+            self.group_size == -1 or self.group_size > 0,
+            "positive or -1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Exact changes of basis, fused into the weights unless marked online."""
+
+    residual: Literal["none", "hadamard", "dct"] = "none"
+    """R1: one basis for the residual stream."""
+    value: Literal["none", "hadamard", "dct"] = "none"
+    """R2: per KV head, between v_proj and o_proj."""
+    down: Literal["none", "hadamard"] = "none"
+    """R4: before down_proj, online; only the rotq format can express it."""
+    seed: int = 0
+    """Seed of the random signs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that statistics are taken from."""
+
+    source: str = "pydoc"
+    """A .txt, .jsonl or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    num_samples: int = 64
+    """Windows drawn."""
+    seq_len: int = 1024
+    """Tokens per window."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+    seed: int = 0
+    """Seed of the draw."""
+    offload: bool = False
+    """Keep the activation streams in files next to the output instead of in memory."""
+    precision: Literal["highest", "medium"] = "medium"
+    """fp32 matrix products of the calibration passes: fp32, or bf16 products with fp32 sums."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len", "batch_size"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How much each calibration token counts (RSQ, arXiv 2503.01820)."""
+
+    strategy: Literal[
+        "none",
+        "attention",
+        "first_n",
+        "token_frequency",
+        "activation_norm",
+        "activation_difference",
+        "token_similarity",
+    ] = "none"
+    """What a token's score is."""
+    scaling: Literal["minmax", "quantile", "sink"] = "quantile"
+    """How scores become weights: plain min-max, 1 %-99 % min-max, or min-max with sinks left out."""
+    floor: float = 0.1
+    """Weight of the least important token; the most important one has 1."""
+    power: Literal[1, 2] = 1
+    """Exponent on the weights: 1 as RSQ's code does, 2 as its formula says."""
+    first_n: float = 0.125
+    """Share of the window that ``first_n`` favours."""
+
+    def __post_init__(self) -> None:
+        _check("floor", self.floor, 0 < self.floor <= 1, "above 0, at most 1")
+        _check("first_n", self.first_n, 0 < self.first_n <= 1, "above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """How codes and scales are found."""
+
+    method: Literal["rtn", "gptq"] = "gptq"
+    """Round to nearest, or GPTQ (arXiv 2210.17323)."""
+    order: Literal["natural", "activation"] = "activation"
+    """Columns as stored, or by falling Hessian diagonal with fixed scales (static act-order)."""
+    damping: float = 0.01
+    """Share of the mean Hessian diagonal added to it; raised if it does not factor."""
+    scale_search: Literal["minmax", "mse", "diagonal", "hessian"] = "hessian"
+    """Judge of a candidate scale: none, |error|^2.4, or the error under H (diagonal or block)."""
+    search_steps: int = 24
+    """Candidate shrink factors."""
+    target_correction: float = 0.0
+    """alpha in W + alpha (W* - W), W* the least-squares optimum for the quantized inputs."""
+    target_correction_down: float = -1.0
+    """The same for the last linear of the MLP; -1 takes ``target_correction``."""
+    refine_sweeps: int = 0
+    """After GPTQ: alternations of exact scale refinement and coordinate descent on the codes."""
+
+    def __post_init__(self) -> None:
+        _check("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1")
+        _check("search_steps", self.search_steps, self.search_steps >= 1, "at least 1")
+        alpha = self.target_correction
+        _check("target_correction", alpha, 0 <= alpha <= 1, "0 to 1")
+        down = self.target_correction_down
+        _check("target_correction_down", down, down == -1 or 0 <= down <= 1, "0 to 1, or -1")
+        _check("refine_sweeps", self.refine_sweeps, self.refine_sweeps >= 0, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written."""
+
+    format: Literal["compressed-tensors", "rotq"] = "compressed-tensors"
+    """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        _check("max_shard_gb", self.max_shard_gb, self.max_shard_gb > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One job, whole."""
+
+    name: str = "default"
+    """Equal to the name of its file."""
+    weights: Weights = field(default_factory=Weights)
+    rotation: Rotation = field(default_factory=Rotation)
+    calibration: Calibration = field(default_factory=Calibration)
+    importance: Importance = field(default_factory=Importance)
+    solver: Solver = field(default_factory=Solver)
+    output: Output = field(default_factory=Output)
+
+    def __post_init__(self) -> None:
+        if self.rotation.down != "none" and self.output.format != "rotq":
+            raise ValueError(
+                "rotation.down is applied at run time, which only output.format=rotq can express"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as ``from_dict`` takes them."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """Resolve a recipe: overrides > file > defaults.
+
+    Args:
+        path: YAML file; None takes the defaults.
+        overrides: Dotted key to value, for example ``{"solver.damping": 0.02}``. Strings are read
+            as YAML scalars.
+
+    Raises:
+        ValueError: unreadable YAML, unknown key, wrong type or value out of range; one line.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: a recipe is a mapping, got {type(values).__name__}")
+    for key, value in overrides.items():
+        _set(values, key, yaml.safe_load(value) if isinstance(value, str) else value)
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Build a recipe; unknown keys and wrong types raise ValueError with the key's full name."""
+    return typing.cast(Recipe, _build(Recipe, values, ""))
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{dotted}: {section} is not a section")
+    values[last] = value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix or 'recipe'}: expected a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}"
+            )
+            raise ValueError(f"unknown key {full}; {hint}")
+        arguments[key] = _convert(hints[key], value, full)
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{prefix or 'recipe'}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{key}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value is None and "none" in arguments:
+            value = "none"
+        if value not in arguments or isinstance(value, bool):
+            raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key}: expected a list, got {value!r}")
+        return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{key}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _check(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: {value!r} is not {allowed}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
