@@ -1,0 +1,1 @@
+"""Calibration: token windows, streams of activations, captured layer inputs, token importance."""

@@ -1,0 +1,197 @@
+"""Text in, token windows out: files, ``datasets`` ids, and a corpus that ships with Python.
+
+A text is read whole, tokenized whole without special tokens, and calibration windows are drawn
+from it with a seeded generator, as GPTQ's own script does:
+
+    start_b ~ uniform{0 .. n - T - 2},     ids_b = ids[start_b : start_b + T]
+
+Records (JSONL lines, rows of a data set) are joined by an empty line, FASTA sequences by a newline.
+
+Shape suffixes: N tokens of the text, B windows, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.recipe import Calibration
+
+HELD_OUT_TOPICS = ("debugger", "string-methods", "types")
+"""Topics of ``pydoc_data`` that ``pydoc`` leaves to ``pydoc-test``.
+
+In CPython 3.11 they share no 13-gram of words with any other topic; several others quote
+each other.
+"""
+
+_FILE_SUFFIXES = (".txt", ".text", ".md", ".raw", ".json", ".jsonl", ".fasta", ".fa", ".faa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text and where it came from."""
+
+    source: str
+    """The file, id or corpus name as it was given."""
+    content: str
+    sha256: str
+    """Of the file's bytes; of the UTF-8 content where there is no file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """What calibration runs on."""
+
+    ids_BT: Tensor
+    """int64 token ids on the CPU."""
+    source: str
+    """The file, id or corpus name as it was given."""
+    sha256: str
+    """Of the text."""
+    tokens: int
+    """Tokens of the whole text that the windows were drawn from."""
+
+
+def load_windows(calibration: Calibration, tokenizer: Any) -> Windows:
+    """Draw the calibration windows of a recipe.
+
+    Args:
+        calibration: Source, number and length of the windows, seed.
+        tokenizer: A transformers tokenizer; no special tokens are added.
+
+    Raises:
+        RotqError: the text is missing, empty, not UTF-8 (names the byte), or too short.
+    """
+    text = read_text(calibration.source)
+    ids_N = tokenize(text, tokenizer)
+    num_starts = ids_N.numel() - calibration.seq_len - 1
+    if num_starts < 1:
+        raise RotqError(
+            f"calibration text {text.source} is too short: {ids_N.numel()} tokens, windows of "
+            f"{calibration.seq_len} need at least {calibration.seq_len + 2}"
+        )
+    generator = torch.Generator().manual_seed(calibration.seed)
+    starts = torch.randint(0, num_starts, (calibration.num_samples,), generator=generator)
+    ids_BT = torch.stack([ids_N[start : start + calibration.seq_len] for start in starts.tolist()])
+    return Windows(ids_BT=ids_BT, source=text.source, sha256=text.sha256, tokens=int(ids_N.numel()))
+
+
+def tokenize(text: Text, tokenizer: Any) -> Tensor:
+    """Token ids of the whole text, int64 (N,), without special tokens.
+
+    Raises:
+        RotqError: the tokenizer finds no token in it.
+    """
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise RotqError(f"text {text.source} holds no tokens")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def read_text(source: str, *, split: str = "train") -> Text:
+    """Read a text by file name, corpus name or ``datasets`` id.
+
+    Args:
+        source: A UTF-8 file (``.jsonl``: the ``text`` field of each line; ``.fasta``, ``.fa``,
+            ``.faa``: the sequences; anything else as it is), ``pydoc`` or ``pydoc-test``, or
+            ``ID[:CONFIG][:SPLIT]`` of the ``datasets`` library; its ``text`` column is taken.
+        split: Split of a data set where ``source`` names none.
+
+    Raises:
+        RotqError: missing, empty, not UTF-8, or without the text field; names the source.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        text = _read_file(source, path)
+    elif source in ("pydoc", "pydoc-test"):
+        text = _of_content(source, _pydoc(held_out=source == "pydoc-test"))
+    elif path.suffix.lower() in _FILE_SUFFIXES or source.startswith((".", "~")):
+        raise RotqError(f"text {source}: no such file")
+    else:
+        text = _of_content(source, "\n\n".join(_dataset_rows(source, split)))
+    if not text.content.strip():
+        raise RotqError(f"text {source} is empty")
+    return text
+
+
+def _of_content(source: str, content: str) -> Text:
+    digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
+    return Text(source=source, content=content, sha256=digest)
+
+
+def _read_file(source: str, path: Path) -> Text:
+    try:
+        data = path.read_bytes()
+        content = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RotqError(
+            f"text {source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from None
+    except OSError as error:
+        raise RotqError(f"text {source}: {error.strerror}") from None
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        content = "\n\n".join(_json_records(source, content))
+    elif suffix in (".fasta", ".fa", ".faa"):
+        content = "\n".join(_fasta_sequences(source, content))
+    return Text(source=source, content=content, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _json_records(source: str, content: str) -> Iterable[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RotqError(f"text {source}, line {number}: not JSON: {error.msg}") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise RotqError(f'text {source}, line {number}: no string field "text"')
+        yield text
+
+
+def _fasta_sequences(source: str, content: str) -> list[str]:
+    """One string per record: letters of its lines, header lines left out."""
+    sequences: list[list[str]] = []
+    for line in content.splitlines():
+        if line.startswith(">"):
+            sequences.append([])
+        elif line.strip():
+            if not sequences:
+                raise RotqError(f"text {source} is not FASTA: it does not start with a > header")
+            sequences[-1].append(line.strip())
+    return ["".join(lines) for lines in sequences if lines]
+
+
+def _pydoc(*, held_out: bool) -> str:
+    from pydoc_data.topics import topics
+
+    names = sorted(name for name in topics if (name in HELD_OUT_TOPICS) == held_out)
+    return "\n\n".join(topics[name].strip() for name in names)
+
+
+def _dataset_rows(source: str, split: str) -> list[str]:
+    import datasets
+
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise RotqError(f"text {source}: expected ID[:CONFIG][:SPLIT]")
+    split = rest.pop() if rest else split
+    try:
+        rows = datasets.load_dataset(name, rest[0] if rest else None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise RotqError(f"text {source}: no such file, and datasets says: {reason}") from None
+    if "text" not in rows.column_names:
+        columns = ", ".join(rows.column_names)
+        raise RotqError(f'text {source}: the data set has no column "text", only {columns}')
+    return [text for text in rows["text"] if text]

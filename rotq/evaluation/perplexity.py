@@ -1,0 +1,181 @@
+"""Perplexity of a causal language model on a text, under a named protocol.
+
+    nll_t = -log p(x_t | x_<t, from its window's start),     ppl = exp(mean over scored positions)
+
+``windowed``: the text is cut into non-overlapping windows from its start; every position of a
+window but the first is scored. ``strided``: windows start every ``stride`` tokens and each scores
+only what no earlier window scored, so most tokens have at least T - stride tokens of context.
+Figures of different protocols, lengths or window counts do not compare.
+
+Shape suffixes: N tokens of the text, B windows, T positions, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.evaluation.divergence import Divergence, compare
+
+CHUNK = 256
+"""Positions whose log-probabilities are held in fp32 at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is scored."""
+
+    windows: int = 16
+    """Windows taken from the start of the text; 0 takes all that fit."""
+    seq_len: int = 1024
+    """Tokens per window."""
+    stride: int = 0
+    """Tokens between window starts; 0 is the windowed protocol, without overlap."""
+
+    def __post_init__(self) -> None:
+        if self.windows < 0:
+            raise ValueError(f"windows: {self.windows} is not 0 or more")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len: {self.seq_len} is not at least 2")
+        if not 0 <= self.stride < self.seq_len:
+            raise ValueError(f"stride: {self.stride} is not below seq_len {self.seq_len}")
+
+    def cut(self, ids_N: Tensor) -> Tensor:
+        """Windows ids_BT of a text.
+
+        Raises:
+            RotqError: the text is too short; says how many windows fit.
+        """
+        step = self.stride or self.seq_len
+        fitting = max(0, (ids_N.numel() - self.seq_len) // step + 1)
+        wanted = self.windows or max(fitting, 1)
+        if fitting < wanted:
+            raise RotqError(
+                f"text is too short: {ids_N.numel()} tokens hold {fitting} of the {wanted} "
+                f"windows of {self.seq_len} asked for"
+            )
+        return ids_N.unfold(0, self.seq_len, step)[:wanted]
+
+    def first_scored(self, window: int) -> int:
+        """First scored position of a window."""
+        return 1 if window == 0 or not self.stride else self.seq_len - self.stride
+
+    def describe(self, num_windows: int) -> str:
+        """One line that names the protocol."""
+        if self.stride:
+            return (
+                f"strided: {num_windows} windows of {self.seq_len} tokens every {self.stride}, "
+                "each token scored once, no special tokens"
+            )
+        return (
+            f"windowed: first {num_windows} non-overlapping windows of {self.seq_len} tokens, "
+            f"{self.seq_len - 1} scored in each, no special tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures of one model on one text."""
+
+    ppl: float
+    kl: float | None
+    """KL(reference || model) in nats per token; None without a reference."""
+    top1: float | None
+    """Share of positions where both models' most likely token is the same."""
+    reference_ppl: float | None
+    tokens: int
+    """Scored positions."""
+    protocol: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any,
+    ids_N: Tensor,
+    *,
+    protocol: Protocol,
+    reference: Any = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a text, window by window; one window's logits are held at a time.
+
+    Args:
+        model: A causal language model of transformers, on any device.
+        ids_N: int64 token ids of the whole text.
+        reference: The model to compare with; same vocabulary.
+        on_window: Called with windows done and windows in all.
+
+    Raises:
+        RotqError: text too short, vocabularies differ, a token id outside the vocabulary, or
+            logits that are not finite.
+    """
+    ids_BT = protocol.cut(ids_N)
+    nll, reference_nll, tokens = 0.0, 0.0, 0
+    divergence = Divergence()
+    for window, ids_T in enumerate(ids_BT):
+        first = protocol.first_scored(window)
+        logits_TV = window_logits(model, ids_T)[first - 1 : -1]
+        target_T = ids_T[first:].to(logits_TV.device)
+        nll += _nll(logits_TV, target_T)
+        tokens += target_T.numel()
+        if reference is not None:
+            reference_TV = window_logits(reference, ids_T)[first - 1 : -1].to(logits_TV.device)
+            reference_nll += _nll(reference_TV, target_T)
+            divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
+        if on_window is not None:
+            on_window(window + 1, len(ids_BT))
+    return Evaluation(
+        ppl=_exp_mean(nll, tokens),
+        kl=None if reference is None else divergence.kl,
+        top1=None if reference is None else divergence.top1,
+        reference_ppl=None if reference is None else _exp_mean(reference_nll, tokens),
+        tokens=tokens,
+        protocol=protocol.describe(len(ids_BT)),
+    )
+
+
+def window_logits(model: Any, ids_T: Tensor) -> Tensor:
+    """(T, V) logits of one window, on the device the model answers on.
+
+    Raises:
+        RotqError: a token id outside the embedding, or logits that are not finite.
+    """
+    embedding = model.get_input_embeddings().weight
+    # accelerate keeps offloaded weights on meta and moves the inputs itself
+    device = "cpu" if embedding.is_meta else embedding.device
+    num_embeddings = embedding.shape[0]
+    if int(ids_T.max()) >= num_embeddings:
+        raise RotqError(
+            f"token id {int(ids_T.max())} is outside the model's {num_embeddings} embeddings; "
+            "is the tokenizer the model's own?"
+        )
+    logits_TV: Tensor = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
+    if not bool(torch.isfinite(logits_TV).all()):
+        raise RotqError("the model's logits are not finite")
+    return logits_TV
+
+
+def _nll(logits_TV: Tensor, target_T: Tensor) -> float:
+    """Summed negative log-likelihood in nats; softmax in fp32, sum in fp64."""
+    total = 0.0
+    chunks = zip(logits_TV.split(CHUNK), target_T.split(CHUNK), strict=True)
+    for logits_CV, target_C in chunks:
+        nll_C = F.cross_entropy(logits_CV.float(), target_C, reduction="none")
+        total += float(nll_C.double().sum())
+    return total
+
+
+def _exp_mean(nll: float, tokens: int) -> float:
+    mean = nll / tokens
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,21 @@
+"""What a job has to say: results as data, progress while it runs, tables at the end."""
+
+from rotq.report.progress import Progress
+from rotq.report.results import (
+    BlockResult,
+    Estimate,
+    JobReport,
+    LayerResult,
+    SiteEstimate,
+    peak_rss,
+)
+
+__all__ = [
+    "BlockResult",
+    "Estimate",
+    "JobReport",
+    "LayerResult",
+    "Progress",
+    "SiteEstimate",
+    "peak_rss",
+]

@@ -1,0 +1,149 @@
+"""Results of a job and of its estimate, as plain data; ``report.json`` is their dictionary.
+
+No torch here: ``rotq inspect`` reads a report without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """One quantized linear layer."""
+
+    name: str
+    """Full module name."""
+    shape: tuple[int, int]
+    """Out features, in features."""
+    bits: int
+    group_size: int
+    """Columns per scale that were used; -1 per channel."""
+    symmetric: bool
+    loss: float
+    """tr(dW H dW^T), H the sum over calibration tokens of x x^T."""
+    relative_error: float
+    """loss / tr(W H W^T)."""
+    damping: float
+    """Share of the mean Hessian diagonal that was added in the end."""
+    seconds: float
+    bits_per_weight: float
+    """Codes, scales and zero points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockResult:
+    """One decoder block."""
+
+    index: int
+    seconds: float
+    peak_rss: int
+    """Of the process until the block's end, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobReport:
+    """Everything ``report.json`` holds."""
+
+    recipe: dict[str, Any]
+    """As resolved; a job repeats from it."""
+    model: str
+    model_hash: str
+    """sha256 over config and weights of the source."""
+    data: dict[str, Any]
+    """source, sha256 and tokens of the calibration text."""
+    versions: dict[str, str]
+    layers: tuple[LayerResult, ...]
+    blocks: tuple[BlockResult, ...]
+    bits_per_weight: float
+    """Mean over the quantized linears; codes, scales and zero points."""
+    bits_per_weight_all_in: float
+    """8 * bytes / parameters of the checkpoint: embedding, head, norms and headers too."""
+    bytes: int
+    """All weight files of the checkpoint."""
+    original_bytes: int
+    """The source's parameters at its own dtype."""
+    seconds: float
+    peak_rss: int
+    """In bytes."""
+    rotation: dict[str, Any] = field(default_factory=dict)
+    """Name of each rotation, and the figure of the function-preservation check."""
+    importance: dict[str, float] = field(default_factory=dict)
+    """Effective sample size per layer, as a share of the calibration tokens."""
+    notes: tuple[str, ...] = ()
+    """Warnings."""
+    evaluation: dict[str, Any] | None = None
+    """Of the checkpoint against the source: ppl, reference_ppl, kl, top1, tokens, protocol."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, ready for JSON."""
+        values = dataclasses.asdict(self)
+        for layer in values["layers"]:
+            layer["shape"] = list(layer["shape"])
+        for name in ("layers", "blocks", "notes"):
+            values[name] = list(values[name])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> JobReport:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: another schema version, or a key is missing or unknown.
+        """
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"report has schema_version {version}, expected {SCHEMA_VERSION}")
+        try:
+            layers = tuple(
+                LayerResult(**{**layer, "shape": tuple(layer["shape"])})
+                for layer in values["layers"]
+            )
+            blocks = tuple(BlockResult(**block) for block in values["blocks"])
+            notes = tuple(values["notes"])
+            return cls(**{**values, "layers": layers, "blocks": blocks, "notes": notes})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"report does not fit schema {SCHEMA_VERSION}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteEstimate:
+    """One linear layer of a dry run."""
+
+    name: str
+    shape: tuple[int, int]
+    """Out features, in features."""
+    bits: int
+    group_size: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a job would make and need, from the config alone."""
+
+    sites: tuple[SiteEstimate, ...]
+    bits_per_weight: float
+    """Mean over the quantized linears."""
+    output_bytes: int
+    peak_memory_bytes: int
+    scratch_disk_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, ready for JSON."""
+        values = dataclasses.asdict(self)
+        values["sites"] = [{**site, "shape": list(site["shape"])} for site in values["sites"]]
+        return values
