@@ -1,0 +1,1 @@
+"""Model families: where their modules are, and how one block at a time is run."""

@@ -1,0 +1,115 @@
+"""What rotq has to know of a model family: module paths, norm convention, tensor names.
+
+An adapter is data. Everything that differs between decoder families is a field of it; masks,
+position embeddings and embedding scales are not, because the model's own forward computes them
+(see skeleton.py). A path left empty means that the family has no such module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Linear layers of a block that read one input, so that one Hessian serves them all."""
+
+    name: str
+    """``qkv``, ``o``, ``gate_up`` or ``down``; ``down.3`` for expert 3."""
+    linears: tuple[str, ...]
+    """Paths inside the block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One model family."""
+
+    family: str
+    """Name in messages and reports."""
+    architectures: tuple[str, ...]
+    """Class names in a checkpoint's ``architectures``."""
+
+    embedding: str = "model.embed_tokens"
+    """Token embedding: writes the residual stream."""
+    blocks: str = "model.layers"
+    """ModuleList of decoder blocks."""
+    final_norm: str = "model.norm"
+    """Norm between the residual stream and the head."""
+    head: str = "lm_head"
+    """Linear that reads the final norm."""
+
+    attention_norm: str = "input_layernorm"
+    """In the block: the norm that q, k and v read."""
+    mlp_norm: str = "post_attention_layernorm"
+    """In the block: the norm that the MLP (gate, up, router) reads."""
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    mlp: str = "mlp"
+    """The MLP, or the mixture of experts in its place."""
+    mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    """In the MLP or one expert: linears that read its input."""
+    mlp_output: str = "down_proj"
+    """In the MLP or one expert: the linear that writes its output."""
+    experts: str = ""
+    """In the block: the experts of a mixture (a list once unfused)."""
+    router: str = ""
+    """In the block: the module whose ``weight`` scores the experts."""
+
+    norm_offset: float = 0.0
+    """A norm's gain is ``norm_offset + weight``: 1 for Gemma."""
+    residual_rotation: bool = True
+    """Writers add to the residual stream directly (no norm in between), so R1 can be fused."""
+    value_rotation: bool = True
+    """v_proj and o_proj are known, so R2 can be fused."""
+    down_rotation: bool = True
+    """The last linear of the MLP is known, so R4 can be applied before it."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(regular expression, replacement) from checkpoint tensor names to module names."""
+
+    def sites(self, block: nn.Module) -> tuple[Site, ...]:
+        """The block's quantizable linears by shared input, in execution order."""
+        attention = (
+            Site(name="qkv", linears=(self.query, self.key, self.value)),
+            Site(name="o", linears=(self.attention_output,)),
+        )
+        gate_up = Site(name="gate_up", linears=self.mlp_readers(block))
+        downs = self.mlp_writers(block)
+        if not self.has_experts(block):
+            return (*attention, gate_up, Site(name="down", linears=downs))
+        per_expert = (Site(name=f"down.{e}", linears=(path,)) for e, path in enumerate(downs))
+        return (*attention, gate_up, *per_expert)
+
+    def mlp_readers(self, block: nn.Module) -> tuple[str, ...]:
+        """Paths of the linears that read the MLP norm, of all experts; the router is not one."""
+        return tuple(f"{mlp}.{name}" for mlp in self._mlps(block) for name in self.mlp_inputs)
+
+    def mlp_writers(self, block: nn.Module) -> tuple[str, ...]:
+        """Paths of the linears that write the MLP's output: one, or one per expert."""
+        return tuple(f"{mlp}.{self.mlp_output}" for mlp in self._mlps(block))
+
+    def routers(self, block: nn.Module) -> tuple[str, ...]:
+        """Path of the router, if this block is a mixture of experts."""
+        return (self.router,) if self.has_experts(block) else ()
+
+    def has_experts(self, block: nn.Module) -> bool:
+        """Families with experts may have plain blocks in between."""
+        return bool(self.experts) and _has_submodule(block, self.experts)
+
+    def _mlps(self, block: nn.Module) -> tuple[str, ...]:
+        if not self.has_experts(block):
+            return (self.mlp,)
+        experts = block.get_submodule(self.experts)
+        assert isinstance(experts, nn.ModuleList), "experts are unfused before anything else"
+        return tuple(f"{self.experts}.{e}" for e in range(len(experts)))
+
+
+def _has_submodule(module: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        if name not in module._modules:
+            return False
+        module = module.get_submodule(name)
+    return True

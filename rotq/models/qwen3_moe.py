@@ -1,0 +1,10 @@
+"""Qwen3-MoE: Qwen3's attention; some blocks may have a plain MLP (``mlp_only_layers``)."""
+
+from rotq.models.adapter import Adapter
+
+ADAPTER = Adapter(
+    family="Qwen3-MoE",
+    architectures=("Qwen3MoeForCausalLM",),
+    experts="mlp.experts",
+    router="mlp.gate",
+)

@@ -1,0 +1,113 @@
+"""Which adapter serves which checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rotq.errors import RotqError
+from rotq.models import gemma3, llama, mixtral, qwen2, qwen3, qwen3_moe
+from rotq.models.adapter import Adapter, Site
+
+_FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe)
+
+ADAPTERS: dict[str, Adapter] = {
+    architecture: module.ADAPTER
+    for module in _FAMILIES
+    for architecture in module.ADAPTER.architectures
+}
+"""Architecture, as checkpoints name it, to adapter."""
+
+
+def find_adapter(config: Any) -> Adapter:
+    """The adapter of a model configuration.
+
+    Args:
+        config: transformers' configuration. Its ``architectures`` decide; where they are absent,
+            the causal language model of its ``model_type`` does.
+
+    Raises:
+        RotqError: none is known; names the supported families and what works without one.
+    """
+    names = _architectures(config)
+    for name in names:
+        if name in ADAPTERS:
+            return ADAPTERS[name]
+    families = ", ".join(sorted({adapter.family for adapter in ADAPTERS.values()}))
+    raise RotqError(
+        f"no adapter for {' or '.join(names) or config.model_type!r}; rotation is supported for "
+        f"{families}. Any other decoder can be quantized without it "
+        "(rotation.residual=none, rotation.value=none, rotation.down=none)"
+    )
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The family's adapter, or the generic one, which allows no rotation."""
+    if any(name in ADAPTERS for name in _architectures(model.config)):
+        return find_adapter(model.config)
+    return generic_adapter(model)
+
+
+def generic_adapter(model: nn.Module) -> Adapter:
+    """An adapter without rotations, for a decoder of which only the list of blocks is known.
+
+    Args:
+        model: A transformers decoder, on any device; its parameters may be on meta.
+
+    Raises:
+        RotqError: there is not exactly one list of ``num_hidden_layers`` blocks.
+    """
+    num_blocks = getattr(model.config, "num_hidden_layers", None)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
+    ]
+    outermost = [name for name in found if not any(name.startswith(f"{o}.") for o in found)]
+    if len(outermost) != 1:
+        raise RotqError(
+            f"{type(model).__name__}: expected one list of {num_blocks} decoder blocks, "
+            f"found {', '.join(outermost) or 'none'}"
+        )
+    return GenericAdapter(
+        family="generic",
+        architectures=(type(model).__name__,),
+        embedding=_path(model, model.get_input_embeddings()),  # type: ignore[operator]
+        blocks=outermost[0],
+        final_norm="",
+        head=_path(model, model.get_output_embeddings()),  # type: ignore[operator]
+        residual_rotation=False,
+        value_rotation=False,
+        down_rotation=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenericAdapter(Adapter):
+    """Every linear of a block is a site of its own."""
+
+    def sites(self, block: nn.Module) -> tuple[Site, ...]:
+        """One site per nn.Linear, in the order the block registers them."""
+        return tuple(
+            Site(name=name, linears=(name,))
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+        )
+
+    def has_experts(self, block: nn.Module) -> bool:
+        """Unknown, hence treated as no."""
+        return False
+
+
+def _architectures(config: Any) -> list[str]:
+    names = list(getattr(config, "architectures", None) or [])
+    if not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    return names
+
+
+def _path(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")

@@ -1,0 +1,275 @@
+"""A model without its weights: one block at a time gets them.
+
+The whole model is built with its parameters on meta and its buffers (rotary frequencies) real.
+What a block is given besides the hidden states (masks, position embeddings, flags) is not
+reproduced here: the model's own forward is run with the blocks' forwards replaced by recorders,
+which is exact for every family and costs no block. The same run with real tensors for what lies
+outside the blocks gives the embedding and, with hidden states put in behind the last block, the
+logits.
+
+Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, Self, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from rotq.errors import RotqError
+from rotq.models.adapter import Adapter
+from rotq.models.experts import unfuse_experts
+from rotq.models.registry import adapter_for
+
+BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
+
+
+class TensorSource(Protocol):
+    """What is needed of a checkpoint reader."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration."""
+
+    def names(self) -> Iterable[str]:
+        """Tensor names, as the adapter's module paths spell them."""
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+
+
+class Skeleton:
+    """A decoder's structure, and its parts with weights on request.
+
+    ``model`` is the model on meta; ``adapter`` knows its family. Tied embeddings are untied in
+    ``model``; ``tied`` says that the head takes the embedding's tensor.
+    """
+
+    def __init__(self, config: Any, adapter: Adapter, model: nn.Module) -> None:
+        self.config = config
+        self.adapter = adapter
+        self.model = model.eval().requires_grad_(False)
+        self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
+        self.tied = bool(getattr(config, "tie_word_embeddings", False)) and bool(adapter.head)
+        if self.tied:
+            head = cast(nn.Linear, model.get_submodule(adapter.head))
+            head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+        self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+
+    @classmethod
+    def open(cls, source: TensorSource, *, trust_remote_code: bool = False) -> Self:
+        """Build the model of ``source.config`` without weights; sdpa attention, unfused experts.
+
+        Raises:
+            RotqError: transformers has no causal language model for the configuration, or the
+                list of blocks of an unknown family cannot be found.
+        """
+        config = copy.deepcopy(source.config)
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                    trust_remote_code=trust_remote_code,
+                )
+        except ValueError as error:
+            raise RotqError(f"cannot build the model: {' '.join(str(error).split())}") from None
+        adapter = adapter_for(model)
+        if adapter.experts:
+            unfuse_experts(model)
+        return cls(model.config, adapter, model)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def block_name(self, index: int) -> str:
+        """Full module name, for example ``model.layers.3``."""
+        return f"{self.adapter.blocks}.{index}"
+
+    def load_block(
+        self, index: int, source: TensorSource, *, device: torch.device | str, dtype: torch.dtype
+    ) -> nn.Module:
+        """A fresh block with its weights, in eval mode and without gradients.
+
+        Args:
+            index: Which block.
+            source: Names as in ``model`` (``Source.renamed(adapter.renames)``).
+            device: Where it is put.
+            dtype: Of its floating point parameters; buffers that are not in checkpoints keep the
+                dtype the model gave them.
+
+        Raises:
+            RotqError: a tensor is missing or has another shape than the configuration says.
+        """
+        block = copy.deepcopy(self.blocks[index], {id(self.config): self.config})
+        prefix = self.block_name(index)
+        wanted = {f"{prefix}.{name}": like for name, like in block.state_dict().items()}
+        tensors = _load(source, wanted, device=device, dtype=dtype)
+        local = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+        block.load_state_dict(local, assign=True)
+        return block.to(device).eval().requires_grad_(False)
+
+    def load_outer(
+        self,
+        source: TensorSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """Every tensor outside the blocks by full name; a tied head is left out.
+
+        Raises:
+            RotqError: a tensor is missing or has another shape than the configuration says.
+        """
+        inside = f"{self.adapter.blocks}."
+        wanted = {
+            name: like
+            for name, like in self.model.state_dict().items()
+            if not name.startswith(inside) and not (self.tied and name == self._head_name)
+        }
+        return _load(source, wanted, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def embed(self, outer: dict[str, Tensor], ids_BT: Tensor) -> Tensor:
+        """What the first block is given for these tokens, (B, T, D), in the dtype of ``outer``."""
+
+        def stop_at_first(_: int, hidden_BTD: Tensor, __: dict[str, Any]) -> Tensor:
+            raise _Stop(hidden_BTD)
+
+        with self._blocks_replaced(stop_at_first):
+            try:
+                self._call(outer, input_ids=ids_BT)
+            except _Stop as stop:
+                return stop.hidden_BTD
+        raise AssertionError("the model's forward did not reach its first block")
+
+    @torch.no_grad()
+    def block_kwargs(
+        self, index: int, hidden_BTD: Tensor, attention_mask_BT: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What the model passes to block ``index`` next to the hidden states.
+
+        Without a padding mask it depends on shape, dtype and device alone, and is kept for the
+        last such triple asked for.
+
+        Args:
+            index: Which block.
+            hidden_BTD: Only its shape, dtype and device matter.
+            attention_mask_BT: 1 where a token is, 0 where padding is.
+
+        Returns:
+            Keyword arguments; call ``block(hidden_BTD, **kwargs)``.
+        """
+        if attention_mask_BT is not None:
+            return self._record(hidden_BTD, attention_mask_BT)[index]
+        key = (tuple(hidden_BTD.shape), hidden_BTD.dtype, hidden_BTD.device)
+        if key not in self._kwargs:
+            self._kwargs = {key: self._record(hidden_BTD, None)}
+        return self._kwargs[key][index]
+
+    @torch.no_grad()
+    def logits(self, outer: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+        """(B, T, V) from the last block's output: final norm, head and what the model adds."""
+        last = self.num_blocks - 1
+
+        def put_in(index: int, given_BTD: Tensor, _: dict[str, Any]) -> Tensor:
+            return hidden_BTD if index == last else given_BTD
+
+        with self._blocks_replaced(put_in):
+            output = self._call(outer, inputs_embeds=hidden_BTD)
+        return cast(Tensor, output.logits)
+
+    def _record(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None) -> list[dict[str, Any]]:
+        recorded: list[dict[str, Any]] = []
+
+        def record(index: int, given_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+            recorded.append(kwargs)
+            if index == self.num_blocks - 1:
+                raise _Stop(given_BTD)
+            return given_BTD
+
+        with self._blocks_replaced(record):
+            try:
+                self._call({}, inputs_embeds=hidden_BTD, attention_mask=attention_mask_BT)
+            except _Stop:
+                return recorded
+        raise AssertionError("the model's forward did not reach its last block")
+
+    def _call(self, outer: dict[str, Tensor], **inputs: Tensor | None) -> Any:
+        tensors = dict(outer)
+        if self.tied and outer and self._head_name not in outer:
+            tensors[self._head_name] = outer[f"{self.adapter.embedding}.weight"]
+        given = next(value for value in inputs.values() if value is not None)
+        tensors |= {
+            name: buffer.to(given.device)
+            for name, buffer in self.model.named_buffers()
+            if name not in tensors and not name.startswith(f"{self.adapter.blocks}.")
+        }
+        kwargs = {**inputs, "use_cache": False}
+        return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
+
+    @property
+    def _head_name(self) -> str:
+        return f"{self.adapter.head}.weight"
+
+    @contextmanager
+    def _blocks_replaced(self, forward: BlockForward) -> Iterator[None]:
+        # on the instances: everything else a model may ask of its blocks stays as it is
+        for index, block in enumerate(self.blocks):
+            block.forward = functools.partial(_call_replaced, forward, index, type(block).forward)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+class _Stop(Exception):  # noqa: N818, it is not an error
+    """Leaves the model's forward once the blocks have been given what was wanted."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
+def _call_replaced(
+    forward: BlockForward, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    names = list(inspect.signature(original).parameters)[1:]
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    return forward(index, kwargs.pop(names[0]), kwargs)
+
+
+def _load(
+    source: TensorSource,
+    wanted: dict[str, Tensor],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    present = set(source.names())
+    loaded = {}
+    for name, like in wanted.items():
+        if name not in present:
+            raise RotqError(f"the checkpoint has no tensor {name}")
+        tensor = source.load(name)
+        if tensor.shape != like.shape:
+            raise RotqError(
+                f"{name}: the checkpoint has shape {tuple(tensor.shape)}, "
+                f"its configuration says {tuple(like.shape)}"
+            )
+        loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return loaded

@@ -1,0 +1,1 @@
+"""Orthogonal changes of basis and how they are fused into weights."""

@@ -1,0 +1,140 @@
+"""The bases of one job: what a recipe's rotation means for a model's sizes.
+
+    R1  residual stream, one (D, D) matrix                  fused
+    R2  value heads, one (K, K) matrix per KV head          fused
+    R4  input of the MLP's last linear, Hadamard            online
+
+Shape suffixes: D hidden size, H KV heads, K head size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.recipe import Rotation
+from rotq.rotations.hadamard import core_order, describe, orthogonal
+
+if TYPE_CHECKING:
+    from rotq.models.adapter import Adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Orthogonal matrices; activations are rows and are multiplied from the right."""
+
+    residual_DD: Tensor | None = None
+    """R1, fp64; None leaves the residual stream and the norm gains alone."""
+    value: tuple[Tensor, ...] | None = None
+    """R2, per layer (H, K, K) fp64."""
+    down: str | None = None
+    """R4: kind of the online transform."""
+    down_seed: int = 0
+    """Seed of R4's signs, the same in every layer."""
+    description: dict[str, str] = field(default_factory=dict)
+    """Recipe key to what was built, for example residual: hadamard 36x16."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Nothing is changed."""
+        return self.residual_DD is None and self.value is None and self.down is None
+
+    def checksum(self) -> str:
+        """sha256 over the matrices' entries rounded to 2^-40, and R4's kind and seed."""
+        digest = hashlib.sha256(f"{self.down} {self.down_seed}".encode())
+        for name, matrix in (("residual", self.residual_DD), *enumerate(self.value or ())):
+            if matrix is not None:
+                digest.update(f"{name} {tuple(matrix.shape)}".encode())
+                digest.update((matrix * 2.0**40).round().long().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
+    """Draw the bases that ``rotation`` asks for.
+
+    Args:
+        rotation: Kinds and seed.
+        adapter: Says which rotations the family allows.
+        config: transformers' configuration: sizes.
+
+    Raises:
+        RotqError: the family does not allow a rotation, or a basis of the wanted kind does not
+            exist for a size of this model; names the alternative.
+    """
+    _check_allowed(rotation, adapter)
+    description = {}
+    residual, value, down = None, None, None
+    if rotation.residual != "none":
+        residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
+        description["residual"] = describe(rotation.residual, config.hidden_size)
+    if rotation.value != "none":
+        size = head_dim(config)
+        value = tuple(
+            torch.stack(
+                [
+                    _draw("value", rotation.value, size, derive_seed(rotation.seed, layer, head))
+                    for head in range(config.num_key_value_heads)
+                ]
+            )
+            for layer in range(config.num_hidden_layers)
+        )
+        description["value"] = describe(rotation.value, size)
+    if rotation.down != "none":
+        down = rotation.down
+        description["down"] = _describe_down(config)
+    return Basis(
+        residual_DD=residual,
+        value=value,
+        down=down,
+        down_seed=derive_seed(rotation.seed, "down"),
+        description=description,
+    )
+
+
+def head_dim(config: Any) -> int:
+    """Features per head: the configuration's own value where it has one."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A seed of its own for each use, below 2^63."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *parts))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _check_allowed(rotation: Rotation, adapter: Adapter) -> None:
+    for key, allowed in (
+        ("residual", adapter.residual_rotation),
+        ("value", adapter.value_rotation),
+        ("down", adapter.down_rotation),
+    ):
+        kind = getattr(rotation, key)
+        if kind != "none" and not allowed:
+            raise RotqError(
+                f"rotation.{key}={kind} is not possible for {adapter.family} models "
+                f"({', '.join(adapter.architectures)}); set rotation.{key}=none"
+            )
+
+
+def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
+    try:
+        return orthogonal(kind, n, seed)
+    except ValueError as error:
+        raise RotqError(f"rotation.{key}={kind}: {error}") from None
+
+
+def _describe_down(config: Any) -> str:
+    sizes = {config.intermediate_size, getattr(config, "moe_intermediate_size", None)} - {None}
+    try:
+        for size in sizes:
+            core_order(size)
+    except ValueError as error:
+        raise RotqError(f"rotation.down=hadamard: {error}; set rotation.down=none") from None
+    return ", ".join(describe("hadamard", size) for size in sorted(sizes))
