@@ -130,7 +130,8 @@ def _of_content(source: str, content: str) -> Text:
 def _read_file(source: str, path: Path) -> Text:
     try:
         data = path.read_bytes()
-        content = data.decode("utf-8")
+        # line ends as Python's text mode gives them: \r\n costs tokens that other tools do not see
+        content = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise RotqError(
             f"text {source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"

@@ -1,0 +1,5 @@
+"""``python -m rotq``."""
+
+from rotq.cli.main import main
+
+main(prog_name="rotq")
