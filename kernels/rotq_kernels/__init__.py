@@ -1,0 +1,1 @@
+"""Packed layouts and kernels of rotq; knows nothing of models or files."""

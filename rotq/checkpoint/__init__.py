@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: sources, shards, export formats, loading, reload check."""

@@ -1,0 +1,84 @@
+"""The model card: README.md of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+TEMPLATE = """\
+---
+{front}---
+
+# {title}
+
+Quantized with rotq. `rotq_recipe.yaml` is the resolved recipe and `rotq_provenance.json` says
+what it was run on; `rotq quantize` with that recipe repeats the job.
+
+{grids}
+
+## Loading
+
+{loading}
+"""
+
+COMPRESSED_TENSORS = """\
+The weights are stored as compressed-tensors (`pack-quantized`) and load without rotq:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install "compressed-tensors>=0.18"
+```
+
+vLLM takes the folder as it is. transformers makes the weights dense at the first forward pass;
+`rotq.checkpoint.load.load_model("PATH")` keeps them packed."""
+
+ROTQ = """\
+The weights are stored in the rotq format. transformers reads it once rotq is imported; without
+the import it would load a model with random weights.
+
+```python
+import rotq
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```"""
+
+
+def model_card(
+    config: Mapping[str, Any], quantization: Mapping[str, Any], base_model: str | None
+) -> str:
+    """Markdown with the hub's front matter.
+
+    Args:
+        config: The source's config.json.
+        quantization: From ``quantization_config``.
+        base_model: Hub id or name; left out where it is not known.
+    """
+    method = quantization["quant_method"]
+    groups = list(quantization["config_groups"].values())
+    bits = sorted({group["weights"]["num_bits"] for group in groups})
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if base_model:
+        front |= {"base_model": base_model, "base_model_relation": "quantized"}
+    front["tags"] = ["rotq", method, *(f"{number}-bit" for number in bits)]
+    name = base_model or config.get("model_type", "model")
+    grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups)
+    kept = ", ".join(f"`{layer}`" for layer in quantization["ignore"])
+    return TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=f"{name}, {' and '.join(map(str, bits))} bits",
+        grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
+        loading=COMPRESSED_TENSORS if method == "compressed-tensors" else ROTQ,
+    )
+
+
+def _describe(group: Mapping[str, Any], num_groups: int) -> str:
+    weights = group["weights"]
+    per = f"{weights['group_size']} columns" if weights["group_size"] else "output channel"
+    kind = "symmetric" if weights["symmetric"] else "asymmetric"
+    number = len(group["targets"])
+    where = "linear layers" if num_groups == 1 else f"{number} targets of config.json"
+    return f"{where}: {weights['num_bits']} bits, {kind}, one scale per {per}"

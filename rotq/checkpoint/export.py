@@ -1,0 +1,125 @@
+"""What a quantized checkpoint holds: packed tensors by name, config, recipe, tokenizer, card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rotq.checkpoint.card import model_card
+from rotq.checkpoint.files import read_json, write_json, write_text
+from rotq.checkpoint.scheme import quantization_config
+from rotq.errors import RotqError
+from rotq.layers import QuantLinear
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rotq.checkpoint.source import Source
+    from rotq.formats.integer import Grid, Quantized
+
+__all__ = ["packed_tensors", "quantization_config", "stored_scale_dtype", "write_metadata"]
+
+
+def packed_tensors(
+    name: str, quantized: Quantized, signs_K: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors a checkpoint holds for one layer, as compressed-tensors names them.
+
+    Args:
+        name: Full name of the layer.
+        quantized: N out features, K in features, G groups.
+        signs_K: Signs of the online rotation before the layer; only the rotq format has them.
+
+    Returns:
+        ``.weight_packed`` int32 (N, ceil(K * bits / 32)), ``.weight_scale`` (N, G) as stored,
+        ``.weight_shape`` int64 [N, K]; on asymmetric grids ``.weight_zero_point`` int32
+        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (K).
+    """
+    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K)
+    return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+
+
+def stored_scale_dtype(
+    wanted: torch.dtype, model_dtype: torch.dtype, grid: Grid, format: str
+) -> torch.dtype:
+    """The dtype that scales must have been rounded to before codes are chosen.
+
+    rotq multiplies in fp32 by the scale as stored. The other loaders multiply in the model's
+    dtype, transformers' ``dequantize`` mode (asymmetric grids, see ``quantization_config``) in
+    the scale's own. The weight comes back bit by bit as solved for where scales are stored in the
+    model's dtype, or, on symmetric grids of an fp32 model, in any narrower one.
+    """
+    import torch
+
+    if format == "rotq" or (grid.symmetric and model_dtype == torch.float32):
+        return wanted
+    return model_dtype
+
+
+def write_metadata(
+    out_dir: Path,
+    source: Source,
+    *,
+    quantization: dict[str, Any],
+    recipe: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    dtype: torch.dtype,
+    untied: bool,
+    base_model: str | None = None,
+) -> None:
+    """Write everything that is not weights, and copy what the source has of it.
+
+    Args:
+        out_dir: Exists.
+        quantization: From ``quantization_config``.
+        recipe: The resolved recipe, for rotq_recipe.yaml.
+        provenance: What else is needed to repeat the job, for rotq_provenance.json.
+        dtype: Of the tensors left dense, and of activations.
+        untied: The head has a tensor of its own that the source did not have.
+        base_model: Hub id or name of the source, for the card.
+
+    Raises:
+        RotqError: a file cannot be read or written.
+    """
+    config = read_json(source.path / "config.json")
+    write_json(out_dir / "config.json", _updated(config, quantization, dtype, untied))
+    write_text(
+        out_dir / "rotq_recipe.yaml",
+        yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+    )
+    write_json(out_dir / "rotq_provenance.json", dict(provenance))
+    write_text(out_dir / "README.md", model_card(config, quantization, base_model))
+    copied = [*source.tokenizer_files(), source.path / "generation_config.json"]
+    if "auto_map" in config:
+        copied += sorted(source.path.glob("*.py"))
+    for path in copied:
+        if path.is_file():
+            _copy(path, out_dir / path.name)
+
+
+def _updated(
+    config: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype, untied: bool
+) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        if part is config or "dtype" in part or "torch_dtype" in part:
+            part.pop("torch_dtype", None)
+            part["dtype"] = name
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return {**config, "quantization_config": quantization}
+
+
+def _copy(path: Path, to: Path) -> None:
+    try:
+        shutil.copyfile(path, to)
+    except OSError as error:
+        raise RotqError(f"cannot copy {path} to {to}: {error.strerror or error}") from error

@@ -1,0 +1,62 @@
+"""Files that are whole or absent: written aside, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rotq.errors import RotqError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes ``path`` when the block ends without an exception.
+
+    Raises:
+        RotqError: the file cannot be written (disk full, no permission); nothing is left behind.
+    """
+    aside = path.with_name(path.name + ".partial")
+    try:
+        try:
+            with open(aside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RotqError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text through ``whole_file``."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with an indent of 2, keys as ordered in ``value``."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RotqError: missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RotqError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RotqError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RotqError(f"{path} is not a JSON object")
+    return value

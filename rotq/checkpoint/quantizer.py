@@ -1,0 +1,160 @@
+"""The transformers side of the rotq format: packed linear layers put in before loading.
+
+This module is imported while transformers is (see registration.py), so at its top it only takes
+what is complete by then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rotq.checkpoint.safetensors import Entry, read_entries
+from rotq.checkpoint.scheme import Scheme, read_scheme
+from rotq.checkpoint.source import torch_dtype
+from rotq.errors import RotqError
+from rotq.layers import QuantLinear
+
+METHOD = "rotq"
+
+
+class RotqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a rotq checkpoint; the fields are explained in scheme.py."""
+
+    def __init__(self, quant_method: str = METHOD, **fields: Any) -> None:
+        self.quant_method = quant_method
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self.scheme()
+
+    def scheme(self) -> Scheme:
+        """The fields, read and checked."""
+        return read_scheme(self.__dict__)
+
+
+class RotqHfQuantizer(HfQuantizer):
+    """Loads checkpoints whose linear layers are packed, and keeps them packed.
+
+    Tensors load one to one: experts are unfused before, and the conversions by which transformers
+    fuses them are left out.
+    """
+
+    requires_calibration = True
+    quantization_config: RotqConfig
+
+    def __init__(self, quantization_config: RotqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.renames: tuple[tuple[str, str], ...] = ()
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise RotqError("a rotq checkpoint is loaded from its safetensors files")
+        from rotq.models.experts import unfuse_experts
+        from rotq.models.registry import adapter_for
+
+        unfuse_experts(model)
+        self.renames = adapter_for(model).renames
+        entries = _entries(checkpoint_files, self.renames)
+        put_quant_linears(model, self.quantization_config.scheme(), entries)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Renamings only; ``model`` is passed since transformers 5.23."""
+        ours = [WeightRenaming(pattern, replacement) for pattern, replacement in self.renames]
+        return ours + [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the packed tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are integers."""
+        return False
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        make_dense(model, dtype or model.dtype)  # type: ignore[arg-type]
+        return model
+
+
+def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry]) -> None:
+    """Replace the linear layers that ``scheme`` names, on meta.
+
+    Args:
+        model: Modified.
+        entries: The checkpoint's tensors by our name.
+
+    Raises:
+        RotqError: a layer has no packed tensors, or its shape is not that of the model.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, linear in linears:
+        grid = scheme.grid(name)
+        if grid is None:
+            continue
+        scale = entries.get(f"{name}.weight_scale")
+        if scale is None or f"{name}.weight_packed" not in entries:
+            raise RotqError(f"{name} is quantized, but the checkpoint has no packed weight for it")
+        try:
+            layer = QuantLinear(
+                linear.in_features,
+                linear.out_features,
+                grid,
+                bias=linear.bias is not None,
+                rotated=scheme.is_rotated(name),
+                scale_dtype=torch_dtype(scale.dtype),
+                dtype=linear.weight.dtype,
+                device="meta",
+            )
+        except ValueError as error:
+            raise RotqError(f"{name}: {error}") from error
+        _check_shapes(name, layer, entries)
+        model.set_submodule(name, layer)
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every QuantLinear by the dense layer of the same function, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, module.dense(dtype))
+
+
+def register() -> None:
+    """Make the rotq format known to transformers; again is harmless."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, RotqConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, RotqHfQuantizer)
+
+
+def _check_shapes(name: str, layer: QuantLinear, entries: dict[str, Entry]) -> None:
+    for key, tensor in layer.state_dict().items():
+        entry = entries.get(f"{name}.{key}")
+        if entry is None:
+            raise RotqError(f"the checkpoint has no tensor {name}.{key}")
+        if entry.shape != tuple(tensor.shape):
+            raise RotqError(
+                f"{name}.{key} has shape {list(entry.shape)}, expected {list(tensor.shape)} for "
+                f"{layer.in_features} columns of {layer.grid.bits} bits"
+            )
+
+
+def _entries(files: Iterable[str], renames: tuple[tuple[str, str], ...]) -> dict[str, Entry]:
+    entries = {}
+    for file in files:
+        for entry in read_entries(Path(file)):
+            name = entry.name
+            for pattern, replacement in renames:
+                name = re.sub(pattern, replacement, name)
+            entries[name] = entry
+    return entries

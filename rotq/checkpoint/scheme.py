@@ -1,0 +1,236 @@
+"""Which layers of a checkpoint are quantized, and how: ``quantization_config`` read and written.
+
+The fields are those of compressed-tensors 0.20 (``pack-quantized``, weights only); the rotq
+format has the same ones, and ``online`` for rotations at run time.
+
+    targets   "Linear" (every linear layer), "re:..." (matched from the start of the name), or a
+              full module name; full names win over patterns, patterns over "Linear"
+    ignore    the same, taken out
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rotq.errors import RotqError
+from rotq.formats.integer import Grid
+
+CT_VERSION = "0.20.0"
+ROTQ_VERSION = 1
+METHODS = ("compressed-tensors", "rotq")
+ONLINE_KINDS = ("hadamard",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """The reading side: grid and online rotation by layer name."""
+
+    groups: tuple[tuple[tuple[str, ...], Grid], ...]
+    """(targets, grid)."""
+    ignore: tuple[str, ...]
+    online: Mapping[str, tuple[str, ...]]
+    """Kind of rotation to the targets it is applied before."""
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid of the linear layer ``name``; None where it is not quantized."""
+        if any(_rank(target, name) is not None for target in self.ignore):
+            return None
+        ranked = [
+            (rank, number)
+            for number, (targets, _) in enumerate(self.groups)
+            for target in targets
+            if (rank := _rank(target, name)) is not None
+        ]
+        return self.groups[min(ranked)[1]][1] if ranked else None
+
+    def is_rotated(self, name: str) -> bool:
+        """The input of ``name`` is rotated at run time."""
+        targets = (target for kind in self.online.values() for target in kind)
+        return any(_rank(target, name) is not None for target in targets)
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme:
+    """Read a ``quantization_config``.
+
+    Raises:
+        RotqError: another method, or something that rotq cannot run: quantized activations or
+            caches, float weights, columns in another order, online transforms of
+            compressed-tensors.
+    """
+    method = config.get("quant_method")
+    if method not in METHODS:
+        raise RotqError(f"quantized with {method}; rotq reads {' and '.join(METHODS)}")
+    if method == "rotq" and config.get("version") != ROTQ_VERSION:
+        raise RotqError(f"rotq format {config.get('version')}; this rotq reads {ROTQ_VERSION}")
+    _refuse_transforms(config)
+    if config.get("kv_cache_scheme"):
+        raise RotqError("the checkpoint quantizes the KV cache, which rotq cannot run")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise RotqError("quantization_config has no config_groups")
+    for kind in config.get("online") or {}:
+        if kind not in ONLINE_KINDS:
+            raise RotqError(f"unknown online rotation {kind}; known: {', '.join(ONLINE_KINDS)}")
+    return Scheme(
+        groups=tuple(
+            (tuple(group["targets"]), _read_grid(name, group, config.get("format")))
+            for name, group in groups.items()
+        ),
+        ignore=tuple(config.get("ignore") or ()),
+        online={kind: tuple(targets) for kind, targets in (config.get("online") or {}).items()},
+    )
+
+
+def quantization_config(
+    layers: Mapping[str, Grid],
+    kept: Sequence[str],
+    format: str,
+    online: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+        layers: Full name of each quantized linear layer to its grid.
+        kept: Full names of the linear layers left dense; every linear layer of the model is
+            in ``layers`` or here.
+        format: ``compressed-tensors`` or ``rotq``.
+        online: Full name of a layer to the kind of rotation of its input; only for ``rotq``.
+
+    Returns:
+        One config group where all grids are equal, with the target ``Linear``; else a group per
+        grid. A target is a pattern over block and expert numbers where the group has all layers
+        that the pattern matches, and a full name elsewhere. ``dequantize`` is set where all
+        grids are equal and asymmetric: transformers 5.23 with compressed-tensors 0.20 refuses
+        packed zero points unless it makes the weights dense while loading. In that mode it takes
+        the first group for every layer, so that different asymmetric grids are not readable by
+        it at all; rotq and vLLM read them.
+
+    Raises:
+        ValueError: no layers, unknown format, or ``online`` in a format that cannot express it.
+    """
+    if format not in METHODS or not layers:
+        raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
+    if online and format != "rotq":
+        raise ValueError(f"online rotations cannot be expressed in {format}")
+    by_grid: dict[Grid, list[str]] = {}
+    for name, grid in layers.items():
+        by_grid.setdefault(grid, []).append(name)
+    everything = [*layers, *kept]
+    targets = [_targets(names, everything) for names in by_grid.values()]
+    if len(by_grid) == 1:
+        targets = [["Linear"]]
+    config: dict[str, Any] = {
+        "config_groups": {
+            f"group_{number}": _group(grid, group)
+            for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
+        },
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "quant_method": format,
+        "quantization_status": "compressed",
+    }
+    if format == "rotq":
+        return {**config, "version": ROTQ_VERSION, "online": _online(online or {}, everything)}
+    unused: dict[str, Any] = {
+        "moe_sparsity_config": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+    config |= {**unused, "version": CT_VERSION}
+    if len(by_grid) == 1 and not next(iter(by_grid)).symmetric:
+        config["dequantize"] = True
+    return config
+
+
+def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, list[str]]:
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in online.items():
+        by_kind.setdefault(kind, []).append(name)
+    return {kind: _targets(names, everything) for kind, names in sorted(by_kind.items())}
+
+
+def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "dynamic": False,
+        "group_size": None if grid.group_size == -1 else grid.group_size,
+        "num_bits": grid.bits,
+        "strategy": "channel" if grid.group_size == -1 else "group",
+        "symmetric": grid.symmetric,
+        "type": "int",
+    }
+    return {
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def _targets(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    wanted = set(names)
+    classes: dict[str, list[str]] = {}
+    for name in everything:
+        classes.setdefault(_pattern(name), []).append(name)
+    targets = []
+    for pattern, members in classes.items():
+        inside = [name for name in members if name in wanted]
+        whole = len(inside) == len(members) > 1
+        targets += [pattern] if whole else inside
+    return targets
+
+
+def _pattern(name: str) -> str:
+    """``re:model\\.layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``."""
+    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in name.split("."))
+    return "re:" + r"\.".join(parts) + "$"
+
+
+def _rank(target: str, name: str) -> int | None:
+    """0 for the full name, 1 for a pattern, 2 for the class; None where it does not match."""
+    if target == name:
+        return 0
+    if target.startswith("re:"):
+        return 1 if re.match(target[3:], name) else None
+    return 2 if target == "Linear" else None
+
+
+def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
+    weights = group.get("weights") or {}
+    if group.get("input_activations") or group.get("output_activations"):
+        raise RotqError(f"{name} quantizes activations, which rotq cannot run")
+    stored = group.get("format") or format
+    if stored != "pack-quantized" or weights.get("type") != "int":
+        raise RotqError(
+            f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int"
+        )
+    strategy, actorder = weights.get("strategy"), weights.get("actorder")
+    if strategy not in ("group", "channel"):
+        raise RotqError(f"{name} has scales per {strategy}; rotq reads per group and per channel")
+    if actorder not in (None, "weight", "static", False):
+        raise RotqError(f"{name} stores its columns in another order (actorder {actorder})")
+    try:
+        return Grid(
+            bits=weights["num_bits"],
+            group_size=weights["group_size"] if strategy == "group" else -1,
+            symmetric=weights["symmetric"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RotqError(f"{name} of quantization_config is not valid: {error}") from error
+
+
+def _refuse_transforms(config: Mapping[str, Any]) -> None:
+    groups = (config.get("transform_config") or {}).get("config_groups") or {}
+    for name, transform in groups.items():
+        places = {str(apply.get("location")) for apply in transform.get("apply", ())}
+        online = places - {"weight_input", "weight_output"}
+        if online:
+            raise RotqError(
+                f"the transform {name} of the checkpoint works at run time "
+                f"({', '.join(sorted(online))}), which rotq cannot run"
+            )

@@ -1,0 +1,184 @@
+"""Linear layers that run on packed weights, and linear layers whose input is rotated online.
+
+    QuantLinear:    y = r(x) W^T + b,   W = (q - z) * s, unpacked at each call
+    RotatedLinear:  y = r(x) W^T + b,   W dense
+    r(x) = (x * signs) H,               H orthonormal Hadamard; the identity without signs
+
+Buffers of a QuantLinear have the names and dtypes they have in the checkpoint.
+
+Shape suffixes: N out features, K in features, G groups of K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rotq.formats.integer import Grid, Quantized
+from rotq.ops import pack, packed_words, unpack
+from rotq.rotations.hadamard import fast_hadamard
+
+
+def rotate_input(x: Tensor, signs_K: Tensor) -> Tensor:
+    """(x * signs) H over the last axis, in fp32 (fp64 for fp64 inputs), cast back to x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    return fast_hadamard(wide * signs_K.to(wide.dtype), len(signs_K)).to(x.dtype)
+
+
+class RotatedLinear(nn.Linear):
+    """A linear layer whose weight was rotated on the input side; it rotates its input to match."""
+
+    input_signs: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        signs_K = torch.ones(in_features, dtype=torch.int8, device=device)
+        self.register_buffer("input_signs", signs_K)
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, signs_K: Tensor) -> RotatedLinear:
+        """Take over the weight and bias of ``linear``, which is already rotated by ``signs_K``.
+
+        Args:
+            linear: Its parameters are shared, not copied.
+            signs_K: +1 and -1, any dtype.
+        """
+        rotated = cls(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        rotated.weight, rotated.bias = linear.weight, linear.bias
+        rotated.input_signs = signs_K.to(device=linear.weight.device, dtype=torch.int8)
+        return rotated.train(linear.training)
+
+    def rotate_input(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with; in x's dtype."""
+        return rotate_input(x, self.input_signs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.rotate_input(input), self.weight, self.bias)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer that keeps its weight packed and unpacks it at each call."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor | None
+    input_signs: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: Grid,
+        *,
+        bias: bool = False,
+        rotated: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate buffers of the checkpoint's shapes; their values come from the checkpoint.
+
+        Args:
+            grid: Its group size must divide ``in_features``.
+            rotated: Rotate the input online, by ``input_signs``.
+            scale_dtype: As stored.
+            dtype: Of the bias.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        groups = in_features // grid.columns_per_group(in_features)
+        self._allocate(
+            "weight_packed", (out_features, packed_words(in_features, grid.bits)), device
+        )
+        scale_NG = torch.ones(out_features, groups, dtype=scale_dtype, device=device)
+        self.register_buffer("weight_scale", scale_NG)
+        shape = torch.tensor([out_features, in_features], dtype=torch.int64, device=device)
+        self.register_buffer("weight_shape", shape)
+        if grid.symmetric:
+            self.register_buffer("weight_zero_point", None)
+        else:
+            zero_words = packed_words(out_features, grid.bits)
+            self._allocate("weight_zero_point", (zero_words, groups), device)
+        signs_K = torch.ones(in_features, dtype=torch.int8, device=device) if rotated else None
+        self.register_buffer("input_signs", signs_K)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            bias_N = torch.zeros(out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(bias_N, requires_grad=False)
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: Quantized, bias_N: Tensor | None = None, signs_K: Tensor | None = None
+    ) -> QuantLinear:
+        """Pack ``quantized``; the bias is shared, not copied.
+
+        Args:
+            signs_K: +1 and -1 of the online rotation that the weight already carries.
+        """
+        N, K = quantized.q_NK.shape
+        layer = cls(
+            K,
+            N,
+            quantized.grid,
+            bias=bias_N is not None,
+            rotated=signs_K is not None,
+            scale_dtype=quantized.scale_NG.dtype,
+            device="meta",
+        )
+        bits, device = quantized.grid.bits, quantized.q_NK.device
+        layer.weight_packed = pack(quantized.q_NK, bits)
+        layer.weight_scale = quantized.scale_NG.contiguous()
+        layer.weight_shape = torch.tensor([N, K], dtype=torch.int64, device=device)
+        if quantized.zero_NG is not None:
+            layer.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
+        if signs_K is not None:
+            layer.input_signs = signs_K.to(device=device, dtype=torch.int8)
+        if bias_N is not None:
+            layer.bias = nn.Parameter(bias_N, requires_grad=False)
+        return layer
+
+    def quantized(self) -> Quantized:
+        """Codes, scales and zero points, unpacked."""
+        zero_NG = None
+        if self.weight_zero_point is not None:
+            zero_NG = unpack(self.weight_zero_point, self.grid.bits, self.out_features, dim=0)
+        q_NK = unpack(self.weight_packed, self.grid.bits, self.in_features)
+        return Quantized(q_NK=q_NK, scale_NG=self.weight_scale, zero_NG=zero_NG, grid=self.grid)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) dense weight, computed in fp32, then cast to ``dtype``."""
+        return self.quantized().dequantize(dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with a dense weight of ``dtype``."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear if self.input_signs is None else RotatedLinear.wrap(linear, self.input_signs)
+
+    def rotate_input(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with; in x's dtype."""
+        return x if self.input_signs is None else rotate_input(x, self.input_signs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.rotate_input(input), self.dequantize(input.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+
+    def _allocate(
+        self, name: str, shape: tuple[int, int], device: torch.device | str | None
+    ) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
