@@ -75,6 +75,7 @@ class QuantLinear(nn.Module):
     weight_shape: Tensor
     weight_zero_point: Tensor | None
     input_signs: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class QuantLinear(nn.Module):
             self._allocate("weight_zero_point", (zero_words, groups), device)
         signs_K = torch.ones(in_features, dtype=torch.int8, device=device) if rotated else None
         self.register_buffer("input_signs", signs_K)
-        self.bias: nn.Parameter | None = None
+        self.bias = None
         if bias:
             bias_N = torch.zeros(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(bias_N, requires_grad=False)
@@ -165,7 +166,8 @@ class QuantLinear(nn.Module):
         """The same layer with a dense weight of ``dtype``."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
-        linear.bias = self.bias
+        if self.bias is not None:
+            linear.bias = self.bias
         return linear if self.input_signs is None else RotatedLinear.wrap(linear, self.input_signs)
 
     def rotate_input(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from rotq.checkpoint.scheme import transformers_obstacle
+
 TEMPLATE = """\
 ---
 {front}---
@@ -32,8 +34,20 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install "compressed-tensors>=0.18"
 ```
 
-vLLM takes the folder as it is. transformers makes the weights dense at the first forward pass;
-`rotq.checkpoint.load.load_model("PATH")` keeps them packed."""
+transformers makes the weights dense while loading or at the first
+forward pass; `rotq.checkpoint.load.load_model` keeps them packed."""
+
+NOT_TRANSFORMERS = """\
+The weights are stored as compressed-tensors (`pack-quantized`). transformers 5.23 with
+compressed-tensors 0.20 does not load them: {obstacle}. rotq does, and keeps them packed:
+
+```python
+from pathlib import Path
+
+from rotq.checkpoint.load import load_model
+
+model = load_model(Path("PATH"))
+```"""
 
 ROTQ = """\
 The weights are stored in the rotq format. transformers reads it once rotq is imported; without
@@ -71,8 +85,15 @@ def model_card(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
-        loading=COMPRESSED_TENSORS if method == "compressed-tensors" else ROTQ,
+        loading=_loading(quantization),
     )
+
+
+def _loading(quantization: Mapping[str, Any]) -> str:
+    if quantization["quant_method"] == "rotq":
+        return ROTQ
+    obstacle = transformers_obstacle(quantization)
+    return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS.format(obstacle=obstacle)
 
 
 def _describe(group: Mapping[str, Any], num_groups: int) -> str:

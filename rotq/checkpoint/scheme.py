@@ -106,7 +106,7 @@ def quantization_config(
         grids are equal and asymmetric: transformers 5.23 with compressed-tensors 0.20 refuses
         packed zero points unless it makes the weights dense while loading. In that mode it takes
         the first group for every layer, so that different asymmetric grids are not readable by
-        it at all; rotq and vLLM read them.
+        it at all (``transformers_obstacle``).
 
     Raises:
         ValueError: no layers, unknown format, or ``online`` in a format that cannot express it.
@@ -145,6 +145,20 @@ def quantization_config(
     if len(by_grid) == 1 and not next(iter(by_grid)).symmetric:
         config["dequantize"] = True
     return config
+
+
+def transformers_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why transformers 5.23 with compressed-tensors 0.20 cannot load this; None where it can.
+
+    Args:
+        config: From ``quantization_config``.
+    """
+    groups = config["config_groups"].values()
+    if config["quant_method"] == "rotq":
+        return None
+    if len(groups) > 1 and not all(group["weights"]["symmetric"] for group in groups):
+        return "it cannot read packed zero points of more than one grid"
+    return None
 
 
 def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, list[str]]:

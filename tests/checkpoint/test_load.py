@@ -1,0 +1,221 @@
+"""What is exported comes back: through rotq, through transformers, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, W8, random_quantized, write_checkpoint
+from tiny_models import random_ids, tiny_model
+from transformers import AutoModelForCausalLM
+
+from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.shards import save_tensors
+from rotq.checkpoint.source import read_tensor
+from rotq.errors import RotqError
+from rotq.formats.integer import Grid
+from rotq.layers import QuantLinear, RotatedLinear
+
+FORMATS = ["compressed-tensors", "rotq"]
+GRIDS = {"W4 groups": W4, "W4 symmetric": W4_SYMMETRIC, "W3 per channel": W3_CHANNEL}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(random_ids(2, 12), use_cache=False).logits
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_logits_in_memory_packed_and_in_transformers(
+    tmp_path: Path, format: str, grid: str, dtype: torch.dtype
+) -> None:
+    """The proof of ``stored_scale_dtype``: fp16 scales are asked for in every case."""
+    written = write_checkpoint(tmp_path, grids=(GRIDS[grid],), format=format, dtype=dtype)
+    expected = logits(written.dense)
+    ours = load_model(written.path)
+    assert isinstance(ours.model.layers[1].mlp.up_proj, QuantLinear)
+    assert not any(isinstance(m, torch.nn.Linear) for m in ours.model.layers.modules())
+    assert torch.equal(logits(ours), expected)
+    theirs = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert theirs.dtype == dtype
+    assert torch.equal(logits(theirs), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid"),
+    [(torch.bfloat16, W4_SYMMETRIC), (torch.float32, W4)],
+    ids=["bf16 symmetric", "fp32 asymmetric"],
+)
+def test_fp16_scales_would_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, grid: Grid
+) -> None:
+    """Why ``stored_scale_dtype`` overrides the recipe."""
+    monkeypatch.setattr("tiny_checkpoints.stored_scale_dtype", lambda wanted, *_: wanted)
+    written = write_checkpoint(tmp_path, grids=(grid,), dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert not torch.equal(logits(theirs), logits(written.dense))
+
+
+def test_two_symmetric_grids(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, grids=(W4_SYMMETRIC, W8))
+    expected = logits(written.dense)
+    assert torch.equal(logits(load_model(written.path)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(written.path).eval()), expected)
+
+
+def test_two_asymmetric_grids_load_in_rotq_only(tmp_path: Path) -> None:
+    """When transformers learns to, this fails and ``transformers_obstacle`` can go."""
+    written = write_checkpoint(tmp_path, grids=(W4, W3_CHANNEL))
+    assert torch.equal(logits(load_model(written.path)), logits(written.dense))
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(written.path)
+    assert "does not load them" in (written.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_online_rotation(tmp_path: Path, packed: bool) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", online=True)
+    model = load_model(written.path, packed=packed)
+    down = model.model.layers[0].mlp.down_proj
+    assert isinstance(down, QuantLinear if packed else RotatedLinear)
+    assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
+    assert torch.equal(logits(model), logits(written.dense))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe-mixed", "gemma3", "llama-biases"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_families(tmp_path: Path, family: str, format: str) -> None:
+    written = write_checkpoint(tmp_path, family, format=format)
+    assert torch.equal(logits(load_model(written.path)), logits(written.dense))
+    if format == "rotq":
+        model = AutoModelForCausalLM.from_pretrained(written.path).eval()
+        assert torch.equal(logits(model), logits(written.dense))
+
+
+def test_dense_from_packed(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path)
+    model = load_model(written.path, packed=False)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert torch.equal(logits(model), logits(written.dense))
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(load_model(tmp_path / "dense")), logits(written.dense))
+
+
+def test_save_pretrained_keeps_the_packed_tensors(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", online=True)
+    model = AutoModelForCausalLM.from_pretrained(written.path)
+    model.save_pretrained(tmp_path / "again")
+    stored, again = (
+        {entry.name: read_tensor(entry) for entry in read_entries(folder / "model.safetensors")}
+        for folder in (written.path, tmp_path / "again")
+    )
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+    assert torch.equal(logits(load_model(tmp_path / "again")), logits(written.dense))
+
+
+def test_shards(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, max_shard_bytes=20_000)
+    assert len(list(written.path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(load_model(written.path)), logits(written.dense))
+
+
+def test_another_dtype_keeps_scales_as_stored(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, format="rotq")
+    model = load_model(written.path, dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight_scale.dtype == torch.float16
+    assert layer.weight_packed.dtype == torch.int32
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_dense_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model("qwen2", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)), logits(model))
+
+
+def test_missing_path_and_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(RotqError, match="does not exist"):
+        load_model(tmp_path / "none")
+    with pytest.raises(RotqError, match="does not exist"):
+        load_tokenizer(tmp_path / "none")
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(RotqError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def edit_tensors(path: Path, change: dict[str, torch.Tensor | None]) -> None:
+    file = path / "model.safetensors"
+    tensors = {entry.name: read_tensor(entry) for entry in read_entries(file)}
+    for name, tensor in change.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_tensors(file, tensors)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, "1 missing keys, first model.norm.weight"),
+        ({f"{Q}.weight_packed": None}, f"{Q} is quantized, but"),
+        ({f"{Q}.weight_zero_point": None}, f"no tensor {Q}.weight_zero_point"),
+        ({f"{Q}.weight_packed": torch.zeros(64, 7, dtype=torch.int32)}, "expected"),
+        ({f"{Q}.weight_g_idx": torch.zeros(48, dtype=torch.int32)}, "1 unexpected keys"),
+    ],
+    ids=["dense tensor", "packed tensor", "zero point", "shape", "extra"],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_incomplete_checkpoints_are_refused(
+    tmp_path: Path, format: str, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    written = write_checkpoint(tmp_path, format=format)
+    edit_tensors(written.path, change)
+    with pytest.raises(RotqError, match=message):
+        load_model(written.path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quant_method": "awq"}, "quantized with awq"),
+        ({"version": 2, "quant_method": "rotq"}, "rotq format 2"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
+        ({"config_groups": {}}, "no config_groups"),
+        ({"format": "int-quantized"}, "int-quantized"),
+        ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
+        (
+            {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+            "transform R4",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unknown_quantization_is_refused(
+    tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    written = write_checkpoint(tmp_path)
+    config = json.loads((written.path / "config.json").read_text())
+    quantization = config["quantization_config"] | fields
+    if "format" in fields:
+        quantization["config_groups"]["group_0"]["format"] = None
+    config["quantization_config"] = quantization
+    (written.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RotqError, match=message):
+        load_model(written.path)
+
+
+def test_random_scales_are_what_the_tests_need() -> None:
+    """Scales that are not powers of two, so that wrong dtypes show."""
+    scale_NG = random_quantized(8, 32, W4).scale_NG
+    assert (scale_NG.bfloat16().half() != scale_NG).any()

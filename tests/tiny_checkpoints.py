@@ -1,0 +1,116 @@
+"""Tiny quantized checkpoints on disk, next to the dense model of equal weights in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from rotq.checkpoint.export import (
+    packed_tensors,
+    quantization_config,
+    stored_scale_dtype,
+    write_metadata,
+)
+from rotq.checkpoint.shards import assemble, save_tensors
+from rotq.checkpoint.source import open_source
+from rotq.formats.integer import Grid, Quantized
+from rotq.layers import RotatedLinear
+from rotq.models.experts import unfuse_experts
+from rotq.rotations.hadamard import random_signs
+
+W4 = Grid(bits=4, group_size=8, symmetric=False)
+W4_SYMMETRIC = Grid(bits=4, group_size=8, symmetric=True)
+W3_CHANNEL = Grid(bits=3, group_size=-1, symmetric=False)
+W8 = Grid(bits=8, group_size=8, symmetric=True)
+
+
+def random_quantized(
+    N: int, K: int, grid: Grid, scale_dtype: torch.dtype = torch.float16, seed: int = 0
+) -> Quantized:
+    """Random codes, scales and zero points, all of the grid's codes possible."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = K // grid.columns_per_group(K)
+
+    def codes(*shape: int) -> Tensor:
+        low, high = grid.q_min, grid.q_max + 1
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8)
+
+    scale_NG = torch.rand(N, groups, generator=generator) / 2**grid.bits + 0.1 / 2**grid.bits
+    return Quantized(
+        q_NK=codes(N, K),
+        scale_NG=scale_NG.to(scale_dtype),
+        zero_NG=None if grid.symmetric else codes(N, groups),
+        grid=grid,
+    )
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint folder and what it must compute."""
+
+    path: Path
+    dense: Any
+    """The model with dequantized weights, in memory."""
+    layers: dict[str, Grid]
+    source: Path
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    grids: tuple[Grid, ...] = (W4,),
+    format: str = "compressed-tensors",
+    dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype = torch.float16,
+    online: bool = False,
+    max_shard_bytes: int = 10**9,
+) -> Written:
+    """Write a tiny model with random codes; ``grids`` alternate over its linear layers."""
+    from transformers import AutoModelForCausalLM
+
+    source, out = folder / "source", folder / "out"
+    out.mkdir(parents=True)
+    tiny_model(family, dtype=dtype).save_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    unfuse_experts(model)
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Grid] = {}
+    rotated: dict[str, str] = {}
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for number, (name, linear) in enumerate(linears):
+        if name == "lm_head":
+            continue
+        grid = layers[name] = grids[number % len(grids)]
+        stored = stored_scale_dtype(scale_dtype, dtype, grid, format)
+        N, K = linear.weight.shape
+        quantized = random_quantized(N, K, grid, stored, seed=number)
+        linear.weight.data = quantized.dequantize(dtype)
+        signs_K = None
+        if online and name.endswith("down_proj"):
+            signs_K = random_signs(K, seed=number)
+            rotated[name] = "hadamard"
+            model.set_submodule(name, RotatedLinear.wrap(linear, signs_K))
+        tensors |= packed_tensors(name, quantized, signs_K)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if name not in tied and not (layer in layers and leaf in ("weight", "input_signs")):
+            tensors[name] = tensor
+    save_tensors(folder / "part.safetensors", tensors)
+    assemble([folder / "part.safetensors"], out, max_shard_bytes)
+    write_metadata(
+        out,
+        open_source(source),
+        quantization=quantization_config(layers, ["lm_head"], format, rotated),
+        recipe={"name": "tiny"},
+        provenance={"seed": 0},
+        dtype=dtype,
+        untied=False,
+    )
+    return Written(path=out, dense=model, layers=layers, source=source)
