@@ -74,7 +74,10 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) 
             config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
         )
         _randomize(model)
-    return model.to(dtype).eval().requires_grad_(False)
+    # as from_pretrained does: parameters only, rotary frequencies stay fp32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -38,8 +38,8 @@ def find_adapter(config: Any) -> Adapter:
             return ADAPTERS[name]
     families = ", ".join(sorted({adapter.family for adapter in ADAPTERS.values()}))
     raise RotqError(
-        f"no adapter for {' or '.join(names) or config.model_type!r}; rotation is supported for "
-        f"{families}. Any other decoder can be quantized without it "
+        f"no adapter for {' or '.join(names) or config.model_type}; rotation is supported for "
+        f"{families}. Other decoders can be quantized without it "
         "(rotation.residual=none, rotation.value=none, rotation.down=none)"
     )
 
@@ -61,6 +61,11 @@ def generic_adapter(model: nn.Module) -> Adapter:
         RotqError: there is not exactly one list of ``num_hidden_layers`` blocks.
     """
     num_blocks = getattr(model.config, "num_hidden_layers", None)
+    if num_blocks is None:
+        raise RotqError(
+            f"{type(model).__name__}: no num_hidden_layers in its configuration; "
+            "only text decoders can be quantized"
+        )
     found = [
         name
         for name, module in model.named_modules()

@@ -50,8 +50,8 @@ class TensorSource(Protocol):
 class Skeleton:
     """A decoder's structure, and its parts with weights on request.
 
-    ``model`` is the model on meta; ``adapter`` knows its family. Tied embeddings are untied in
-    ``model``; ``tied`` says that the head takes the embedding's tensor.
+    ``model`` is the model on meta; ``adapter`` knows its family; ``tied`` says that the head takes
+    the embedding's tensor unless it is given one of its own.
     """
 
     def __init__(self, config: Any, adapter: Adapter, model: nn.Module) -> None:
@@ -60,14 +60,13 @@ class Skeleton:
         self.model = model.eval().requires_grad_(False)
         self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
         self.tied = bool(getattr(config, "tie_word_embeddings", False)) and bool(adapter.head)
-        if self.tied:
-            head = cast(nn.Linear, model.get_submodule(adapter.head))
-            head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
     def open(cls, source: TensorSource, *, trust_remote_code: bool = False) -> Self:
-        """Build the model of ``source.config`` without weights; sdpa attention, unfused experts.
+        """Build the model of ``source.config`` without weights, experts unfused.
+
+        Attention is what transformers prefers for the family: sdpa where it has it, else eager.
 
         Raises:
             RotqError: transformers has no causal language model for the configuration, or the
@@ -81,7 +80,6 @@ class Skeleton:
                 model = AutoModelForCausalLM.from_config(
                     config,
                     dtype=torch.float32,
-                    attn_implementation="sdpa",
                     trust_remote_code=trust_remote_code,
                 )
         except ValueError as error:
@@ -172,6 +170,9 @@ class Skeleton:
 
         Returns:
             Keyword arguments; call ``block(hidden_BTD, **kwargs)``.
+
+        Raises:
+            RotqError: the family's blocks return more than hidden states.
         """
         if attention_mask_BT is not None:
             return self._record(hidden_BTD, attention_mask_BT)[index]
@@ -196,6 +197,11 @@ class Skeleton:
         recorded: list[dict[str, Any]] = []
 
         def record(index: int, given_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+            if given_BTD.shape != hidden_BTD.shape:
+                raise RotqError(
+                    f"{type(self.model).__name__}: its blocks do not return plain hidden states, "
+                    "which is needed to run them one by one"
+                )
             recorded.append(kwargs)
             if index == self.num_blocks - 1:
                 raise _Stop(given_BTD)
@@ -203,14 +209,27 @@ class Skeleton:
 
         with self._blocks_replaced(record):
             try:
-                self._call({}, inputs_embeds=hidden_BTD, attention_mask=attention_mask_BT)
+                self._call(
+                    self._zeros(hidden_BTD),
+                    inputs_embeds=hidden_BTD,
+                    attention_mask=attention_mask_BT,
+                )
             except _Stop:
                 return recorded
         raise AssertionError("the model's forward did not reach its last block")
 
+    def _zeros(self, like: Tensor) -> dict[str, Tensor]:
+        # in place of the outer tensors where their values do not matter; no memory behind them
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        return {
+            name: zero.expand(parameter.shape)
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(f"{self.adapter.blocks}.")
+        }
+
     def _call(self, outer: dict[str, Tensor], **inputs: Tensor | None) -> Any:
         tensors = dict(outer)
-        if self.tied and outer and self._head_name not in outer:
+        if self.tied and self._head_name not in outer:
             tensors[self._head_name] = outer[f"{self.adapter.embedding}.weight"]
         given = next(value for value in inputs.values() if value is not None)
         tensors |= {

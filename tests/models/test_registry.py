@@ -1,0 +1,122 @@
+"""Adapters: found by architecture, true to the modules they name, and honest about the rest."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, tiny_model
+from torch import nn
+
+from rotq.errors import RotqError
+from rotq.models.experts import calibrating, unfuse_experts
+from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
+
+FAMILIES = {
+    "llama": "Llama",
+    "llama-tied": "Llama",
+    "llama-biases": "Llama",
+    "mistral": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma3": "Gemma 3",
+    "mixtral": "Mixtral",
+    "qwen3-moe": "Qwen3-MoE",
+    "qwen3-moe-mixed": "Qwen3-MoE",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_family_by_model_type_and_by_architecture(name):
+    model = tiny_model(name)
+    config = model.config
+    config.architectures = None
+    assert find_adapter(config).family == FAMILIES[name]
+    config.architectures = [type(model).__name__]
+    config.model_type = "unknown"
+    assert find_adapter(config).family == FAMILIES[name]
+
+
+def test_every_architecture_exists_in_transformers():
+    assert all(hasattr(transformers, architecture) for architecture in ADAPTERS)
+
+
+def test_unknown_family_names_the_known_and_the_way_out():
+    with pytest.raises(
+        RotqError, match=r"no adapter for GPTNeoXForCausalLM.*Gemma 3, Llama, "
+    ) as e:
+        find_adapter(transformers.GPTNeoXConfig())
+    assert "rotation.residual=none" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sites_hold_every_linear_once_and_share_their_input(name):
+    model = tiny_model(name)
+    unfuse_experts(model)
+    adapter = adapter_for(model)
+    inputs, order = {}, []
+    for number, block in enumerate(model.get_submodule(adapter.blocks)):
+        sites = adapter.sites(block)
+        paths = [path for site in sites for path in site.linears]
+        linears = {p: m for p, m in block.named_modules() if isinstance(m, nn.Linear)}
+        assert sorted(paths) == sorted(linears)
+        assert len({site.name for site in sites}) == len(sites)
+        if number:
+            continue
+        for path, module in linears.items():
+            module.register_forward_pre_hook(lambda _, args, path=path: inputs.update({path: args}))
+            module.register_forward_pre_hook(lambda _, args, path=path: order.append(path))
+        first = sites
+    with calibrating(model):
+        model(torch.arange(1, 9)[None])
+    for site in first:
+        shared = inputs[site.linears[0]][0]
+        assert all(torch.equal(inputs[path][0], shared) for path in site.linears)
+    if not adapter.has_experts(model.get_submodule(adapter.blocks)[0]):
+        assert order == [path for site in first for path in site.linears]
+
+
+def test_site_names():
+    model = tiny_model("qwen3-moe-mixed")
+    unfuse_experts(model)
+    adapter = adapter_for(model)
+    plain, mixture = (adapter.sites(block) for block in model.model.layers)
+    assert [site.name for site in plain] == ["qkv", "o", "gate_up", "down"]
+    downs = [f"down.{e}" for e in range(4)]
+    assert [site.name for site in mixture] == ["qkv", "o", "gate_up", *downs]
+    assert mixture[2].linears[:3] == (
+        "mlp.experts.0.gate_proj",
+        "mlp.experts.0.up_proj",
+        "mlp.experts.1.gate_proj",
+    )
+
+
+def test_generic_adapter_finds_blocks_embedding_and_head():
+    config = transformers.GPTNeoXConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    adapter = generic_adapter(model)
+    assert adapter.blocks == "gpt_neox.layers"
+    assert adapter.embedding == "gpt_neox.embed_in"
+    assert adapter.head == "lm_head"
+    assert not adapter.residual_rotation
+    assert not adapter.value_rotation
+    assert not adapter.down_rotation
+    sites = adapter.sites(model.gpt_neox.layers[0])
+    assert [site.linears for site in sites] == [
+        ("attention.query_key_value",),
+        ("attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ]
+
+
+def test_generic_adapter_wants_one_list_of_blocks():
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(RotqError, match="one list of 5 decoder blocks, found none"):
+        generic_adapter(model)
+    model.config.num_hidden_layers = 2
+    model.other = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    with pytest.raises(RotqError, match=r"found model\.layers, other"):
+        generic_adapter(model)

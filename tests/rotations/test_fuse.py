@@ -1,0 +1,201 @@
+"""Fusing a basis must leave every family's logits as they were, in fp64."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
+
+from rotq.layers import RotatedLinear
+from rotq.models.adapter import Adapter
+from rotq.models.skeleton import Skeleton
+from rotq.recipe import Rotation
+from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+from rotq.rotations.hadamard import orthogonal
+
+ROTATIONS = {
+    "R1": Rotation(residual="hadamard"),
+    "R1-dct": Rotation(residual="dct"),
+    "R2": Rotation(value="hadamard"),
+    "R2-dct": Rotation(value="dct"),
+    "R4": Rotation(down="hadamard"),
+    "R1-R2-R4": Rotation(residual="hadamard", value="dct", down="hadamard", seed=7),
+}
+ONLY_POST_NORMS = {"gemma3"}
+
+
+def forward(skeleton, source, ids_BT, basis):
+    """Logits with ``basis`` fused, norms exact, fp64."""
+    outer = skeleton.load_outer(source, dtype=torch.float64)
+    outer = fuse_outer(outer, skeleton.adapter, basis)
+    hidden_BTD = skeleton.embed(outer, ids_BT)
+    for index in range(skeleton.num_blocks):
+        block = skeleton.load_block(index, source, device="cpu", dtype=torch.float64)
+        fuse_block(block, skeleton.adapter, basis, index)
+        with exact_norms(block):
+            hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD))
+    with exact_norms(skeleton.model):
+        return skeleton.logits(outer, hidden_BTD)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name in CONFIGS
+        for key, rotation in ROTATIONS.items()
+        if rotation.residual == "none" or name not in ONLY_POST_NORMS
+    ],
+)
+def test_logits_stay(name, key):
+    source = MemorySource(tiny_model(name))
+    skeleton = Skeleton.open(source)
+    basis = build_basis(ROTATIONS[key], skeleton.adapter, skeleton.config)
+    ids_BT = random_ids(2, 11)
+    before = forward(skeleton, source, ids_BT, Basis())
+    after = forward(skeleton, source, ids_BT, basis)
+    assert 0.5 < before.std() < 5
+    assert (after - before).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "mixtral"])
+def test_logits_stay_under_any_orthogonal_basis(name):
+    # uniformly random matrices have no symmetry that R and R^T could share
+    source = MemorySource(tiny_model(name))
+    skeleton = Skeleton.open(source)
+    size = skeleton.config.head_dim
+    value = [torch.stack([orthogonal("random", size, 2 * i + h) for h in (0, 1)]) for i in (0, 1)]
+    basis = Basis(residual_DD=orthogonal("random", 48, 9), value=tuple(value))
+    ids_BT = random_ids(2, 11)
+    before = forward(skeleton, source, ids_BT, Basis())
+    assert (forward(skeleton, source, ids_BT, basis) - before).abs().max() < 1e-10
+
+
+def test_identity_changes_nothing():
+    source = MemorySource(tiny_model("llama-tied"))
+    skeleton = Skeleton.open(source)
+    block = skeleton.load_block(0, source, device="cpu", dtype=torch.float32)
+    before = copy.deepcopy(block.state_dict())
+    fuse_block(block, skeleton.adapter, Basis(), 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    outer = skeleton.load_outer(source, dtype=torch.float32)
+    fused = fuse_outer(outer, skeleton.adapter, Basis())
+    assert fused == outer
+    assert fused is not outer
+
+
+def test_value_rotation_alone_leaves_norms_and_mlp():
+    source = MemorySource(tiny_model("llama-biases"))
+    skeleton = Skeleton.open(source)
+    block = skeleton.load_block(0, source, device="cpu", dtype=torch.float64)
+    before = copy.deepcopy(block.state_dict())
+    basis = build_basis(Rotation(value="hadamard"), skeleton.adapter, skeleton.config)
+    fuse_block(block, skeleton.adapter, basis, 0)
+    changed = {n for n, tensor in block.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {
+        "self_attn.v_proj.weight",
+        "self_attn.v_proj.bias",
+        "self_attn.o_proj.weight",
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_residual_rotation_spreads_weights_and_leaves_unit_gains(name):
+    source = MemorySource(tiny_model(name))
+    skeleton = Skeleton.open(source)
+    basis = build_basis(Rotation(residual="hadamard"), skeleton.adapter, skeleton.config)
+    outer = skeleton.load_outer(source, dtype=torch.float64)
+    kept = {key: tensor.clone() for key, tensor in outer.items()}
+    fused = fuse_outer(outer, skeleton.adapter, basis)
+    block = skeleton.load_block(0, source, device="cpu", dtype=torch.float64)
+    fuse_block(block, skeleton.adapter, basis, 0)
+    for gain in (
+        fused["model.norm.weight"],
+        block.input_layernorm.weight,
+        block.post_attention_layernorm.weight,
+    ):
+        assert torch.equal(gain, torch.ones_like(gain))
+    assert all(torch.equal(outer[key], kept[key]) for key in kept)
+
+
+def test_tied_head_becomes_its_own():
+    source = MemorySource(tiny_model("llama-tied"))
+    skeleton = Skeleton.open(source)
+    basis = build_basis(Rotation(residual="hadamard"), skeleton.adapter, skeleton.config)
+    outer = skeleton.load_outer(source, dtype=torch.float32)
+    fused = fuse_outer(outer, skeleton.adapter, basis)
+    assert set(fused) - set(outer) == {"lm_head.weight"}
+    assert fused["lm_head.weight"].dtype == torch.float32
+    assert not torch.equal(fused["lm_head.weight"], fused["model.embed_tokens.weight"])
+
+
+def test_down_rotation_replaces_every_down_projection():
+    source = MemorySource(tiny_model("qwen3-moe-mixed"))
+    skeleton = Skeleton.open(source)
+    basis = build_basis(Rotation(down="hadamard"), skeleton.adapter, skeleton.config)
+    plain, mixture = (
+        skeleton.load_block(i, source, device="cpu", dtype=torch.float64) for i in (0, 1)
+    )
+    for index, block in enumerate((plain, mixture)):
+        fuse_block(block, skeleton.adapter, basis, index)
+    downs = [plain.mlp.down_proj, *(expert.down_proj for expert in mixture.mlp.experts)]
+    assert all(type(down) is RotatedLinear for down in downs)
+    assert [down.in_features for down in downs] == [80, 24, 24, 24, 24]
+    assert torch.equal(downs[1].input_signs, downs[2].input_signs)
+    # the same paths, so that everything downstream finds them
+    names = {site.name for site in skeleton.adapter.sites(mixture)}
+    assert {"down.0", "down.3"} <= names
+
+
+def test_fp32_weights_are_rotated_in_fp64():
+    source = MemorySource(tiny_model("llama-biases"))
+    skeleton = Skeleton.open(source)
+    basis = build_basis(Rotation(residual="dct"), skeleton.adapter, skeleton.config)
+    wide, narrow = (
+        skeleton.load_block(0, source, device="cpu", dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for block in (wide, narrow):
+        fuse_block(block, skeleton.adapter, basis, 0)
+    error = narrow.mlp.down_proj.weight.double() - wide.mlp.down_proj.weight
+    assert narrow.mlp.down_proj.weight.dtype == torch.float32
+    # two roundings to fp32 of entries below 2; a product in fp32 would add dozens
+    assert error.abs().max() < 2 * 2**-23
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_exact_norms_are_theirs_but_for_rounding(name):
+    model = tiny_model(name)
+    norm = model.model.layers[0].input_layernorm
+    x_ND = torch.randn(5, 48, dtype=torch.float64)
+    theirs = norm(x_ND)
+    with exact_norms(model):
+        ours = norm(x_ND)
+    assert 0 < (ours - theirs).abs().max() < 1e-5
+    gain_D = norm.weight + (1.0 if name == "gemma3" else 0.0)
+    by_hand = x_ND / (x_ND.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain_D
+    torch.testing.assert_close(ours, by_hand, rtol=1e-14, atol=1e-14)
+    assert torch.equal(norm(x_ND), theirs)
+
+
+def test_unknown_norm_is_refused():
+    class StrangeRMSNorm(torch.nn.Module):
+        eps = 1e-6
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x * self.weight.square()
+
+    with (
+        pytest.raises(ValueError, match=r"StrangeRMSNorm is not an RMSNorm with gain"),
+        exact_norms(torch.nn.Sequential(StrangeRMSNorm())),
+    ):
+        pass
+
+
+def test_adapter_without_experts_sees_no_router():
+    assert Adapter(family="x", architectures=()).routers(torch.nn.Module()) == ()
