@@ -16,13 +16,13 @@ class RotqError(Exception):
     exit_code = 1
 
 
-class CheckFailed(RotqError):
-    """A self-check (rotation exactness, reload equality, checksum) failed; the result is not kept."""
+class CheckFailed(RotqError):  # noqa: N818
+    """A self-check (exactness of the rotation, reload, checksum) failed; nothing is kept."""
 
     exit_code = 3
 
 
-class Stopped(RotqError):
+class Stopped(RotqError):  # noqa: N818
     """The job was interrupted; finished blocks are kept and can be resumed."""
 
     exit_code = 75

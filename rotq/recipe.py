@@ -96,7 +96,7 @@ class Calibration:
     seed: int = 0
     """Seed of the draw."""
     offload: bool = False
-    """Keep the activation streams in files next to the output instead of in memory."""
+    """Keep the activation streams in files in the job folder instead of in memory."""
     precision: Literal["highest", "medium"] = "medium"
     """fp32 matrix products of the calibration passes: fp32, or bf16 products with fp32 sums."""
 
@@ -120,7 +120,7 @@ class Importance:
     ] = "none"
     """What a token's score is."""
     scaling: Literal["minmax", "quantile", "sink"] = "quantile"
-    """How scores become weights: plain min-max, 1 %-99 % min-max, or min-max with sinks left out."""
+    """How scores become weights: min-max, 1 %-99 % min-max, or min-max with sinks left out."""
     floor: float = 0.1
     """Weight of the least important token; the most important one has 1."""
     power: Literal[1, 2] = 1
@@ -151,6 +151,9 @@ class Solver:
     """alpha in W + alpha (W* - W), W* the least-squares optimum for the quantized inputs."""
     target_correction_down: float = -1.0
     """The same for the last linear of the MLP; -1 takes ``target_correction``."""
+    passes: Literal[1, 2, 3, 4] = 4
+    """Calibration passes per block: 4 quantizes q/k/v, o, gate/up and down one after the other,
+    each seeing the ones before it rounded; fewer joins the last ones, which is faster."""
     refine_sweeps: int = 0
     """After GPTQ: alternations of exact scale refinement and coordinate descent on the codes."""
 
@@ -162,6 +165,12 @@ class Solver:
         down = self.target_correction_down
         _check("target_correction_down", down, down == -1 or 0 <= down <= 1, "0 to 1, or -1")
         _check("refine_sweeps", self.refine_sweeps, self.refine_sweeps >= 0, "0 or more")
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model's activations are wanted next to the quantized one's."""
+        correction = max(self.target_correction, self.target_correction_down)
+        return self.method == "gptq" and correction > 0
 
 
 @dataclass(frozen=True, kw_only=True)

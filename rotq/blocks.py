@@ -1,0 +1,276 @@
+"""Quantize one block: collect moments stage by stage, solve, put the rounded weights in place.
+
+Two streams of hidden states pass through the blocks: the original model's (X) and the partly
+quantized model's (X~). A stage's moments are taken after the stages before it were quantized.
+Shape suffixes: B windows, T positions, D hidden size, N out features, K in features, M tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotq.calibration.capture import capture_inputs, run_block
+from rotq.calibration.importance import (
+    attention_received,
+    frequency_score,
+    hidden_score,
+    token_weights,
+)
+from rotq.calibration.streams import Stream
+from rotq.formats.integer import Grid, Quantized
+from rotq.models.adapter import Site
+from rotq.models.observed_attention import observed_attention
+from rotq.models.skeleton import Skeleton
+from rotq.plan import Plan
+from rotq.precision import matmul_precision
+from rotq.recipe import Recipe
+from rotq.report import LayerResult, Progress
+from rotq.solvers.solve import Options, Solution, solve, split_rows
+from rotq.solvers.statistics import Moments
+
+ROWS_PER_SOLVE = 16384
+"""Rows of linears that share an input are solved together up to this many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """Hidden states before the current block, batch by batch."""
+
+    quantized: Stream
+    original: Stream | None
+    """None where nothing needs it: no target correction."""
+    ids: Sequence[Tensor]
+    """(B, T) tokens of each batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one block."""
+
+    block: nn.Module
+    """Dense, with the rounded weights in the model's dtype."""
+    quantized: Mapping[str, Quantized]
+    """By path inside the block."""
+    layers: tuple[LayerResult, ...]
+    effective_share: float
+    """Effective sample size over tokens; 1 without importance."""
+
+
+class BlockQuantizer:
+    """Settings shared by all blocks of a job."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        plan: Plan,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.skeleton, self.recipe, self.plan = skeleton, recipe, plan
+        self.device, self.progress = device, progress
+        self.token_counts_V: Tensor | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything in the recipe looks at activations."""
+        solver = self.recipe.solver
+        return solver.method != "rtn" or solver.scale_search in ("diagonal", "hessian")
+
+    def quantize(self, index: int, original: nn.Module, streams: Streams | None) -> Outcome:
+        """Quantize block ``index``; neither stream is advanced.
+
+        Args:
+            index: Its position in the model.
+            original: Already rotated, on the device, not modified.
+            streams: None if ``needs_data`` is false.
+        """
+        working = copy.deepcopy(original)
+        weights = self._token_weights(index, working, streams)
+        quantized: dict[str, Quantized] = {}
+        layers: list[LayerResult] = []
+        for stage in self._stages(index, working):
+            moments: dict[str, Moments] = {}
+            if streams is not None:
+                moments = self._collect(index, stage, (original, working), streams, weights)
+            for site in stage:
+                started = time.monotonic()
+                grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
+                solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
+                seconds = (time.monotonic() - started) / len(solutions)
+                for name, solution in solutions.items():
+                    quantized[name] = solution.quantized
+                    weight_NK = working.get_submodule(name).weight
+                    weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
+                    layers.append(self._result(self._full(index, name), solution, seconds))
+                    self.progress.layer_done(layers[-1])
+        return Outcome(
+            block=working,
+            quantized=quantized,
+            layers=tuple(layers),
+            effective_share=_effective_share(weights),
+        )
+
+    def advance(self, index: int, block: nn.Module, stream: Stream) -> None:
+        """Replace the stream by the block's outputs."""
+        with matmul_precision(self.recipe.calibration.precision):
+            for batch, hidden_BTD in enumerate(stream):
+                kwargs = self.skeleton.block_kwargs(index, hidden_BTD.to(self.device))
+                stream[batch] = run_block(block, hidden_BTD.to(self.device), kwargs)
+
+    def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
+        """Sites whose moments are collected in one pass; kept layers are left out."""
+        sites = self.skeleton.adapter.sites(block)
+        kinds = list(dict.fromkeys(site.name.split(".")[0] for site in sites))
+        stages: dict[int, list[Site]] = {}
+        for site in sites:
+            planned = tuple(
+                name for name in site.linears if self._full(index, name) in self.plan.grids
+            )
+            if planned:
+                position = kinds.index(site.name.split(".")[0])
+                stage = stages.setdefault(min(position, self.recipe.solver.passes - 1), [])
+                stage.append(Site(name=site.name, linears=planned))
+        return [tuple(stage) for stage in stages.values()]
+
+    def _full(self, index: int, name: str) -> str:
+        return f"{self.skeleton.block_name(index)}.{name}"
+
+    def _token_weights(
+        self, index: int, working: nn.Module, streams: Streams | None
+    ) -> list[Tensor] | None:
+        """(B, T) importance of each batch's tokens, or None if all count the same."""
+        importance = self.recipe.importance
+        if importance.strategy == "none" or streams is None:
+            return None
+        with matmul_precision(self.recipe.calibration.precision):
+            return [
+                token_weights(self._score(index, working, batch_BTD, ids_BT), importance)
+                for batch_BTD, ids_BT in zip(streams.quantized, streams.ids, strict=True)
+            ]
+
+    def _score(self, index: int, block: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        importance = self.recipe.importance
+        if importance.strategy == "token_frequency":
+            assert self.token_counts_V is not None, "set before the first block"
+            return frequency_score(ids_BT, self.token_counts_V).to(self.device)
+        hidden_BTD = hidden_BTD.to(self.device)
+        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        if importance.strategy == "attention":
+            received: list[Tensor] = []
+
+            def observe(query: Tensor, key: Tensor, **how: Any) -> None:
+                received.append(attention_received(query, key, **how))
+
+            with observed_attention(block, observe):
+                run_block(block, hidden_BTD, kwargs)
+            return torch.stack(received).sum(0)
+        return hidden_score(
+            importance.strategy,
+            hidden_BTD,
+            lambda: run_block(block, hidden_BTD, kwargs),
+            importance.first_n,
+        )
+
+    def _collect(
+        self,
+        index: int,
+        stage: tuple[Site, ...],
+        blocks: tuple[nn.Module, nn.Module],
+        streams: Streams,
+        weights: list[Tensor] | None,
+    ) -> dict[str, Moments]:
+        """One pass over the batches: moments of every site of the stage."""
+        original, working = blocks
+        firsts = {site.name: site.linears[0] for site in stage}
+        moments: dict[str, Moments] = {}
+        with matmul_precision(self.recipe.calibration.precision):
+            for batch, hidden_BTD in enumerate(streams.quantized):
+                hidden_BTD = hidden_BTD.to(self.device)
+                kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+                seen, _ = capture_inputs(working, firsts.values(), hidden_BTD, kwargs)
+                targets = {}
+                if streams.original is not None:
+                    original_BTD = streams.original[batch].to(self.device)
+                    targets, _ = capture_inputs(original, firsts.values(), original_BTD, kwargs)
+                weight_M = None if weights is None else weights[batch].flatten()
+                for name, first in firsts.items():
+                    if name not in moments:
+                        cross = streams.original is not None
+                        features = seen[first].shape[-1]
+                        moments[name] = Moments(features, cross=cross, device=self.device)
+                    moments[name].add(seen[first], targets.get(first), weight_M)
+        return moments
+
+    def _solve(
+        self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None
+    ) -> Iterator[tuple[str, Solution]]:
+        """Solve linears of one grid together: they share the Hessian, rows are independent."""
+        for names in _stacks(site.linears, grids, original):
+            weights = [original.get_submodule(name).weight for name in names]
+            stacked_NK = torch.cat([weight.float() for weight in weights])
+            solution = solve(stacked_NK, moments, grids[names[0]], self._options(site))
+            sizes = [weight.shape[0] for weight in weights]
+            yield from zip(names, split_rows(solution, sizes), strict=True)
+
+    def _options(self, site: Site) -> Options:
+        solver = self.recipe.solver
+        down = site.name.split(".")[0] == "down" and solver.target_correction_down != -1
+        return Options(
+            method=solver.method,
+            order=solver.order,
+            damping=solver.damping,
+            scale_search=solver.scale_search,
+            search_steps=solver.search_steps,
+            target_correction=solver.target_correction_down if down else solver.target_correction,
+            refine_sweeps=solver.refine_sweeps,
+            scale_dtype=self.plan.scale_dtype,
+        )
+
+    def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
+        grid, shape = self.plan.grids[full], self.plan.shapes[full]
+        loss = solution.loss_N.double().sum().item()
+        scale_bits = self.plan.scale_dtype.itemsize * 8
+        return LayerResult(
+            name=full,
+            shape=shape,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            loss=loss,
+            relative_error=loss / max(solution.energy_N.double().sum().item(), 1e-30),
+            damping=solution.damping,
+            seconds=seconds,
+            bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
+        )
+
+
+def _effective_share(weights: list[Tensor] | None) -> float:
+    if weights is None:
+        return 1.0
+    flat_M = torch.cat([weight_BT.flatten() for weight_BT in weights]).double()
+    return (flat_M.sum() ** 2 / flat_M.square().sum() / flat_M.numel()).item()
+
+
+def _stacks(
+    names: Sequence[str], grids: Mapping[str, Grid], block: nn.Module
+) -> Iterator[list[str]]:
+    """Runs of layers with one grid, each of at most ROWS_PER_SOLVE rows or a single layer."""
+    stack: list[str] = []
+    rows = 0
+    for name in names:
+        size = block.get_submodule(name).weight.shape[0]  # type: ignore[union-attr]
+        if stack and (grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
+            yield stack
+            stack, rows = [], 0
+        stack.append(name)
+        rows += size
+    if stack:
+        yield stack

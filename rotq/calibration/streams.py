@@ -1,0 +1,70 @@
+"""Hidden states of all calibration windows between two blocks.
+
+Shape suffixes: B windows of a batch, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+
+
+class Stream:
+    """Batches of hidden states, in memory or in a file that is read batch by batch."""
+
+    def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> None:
+        self._shapes, self._dtype, self._file = shapes, dtype, file
+        self._batches = [torch.empty(shape, dtype=dtype) for shape in shapes] if not file else []
+        sizes = [shape.numel() * dtype.itemsize for shape in shapes]
+        self._offsets = [0, *accumulate(sizes)]
+
+    @classmethod
+    def empty(cls, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> Stream:
+        """Room for one batch per shape; ``file`` keeps it on disk instead of in memory.
+
+        Raises:
+            RotqError: no room on the disk.
+        """
+        stream = cls(shapes, dtype, file)
+        if file is not None:
+            stream._write(0, b"")
+        return stream
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(B, T, D) hidden states of one batch, on the CPU."""
+        if self._file is None:
+            return self._batches[index]
+        # plain reads: a mapped file would count as memory of the process
+        data = torch.empty(self._offsets[index + 1] - self._offsets[index], dtype=torch.uint8)
+        with self._file.open("rb", buffering=0) as handle:
+            handle.seek(self._offsets[index])
+            handle.readinto(data.numpy())
+        return data.view(self._dtype).view(self._shapes[index])
+
+    def __setitem__(self, index: int, hidden_BTD: Tensor) -> None:
+        if self._file is None:
+            self._batches[index].copy_(hidden_BTD)
+            return
+        data = hidden_BTD.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
+        self._write(self._offsets[index], memoryview(data.numpy()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        try:
+            with self._file.open("r+b" if offset or self._file.exists() else "wb") as handle:
+                handle.seek(offset)
+                handle.write(data)
+        except OSError as error:
+            raise RotqError(f"cannot keep activations in {self._file}: {error.strerror}") from None

@@ -1,0 +1,158 @@
+"""The end of a job: assemble the parts, write what belongs to them, check a reload, publish."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotq.calibration.data import Windows
+from rotq.checkpoint.export import quantization_config, write_metadata
+from rotq.checkpoint.files import write_json
+from rotq.checkpoint.inspection import PROVENANCE, REPORT
+from rotq.checkpoint.reload import check_reload
+from rotq.checkpoint.shards import assemble
+from rotq.checkpoint.source import Source
+from rotq.job import OUTER, Job, block_part
+from rotq.models.skeleton import Skeleton
+from rotq.plan import Plan
+from rotq.recipe import Recipe
+from rotq.report import BlockResult, JobReport, LayerResult, Progress, peak_rss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A job whose parts are all on the disk."""
+
+    source: Source
+    skeleton: Skeleton
+    recipe: Recipe
+    job: Job
+    plan: Plan
+    windows: Windows
+    dtype: torch.dtype
+    rotation: dict[str, Any]
+    """Names of the rotations, checksum, and the figure of the function-preservation check."""
+    probe_ids_BT: Tensor
+    probe_logits_BTV: Tensor
+    versions: dict[str, str]
+    seconds: float
+    trust_remote_code: bool
+    progress: Progress
+
+
+def finish(made: Made) -> JobReport:
+    """Make the checkpoint, check it, give it its name.
+
+    Raises:
+        CheckFailed: a fresh process does not reproduce the quantized model's logits.
+        RotqError: the disk is full, or the checkpoint does not load.
+    """
+    folder = made.job.checkpoint
+    folder.mkdir(exist_ok=True)
+    names = [OUTER, *(block_part(index) for index in range(made.skeleton.num_blocks))]
+    parts = [made.job.part(name) for name in names]
+    weights = assemble(parts, folder, int(made.recipe.output.max_shard_gb * 1e9))
+    quantization = _quantization(made)
+    untied = made.skeleton.tied and "residual" in made.rotation
+    write_metadata(
+        folder,
+        made.source,
+        quantization=quantization,
+        recipe=made.recipe.to_dict(),
+        provenance={},
+        dtype=made.dtype,
+        untied=untied,
+    )
+    made.progress.message("checking the checkpoint in a fresh process")
+    check_reload(
+        folder,
+        made.probe_ids_BT,
+        made.probe_logits_BTV,
+        trust_remote_code=made.trust_remote_code,
+    )
+    report = _report(made, weights)
+    write_json(folder / REPORT, report.to_dict())
+    write_json(folder / PROVENANCE, _provenance(made, folder))
+    made.job.publish()
+    return report
+
+
+def _quantization(made: Made) -> dict[str, Any]:
+    linears = [
+        name
+        for name, module in made.skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in made.plan.grids
+    ]
+    online: dict[str, str] = {}
+    if made.recipe.rotation.down != "none":
+        for index, block in enumerate(made.skeleton.blocks):
+            prefix = made.skeleton.block_name(index)
+            writers = made.skeleton.adapter.mlp_writers(block)
+            online |= {f"{prefix}.{path}": made.recipe.rotation.down for path in writers}
+    return quantization_config(made.plan.grids, linears, made.recipe.output.format, online)
+
+
+def _report(made: Made, weights: Sequence[Path]) -> JobReport:
+    recorded = [made.job.results(block_part(i)) for i in range(made.skeleton.num_blocks)]
+    layers = tuple(
+        LayerResult(**{**layer, "shape": tuple(layer["shape"])})
+        for block in recorded
+        for layer in block["layers"]
+    )
+    sizes = [prod(layer.shape) for layer in layers]
+    packed_bits = sum(
+        layer.bits_per_weight * size for layer, size in zip(layers, sizes, strict=True)
+    )
+    parameters = sum(prod(entry.shape) for entry in made.source.entries.values())
+    total_bytes = sum(file.stat().st_size for file in weights)
+    return JobReport(
+        recipe=made.recipe.to_dict(),
+        model=str(made.source.path.name),
+        model_hash=made.source.fingerprint(),
+        data={
+            "source": made.windows.source,
+            "sha256": made.windows.sha256,
+            "tokens": made.windows.ids_BT.numel(),
+        },
+        versions=made.versions,
+        layers=layers,
+        blocks=tuple(
+            BlockResult(index=index, seconds=block["seconds"], peak_rss=block["peak_rss"])
+            for index, block in enumerate(recorded)
+        ),
+        bits_per_weight=packed_bits / max(sum(sizes), 1),
+        bits_per_weight_all_in=8 * total_bytes / parameters,
+        bytes=total_bytes,
+        original_bytes=parameters * made.dtype.itemsize,
+        seconds=made.seconds,
+        peak_rss=peak_rss(),
+        rotation=made.rotation,
+        importance={
+            made.skeleton.block_name(index): block["effective_share"]
+            for index, block in enumerate(recorded)
+        },
+        notes=made.plan.notes,
+    )
+
+
+def _provenance(made: Made, folder: Path) -> dict[str, Any]:
+    files = sorted(file for file in folder.iterdir() if file.name not in (REPORT, PROVENANCE))
+    return {
+        "model": made.source.path.name,
+        "model_hash": made.source.fingerprint(),
+        "data": {"source": made.windows.source, "sha256": made.windows.sha256},
+        "versions": made.versions,
+        "files": {file.name: _sha256(file) for file in files},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""The folder of a running job: finished parts, the fingerprint that guards a resume, publication.
+
+    OUT.partial/  job.json           what the parts were made from
+                  outer.safetensors  embedding, final norm, head
+                  block-00000.safetensors, block-00000.json, ...
+                  checkpoint/        assembled at the end, then renamed to OUT
+
+A part appears under its name only when it is complete and on the disk, so that a killed job
+continues after its last part.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rotq.checkpoint.files import read_json, write_json
+from rotq.errors import RotqError
+
+
+class Job:
+    """An open job folder, locked against a second process."""
+
+    def __init__(self, folder: Path, output: Path, *, fresh: bool, overwrite: bool) -> None:
+        self.folder = folder
+        self.output = output
+        self.fresh = fresh
+        self._overwrite = overwrite
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the result is assembled before it takes its name."""
+        return self.folder / "checkpoint"
+
+    def part(self, name: str) -> Path:
+        """The tensors of a part: "outer" or a block's name from ``block_part``."""
+        return self.folder / f"{name}.safetensors"
+
+    def claim(self, fingerprint: dict[str, Any]) -> None:
+        """Write the fingerprint, or compare it with the one of the job to be continued.
+
+        Raises:
+            RotqError: the folder belongs to a job with other inputs; names what differs.
+        """
+        file = self.folder / "job.json"
+        if not file.exists():
+            write_json(file, fingerprint)
+            return
+        before = read_json(file)
+        differing = [key for key in fingerprint if before.get(key) != fingerprint[key]]
+        if differing:
+            raise RotqError(
+                f"{self.folder} holds a job with another {', '.join(differing)}; "
+                "use --resume never to discard it"
+            )
+
+    def finished(self, name: str) -> bool:
+        """Whether a part and its results are complete."""
+        return self.part(name).exists() and self._results(name).exists()
+
+    def record(self, name: str, results: dict[str, Any]) -> None:
+        """Keep what is to be reported about a part, after its tensors are on the disk."""
+        write_json(self._results(name), results)
+
+    def results(self, name: str) -> dict[str, Any]:
+        """What ``record`` kept."""
+        return read_json(self._results(name))
+
+    def publish(self) -> None:
+        """Rename the checkpoint to its final name and remove the job folder."""
+        old = self.output.with_name(self.output.name + ".old")
+        if self.output.exists():
+            assert self._overwrite, "checked when the job was opened"
+            self.output.rename(old)
+        self.checkpoint.rename(self.output)
+        shutil.rmtree(self.folder)
+        if old.exists():
+            shutil.rmtree(old)
+
+    def _results(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+OUTER = "outer"
+"""Name of the part with everything outside the blocks."""
+
+
+def block_part(index: int) -> str:
+    """Name of a block's part; sorts in block order."""
+    return f"block-{index:05d}"
+
+
+@contextmanager
+def open_job(output: Path, *, resume: str, overwrite: bool) -> Iterator[Job]:
+    """Open or create OUT.partial.
+
+    Args:
+        output: Folder of the finished checkpoint.
+        resume: "auto" continues a job if there is one, "required" insists, "never" discards it.
+        overwrite: Allow ``output`` to exist; it is replaced only by a finished checkpoint.
+
+    Raises:
+        ValueError: unknown ``resume``.
+        RotqError: the output exists, there is nothing to resume, or another process works on it.
+    """
+    if resume not in ("auto", "required", "never"):
+        raise ValueError(f"resume must be auto, required or never, got {resume!r}")
+    if output.exists() and not overwrite:
+        raise RotqError(f"{output} exists; choose another output or pass --overwrite")
+    folder = output.with_name(output.name + ".partial")
+    if resume == "required" and not (folder / "job.json").exists():
+        raise RotqError(f"nothing to resume in {folder}")
+    fresh = not (folder / "job.json").exists()
+    with _locked(folder) as lock:
+        if resume == "never":
+            fresh = True
+            for entry in folder.iterdir():
+                if entry != lock:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield Job(folder, output, fresh=fresh, overwrite=overwrite)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    lock = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
+    except OSError as error:
+        raise RotqError(f"cannot write to {folder}: {error.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RotqError(f"another process is working in {folder}") from None
+        yield lock

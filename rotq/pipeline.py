@@ -1,0 +1,311 @@
+"""The whole job: calibrate -> rotate -> quantize block by block -> pack -> check.
+
+One block of the model is in memory at a time. For each block: load in fp64, rotate and check that
+the function is preserved, quantize its layers on the two activation streams, write its part, and
+pass the streams on. A job that was stopped continues after its last part; the streams are
+recomputed, so that the result has the same bytes as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rotq
+from rotq.blocks import BlockQuantizer, Outcome, Streams
+from rotq.calibration.data import Windows, load_windows
+from rotq.calibration.streams import Stream
+from rotq.checkpoint.load import load_tokenizer
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.shards import save_tensors
+from rotq.checkpoint.source import Source, open_source, read_tensor
+from rotq.errors import Stopped
+from rotq.finish import Made, finish
+from rotq.job import OUTER, Job, block_part, open_job
+from rotq.layers import QuantLinear
+from rotq.models.skeleton import Skeleton
+from rotq.plan import Plan, make_estimate, make_plan
+from rotq.probe import Probe
+from rotq.recipe import Recipe
+from rotq.report import Estimate, JobReport, Progress, peak_rss
+from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.fuse import fuse_outer
+
+
+def quantize_model(
+    model: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    resume: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> JobReport:
+    """Quantize a checkpoint folder (or one that holds a GGUF file) into ``output``.
+
+    Args:
+        model: Dense Hugging Face checkpoint; only read.
+        recipe: What to do.
+        output: Created; while the job runs its files are in ``output`` + ".partial".
+        device: Where blocks run and are solved.
+        dtype: Of activations and of what stays dense: "auto" is the checkpoint's.
+        resume: "auto", "required" or "never", see ``open_job``.
+        overwrite: Replace an existing ``output`` once the new one is complete.
+        trust_remote_code: Let transformers run code that comes with the model.
+        progress: Listener.
+
+    Returns:
+        The report, as written to ``report.json``.
+
+    Raises:
+        ValueError: the recipe does not fit the model (a group size that does not divide).
+        RotqError: model, text, disk or an existing output are not as they must be.
+        CheckFailed: the rotated model or the reloaded checkpoint is not the same function.
+        Stopped: interrupted; the job can be resumed.
+    """
+    progress = progress or Progress()
+    with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
+        try:
+            setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
+            return _run(setup)
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"stopped; finished blocks are kept in {job.folder}, "
+                "the same command continues from there"
+            ) from None
+
+
+def estimate(
+    model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> Estimate:
+    """What ``quantize_model`` would make and need; reads the config and file headers only.
+
+    Raises:
+        ValueError, RotqError: as ``quantize_model``.
+    """
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
+    build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
+    return make_estimate(skeleton, recipe, _dtype(dtype, source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """What stays the same while the blocks go by."""
+
+    source: Source
+    skeleton: Skeleton
+    recipe: Recipe
+    job: Job
+    plan: Plan
+    basis: Basis
+    windows: Windows
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+    progress: Progress
+    started: float
+
+
+def _set_up(
+    model: Path,
+    recipe: Recipe,
+    job: Job,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> _Setup:
+    """Everything that can be refused is refused here, before the first block."""
+    started = time.monotonic()
+    source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
+    source = source.renamed(skeleton.adapter.renames)
+    basis = build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
+    plan = make_plan(skeleton, recipe, _dtype(dtype, source))
+    windows = load_windows(
+        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    )
+    job.claim(
+        {
+            "recipe": recipe.to_dict(),
+            "model": source.fingerprint(),
+            "data": windows.sha256,
+            "dtype": str(_dtype(dtype, source)),
+            "device": device,
+            "versions": versions(),
+        }
+    )
+    for note in plan.notes:
+        progress.message(note)
+    return _Setup(
+        source=source,
+        skeleton=skeleton,
+        recipe=recipe,
+        job=job,
+        plan=plan,
+        basis=basis,
+        windows=windows,
+        device=torch.device(device),
+        dtype=_dtype(dtype, source),
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+        started=started,
+    )
+
+
+def _run(setup: _Setup) -> JobReport:
+    skeleton, job, progress = setup.skeleton, setup.job, setup.progress
+    quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
+    probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
+    streams = _start(setup, quantizer, probe)
+    for index in range(skeleton.num_blocks):
+        started = time.monotonic()
+        progress.block_started(index, skeleton.num_blocks)
+        exact = skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
+        original = probe.rotate_block(index, exact).to(setup.dtype)
+        if job.finished(block_part(index)):
+            finished = _restored(setup, index, original)
+        else:
+            outcome = quantizer.quantize(index, original, streams)
+            finished = outcome.block
+            _save_block(setup, index, outcome, time.monotonic() - started)
+        probe.advance(index, finished)
+        if streams is not None and index + 1 < skeleton.num_blocks:
+            quantizer.advance(index, finished, streams.quantized)
+            if streams.original is not None:
+                quantizer.advance(index, original, streams.original)
+        progress.block_done(index, time.monotonic() - started, peak_rss())
+    probe.check_head()
+    return finish(_made(setup, probe))
+
+
+def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | None:
+    """Rotate what lies outside the blocks, save it, and embed the calibration windows."""
+    skeleton, job = setup.skeleton, setup.job
+    original = skeleton.load_outer(setup.source, dtype=setup.dtype)
+    fused = fuse_outer(original, skeleton.adapter, setup.basis)
+    probe.embed(original, fused)
+    if not job.finished(OUTER):
+        save_tensors(job.part(OUTER), fused)
+        job.record(OUTER, {"rotation": setup.basis.checksum()})
+    if not quantizer.needs_data:
+        return None
+    calibration = setup.recipe.calibration
+    ids = setup.windows.ids_BT.split(calibration.batch_size)
+    quantizer.token_counts_V = torch.bincount(
+        setup.windows.ids_BT.flatten(), minlength=skeleton.config.vocab_size
+    )
+    streams = []
+    for name in ("quantized", "original")[: 2 if setup.recipe.solver.needs_original else 1]:
+        shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
+        file = job.folder / f"stream-{name}" if calibration.offload else None
+        streams.append(Stream.empty(shapes, setup.dtype, file))
+    for batch, ids_BT in enumerate(ids):
+        hidden_BTD = skeleton.embed(fused, ids_BT)
+        for stream in streams:
+            stream[batch] = hidden_BTD
+    return Streams(quantized=streams[0], original=streams[1] if streams[1:] else None, ids=ids)
+
+
+def _save_block(setup: _Setup, index: int, outcome: Outcome, seconds: float) -> None:
+    """Write the block's part: packed layers, and the rest in the model's dtype."""
+    prefix = setup.skeleton.block_name(index)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in outcome.block.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if path not in outcome.quantized or leaf != "weight":
+            tensors[f"{prefix}.{name}"] = tensor
+    for path, quantized in outcome.quantized.items():
+        packed = QuantLinear.from_quantized(quantized).state_dict()
+        tensors |= {f"{prefix}.{path}.{leaf}": tensor for leaf, tensor in packed.items()}
+    save_tensors(setup.job.part(block_part(index)), tensors)
+    setup.job.record(
+        block_part(index),
+        {
+            "layers": [asdict(layer) for layer in outcome.layers],
+            "effective_share": outcome.effective_share,
+            "seconds": seconds,
+            "peak_rss": peak_rss(),
+        },
+    )
+
+
+def _restored(setup: _Setup, index: int, block: nn.Module) -> nn.Module:
+    """The finished block of an earlier run: its rounded weights in a copy of ``block``."""
+    prefix = setup.skeleton.block_name(index)
+    entries = read_entries(setup.job.part(block_part(index)))
+    tensors = {entry.name: read_tensor(entry) for entry in entries}
+    restored = copy.deepcopy(block)
+    for path, module in restored.named_modules():
+        full = f"{prefix}.{path}"
+        if full in setup.plan.grids:
+            packed = _packed_layer(setup.plan, full, tensors)
+            module.weight.copy_(packed.dequantize(setup.dtype))
+    return restored
+
+
+def _packed_layer(plan: Plan, full: str, tensors: dict[str, Tensor]) -> QuantLinear:
+    out_features, in_features = plan.shapes[full]
+    layer = QuantLinear(
+        in_features, out_features, plan.grids[full], scale_dtype=plan.scale_dtype, device="meta"
+    )
+    layer.load_state_dict(
+        {name: tensors[f"{full}.{name}"] for name in layer.state_dict()}, assign=True
+    )
+    return layer
+
+
+def _made(setup: _Setup, probe: Probe) -> Made:
+    """What the finishing touches need; the logits come from the saved outer tensors."""
+    outer = {entry.name: read_tensor(entry) for entry in read_entries(setup.job.part(OUTER))}
+    return Made(
+        source=setup.source,
+        skeleton=setup.skeleton,
+        recipe=setup.recipe,
+        job=setup.job,
+        plan=setup.plan,
+        windows=setup.windows,
+        rotation={
+            **setup.basis.description,
+            "checksum": setup.basis.checksum(),
+            "largest_relative_difference": probe.worst,
+        },
+        dtype=setup.dtype,
+        probe_ids_BT=probe.ids_BT,
+        probe_logits_BTV=probe.logits(outer),
+        versions=versions(),
+        seconds=time.monotonic() - setup.started,
+        trust_remote_code=setup.trust_remote_code,
+        progress=setup.progress,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the bytes of the result."""
+    packages = ("torch", "transformers", "safetensors")
+    return {
+        "rotq": rotq.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _dtype(name: str, source: Source) -> torch.dtype:
+    if name == "auto":
+        return source.dtype
+    dtypes = ("float32", "bfloat16", "float16")
+    if name not in dtypes:
+        raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,145 @@
+"""Which layer gets which grid, and what that will cost, from the config alone."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rotq.checkpoint.export import stored_scale_dtype
+from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.models.skeleton import Skeleton
+from rotq.recipe import Recipe, Weights
+from rotq.report import Estimate, SiteEstimate
+
+IMPORTED_BYTES = 400_000_000
+"""Resident memory of a process that has imported torch and transformers, as measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Grids by full layer name, in the order of solving; how scales are stored."""
+
+    grids: Mapping[str, Grid]
+    shapes: Mapping[str, tuple[int, int]]
+    """Out features, in features of every planned layer."""
+    scale_dtype: torch.dtype
+    """Of stored scales: the recipe's, or the model's where the format's loaders need it."""
+    notes: tuple[str, ...]
+
+
+def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
+    """Give each linear layer of the blocks its grid.
+
+    Raises:
+        ValueError: a group size does not divide a layer's columns and the recipe does not say
+            ``auto`` (names the layer and the legal sizes), or no layer is left to quantize.
+    """
+    grids: dict[str, Grid] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    notes: list[str] = []
+    for index in range(skeleton.num_blocks):
+        block = skeleton.blocks[index]
+        for site in skeleton.adapter.sites(block):
+            names = [f"{skeleton.block_name(index)}.{name}" for name in site.linears]
+            for name, short in zip(names, site.linears, strict=True):
+                linear = block.get_submodule(short)
+                assert isinstance(linear, nn.Linear)
+                grid = layer_grid(name, linear.in_features, recipe.weights)
+                if grid is None:
+                    continue
+                grids[name], shapes[name] = grid, (linear.out_features, linear.in_features)
+            if len({grids.get(name) for name in names}) > 1:
+                notes.append(f"{names[0]} and its siblings have several grids: vLLM fuses them")
+    if not grids:
+        raise ValueError("the recipe keeps every layer: there is nothing to quantize")
+    wanted: torch.dtype = getattr(torch, recipe.weights.scale_dtype)
+    some_grid = next(iter(grids.values()))
+    stored = stored_scale_dtype(wanted, dtype, some_grid, recipe.output.format)
+    if stored != wanted:
+        notes.append(f"scales are stored as {stored}: loaders cast them to the model's dtype")
+    return Plan(grids=grids, shapes=shapes, scale_dtype=stored, notes=tuple(notes))
+
+
+def layer_grid(name: str, in_features: int, weights: Weights) -> Grid | None:
+    """The recipe's grid for one layer; None if it is kept.
+
+    Raises:
+        ValueError: the group size does not divide ``in_features``, and no fallback is allowed.
+    """
+    bits, group_size = weights.bits, weights.group_size
+    override = next((rule for rule in weights.overrides if re.search(rule.match, name)), None)
+    if override is not None:
+        if override.keep:
+            return None
+        bits, group_size = override.bits or bits, override.group_size or group_size
+    if group_size != -1 and in_features % group_size and weights.group_fallback == "auto":
+        smaller = [size for size in legal_group_sizes(in_features) if size < group_size]
+        group_size = max(smaller, default=-1)
+    grid = Grid(bits=bits, group_size=group_size, symmetric=weights.symmetric)
+    try:
+        grid.columns_per_group(in_features)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; or set weights.group_fallback=auto") from None
+    return grid
+
+
+def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:
+    """Bits, bytes and peak memory of a job; nothing but the config is read."""
+    plan = make_plan(skeleton, recipe, dtype)
+    scale_bits = plan.scale_dtype.itemsize * 8
+    sites = tuple(
+        SiteEstimate(
+            name=name,
+            shape=plan.shapes[name],
+            bits=grid.bits,
+            group_size=grid.group_size,
+            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], scale_bits),
+        )
+        for name, grid in plan.grids.items()
+    )
+    packed_bits = sum(site.bits_per_weight * _numel(site.shape) for site in sites)
+    planned = sum(_numel(site.shape) for site in sites)
+    untied = _untied_head(skeleton, recipe)
+    dense = _numel_of(skeleton.model.parameters()) + untied - planned
+    output_bytes = int(packed_bits / 8 + dense * dtype.itemsize)
+    stream = (
+        recipe.calibration.num_samples * recipe.calibration.seq_len * skeleton.config.hidden_size
+    )
+    streams = stream * dtype.itemsize * (2 if recipe.solver.needs_original else 1)
+    offload = recipe.calibration.offload
+    return Estimate(
+        sites=sites,
+        bits_per_weight=packed_bits / max(planned, 1),
+        output_bytes=output_bytes,
+        peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
+        scratch_disk_bytes=2 * output_bytes + (streams if offload else 0),
+    )
+
+
+def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Imports, then the larger of the outer tensors and one block with its statistics."""
+    block = skeleton.blocks[0]
+    widest = max(linear.in_features for linear in block.modules() if isinstance(linear, nn.Linear))
+    block_bytes = _numel_of(block.parameters()) * (8 + 2 * dtype.itemsize)
+    solving = 16 * 4 * widest**2
+    tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
+    activations = 6 * tokens * widest * dtype.itemsize
+    embedding = skeleton.model.get_input_embeddings().weight
+    outer = 3 * embedding.numel() * dtype.itemsize
+    return IMPORTED_BYTES + max(block_bytes + max(solving, activations), outer)
+
+
+def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
+    """Parameters that untying adds: a rotated residual stream needs its own head."""
+    tied = skeleton.config.tie_word_embeddings and recipe.rotation.residual != "none"
+    return skeleton.model.get_input_embeddings().weight.numel() if tied else 0
+
+
+def _numel(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _numel_of(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,126 @@
+"""The function-preservation check: rotated and original model side by side, in fp64.
+
+A few calibration tokens pass through every block three times: through the original weights in fp64,
+through the rotated ones in fp64 (exact: they must agree up to the basis), and through the rounded
+ones in the model's dtype (whose logits the finished checkpoint must reproduce bit for bit).
+Shape suffixes: B windows, T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rotq.calibration.capture import run_block
+from rotq.errors import CheckFailed
+from rotq.models.skeleton import Skeleton
+from rotq.precision import matmul_precision
+from rotq.rotations.basis import Basis
+from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+
+TOLERANCE = 1e-9
+"""Largest accepted difference in fp64, relative to the largest value."""
+PROBE_TOKENS = 64
+VOCABULARY_ROWS = 4096
+"""The head is compared on about this many evenly spaced tokens."""
+
+
+class Probe:
+    """Hidden states of the probe tokens before the current block."""
+
+    def __init__(self, skeleton: Skeleton, basis: Basis, ids_BT: Tensor) -> None:
+        self.skeleton, self.basis = skeleton, basis
+        self.ids_BT = ids_BT[:1, :PROBE_TOKENS]
+        self.worst = 0.0
+        """Largest relative difference so far."""
+
+    @torch.no_grad()
+    def embed(self, original: dict[str, Tensor], fused: dict[str, Tensor]) -> None:
+        """Start the three streams; the fused embedding is compared up to rounding to its dtype.
+
+        Raises:
+            CheckFailed: they differ by more.
+        """
+        self.quantized_BTD = self.skeleton.embed(fused, self.ids_BT)
+        self.reference_BTD = self.skeleton.embed(original, self.ids_BT).double()
+        self.rotated_BTD = self._in_basis(self.reference_BTD)
+        rounding = 8 * torch.finfo(self.quantized_BTD.dtype).eps
+        self._compare("the embedding", self.quantized_BTD.double(), self.rotated_BTD, rounding)
+        self._outer = self._sampled(original)
+
+    @torch.no_grad()
+    def rotate_block(self, index: int, block: nn.Module) -> nn.Module:
+        """Fuse the basis into an fp64 block, in place, and check that its function is the same.
+
+        Returns:
+            The block.
+
+        Raises:
+            CheckFailed: the outputs differ; names the block.
+        """
+        device = next(block.parameters()).device
+        self.reference_BTD = self._run(index, block, self.reference_BTD.to(device))
+        fuse_block(block, self.skeleton.adapter, self.basis, index)
+        self.rotated_BTD = self._run(index, block, self.rotated_BTD.to(device))
+        name = self.skeleton.block_name(index)
+        self._note(self._compare(name, self.rotated_BTD, self._in_basis(self.reference_BTD)))
+        return block
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Take the quantized stream through a finished block, in the model's dtype."""
+        hidden_BTD = self.quantized_BTD.to(next(block.parameters()).device)
+        with matmul_precision("highest"):
+            kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+            self.quantized_BTD = run_block(block, hidden_BTD, kwargs)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare fp64 logits of original and rotated model on sampled vocabulary rows.
+
+        Raises:
+            CheckFailed: they differ.
+        """
+        fused = fuse_outer(self._outer, self.skeleton.adapter, self.basis)
+        with exact_norms(self.skeleton.model):
+            reference_BTV = self.skeleton.logits(self._outer, self.reference_BTD.cpu())
+            rotated_BTV = self.skeleton.logits(fused, self.rotated_BTD.cpu())
+        self._note(self._compare("the head", rotated_BTV, reference_BTV))
+
+    def logits(self, outer: dict[str, Tensor]) -> Tensor:
+        """(B, T, V) of the quantized stream, in the model's dtype; after the last block."""
+        with matmul_precision("highest"):
+            return self.skeleton.logits(outer, self.quantized_BTD.cpu())
+
+    def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        with exact_norms(block):
+            return run_block(block, hidden_BTD, self.skeleton.block_kwargs(index, hidden_BTD))
+
+    def _in_basis(self, hidden_BTD: Tensor) -> Tensor:
+        R_DD = self.basis.residual_DD
+        return hidden_BTD if R_DD is None else hidden_BTD @ R_DD.to(hidden_BTD.device)
+
+    def _sampled(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
+        adapter = self.skeleton.adapter
+        vocabulary = {f"{path}.weight" for path in (adapter.embedding, adapter.head)}
+        sampled = {}
+        for name, tensor in outer.items():
+            if name in vocabulary:
+                tensor = tensor[:: -(-len(tensor) // VOCABULARY_ROWS)]
+            sampled[name] = tensor.double() if tensor.is_floating_point() else tensor
+        return sampled
+
+    def _note(self, difference: float) -> None:
+        self.worst = max(self.worst, difference)
+
+    def _compare(
+        self, where: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE
+    ) -> float:
+        scale = expected.abs().max().clamp(min=1e-30)
+        difference = ((actual - expected).abs().max() / scale).item()
+        if not difference <= tolerance:
+            raise CheckFailed(
+                f"the rotation changes the function of {where}: relative difference "
+                f"{difference:.1e}, allowed {tolerance:.0e}"
+            )
+        return difference

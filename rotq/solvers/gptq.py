@@ -1,0 +1,99 @@
+"""GPTQ: round columns in order, each time spreading the error over the columns to come.
+
+GPTQ (Frantar et al. 2023, arXiv 2210.17323), algorithm 1, with scales fixed beforehand so that
+columns can be visited by falling Hessian diagonal while groups stay as stored (static act-order).
+Work is done on the transposed weight, where a column is one contiguous row.
+Shape suffixes: N out features, K in features, B columns of one block.
+"""
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.formats.integer import Grid
+
+DAMPING_LADDER = (1, 2, 5, 10, 20, 50, 100)
+BLOCK = 128
+
+
+def damp(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Add to the diagonal until the matrix factors.
+
+    Args:
+        hessian_KK: fp32 symmetric; a zero on the diagonal marks a dead column. Not modified.
+        damping: First share of the mean diagonal that is tried; then x2, x5, ... up to 1.
+
+    Returns:
+        damped_KK: fp32; dead columns have the mean diagonal.
+        damping: The share that was used.
+
+    Raises:
+        RotqError: not positive definite even with the largest damping, or not finite.
+    """
+    if not torch.isfinite(hessian_KK).all():
+        raise RotqError("calibration gave a Hessian that is not finite")
+    mean = hessian_KK.diagonal().mean().clamp(min=1e-12)
+    alive_KK = hessian_KK.clone()
+    alive_KK.diagonal()[hessian_KK.diagonal() == 0] = mean
+    for factor in DAMPING_LADDER:
+        share = min(damping * factor, 1.0)
+        damped_KK = alive_KK.clone()
+        damped_KK.diagonal().add_(share * mean)
+        if not torch.linalg.cholesky_ex(damped_KK.double()).info:
+            return damped_KK, share
+    raise RotqError(f"the Hessian is not positive definite with damping up to {share:g}")
+
+
+def round_columns(
+    weight_NK: Tensor,
+    hessian_KK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor,
+    grid: Grid,
+    *,
+    order: str,
+) -> Tensor:
+    """Run the column loop with fixed scales.
+
+    Args:
+        weight_NK: Target weights, fp32, not modified.
+        hessian_KK: Damped Hessian, fp32, positive definite.
+        scale_NG: fp32.
+        zero_NG: fp32 integers.
+        grid: Bits and symmetry.
+        order: "natural" or "activation" (falling diagonal).
+
+    Returns:
+        q_NK: fp32 integers in [q_min, q_max].
+
+    Raises:
+        ValueError: unknown order.
+    """
+    if order not in ("natural", "activation"):
+        raise ValueError(f"unknown order {order!r}; known: natural, activation")
+    N, K = weight_NK.shape
+    group_K = torch.arange(K, device=weight_NK.device) // (K // scale_NG.shape[1])
+    visit_K = torch.arange(K, device=weight_NK.device)
+    if order == "activation":
+        visit_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
+    factor_KK = _inverse_factor(hessian_KK[visit_K][:, visit_K])
+    w_KN = weight_NK.T[visit_K].contiguous()
+    scale_KN, zero_KN = scale_NG.T[group_K[visit_K]], zero_NG.T[group_K[visit_K]]
+    q_KN = torch.empty_like(w_KN)
+    for start in range(0, K, BLOCK):
+        end = min(start + BLOCK, K)
+        error_BN = torch.empty(end - start, N, device=w_KN.device)
+        for k in range(start, end):
+            q_N = torch.div(w_KN[k], scale_KN[k]).add_(zero_KN[k]).round_()
+            q_KN[k] = q_N.clamp_(grid.q_min, grid.q_max)
+            error_N = (w_KN[k] - q_N.sub_(zero_KN[k]).mul_(scale_KN[k])).div_(factor_KK[k, k])
+            error_BN[k - start] = error_N
+            w_KN[k + 1 : end].addr_(factor_KK[k, k + 1 : end], error_N, alpha=-1)
+        w_KN[end:].addmm_(factor_KK[start:end, end:].T, error_BN, alpha=-1)
+    return torch.empty_like(q_KN).index_copy_(0, visit_K, q_KN).T.contiguous()
+
+
+def _inverse_factor(hessian_KK: Tensor) -> Tensor:
+    """U, upper, with H^-1 = U^T U; computed in fp64, returned in fp32."""
+    lower_KK = torch.linalg.cholesky(hessian_KK.double())
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower_KK), upper=True).float()

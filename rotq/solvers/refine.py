@@ -1,0 +1,118 @@
+"""After GPTQ: lower the same objective by scales and codes in turn. It never rises.
+
+    L(q, s) = tr (W^ - T) H (W^ - T)^T,     W^_ng = s_ng (q_ng - z_ng),   T the target weights
+
+Scales: coordinate descent over groups, each step exact (two-stage refinement, arXiv 2602.02126):
+    s_g <- s_g - v_g [H_g: (W^ - T)^T] / (v_g H_gg v_g^T),       v = q - z
+Codes: coordinate descent over columns (QuantEase, arXiv 2309.01885): with the others fixed, the
+best code of column k is the rounding of q_k - [(W^ - T) H]_k / (H_kk s_k).
+Shape suffixes: N out features, K in features, G groups, B columns of one block.
+"""
+
+import torch
+from torch import Tensor
+
+from rotq.formats.integer import Grid
+from rotq.solvers.gptq import BLOCK
+from rotq.solvers.scales import storable
+
+
+def refine(
+    target_NK: Tensor,
+    hessian_KK: Tensor,
+    codes: tuple[Tensor, Tensor, Tensor],
+    grid: Grid,
+    *,
+    sweeps: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Alternate scales and codes ``sweeps`` times and end with scales.
+
+    Args:
+        target_NK: fp32, not modified.
+        hessian_KK: Damped Hessian, fp32.
+        codes: q_NK, scale_NG, zero_NG as fp32; not modified.
+        grid: Bits and symmetry.
+        sweeps: Alternations; 0 returns what was given.
+        scale_dtype: Scales are rounded to it; a rounded scale that raises L is not taken.
+
+    Returns:
+        q_NK, scale_NG: fp32.
+    """
+    q_NK, scale_NG, zero_NG = codes
+    for _ in range(sweeps):
+        scale_NG = refine_scales(
+            target_NK, hessian_KK, (q_NK, scale_NG, zero_NG), scale_dtype=scale_dtype
+        )
+        q_NK = refine_codes(target_NK, hessian_KK, (q_NK, scale_NG, zero_NG), grid)
+    if sweeps:
+        scale_NG = refine_scales(
+            target_NK, hessian_KK, (q_NK, scale_NG, zero_NG), scale_dtype=scale_dtype
+        )
+    return q_NK, scale_NG
+
+
+def refine_scales(
+    target_NK: Tensor,
+    hessian_KK: Tensor,
+    codes: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale_dtype: torch.dtype,
+) -> Tensor:
+    """One sweep over the groups; each takes its best storable scale. Returns scale_NG, fp32."""
+    q_NK, scale_NG, zero_NG = codes
+    (N, K), G = q_NK.shape, scale_NG.shape[1]
+    v_NGg = q_NK.view(N, G, -1) - zero_NG[..., None]
+    scale_NG = scale_NG.clone()
+    error_NK = (v_NGg * scale_NG[..., None]).view(N, K) - target_NK
+    gradient_NK = error_NK @ hessian_KK
+    for group, columns in enumerate(torch.arange(K, device=q_NK.device).view(G, -1)):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        v_Ng = v_NGg[:, group]
+        vH_NK = v_Ng @ hessian_KK[part]
+        curvature_N = (vH_NK[:, part] * v_Ng).sum(-1)
+        slope_N = (gradient_NK[:, part] * v_Ng).sum(-1)
+        change_N = _storable_change(scale_NG[:, group], slope_N, curvature_N, scale_dtype)
+        scale_NG[:, group] += change_N
+        gradient_NK.addcmul_(vH_NK, change_N[:, None])
+    return scale_NG
+
+
+def refine_codes(
+    target_NK: Tensor, hessian_KK: Tensor, codes: tuple[Tensor, Tensor, Tensor], grid: Grid
+) -> Tensor:
+    """One sweep over the columns; each takes its best code. Returns q_NK, fp32 integers."""
+    q_NK, scale_NG, zero_NG = codes
+    (N, K), G = q_NK.shape, scale_NG.shape[1]
+    error_NK = ((q_NK.view(N, G, -1) - zero_NG[..., None]) * scale_NG[..., None]).view(N, K)
+    gradient_KN = hessian_KK @ (error_NK - target_NK).T
+    q_KN, scale_GN = q_NK.T.contiguous(), scale_NG.T.contiguous()
+    step_GN = 1.0 / scale_GN
+    per_group, diagonal = K // G, hessian_KK.diagonal().tolist()
+    for start in range(0, K, BLOCK):
+        end = min(start + BLOCK, K)
+        change_BN = torch.empty(end - start, N, device=q_KN.device)
+        for k in range(start, end):
+            step_N = gradient_KN[k] * step_GN[k // per_group]
+            best_N = torch.add(q_KN[k], step_N, alpha=-1.0 / diagonal[k]).round_()
+            best_N.clamp_(grid.q_min, grid.q_max)
+            change_N = torch.sub(best_N, q_KN[k]).mul_(scale_GN[k // per_group])
+            q_KN[k] = best_N
+            change_BN[k - start] = change_N
+            gradient_KN[k + 1 : end].addr_(hessian_KK[k, k + 1 : end], change_N)
+        gradient_KN[end:].addmm_(hessian_KK[end:, start:end], change_BN)
+    return q_KN.T.contiguous()
+
+
+def _storable_change(
+    scale_N: Tensor, slope_N: Tensor, curvature_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Step to the rounded optimum, or 0 where that is not lower or not positive.
+
+    Along s the objective is  slope d + curvature d^2 / 2  (times 2): it falls iff
+    d (2 slope + curvature d) < 0.
+    """
+    best_N = scale_N - slope_N / curvature_N.clamp(min=1e-30)
+    change_N = storable(best_N, dtype) - scale_N
+    falls_N = change_N * (2 * slope_N + curvature_N * change_N) < 0
+    return torch.where(falls_N & (best_N > 0) & (curvature_N > 0), change_N, 0.0)

@@ -1,0 +1,119 @@
+"""Scales and zero points of a grid, searched over shrink factors of the weights' range.
+
+    s = p (hi - lo) / (2^bits - 1),    z in {floor, ceil}(q_min - p lo / s)        asymmetric
+    s = p max|w| / (2^(bits-1) - 1/2), z = 0                                       symmetric
+
+For each group of each row the candidate with the least error e = w - dequantize(quantize(w)) wins:
+
+    mse        sum |e|^2.4                          (GPTQ's released code)
+    diagonal   e diag(H_gg) e^T
+    hessian    e H_gg e^T, H_gg the group's block   (TurboBoA, arXiv 2602.04929, stage 1)
+
+Shape suffixes: N out features, K in features, G groups, g columns of one group.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rotq.formats.integer import Grid
+
+SMALLEST_SHRINK = 0.5
+LARGEST_BLOCK = 256
+"""Above this many columns per group, ``hessian`` is judged by the diagonal: the block costs g^2."""
+
+ErrorMeasure = Callable[[Tensor], Tensor]
+
+
+def search_scales(
+    weight_NK: Tensor,
+    hessian_KK: Tensor,
+    grid: Grid,
+    *,
+    judge: str,
+    steps: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Find one scale and zero point per row and group.
+
+    Args:
+        weight_NK: fp32, not modified.
+        hessian_KK: fp32.
+        grid: Bits, group size, symmetry.
+        judge: "minmax", "mse", "diagonal" or "hessian".
+        steps: Shrink factors tried, from 1 down to 0.5; "minmax" tries only 1.
+        scale_dtype: Scales are rounded to it, so that what is judged is what is stored.
+
+    Returns:
+        scale_NG: fp32, representable in ``scale_dtype``, positive.
+        zero_NG: fp32 integers in [q_min, q_max]; zeros on a symmetric grid.
+
+    Raises:
+        ValueError: the group size does not divide K.
+    """
+    N, K = weight_NK.shape
+    w_NGg = weight_NK.view(N, -1, grid.columns_per_group(K))
+    measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
+    candidates = _candidates(w_NGg, grid, 1 if judge == "minmax" else steps, scale_dtype)
+    best_scale_NG, best_zero_NG = next(candidates)
+    least_NG = measure(round_to_grid(w_NGg, best_scale_NG, best_zero_NG, grid) - w_NGg)
+    for scale_NG, zero_NG in candidates:
+        error_NG = measure(round_to_grid(w_NGg, scale_NG, zero_NG, grid) - w_NGg)
+        better_NG = error_NG < least_NG
+        least_NG = torch.where(better_NG, error_NG, least_NG)
+        best_scale_NG = torch.where(better_NG, scale_NG, best_scale_NG)
+        best_zero_NG = torch.where(better_NG, zero_NG, best_zero_NG)
+    return best_scale_NG, best_zero_NG
+
+
+def round_to_grid(w_NGg: Tensor, scale_NG: Tensor, zero_NG: Tensor, grid: Grid) -> Tensor:
+    """The nearest grid points, (N, G, g) fp32."""
+    zero_NG1, scale_NG1 = zero_NG[..., None], scale_NG[..., None]
+    q_NGg = (w_NGg / scale_NG1).add_(zero_NG1).round_().clamp_(grid.q_min, grid.q_max)
+    return q_NGg.sub_(zero_NG1).mul_(scale_NG1)
+
+
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to their storage dtype, at least its smallest normal number; fp32."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.tiny, limits.max).to(dtype).float()
+
+
+def _candidates(
+    w_NGg: Tensor, grid: Grid, steps: int, scale_dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    low_NG, high_NG = w_NGg.amin(-1).clamp(max=0), w_NGg.amax(-1).clamp(min=0)
+    if grid.symmetric:
+        high_NG = torch.maximum(-low_NG, high_NG)
+        low_NG = -high_NG
+    span_NG = (high_NG - low_NG) / (grid.q_max - grid.q_min)
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, steps).tolist():
+        scale_NG = storable(shrink * span_NG, scale_dtype)
+        if grid.symmetric:
+            yield scale_NG, torch.zeros_like(scale_NG)
+            continue
+        zero_NG = grid.q_min - shrink * low_NG / scale_NG
+        if steps == 1:
+            yield scale_NG, zero_NG.round().clamp_(grid.q_min, grid.q_max)
+            continue
+        for rounded_NG in (zero_NG.floor(), zero_NG.ceil()):
+            yield scale_NG, rounded_NG.clamp_(grid.q_min, grid.q_max)
+
+
+def _measure(judge: str, hessian_KK: Tensor, g: int) -> ErrorMeasure:
+    if judge in ("minmax", "mse"):
+        return lambda e_NGg: e_NGg.abs_().pow_(2.4).sum(-1)
+    if judge == "hessian" and g <= LARGEST_BLOCK:
+        groups = range(0, hessian_KK.shape[0], g)
+        block_Ggg = torch.stack([hessian_KK[k : k + g, k : k + g] for k in groups])
+        return lambda e_NGg: _block_error(e_NGg, block_Ggg)
+    if judge in ("diagonal", "hessian"):
+        diagonal_Gg = hessian_KK.diagonal().view(-1, g)
+        return lambda e_NGg: e_NGg.square_().mul_(diagonal_Gg).sum(-1)
+    raise ValueError(f"unknown judge {judge!r}; known: minmax, mse, diagonal, hessian")
+
+
+def _block_error(e_NGg: Tensor, block_Ggg: Tensor) -> Tensor:
+    e_GNg = e_NGg.transpose(0, 1)
+    return torch.bmm(e_GNg, block_Ggg).mul_(e_GNg).sum(-1).T  # [G, N, g] -> [N, G]

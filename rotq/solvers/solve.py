@@ -1,0 +1,155 @@
+"""One entry to all solvers: target, scales, codes, refinement, and what they cost.
+
+Shape suffixes: N out features, K in features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotq.formats.integer import Grid, Quantized
+from rotq.solvers.gptq import damp, round_columns
+from rotq.solvers.refine import refine
+from rotq.solvers.scales import search_scales
+from rotq.solvers.statistics import Moments, corrected_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to solve; the meaning of each is that of ``rotq.recipe.Solver``."""
+
+    method: str
+    order: str
+    damping: float
+    scale_search: str
+    search_steps: int
+    target_correction: float
+    refine_sweeps: int
+    scale_dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What a solver found for one weight."""
+
+    quantized: Quantized
+    loss_N: Tensor
+    """Per row (W^ - T) H (W^ - T)^T with undamped H: squared output error per token."""
+    energy_N: Tensor
+    """Per row T H T^T: squared output per token."""
+    damping: float
+    """Share of the mean diagonal that made H positive definite."""
+
+
+def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Options) -> Solution:
+    """Quantize one weight, or several stacked along N that read the same input.
+
+    Args:
+        weight_NK: fp32, not modified.
+        moments: Statistics of the inputs; None (round to nearest only) stands for H = I.
+        grid: Bits, group size, symmetry.
+        options: Solver choices.
+
+    Returns:
+        Codes int8, scales in ``options.scale_dtype``, zeros int8 or None.
+
+    Raises:
+        ValueError: the group size does not divide K, an unknown choice, or GPTQ without moments.
+        RotqError: the Hessian is not finite or cannot be made positive definite.
+    """
+    K = weight_NK.shape[1]
+    if moments is None:
+        if options.method != "rtn":
+            raise ValueError(f"{options.method} needs moments of the inputs")
+        hessian_KK, cross_KK = torch.eye(K, device=weight_NK.device), None
+    else:
+        hessian_KK, cross_KK = moments.hessian_KK(), moments.cross_KK()
+    if options.method == "rtn":
+        return _round_to_nearest(weight_NK, hessian_KK, grid, options)
+    damped_KK, damping = damp(hessian_KK, options.damping)
+    target_NK = weight_NK
+    if options.target_correction and cross_KK is not None:
+        alpha = options.target_correction
+        target_NK = corrected_target(weight_NK, hessian_KK, cross_KK, alpha=alpha, damping=damping)
+    target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
+    scale_NG, zero_NG = _scales(target_NK, damped_KK, grid, options)
+    q_NK = round_columns(target_NK, damped_KK, scale_NG, zero_NG, grid, order=options.order)
+    q_NK, scale_NG = refine(
+        target_NK,
+        damped_KK,
+        (q_NK, scale_NG, zero_NG),
+        grid,
+        sweeps=options.refine_sweeps,
+        scale_dtype=options.scale_dtype,
+    )
+    quantized = _quantized((q_NK, scale_NG, zero_NG), grid, options)
+    return _solution(quantized, target_NK, hessian_KK, damping)
+
+
+def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
+    """Undo stacking along N: one solution per entry of ``sizes``."""
+    quantized = solution.quantized
+    parts = zip(
+        quantized.q_NK.split(sizes),
+        quantized.scale_NG.split(sizes),
+        [None] * len(sizes) if quantized.zero_NG is None else quantized.zero_NG.split(sizes),
+        solution.loss_N.split(sizes),
+        solution.energy_N.split(sizes),
+        strict=True,
+    )
+    return [
+        Solution(
+            quantized=Quantized(q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=quantized.grid),
+            loss_N=loss_N,
+            energy_N=energy_N,
+            damping=solution.damping,
+        )
+        for q_NK, scale_NG, zero_NG, loss_N, energy_N in parts
+    ]
+
+
+def _round_to_nearest(
+    weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, options: Options
+) -> Solution:
+    scale_NG, zero_NG = _scales(weight_NK, hessian_KK, grid, options)
+    step_NG1 = scale_NG[..., None]
+    w_NGg = weight_NK.view(weight_NK.shape[0], scale_NG.shape[1], -1)
+    q_NGg = (w_NGg / step_NG1 + zero_NG[..., None]).round_().clamp_(grid.q_min, grid.q_max)
+    quantized = _quantized((q_NGg.view_as(weight_NK), scale_NG, zero_NG), grid, options)
+    return _solution(quantized, weight_NK, hessian_KK, 0.0)
+
+
+def _scales(
+    target_NK: Tensor, hessian_KK: Tensor, grid: Grid, options: Options
+) -> tuple[Tensor, Tensor]:
+    return search_scales(
+        target_NK,
+        hessian_KK,
+        grid,
+        judge=options.scale_search,
+        steps=options.search_steps,
+        scale_dtype=options.scale_dtype,
+    )
+
+
+def _quantized(codes: tuple[Tensor, Tensor, Tensor], grid: Grid, options: Options) -> Quantized:
+    q_NK, scale_NG, zero_NG = codes
+    return Quantized(
+        q_NK=q_NK.to(torch.int8),
+        scale_NG=scale_NG.to(options.scale_dtype),
+        zero_NG=None if grid.symmetric else zero_NG.to(torch.int8),
+        grid=grid,
+    )
+
+
+def _solution(
+    quantized: Quantized, target_NK: Tensor, hessian_KK: Tensor, damping: float
+) -> Solution:
+    error_NK = quantized.dequantize() - target_NK
+    return Solution(
+        quantized=quantized,
+        loss_N=(error_NK @ hessian_KK).mul_(error_NK).sum(-1),
+        energy_N=(target_NK @ hessian_KK).mul_(target_NK).sum(-1),
+        damping=damping,
+    )

@@ -1,0 +1,94 @@
+"""Weighted second moments of a layer's inputs.
+
+    H = sum_t r_t x~_t^T x~_t / sum_t r_t              x~: inputs in the partly quantized model
+    D = sum_t r_t (x_t - x~_t)^T x~_t / sum_t r_t      x:  inputs in the original model
+
+r_t is the importance of token t (RSQ, arXiv 2503.01820, released form: linear in r).
+D is what the asymmetric target correction needs (Qronos, arXiv 2505.11695; QEP, arXiv 2504.09629).
+Shape suffixes: M tokens, K features.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Running sums of H and D in fp32 over batches of tokens."""
+
+    def __init__(self, features: int, *, cross: bool, device: torch.device) -> None:
+        self.hessian_sum_KK = torch.zeros(features, features, device=device)
+        self.cross_sum_KK = torch.zeros_like(self.hessian_sum_KK) if cross else None
+        self.weight_sum = 0.0
+        self.weight_square_sum = 0.0
+        self.tokens = 0
+
+    def add(self, x_MK: Tensor, original_MK: Tensor | None, weight_M: Tensor | None) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            x_MK: Inputs in the quantized stream, any float dtype.
+            original_MK: The same tokens' inputs in the original stream; needed if ``cross``.
+            weight_M: Importance, at least 0; None counts every token once.
+
+        Raises:
+            ValueError: ``original_MK`` is missing although cross moments were asked for.
+        """
+        x_MK = x_MK.float()
+        weighted_MK = x_MK if weight_M is None else x_MK * weight_M.to(x_MK.dtype)[:, None]
+        self.hessian_sum_KK.addmm_(weighted_MK.T, x_MK)
+        if self.cross_sum_KK is not None:
+            if original_MK is None:
+                raise ValueError("cross moments need the original stream's inputs")
+            self.cross_sum_KK.addmm_((original_MK.float() - x_MK).T, weighted_MK)
+        self.tokens += x_MK.shape[0]
+        if weight_M is None:
+            self.weight_sum += x_MK.shape[0]
+            self.weight_square_sum += x_MK.shape[0]
+        else:
+            self.weight_sum += weight_M.double().sum().item()
+            self.weight_square_sum += weight_M.double().square().sum().item()
+
+    @property
+    def effective_samples(self) -> float:
+        """(sum r)^2 / sum r^2, in tokens."""
+        return self.weight_sum**2 / max(self.weight_square_sum, 1e-30)
+
+    def hessian_KK(self) -> Tensor:
+        """H, fp32, exactly symmetric."""
+        mean_KK = self.hessian_sum_KK / max(self.weight_sum, 1e-30)
+        return (mean_KK + mean_KK.T) / 2
+
+    def cross_KK(self) -> Tensor | None:
+        """D, fp32, or None if it was not asked for."""
+        return (
+            None if self.cross_sum_KK is None else self.cross_sum_KK / max(self.weight_sum, 1e-30)
+        )
+
+
+def corrected_target(
+    weight_NK: Tensor, hessian_KK: Tensor, cross_KK: Tensor, *, alpha: float, damping: float
+) -> Tensor:
+    """Weights that make the quantized stream's inputs give the original outputs.
+
+        W' = W + alpha W D (H + damping mean(diag H) I)^-1
+
+    alpha = 1 is the least-squares optimum of || X W^T - X~ W'^T ||^2 (the W* of Qronos), smaller
+    values are QEP's damped form. Solved in fp64.
+
+    Args:
+        weight_NK: Original weights, not modified.
+        hessian_KK: H, not damped.
+        cross_KK: D.
+        alpha: 0 to 1.
+        damping: Share of the mean diagonal of H.
+
+    Returns:
+        (N, K) fp32.
+
+    Raises:
+        torch.linalg.LinAlgError: the damped H is singular.
+    """
+    damped_KK = hessian_KK.double()
+    damped_KK.diagonal().add_(damping * damped_KK.diagonal().mean().clamp(min=1e-12))
+    change_KN = torch.linalg.solve(damped_KK, (weight_NK.double() @ cross_KK.double()).T)
+    return (weight_NK.double() + alpha * change_KN.T).float()
