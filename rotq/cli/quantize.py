@@ -77,7 +77,8 @@ def quantize(
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'")
     if dry_run:
-        _dry_run(model, recipe, trust_remote_code=job["trust_remote_code"], as_json=as_json)
+        options = {name: job[name] for name in ("dtype", "trust_remote_code")}
+        _dry_run(model, recipe, as_json=as_json, **options)
         return
     if output is None:
         raise click.UsageError("Missing option '-o'")
@@ -92,12 +93,12 @@ def quantize(
     click.echo(job_table(report, output), nl=False)
 
 
-def _dry_run(model: Path, recipe: Recipe, *, trust_remote_code: bool, as_json: bool) -> None:
+def _dry_run(model: Path, recipe: Recipe, *, as_json: bool, **options: Any) -> None:
     from rotq.pipeline import estimate
     from rotq.report.tables import estimate_table
 
     with _usage():
-        found = estimate(model, recipe, trust_remote_code=trust_remote_code)
+        found = estimate(model, recipe, **options)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -110,10 +111,8 @@ def _run(model: Path, recipe: Recipe, output: Path, **job: Any) -> JobReport:
     try:
         with _usage(), _interruptible(), _progress() as progress:
             return quantize_model(model, recipe, output, progress=progress, **job)
-    except KeyboardInterrupt:
-        raise Stopped(
-            f"stopped; finished blocks are kept in {output}.partial, continue with the same command"
-        ) from None
+    except KeyboardInterrupt:  # before or after the part of the job that keeps its blocks
+        raise Stopped("stopped; the same command continues") from None
 
 
 def _evaluate(

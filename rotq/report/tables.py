@@ -44,12 +44,13 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
     ]
     if report.evaluation is not None:
         rows += evaluation_rows(report.evaluation)
-    if report.importance:
-        shares = report.importance.values()
-        rows.append(
-            ("effective sample", f"{min(shares):.0%} to {max(shares):.0%} of the tokens, by layer")
-        )
-    rows += [(f"rotation {name}", str(value)) for name, value in report.rotation.items()]
+    shares = report.importance.values()
+    if shares and min(shares) < 1:
+        worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
+        rows.append(("effective sample", worth))
+    rows.append(
+        ("rotation", ", ".join(f"{k} {_plain(v)}" for k, v in report.rotation.items()) or "none")
+    )
     rows.append(("time", f"{duration(report.seconds)}, peak memory {size(report.peak_rss)}"))
     return rows
 
@@ -192,6 +193,10 @@ def layer_tables(layers: Sequence[LayerResult]) -> str:
 
 def _notes(notes: Sequence[str]) -> str:
     return "".join(f"note: {note}\n" for note in notes)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def _pattern(name: str) -> str:

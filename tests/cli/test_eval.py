@@ -1,0 +1,105 @@
+"""`rotq eval ppl` on random models, without a trained one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny_models import VOCAB, tiny_model
+
+from rotq.cli.main import main
+from rotq.errors import RotqError
+
+KEYS = {"ppl", "kl", "top1", "tokens", "protocol"}
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["eval", "ppl", *arguments])
+
+
+class Letters:
+    """Token ids are the UTF-8 bytes, folded into the vocabulary of the tiny models."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [byte % VOCAB for byte in text.encode()]}
+
+
+@pytest.fixture(autouse=True)
+def _models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(path: Path, **options: Any) -> Any:
+        if path.name == "missing":
+            raise RotqError(f"{path} does not exist")
+        seed = {"a": 0, "b": 1}[path.name]
+        dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
+        return tiny_model("llama", seed=seed, dtype=dtype)
+
+    monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
+    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda path, **_: Letters())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    return str(file)
+
+
+def small(text: str) -> list[str]:
+    return ["--text", text, "--windows", "3", "--seq-len", "32"]
+
+
+def test_json_without_reference(text: str) -> None:
+    result = run("a", *small(text), "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.keys() >= KEYS
+    assert (found["kl"], found["top1"], found["tokens"]) == (None, None, 93)
+    assert found["ppl"] > 1
+    assert result.stdout.count("\n") == 1
+
+
+def test_json_with_reference(text: str) -> None:
+    same = json.loads(run("a", *small(text), "--reference", "a", "--json").stdout)
+    assert (same["kl"], same["top1"], same["ppl"]) == (0.0, 1.0, same["reference_ppl"])
+    other = json.loads(run("a", *small(text), "--reference", "b", "--json").stdout)
+    assert other["kl"] > 0.01
+    assert other["top1"] < 1
+
+
+def test_stride_is_named_in_the_protocol(text: str) -> None:
+    found = json.loads(run("a", *small(text), "--stride", "8", "--json").stdout)
+    assert found["protocol"].startswith("strided: 3 windows of 32 tokens every 8")
+    assert found["tokens"] == 31 + 8 + 8
+
+
+def test_dtype_reaches_the_model(text: str) -> None:
+    single = json.loads(run("a", *small(text), "--json").stdout)["ppl"]
+    half = json.loads(run("a", *small(text), "--dtype", "bfloat16", "--json").stdout)["ppl"]
+    assert single != half
+    assert half == pytest.approx(single, rel=0.1)
+
+
+def test_table(text: str) -> None:
+    result = run("a", *small(text), "--reference", "b")
+    for label in ("perplexity", "KL to original", "top-1 agreement", "protocol"):
+        assert label in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["missing"], 1, "missing does not exist"),
+        (["a", "--reference", "missing"], 1, "missing does not exist"),
+        (["a", "--windows", "9999"], 1, "windows of 32 asked for"),
+        (["a", "--stride", "32"], 2, "--stride 32 is not below --seq-len 32"),
+        (["a", "--seq-len", "1"], 2, "'--seq-len'"),
+        (["a", "--text", "none.txt"], 1, "text none.txt: no such file"),
+    ],
+)
+def test_errors(text: str, arguments: list[str], exit_code: int, message: str) -> None:
+    result = run(arguments[0], *small(text), *arguments[1:])
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
