@@ -8,6 +8,7 @@ registers once that module has been executed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MAPPING_MODULE = "transformers.quantizers.auto"
+QUANTIZER_MODULE = "rotq.checkpoint.quantizer"
 
 
 def register_with_transformers() -> None:
@@ -55,6 +57,6 @@ class _Loader(Loader):
 
 
 def _register() -> None:
-    from rotq.checkpoint.quantizer import register
-
-    register()
+    # the quantizer's own import may be what loads the mapping; it registers itself at its end
+    if QUANTIZER_MODULE not in sys.modules:
+        importlib.import_module(QUANTIZER_MODULE)

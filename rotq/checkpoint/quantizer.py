@@ -158,3 +158,6 @@ def _entries(files: Iterable[str], renames: tuple[tuple[str, str], ...]) -> dict
                 name = re.sub(pattern, replacement, name)
             entries[name] = entry
     return entries
+
+
+register()
