@@ -1,0 +1,153 @@
+"""Rules of the source tree that a reader relies on (CONTRIBUTING.md has them in words)."""
+
+import ast
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ARROWS: list[set[str]] = [
+    {"__main__"},
+    {"cli"},
+    {"pipeline"},
+    {"finish"},
+    {"blocks", "probe"},
+    {"plan", "job"},
+    {"evaluation", "checkpoint"},
+    {"report"},
+    {"rotations.fuse"},
+    {"models", "calibration"},
+    {"layers"},
+    {"solvers", "rotations"},
+    {"formats", "recipe", "precision"},
+    {"ops"},
+]
+"""Packages and modules of rotq; a file imports from its own entry and from later rows only."""
+
+ANYWHERE = {"errors", "registration", ""}
+"""Importable from all; "" is rotq itself, for its version."""
+
+FILES = sorted((ROOT / "rotq").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "rotq_kernels").rglob("*.py"))
+
+
+def area(module: str) -> str:
+    """The entry of ARROWS that a dotted module below rotq belongs to: the longest that fits."""
+    names = [name for row in ARROWS for name in row]
+    fitting = [name for name in names if f"{module}.".startswith(f"{name}.")]
+    return max(fitting, key=len, default=module.split(".")[0])
+
+
+def area_of(file: Path) -> str:
+    module = ".".join(file.relative_to(ROOT / "rotq").with_suffix("").parts)
+    return area(module.removesuffix("__init__").removesuffix("."))
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Imported module names and lines; what is under TYPE_CHECKING does not run."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped |= {child for branch in node.body for child in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield node.module or "", node.lineno
+
+
+def rank(name: str) -> int:
+    found = [row for row, names in enumerate(ARROWS) if name in names]
+    assert found, f"rotq.{name} has no place in ARROWS"
+    return found[0]
+
+
+def identify(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 30
+    assert KERNELS
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_imports_point_right(file: Path) -> None:
+    here = area_of(file)
+    for name, line in imports(parse(file)):
+        package, _, module = name.partition(".")
+        if package == "rotq_kernels":
+            assert here == "ops", f"line {line}: only rotq.ops imports rotq_kernels"
+        if package != "rotq" or here in ANYWHERE:
+            continue
+        there = area(module)
+        if there in ANYWHERE or there == here:
+            continue
+        assert rank(there) > rank(here), f"line {line}: rotq.{here} imports rotq.{there}"
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=identify)
+def test_kernels_know_nothing_of_rotq(file: Path) -> None:
+    assert not [name for name, _ in imports(parse(file)) if name.split(".")[0] == "rotq"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_transformers_stays_at_the_edge(file: Path) -> None:
+    allowed = {"models", "calibration", "evaluation", "checkpoint", "pipeline"}
+    used = [name for name, _ in imports(parse(file)) if name.split(".")[0] == "transformers"]
+    assert not used or area_of(file) in allowed
+
+
+def test_kernels_folder_is_no_package() -> None:
+    # with an __init__.py it would shadow the `kernels` that transformers imports
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_tests_are_no_packages() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *KERNELS], ids=identify)
+def test_modules_are_named_for_what_they_hold(file: Path) -> None:
+    assert file.stem not in {"utils", "util", "helpers", "common", "base", "misc"}
+
+
+@pytest.mark.parametrize("file", [*FILES, *KERNELS], ids=identify)
+def test_nothing_is_decided_at_import(file: Path) -> None:
+    """No environment is read and no CUDA is asked outside of functions."""
+    todo: list[ast.AST] = list(parse(file).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            assert not dotted.startswith(("os.environ", "os.getenv", "torch.cuda")), dotted
+        todo.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("file", [*FILES, *KERNELS], ids=identify)
+def test_no_error_is_swallowed(file: Path) -> None:
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            silent = all(isinstance(item, ast.Pass) for item in node.body)
+            assert not silent, f"line {node.lineno}: except ...: pass"
+
+
+def test_rows_name_what_exists() -> None:
+    existing = {area_of(file) for file in FILES}
+    missing = set().union(*ARROWS) - existing
+    assert not missing
+    for left, right in pairwise(ARROWS):
+        assert not left & right
