@@ -15,9 +15,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -29,22 +29,12 @@ from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
+from rotq.models.tensors import TensorSource, load_tensors
+
+_KEPT_SHAPES = 4
+"""Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""
 
 BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
-
-
-class TensorSource(Protocol):
-    """What is needed of a checkpoint reader."""
-
-    @property
-    def config(self) -> Any:
-        """transformers' configuration."""
-
-    def names(self) -> Iterable[str]:
-        """Tensor names, as the adapter's module paths spell them."""
-
-    def load(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
 
 
 class Skeleton:
@@ -115,7 +105,7 @@ class Skeleton:
         block = copy.deepcopy(self.blocks[index], {id(self.config): self.config})
         prefix = self.block_name(index)
         wanted = {f"{prefix}.{name}": like for name, like in block.state_dict().items()}
-        tensors = _load(source, wanted, device=device, dtype=dtype)
+        tensors = load_tensors(source, wanted, device=device, dtype=dtype)
         local = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
         block.load_state_dict(local, assign=True)
         return block.to(device).eval().requires_grad_(False)
@@ -129,6 +119,9 @@ class Skeleton:
     ) -> dict[str, Tensor]:
         """Every tensor outside the blocks by full name; a tied head is left out.
 
+        A checkpoint that says it is tied but stores a head that differs from the embedding is
+        taken at its tensors, as transformers does: the head is returned.
+
         Raises:
             RotqError: a tensor is missing or has another shape than the configuration says.
         """
@@ -136,9 +129,16 @@ class Skeleton:
         wanted = {
             name: like
             for name, like in self.model.state_dict().items()
-            if not name.startswith(inside) and not (self.tied and name == self._head_name)
+            if not name.startswith(inside)
         }
-        return _load(source, wanted, device=device, dtype=dtype)
+        if self.tied and self._head_name not in set(source.names()):
+            del wanted[self._head_name]
+        outer = load_tensors(source, wanted, device=device, dtype=dtype)
+        if self.tied and self._head_name in outer:
+            embedding_VD = outer[f"{self.adapter.embedding}.weight"]
+            if torch.equal(outer[self._head_name], embedding_VD):
+                del outer[self._head_name]
+        return outer
 
     @torch.no_grad()
     def embed(self, outer: dict[str, Tensor], ids_BT: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Skeleton:
         """What the model passes to block ``index`` next to the hidden states.
 
         Without a padding mask it depends on shape, dtype and device alone, and is kept for the
-        last such triple asked for.
+        last few such triples asked for.
 
         Args:
             index: Which block.
@@ -178,7 +178,9 @@ class Skeleton:
             return self._record(hidden_BTD, attention_mask_BT)[index]
         key = (tuple(hidden_BTD.shape), hidden_BTD.dtype, hidden_BTD.device)
         if key not in self._kwargs:
-            self._kwargs = {key: self._record(hidden_BTD, None)}
+            if len(self._kwargs) == _KEPT_SHAPES:
+                del self._kwargs[next(iter(self._kwargs))]
+            self._kwargs[key] = self._record(hidden_BTD, None)
         return self._kwargs[key][index]
 
     @torch.no_grad()
@@ -270,25 +272,3 @@ def _call_replaced(
     names = list(inspect.signature(original).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     return forward(index, kwargs.pop(names[0]), kwargs)
-
-
-def _load(
-    source: TensorSource,
-    wanted: dict[str, Tensor],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    present = set(source.names())
-    loaded = {}
-    for name, like in wanted.items():
-        if name not in present:
-            raise RotqError(f"the checkpoint has no tensor {name}")
-        tensor = source.load(name)
-        if tensor.shape != like.shape:
-            raise RotqError(
-                f"{name}: the checkpoint has shape {tuple(tensor.shape)}, "
-                f"its configuration says {tuple(like.shape)}"
-            )
-        loaded[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    return loaded

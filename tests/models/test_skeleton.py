@@ -63,7 +63,15 @@ def test_gemma_layers_get_their_own_positions():
     assert not torch.equal(local, wide)
 
 
-def test_block_kwargs_are_kept_for_one_shape_and_never_with_padding():
+def test_block_kwargs_are_kept_for_a_few_shapes():
+    skeleton = Skeleton.open(MemorySource(tiny_model("llama")))
+    lengths = [torch.zeros(1, length, 48) for length in (3, 4, 5, 6, 7)]
+    first = [skeleton.block_kwargs(1, hidden_BTD) for hidden_BTD in lengths]
+    assert skeleton.block_kwargs(1, lengths[1]) is first[1]
+    assert skeleton.block_kwargs(1, lengths[0]) is not first[0]
+
+
+def test_block_kwargs_are_kept_by_shape_and_never_with_padding():
     skeleton = Skeleton.open(MemorySource(tiny_model("llama")))
     hidden_BTD = torch.zeros(2, 7, 48)
     first = skeleton.block_kwargs(0, hidden_BTD)
@@ -112,6 +120,16 @@ def test_outer_tensors(name):
     assert set(outer) == names | (set() if name == "llama-tied" else {"lm_head.weight"})
     assert skeleton.tied == (name == "llama-tied")
     assert {tensor.dtype for tensor in outer.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_stored_head_of_a_tied_model_counts_if_it_differs(differs):
+    source = MemorySource(tiny_model("llama-tied"))
+    head_VD = source.tensors["model.embed_tokens.weight"].clone()
+    head_VD[3, 5] += differs
+    source.tensors["lm_head.weight"] = head_VD
+    outer = Skeleton.open(source).load_outer(source, dtype=torch.float64)
+    assert ("lm_head.weight" in outer) == differs
 
 
 def test_a_head_of_its_own_wins_over_the_tied_embedding():
