@@ -21,6 +21,7 @@ from rotq.checkpoint.source import open_source
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers import RotatedLinear
 from rotq.models.experts import unfuse_experts
+from rotq.models.registry import adapter_for
 from rotq.rotations.hadamard import random_signs
 
 W4 = Grid(bits=4, group_size=8, symmetric=False)
@@ -87,7 +88,9 @@ def write_checkpoint(
         if name == "lm_head":
             continue
         grid = layers[name] = grids[number % len(grids)]
-        stored = stored_scale_dtype(scale_dtype, dtype, grid, format)
+        stored = stored_scale_dtype(
+            scale_dtype, dtype, grid, format, has_experts=".experts." in name
+        )
         N, K = linear.weight.shape
         quantized = random_quantized(N, K, grid, stored, seed=number)
         linear.weight.data = quantized.dequantize(dtype)
@@ -103,10 +106,11 @@ def write_checkpoint(
         if name not in tied and not (layer in layers and leaf in ("weight", "input_signs")):
             tensors[name] = tensor
     save_tensors(folder / "part.safetensors", tensors)
-    assemble([folder / "part.safetensors"], out, max_shard_bytes)
+    opened = open_source(source).renamed(adapter_for(model).renames)
+    assemble([folder / "part.safetensors"], out, max_shard_bytes, rename=opened.stored_name)
     write_metadata(
         out,
-        open_source(source),
+        opened,
         quantization=quantization_config(layers, ["lm_head"], format, rotated),
         recipe={"name": "tiny"},
         provenance={"seed": 0},

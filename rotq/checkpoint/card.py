@@ -39,7 +39,9 @@ forward pass; `rotq.checkpoint.load.load_model` keeps them packed."""
 
 NOT_TRANSFORMERS = """\
 The weights are stored as compressed-tensors (`pack-quantized`). transformers 5.23 with
-compressed-tensors 0.20 does not load them: {obstacle}. rotq does, and keeps them packed:
+compressed-tensors 0.20 does not load them:
+{obstacle}.
+rotq does, and keeps them packed:
 
 ```python
 from pathlib import Path
@@ -62,7 +64,11 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 
 def model_card(
-    config: Mapping[str, Any], quantization: Mapping[str, Any], base_model: str | None
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any],
+    base_model: str | None,
+    *,
+    has_experts: bool,
 ) -> str:
     """Markdown with the hub's front matter.
 
@@ -85,14 +91,14 @@ def model_card(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
-        loading=_loading(quantization),
+        loading=_loading(quantization, has_experts),
     )
 
 
-def _loading(quantization: Mapping[str, Any]) -> str:
+def _loading(quantization: Mapping[str, Any], has_experts: bool) -> str:
     if quantization["quant_method"] == "rotq":
         return ROTQ
-    obstacle = transformers_obstacle(quantization)
+    obstacle = transformers_obstacle(quantization, has_experts=has_experts)
     return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS.format(obstacle=obstacle)
 
 

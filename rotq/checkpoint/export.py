@@ -45,20 +45,25 @@ def packed_tensors(
 
 
 def stored_scale_dtype(
-    wanted: torch.dtype, model_dtype: torch.dtype, grid: Grid, format: str
+    wanted: torch.dtype,
+    model_dtype: torch.dtype,
+    grid: Grid,
+    format: str,
+    *,
+    has_experts: bool = False,
 ) -> torch.dtype:
     """The dtype that scales must have been rounded to before codes are chosen.
 
-    rotq multiplies in fp32 by the scale as stored. The other loaders multiply in the model's
-    dtype, transformers' ``dequantize`` mode (asymmetric grids, see ``quantization_config``) in
-    the scale's own. The weight comes back bit by bit as solved for where scales are stored in the
-    model's dtype, or, on symmetric grids of an fp32 model, in any narrower one.
+    rotq multiplies in fp32 by the scale as stored. transformers casts scales to the model's dtype
+    and multiplies in it; where it makes weights dense while loading (asymmetric grids, see
+    ``quantization_config``, and experts, which it fuses) it multiplies in the scale's own dtype.
+    The weight comes back bit by bit as solved for where scales are stored in the model's dtype,
+    or, in an fp32 model without experts and zero points, in any narrower one.
     """
     import torch
 
-    if format == "rotq" or (grid.symmetric and model_dtype == torch.float32):
-        return wanted
-    return model_dtype
+    any_is_exact = grid.symmetric and not has_experts and model_dtype == torch.float32
+    return wanted if format == "rotq" or any_is_exact else model_dtype
 
 
 def write_metadata(
@@ -93,7 +98,9 @@ def write_metadata(
         yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
     )
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
-    write_text(out_dir / "README.md", model_card(config, quantization, base_model))
+    has_experts = any(".experts." in name for name in source.entries)
+    card = model_card(config, quantization, base_model, has_experts=has_experts)
+    write_text(out_dir / "README.md", card)
     copied = [*source.tokenizer_files(), source.path / "generation_config.json"]
     if "auto_map" in config:
         copied += sorted(source.path.glob("*.py"))

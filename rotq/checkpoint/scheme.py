@@ -147,17 +147,21 @@ def quantization_config(
     return config
 
 
-def transformers_obstacle(config: Mapping[str, Any]) -> str | None:
+def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> str | None:
     """Why transformers 5.23 with compressed-tensors 0.20 cannot load this; None where it can.
 
     Args:
         config: From ``quantization_config``.
+        has_experts: Experts, stored one by one, are among the quantized layers.
     """
     groups = config["config_groups"].values()
+    symmetric = all(group["weights"]["symmetric"] for group in groups)
     if config["quant_method"] == "rotq":
         return None
-    if len(groups) > 1 and not all(group["weights"]["symmetric"] for group in groups):
-        return "it cannot read packed zero points of more than one grid"
+    if has_experts and (len(groups) > 1 or not symmetric):
+        return "it fuses experts, and then reads neither zero points nor several grids"
+    if len(groups) > 1 and not symmetric:
+        return "it does not read zero points where there are several grids"
     return None
 
 

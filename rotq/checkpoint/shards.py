@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -33,7 +34,13 @@ def save_tensors(
     write_parts(path, parts, {**METADATA, **(metadata or {})})
 
 
-def assemble(parts: Sequence[Path], out_dir: Path, max_shard_bytes: int) -> list[Path]:
+def assemble(
+    parts: Sequence[Path],
+    out_dir: Path,
+    max_shard_bytes: int,
+    *,
+    rename: Callable[[str], str] | None = None,
+) -> list[Path]:
     """Merge safetensors files into ``model.safetensors``, or into shards and their index.
 
     Bytes are streamed, no tensor is built. Tensors are dealt out in natural order of their names,
@@ -44,6 +51,7 @@ def assemble(parts: Sequence[Path], out_dir: Path, max_shard_bytes: int) -> list
         parts: Files whose tensors have different names.
         out_dir: Exists, and holds no other checkpoint.
         max_shard_bytes: Bytes of tensor data in one file.
+        rename: From a part's tensor names to the checkpoint's (``Source.stored_name``).
 
     Returns:
         The files written, the index last.
@@ -57,6 +65,8 @@ def assemble(parts: Sequence[Path], out_dir: Path, max_shard_bytes: int) -> list
     entries: dict[str, Entry] = {}
     for path in parts:
         for entry in read_entries(path):
+            if rename is not None:
+                entry = dataclasses.replace(entry, name=rename(entry.name))
             if entry.name in entries:
                 other = entries[entry.name].file
                 raise RotqError(f"{entry.name} is both in {other} and in {path}")

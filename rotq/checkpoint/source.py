@@ -99,6 +99,19 @@ class Source:
             entries[new] = entry
         return dataclasses.replace(self, entries=entries)
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's own name for one of our tensors, also for one made of its weight.
+
+        Mixtral's ``model.layers.0.mlp.experts.3.up_proj.weight_packed`` is
+        ``model.layers.0.block_sparse_moe.experts.3.w3.weight_packed``.
+        """
+        layer, _, leaf = name.rpartition(".")
+        if name in self.entries:
+            return self.entries[name].name
+        if f"{layer}.weight" in self.entries:
+            return self.entries[f"{layer}.weight"].name.removesuffix("weight") + leaf
+        return name
+
     def fingerprint(self) -> str:
         """SHA-256 of the config and the weights, as hex; the files are read once per Source."""
         return self._fingerprint

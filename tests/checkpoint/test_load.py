@@ -55,7 +55,7 @@ def test_fp16_scales_would_not_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, grid: Grid
 ) -> None:
     """Why ``stored_scale_dtype`` overrides the recipe."""
-    monkeypatch.setattr("tiny_checkpoints.stored_scale_dtype", lambda wanted, *_: wanted)
+    monkeypatch.setattr("tiny_checkpoints.stored_scale_dtype", lambda wanted, *_, **__: wanted)
     written = write_checkpoint(tmp_path, grids=(grid,), dtype=dtype)
     theirs = AutoModelForCausalLM.from_pretrained(written.path).eval()
     assert not torch.equal(logits(theirs), logits(written.dense))

@@ -1,0 +1,118 @@
+"""Packed and rotated layers against dense ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, random_quantized
+from torch import nn
+from torch.nn import functional as F
+
+from rotq.formats.integer import Grid
+from rotq.layers import QuantLinear, RotatedLinear, rotate_input
+from rotq.rotations.hadamard import hadamard, random_signs
+
+GRIDS = [
+    W4,
+    W4_SYMMETRIC,
+    W3_CHANNEL,
+    *(Grid(bits=bits, group_size=8, symmetric=bits % 2 == 0) for bits in (2, 5, 6, 7, 8)),
+]
+
+
+def random_input(K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_equals_the_dense_layer(grid: Grid, dtype: torch.dtype) -> None:
+    quantized = random_quantized(20, 40, grid)
+    bias_N = torch.randn(20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    layer = QuantLinear.from_quantized(quantized, bias_N)
+    x = random_input(40, dtype)
+    expected = F.linear(x, quantized.dequantize(dtype), bias_N)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.dense(dtype)(x), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_unpacks_to_what_was_packed(grid: Grid) -> None:
+    quantized = random_quantized(20, 40, grid)
+    again = QuantLinear.from_quantized(quantized).quantized()
+    assert torch.equal(again.q_NK, quantized.q_NK)
+    assert torch.equal(again.scale_NG, quantized.scale_NG)
+    assert again.grid == grid
+    if quantized.zero_NG is None:
+        assert again.zero_NG is None
+    else:
+        assert again.zero_NG is not None
+        assert torch.equal(again.zero_NG, quantized.zero_NG)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, bias: bool) -> None:
+    packed = QuantLinear.from_quantized(
+        random_quantized(20, 40, grid),
+        torch.ones(20) if bias else None,
+        random_signs(40, 0) if rotated else None,
+    )
+    empty = QuantLinear(40, 20, grid, bias=bias, rotated=rotated)
+    assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
+    }
+    empty.load_state_dict(packed.state_dict())
+    x = random_input(40)
+    assert torch.equal(empty(x), packed(x))
+
+
+def test_nothing_dense_is_kept() -> None:
+    layer = QuantLinear.from_quantized(random_quantized(64, 256, W4_SYMMETRIC))
+    layer(random_input(256))
+    stored = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    assert stored == 64 * 256 // 2 + 64 * 32 * 2 + 16
+    assert not list(layer.parameters())
+    assert all(name in layer._buffers for name in layer.state_dict())
+
+
+@pytest.mark.parametrize("K", [16, 40, 48])
+def test_rotation_is_orthogonal_and_matches_the_matrix(K: int) -> None:
+    signs_K = random_signs(K, 3)
+    x = random_input(K, torch.float64)
+    expected = (x * signs_K) @ hadamard(K).double() * K**-0.5
+    torch.testing.assert_close(rotate_input(x, signs_K), expected, rtol=0, atol=1e-12)
+    assert rotate_input(x.bfloat16(), signs_K).dtype == torch.bfloat16
+
+
+def test_rotated_weight_and_input_cancel() -> None:
+    linear = nn.Linear(48, 20).double()
+    signs_K = random_signs(48, 3)
+    x = random_input(48, torch.float64)
+    expected = linear(x)
+    linear.weight.data = rotate_input(linear.weight.data, signs_K)
+    rotated = RotatedLinear.wrap(linear, signs_K)
+    assert rotated.weight is linear.weight
+    assert rotated.bias is linear.bias
+    torch.testing.assert_close(rotated(x), expected, rtol=0, atol=1e-12)
+    assert isinstance(rotated, nn.Linear)
+    assert rotated.input_signs.dtype == torch.int8
+    assert not torch.equal(linear(x), expected)
+
+
+def test_packed_rotated_layer() -> None:
+    quantized, signs_K = random_quantized(20, 48, W4), random_signs(48, 3)
+    layer = QuantLinear.from_quantized(quantized, None, signs_K)
+    x = random_input(48)
+    expected = F.linear(rotate_input(x, signs_K), quantized.dequantize())
+    assert torch.equal(layer(x), expected)
+    dense = layer.dense(torch.float32)
+    assert isinstance(dense, RotatedLinear)
+    assert torch.equal(dense(x), expected)
+    assert torch.equal(dense.rotate_input(x), layer.rotate_input(x))
+
+
+def test_group_size_must_divide() -> None:
+    with pytest.raises(ValueError, match="does not divide 42"):
+        QuantLinear(42, 20, W4)
