@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rotq.calibration.capture import capture_inputs, run_block
+from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.importance import (
     attention_received,
     frequency_score,
     hidden_score,
     token_weights,
 )
-from rotq.calibration.streams import Stream
+from rotq.calibration.streams import Track
 from rotq.formats.integer import Grid, Quantized
 from rotq.models.adapter import Site
 from rotq.models.observed_attention import observed_attention
@@ -43,8 +43,8 @@ ROWS_PER_SOLVE = 16384
 class Streams:
     """Hidden states before the current block, batch by batch."""
 
-    quantized: Stream
-    original: Stream | None
+    quantized: Track
+    original: Track | None
     """None where nothing needs it: no target correction."""
     ids: Sequence[Tensor]
     """(B, T) tokens of each batch."""
@@ -118,12 +118,16 @@ class BlockQuantizer:
             effective_share=_effective_share(weights),
         )
 
-    def advance(self, index: int, block: nn.Module, stream: Stream) -> None:
-        """Replace the stream by the block's outputs."""
+    def advance(self, index: int, block: nn.Module, track: Track) -> None:
+        """Replace the track's hidden states by the block's outputs."""
+        attention = self.skeleton.adapter.attention
         with matmul_precision(self.recipe.calibration.precision):
-            for batch, hidden_BTD in enumerate(stream):
-                kwargs = self.skeleton.block_kwargs(index, hidden_BTD.to(self.device))
-                stream[batch] = run_block(block, hidden_BTD.to(self.device), kwargs)
+            for batch, hidden_BTD in enumerate(track.hidden):
+                hidden_BTD = hidden_BTD.to(self.device)
+                kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+                with replayed(block, attention, self._remembered(track, batch)):
+                    track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
+        track.forget()
 
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
         """Sites whose moments are collected in one pass; kept layers are left out."""
@@ -153,7 +157,7 @@ class BlockQuantizer:
         with matmul_precision(self.recipe.calibration.precision):
             return [
                 token_weights(self._score(index, working, batch_BTD, ids_BT), importance)
-                for batch_BTD, ids_BT in zip(streams.quantized, streams.ids, strict=True)
+                for batch_BTD, ids_BT in zip(streams.quantized.hidden, streams.ids, strict=True)
             ]
 
     def _score(self, index: int, block: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -190,16 +194,16 @@ class BlockQuantizer:
         """One pass over the batches: moments of every site of the stage."""
         original, working = blocks
         firsts = {site.name: site.linears[0] for site in stage}
+        changing, ending = self._attention_in(stage)
         moments: dict[str, Moments] = {}
         with matmul_precision(self.recipe.calibration.precision):
-            for batch, hidden_BTD in enumerate(streams.quantized):
-                hidden_BTD = hidden_BTD.to(self.device)
-                kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
-                seen, _ = capture_inputs(working, firsts.values(), hidden_BTD, kwargs)
-                targets = {}
+            for batch in range(len(streams.ids)):
+                names = firsts.values()
+                seen = self._inputs(index, working, streams.quantized, batch, names, not changing)
+                targets: dict[str, Tensor] = {}
                 if streams.original is not None:
-                    original_BTD = streams.original[batch].to(self.device)
-                    targets, _ = capture_inputs(original, firsts.values(), original_BTD, kwargs)
+                    settled = ending or not changing
+                    targets = self._inputs(index, original, streams.original, batch, names, settled)
                 weight_M = None if weights is None else weights[batch].flatten()
                 for name, first in firsts.items():
                     if name not in moments:
@@ -208,6 +212,40 @@ class BlockQuantizer:
                         moments[name] = Moments(features, cross=cross, device=self.device)
                     moments[name].add(seen[first], targets.get(first), weight_M)
         return moments
+
+    def _attention_in(self, stage: tuple[Site, ...]) -> tuple[bool, bool]:
+        """Whether the stage quantizes layers of the attention, and whether its last one."""
+        adapter = self.skeleton.adapter
+        names = [name for site in stage for name in site.linears]
+        changing = bool(adapter.attention) and any(
+            name.startswith(f"{adapter.attention}.") for name in names
+        )
+        return changing, adapter.attention_output in names
+
+    def _inputs(
+        self,
+        index: int,
+        block: nn.Module,
+        track: Track,
+        batch: int,
+        names: Iterable[str],
+        settled: bool,
+    ) -> dict[str, Tensor]:
+        """Inputs of the named layers; remembers the attention's output once it is settled."""
+        attention = self.skeleton.adapter.attention
+        hidden_BTD = track.hidden[batch].to(self.device)
+        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        remembered_BTD = self._remembered(track, batch)
+        wanted = attention if settled and remembered_BTD is None else ""
+        with replayed(block, attention, remembered_BTD):
+            seen = capture_inputs(block, names, hidden_BTD, kwargs, output_of=wanted)
+        if wanted:
+            track.remember(batch, seen.pop(wanted))
+        return seen
+
+    def _remembered(self, track: Track, batch: int) -> Tensor | None:
+        attention_BTD = track.attention(batch)
+        return None if attention_BTD is None else attention_BTD.to(self.device)
 
     def _solve(
         self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None

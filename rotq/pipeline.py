@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rotq
 from rotq.blocks import BlockQuantizer, Outcome, Streams
 from rotq.calibration.data import Windows, load_windows
-from rotq.calibration.streams import Stream
+from rotq.calibration.streams import Stream, Track
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
@@ -30,6 +30,7 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, Job, block_part, open_job
 from rotq.layers import QuantLinear
+from rotq.memory import release_memory
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan, make_estimate, make_plan
 from rotq.probe import Probe
@@ -169,6 +170,7 @@ def _run(setup: _Setup) -> JobReport:
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
     probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
     streams = _start(setup, quantizer, probe)
+    release_memory()
     for index in range(skeleton.num_blocks):
         started = time.monotonic()
         progress.block_started(index, skeleton.num_blocks)
@@ -185,6 +187,7 @@ def _run(setup: _Setup) -> JobReport:
             quantizer.advance(index, finished, streams.quantized)
             if streams.original is not None:
                 quantizer.advance(index, original, streams.original)
+        release_memory()
         progress.block_done(index, time.monotonic() - started, peak_rss())
     probe.check_head()
     return finish(_made(setup, probe))
@@ -194,11 +197,14 @@ def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | 
     """Rotate what lies outside the blocks, save it, and embed the calibration windows."""
     skeleton, job = setup.skeleton, setup.job
     original = skeleton.load_outer(setup.source, dtype=setup.dtype)
-    fused = fuse_outer(original, skeleton.adapter, setup.basis)
-    probe.embed(original, fused)
+    probe.start(original)
+    fused = fuse_outer(original, skeleton.adapter, setup.basis, in_place=True)
+    del original
+    probe.start_quantized(fused)
     if not job.finished(OUTER):
         save_tensors(job.part(OUTER), fused)
         job.record(OUTER, {"rotation": setup.basis.checksum()})
+    fused.pop(f"{skeleton.adapter.head}.weight", None)
     if not quantizer.needs_data:
         return None
     calibration = setup.recipe.calibration
@@ -206,16 +212,23 @@ def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | 
     quantizer.token_counts_V = torch.bincount(
         setup.windows.ids_BT.flatten(), minlength=skeleton.config.vocab_size
     )
-    streams = []
-    for name in ("quantized", "original")[: 2 if setup.recipe.solver.needs_original else 1]:
-        shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
-        file = job.folder / f"stream-{name}" if calibration.offload else None
-        streams.append(Stream.empty(shapes, setup.dtype, file))
+    shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
+    tracks = [_track(setup, shapes, "quantized")]
+    if setup.recipe.solver.needs_original:
+        tracks.append(_track(setup, shapes, "original"))
     for batch, ids_BT in enumerate(ids):
         hidden_BTD = skeleton.embed(fused, ids_BT)
-        for stream in streams:
-            stream[batch] = hidden_BTD
-    return Streams(quantized=streams[0], original=streams[1] if streams[1:] else None, ids=ids)
+        for track in tracks:
+            track.hidden[batch] = hidden_BTD
+    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None, ids=ids)
+
+
+def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
+    files: list[Path | None] = [None, None]
+    if setup.recipe.calibration.offload:
+        files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
+    hidden, attention = (Stream.empty(shapes, setup.dtype, file) for file in files)
+    return Track(hidden, attention)
 
 
 def _save_block(setup: _Setup, index: int, outcome: Outcome, seconds: float) -> None:

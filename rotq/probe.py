@@ -35,18 +35,22 @@ class Probe:
         """Largest relative difference so far."""
 
     @torch.no_grad()
-    def embed(self, original: dict[str, Tensor], fused: dict[str, Tensor]) -> None:
-        """Start the three streams; the fused embedding is compared up to rounding to its dtype.
-
-        Raises:
-            CheckFailed: they differ by more.
-        """
-        self.quantized_BTD = self.skeleton.embed(fused, self.ids_BT)
+    def start(self, original: dict[str, Tensor]) -> None:
+        """Embed the tokens and keep a sample of the head; ``original`` is the model's own."""
         self.reference_BTD = self.skeleton.embed(original, self.ids_BT).double()
         self.rotated_BTD = self._in_basis(self.reference_BTD)
+        self._outer = self._sampled(original)
+
+    @torch.no_grad()
+    def start_quantized(self, fused: dict[str, Tensor]) -> None:
+        """Embed the tokens with the fused embedding, which may differ only by its rounding.
+
+        Raises:
+            CheckFailed: it differs by more.
+        """
+        self.quantized_BTD = self.skeleton.embed(fused, self.ids_BT)
         rounding = 8 * torch.finfo(self.quantized_BTD.dtype).eps
         self._compare("the embedding", self.quantized_BTD.double(), self.rotated_BTD, rounding)
-        self._outer = self._sampled(original)
 
     @torch.no_grad()
     def rotate_block(self, index: int, block: nn.Module) -> nn.Module:
@@ -107,7 +111,8 @@ class Probe:
         for name, tensor in outer.items():
             if name in vocabulary:
                 tensor = tensor[:: -(-len(tensor) // VOCABULARY_ROWS)]
-            sampled[name] = tensor.double() if tensor.is_floating_point() else tensor
+            exact = tensor.is_floating_point()
+            sampled[name] = tensor.to(torch.float64, copy=True) if exact else tensor
         return sampled
 
     def _note(self, difference: float) -> None:

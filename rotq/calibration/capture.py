@@ -3,11 +3,12 @@
 Shape suffixes: B windows of a batch, T positions, D hidden size, M tokens, K features.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from rotq.layers import RotatedLinear
 
@@ -28,9 +29,9 @@ def capture_inputs(
     hidden_BTD: Tensor,
     kwargs: dict[str, Any],
     *,
-    to_the_end: bool = False,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Inputs of the named linear layers for one batch.
+    output_of: str = "",
+) -> dict[str, Tensor]:
+    """Inputs of the named linear layers for one batch; the rest of the block is not run.
 
     A ``RotatedLinear`` is seen behind its online rotation: what its weight multiplies.
 
@@ -39,30 +40,57 @@ def capture_inputs(
         names: Module paths inside the block.
         hidden_BTD: Input of the block.
         kwargs: The other arguments of its forward.
-        to_the_end: Run the whole block even when everything was seen.
+        output_of: Path of a module whose output is wanted too.
 
     Returns:
-        (M, K) inputs by name, M = all tokens the layer saw; and the block's output if it ran
-        to its end.
+        (M, K) inputs by name, M = all tokens the layer saw; and under ``output_of`` that module's
+        output, (B, T, D).
     """
     seen: dict[str, Tensor] = {}
     wanted = set(names)
+    num_wanted = len(wanted) + bool(output_of)
 
-    def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = module.rotate_input(args[0]) if isinstance(module, RotatedLinear) else args[0]
-        seen[name] = inputs.flatten(0, -2)
-        if not to_the_end and len(seen) == len(wanted):
+    def see(name: str, value: Tensor) -> None:
+        seen[name] = value
+        if len(seen) == num_wanted:
             raise _Seen
 
-    handles = [_hook(block.get_submodule(name), name, see) for name in wanted]
+    def see_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs = module.rotate_input(args[0]) if isinstance(module, RotatedLinear) else args[0]
+        see(name, inputs.flatten(0, -2))
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(functools.partial(see_input, name))
+        for name in wanted
+    ]
+    if output_of:
+        watched = block.get_submodule(output_of)
+        handles.append(watched.register_forward_hook(lambda *call: see(output_of, call[-1][0])))
     try:
-        return seen, run_block(block, hidden_BTD, kwargs)
+        run_block(block, hidden_BTD, kwargs)
     except _Seen:
-        return seen, None
+        return seen
     finally:
         for handle in handles:
             handle.remove()
+    raise AssertionError(f"the block did not call {sorted(wanted - seen.keys())}")
 
 
-def _hook(module: nn.Module, name: str, see: Any) -> RemovableHandle:
-    return module.register_forward_pre_hook(lambda seen, args: see(name, seen, args))
+@contextmanager
+def replayed(block: nn.Module, path: str, output_BTD: Tensor | None) -> Iterator[None]:
+    """Let the block's attention return a remembered output instead of computing it.
+
+    Args:
+        block: Its attention returns (output, attention weights), as transformers' do.
+        path: Of the attention in the block.
+        output_BTD: None lets it compute.
+    """
+    if output_BTD is None:
+        yield
+        return
+    module = block.get_submodule(path)
+    module.forward = lambda *args, **kwargs: (output_BTD, None)
+    try:
+        yield
+    finally:
+        del module.forward

@@ -20,7 +20,7 @@ class Stream:
 
     def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> None:
         self._shapes, self._dtype, self._file = shapes, dtype, file
-        self._batches = [torch.empty(shape, dtype=dtype) for shape in shapes] if not file else []
+        self._batches: list[Tensor] = []
         sizes = [shape.numel() * dtype.itemsize for shape in shapes]
         self._offsets = [0, *accumulate(sizes)]
 
@@ -32,7 +32,9 @@ class Stream:
             RotqError: no room on the disk.
         """
         stream = cls(shapes, dtype, file)
-        if file is not None:
+        if file is None:
+            stream._batches = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        else:
             stream._write(0, b"")
         return stream
 
@@ -68,3 +70,28 @@ class Stream:
                 handle.write(data)
         except OSError as error:
             raise RotqError(f"cannot keep activations in {self._file}: {error.strerror}") from None
+
+
+class Track:
+    """One model's way through the blocks: its hidden states, and its current attention outputs.
+
+    Once nothing in a block's attention changes any more, its output is remembered, and later passes
+    over the block replay it instead of computing it again.
+    """
+
+    def __init__(self, hidden: Stream, attention: Stream) -> None:
+        self.hidden, self._attention = hidden, attention
+        self._remembered: set[int] = set()
+
+    def remember(self, batch: int, attention_BTD: Tensor) -> None:
+        """Keep the attention output of a batch until ``forget``."""
+        self._attention[batch] = attention_BTD
+        self._remembered.add(batch)
+
+    def attention(self, batch: int) -> Tensor | None:
+        """What was remembered, (B, T, D) on the CPU, or None."""
+        return self._attention[batch] if batch in self._remembered else None
+
+    def forget(self) -> None:
+        """The hidden states are those before the next block now."""
+        self._remembered.clear()

@@ -70,6 +70,11 @@ class Adapter:
     renames: tuple[tuple[str, str], ...] = ()
     """(regular expression, replacement) from checkpoint tensor names to module names."""
 
+    @property
+    def attention(self) -> str:
+        """In the block: the module that holds q, k, v and o; empty if they are not in one."""
+        return self.query.rpartition(".")[0]
+
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
         """The block's quantizable linears by shared input, in execution order."""
         attention = (

@@ -102,6 +102,11 @@ class GenericAdapter(Adapter):
             if isinstance(module, nn.Linear)
         )
 
+    @property
+    def attention(self) -> str:
+        """Unknown."""
+        return ""
+
     def has_experts(self, block: nn.Module) -> bool:
         """Unknown, hence treated as no."""
         return False

@@ -70,13 +70,16 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
 
 
 @torch.no_grad()
-def fuse_outer(outer: dict[str, Tensor], adapter: Adapter, basis: Basis) -> dict[str, Tensor]:
-    """Fuse R1 into the tensors outside the blocks; the input dict and its tensors are kept.
+def fuse_outer(
+    outer: dict[str, Tensor], adapter: Adapter, basis: Basis, *, in_place: bool = False
+) -> dict[str, Tensor]:
+    """Fuse R1 into the tensors outside the blocks; the input dict is kept.
 
     A tied head becomes a tensor of its own, because only the head takes the final norm's gain.
 
     Args:
         outer: By full name; the head may be missing if it is tied to the embedding.
+        in_place: Overwrite the given embedding and head, which saves a copy of each.
 
     Returns:
         A new dict, dtypes as given. Without R1 it holds the same tensors.
@@ -88,9 +91,12 @@ def fuse_outer(outer: dict[str, Tensor], adapter: Adapter, basis: Basis) -> dict
         f"{path}.weight" for path in (adapter.embedding, adapter.head, adapter.final_norm)
     )
     gain_D = adapter.norm_offset + outer[norm].double()
-    fused[embedding] = _rotate_rows(outer[embedding], basis.residual_DD)
-    head_VD = outer.get(head, outer[embedding])
+    head_VD = outer.get(head)
+    if head_VD is None or not in_place:
+        head_VD = outer.get(head, outer[embedding]).clone()
+    embedding_VD = outer[embedding] if in_place else outer[embedding].clone()
     fused[head] = _rotate_rows(head_VD, gain_D[:, None] * basis.residual_DD.to(gain_D.device))
+    fused[embedding] = _rotate_rows(embedding_VD, basis.residual_DD)
     fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
     return fused
 
@@ -164,12 +170,12 @@ def _rotate_online(block: nn.Module, path: str, seed: int) -> None:
 
 
 def _rotate_rows(rows_VD: Tensor, R_DD: Tensor) -> Tensor:
-    rotated_VD = torch.empty_like(rows_VD)
+    """Overwrite the rows with their products in fp64; returns them."""
     R_DD = R_DD.to(rows_VD.device)
     for start in range(0, len(rows_VD), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
-        rotated_VD[some] = (rows_VD[some].double() @ R_DD).to(rows_VD.dtype)
-    return rotated_VD
+        rows_VD[some] = (rows_VD[some].double() @ R_DD).to(rows_VD.dtype)
+    return rows_VD
 
 
 def _parameter(module: nn.Module) -> Tensor:

@@ -1,9 +1,10 @@
 """Captured inputs are what the layers read, and nothing runs after the last of them."""
 
+import pytest
 import torch
 from torch import nn
 
-from rotq.calibration.capture import capture_inputs, run_block
+from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Stream
 from rotq.layers import RotatedLinear
 from rotq.rotations.hadamard import random_signs
@@ -25,16 +26,45 @@ class Block(nn.Module):
 
 def test_inputs_are_flattened_and_the_rest_is_skipped():
     block, hidden_BTD = Block(), torch.randn(2, 3, 4)
-    seen, output = capture_inputs(block, ["first"], hidden_BTD, {"scale": 2.0})
+    seen = capture_inputs(block, ["first"], hidden_BTD, {"scale": 2.0})
     torch.testing.assert_close(seen["first"], hidden_BTD.view(6, 4) * 2)
-    assert output is None
-    assert not block.ended
-    seen, output = capture_inputs(
-        block, ["first", "second"], hidden_BTD, {"scale": 2.0}, to_the_end=True
-    )
+    seen = capture_inputs(block, ["first", "second"], hidden_BTD, {"scale": 2.0})
     torch.testing.assert_close(seen["second"], block.first(hidden_BTD.view(6, 4) * 2).relu())
-    torch.testing.assert_close(output, run_block(block, hidden_BTD, {"scale": 2.0}))
+    assert not block.ended
+    run_block(block, hidden_BTD, {"scale": 2.0})
     assert block.ended
+
+
+def test_a_layer_that_is_never_called_is_an_error():
+    block = Block()
+    block.unused = nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match="unused"):
+        capture_inputs(block, ["unused"], torch.randn(1, 2, 4), {"scale": 1.0})
+
+
+class Attended(nn.Module):
+    """A block around one module that returns a pair, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Block()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x + self.attention(x, 1.0)[0])
+
+
+def test_remembered_attention_gives_the_same_block_output():
+    block, hidden_BTD = Attended(), torch.randn(2, 3, 4)
+    seen = capture_inputs(block, ["attention.second"], hidden_BTD, {}, output_of="attention")
+    expected = run_block(block, hidden_BTD, {})
+    block.attention.ended = False
+    with replayed(block, "attention", seen["attention"]):
+        assert torch.equal(run_block(block, hidden_BTD, {}), expected)
+    assert not block.attention.ended
+    with replayed(block, "attention", None):
+        run_block(block, hidden_BTD, {})
+    assert block.attention.ended
 
 
 def test_no_hook_stays_behind():
@@ -47,7 +77,7 @@ def test_no_hook_stays_behind():
 def test_rotated_layers_are_seen_behind_their_rotation():
     block, hidden_BTD = Block(), torch.randn(1, 5, 4)
     block.second = RotatedLinear.wrap(block.second, random_signs(8, seed=3))
-    seen, _ = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
+    seen = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
     inner = block.first(hidden_BTD.view(5, 4)).relu()
     assert not torch.allclose(seen["second"], inner)
     torch.testing.assert_close(seen["second"].norm(dim=-1), inner.norm(dim=-1))
