@@ -100,6 +100,18 @@ def test_value_rotation_alone_leaves_norms_and_mlp():
     }
 
 
+def test_value_heads_take_the_matrices_of_their_layer():
+    source = MemorySource(tiny_model("llama"))
+    skeleton = Skeleton.open(source)
+    block = skeleton.load_block(1, source, device="cpu", dtype=torch.float64)
+    before = block.self_attn.v_proj.weight.clone()
+    basis = build_basis(Rotation(value="dct"), skeleton.adapter, skeleton.config)
+    fuse_block(block, skeleton.adapter, basis, 1)
+    by_head = [basis.value[1][h].T @ before[16 * h : 16 * (h + 1)] for h in (0, 1)]
+    expected = torch.cat(by_head)
+    torch.testing.assert_close(block.self_attn.v_proj.weight, expected, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_residual_rotation_spreads_weights_and_leaves_unit_gains(name):
     source = MemorySource(tiny_model(name))

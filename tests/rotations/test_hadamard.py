@@ -171,6 +171,12 @@ def test_bases_are_orthogonal_and_seeded(kind, n):
         assert not torch.equal(R, orthogonal(kind, n, seed=2))
 
 
+def test_random_bases_have_no_preferred_sign():
+    # the Householder QR by itself gives every Q a negative first entry
+    first = torch.stack([orthogonal("random", 5, seed)[0, 0] for seed in range(20)])
+    assert set(first.sign().tolist()) == {-1.0, 1.0}
+
+
 def test_hadamard_basis_is_what_the_fast_transform_applies():
     x = torch.randn(4, 80, dtype=torch.float64)
     fast = fast_hadamard(x * random_signs(80, 5))
