@@ -137,6 +137,7 @@ def _set_up(
     windows = load_windows(
         recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
     )
+    release_memory()
     job.claim(
         {
             "recipe": recipe.to_dict(),

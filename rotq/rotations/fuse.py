@@ -35,7 +35,7 @@ from rotq.rotations.hadamard import fast_hadamard, random_signs
 if TYPE_CHECKING:
     from rotq.models.adapter import Adapter
 
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE = 1024
 """Rows of an embedding that are held in fp64 at a time."""
 
 
