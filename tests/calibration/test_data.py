@@ -162,3 +162,21 @@ def test_pydoc_and_its_held_out_part_share_hardly_a_phrase() -> None:
 def test_tokenize_adds_no_special_tokens(text_file: Path) -> None:
     ids = tokenize(read_text(str(text_file)), ByteTokenizer())
     assert ids.tolist() == list(text_file.read_bytes())
+
+
+def test_fast_tokenizers_give_the_tokens_of_a_plain_call(text_file: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<s>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    text = read_text(str(text_file))
+    assert tokenizer(text.content)["input_ids"][0] == 256
+    plain = tokenizer(text.content, add_special_tokens=False)["input_ids"]
+    assert tokenizer.is_fast
+    assert tokenize(text, tokenizer).tolist() == plain
