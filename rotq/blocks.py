@@ -107,7 +107,7 @@ class BlockQuantizer:
                 seconds = (time.monotonic() - started) / len(solutions)
                 for name, solution in solutions.items():
                     quantized[name] = solution.quantized
-                    weight_NK = working.get_submodule(name).weight
+                    weight_NK = _linear(working, name).weight
                     weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
                     layers.append(self._result(self._full(index, name), solution, seconds))
                     self.progress.layer_done(layers[-1])
@@ -252,7 +252,7 @@ class BlockQuantizer:
     ) -> Iterator[tuple[str, Solution]]:
         """Solve linears of one grid together: they share the Hessian, rows are independent."""
         for names in _stacks(site.linears, grids, original):
-            weights = [original.get_submodule(name).weight for name in names]
+            weights = [_linear(original, name).weight for name in names]
             stacked_NK = torch.cat([weight.float() for weight in weights])
             solution = solve(stacked_NK, moments, grids[names[0]], self._options(site))
             sizes = [weight.shape[0] for weight in weights]
@@ -290,6 +290,12 @@ class BlockQuantizer:
         )
 
 
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
+    return module
+
+
 def _effective_share(weights: list[Tensor] | None) -> float:
     if weights is None:
         return 1.0
@@ -304,7 +310,7 @@ def _stacks(
     stack: list[str] = []
     rows = 0
     for name in names:
-        size = block.get_submodule(name).weight.shape[0]  # type: ignore[union-attr]
+        size = _linear(block, name).out_features
         if stack and (grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
             yield stack
             stack, rows = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,11 +18,12 @@ from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
 from rotq.checkpoint.reload import check_reload
+from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
 from rotq.job import OUTER, Job, block_part
 from rotq.models.skeleton import Skeleton
-from rotq.plan import Plan
+from rotq.plan import Plan, has_experts
 from rotq.recipe import Recipe
 from rotq.report import BlockResult, JobReport, LayerResult, Progress, peak_rss
 
@@ -55,10 +57,13 @@ def finish(made: Made) -> JobReport:
         RotqError: the disk is full, or the checkpoint does not load.
     """
     folder = made.job.checkpoint
-    folder.mkdir(exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
     names = [OUTER, *(block_part(index) for index in range(made.skeleton.num_blocks))]
     parts = [made.job.part(name) for name in names]
-    weights = assemble(parts, folder, int(made.recipe.output.max_shard_gb * 1e9))
+    limit = int(made.recipe.output.max_shard_gb * 1e9)
+    weights = assemble(parts, folder, limit, rename=made.source.stored_name)
     quantization = _quantization(made)
     untied = made.skeleton.tied and "residual" in made.rotation
     write_metadata(
@@ -77,7 +82,7 @@ def finish(made: Made) -> JobReport:
         made.probe_logits_BTV,
         trust_remote_code=made.trust_remote_code,
     )
-    report = _report(made, weights)
+    report = _report(made, weights, _notes(made, quantization))
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(made, folder))
     made.job.publish()
@@ -99,7 +104,17 @@ def _quantization(made: Made) -> dict[str, Any]:
     return quantization_config(made.plan.grids, linears, made.recipe.output.format, online)
 
 
-def _report(made: Made, weights: Sequence[Path]) -> JobReport:
+def _notes(made: Made, quantization: dict[str, Any]) -> tuple[str, ...]:
+    """Warnings of the plan, and what other loaders cannot do with the result."""
+    obstacle = transformers_obstacle(quantization, has_experts=has_experts(made.skeleton))
+    if obstacle is None:
+        return made.plan.notes
+    note = f"transformers cannot load this checkpoint without rotq: {obstacle}"
+    made.progress.message(note)
+    return (*made.plan.notes, note)
+
+
+def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobReport:
     recorded = [made.job.results(block_part(i)) for i in range(made.skeleton.num_blocks)]
     layers = tuple(
         LayerResult(**{**layer, "shape": tuple(layer["shape"])})
@@ -138,7 +153,7 @@ def _report(made: Made, weights: Sequence[Path]) -> JobReport:
             made.skeleton.block_name(index): block["effective_share"]
             for index, block in enumerate(recorded)
         },
-        notes=made.plan.notes,
+        notes=notes,
     )
 
 

@@ -56,10 +56,19 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         raise ValueError("the recipe keeps every layer: there is nothing to quantize")
     wanted: torch.dtype = getattr(torch, recipe.weights.scale_dtype)
     some_grid = next(iter(grids.values()))
-    stored = stored_scale_dtype(wanted, dtype, some_grid, recipe.output.format)
+    stored = stored_scale_dtype(
+        wanted, dtype, some_grid, recipe.output.format, has_experts=has_experts(skeleton)
+    )
     if stored != wanted:
-        notes.append(f"scales are stored as {stored}: loaders cast them to the model's dtype")
+        notes.append(
+            f"scales are stored as {str(stored).removeprefix('torch.')}: other loaders need them so"
+        )
     return Plan(grids=grids, shapes=shapes, scale_dtype=stored, notes=tuple(notes))
+
+
+def has_experts(skeleton: Skeleton) -> bool:
+    """Whether any block is a mixture of experts."""
+    return any(skeleton.adapter.has_experts(block) for block in skeleton.blocks)
 
 
 def layer_grid(name: str, in_features: int, weights: Weights) -> Grid | None:
@@ -126,15 +135,18 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     solving = 16 * 4 * widest**2
     tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
     activations = 6 * tokens * widest * dtype.itemsize
-    embedding = skeleton.model.get_input_embeddings().weight
-    outer = 3 * embedding.numel() * dtype.itemsize
+    outer = 3 * _embedding_numel(skeleton) * dtype.itemsize
     return IMPORTED_BYTES + max(block_bytes + max(solving, activations), outer)
 
 
 def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
     """Parameters that untying adds: a rotated residual stream needs its own head."""
     tied = skeleton.config.tie_word_embeddings and recipe.rotation.residual != "none"
-    return skeleton.model.get_input_embeddings().weight.numel() if tied else 0
+    return _embedding_numel(skeleton) if tied else 0
+
+
+def _embedding_numel(skeleton: Skeleton) -> int:
+    return _numel_of(skeleton.model.get_submodule(skeleton.adapter.embedding).parameters())
 
 
 def _numel(shape: tuple[int, int]) -> int:

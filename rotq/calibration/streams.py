@@ -49,7 +49,7 @@ class Stream:
         data = torch.empty(self._offsets[index + 1] - self._offsets[index], dtype=torch.uint8)
         with self._file.open("rb", buffering=0) as handle:
             handle.seek(self._offsets[index])
-            handle.readinto(data.numpy())
+            handle.readinto(data.numpy().data)
         return data.view(self._dtype).view(self._shapes[index])
 
     def __setitem__(self, index: int, hidden_BTD: Tensor) -> None:
@@ -57,7 +57,7 @@ class Stream:
             self._batches[index].copy_(hidden_BTD)
             return
         data = hidden_BTD.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
-        self._write(self._offsets[index], memoryview(data.numpy()))
+        self._write(self._offsets[index], data.numpy().data)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

@@ -46,7 +46,7 @@ def observed_attention(block: nn.Module, observer: Observer) -> Iterator[None]:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    held = [module.config for module in block.modules() if hasattr(module, "config")]
+    held: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
     configs = {id(config): config for config in held}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
