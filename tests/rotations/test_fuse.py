@@ -72,6 +72,17 @@ def test_logits_stay_under_any_orthogonal_basis(name):
     assert (forward(skeleton, source, ids_BT, basis) - before).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_gains_fold_into_their_readers(name):
+    # R1 = I is allowed even with post-norms, and shows gains of 1 + w folded whole
+    source = MemorySource(tiny_model(name))
+    skeleton = Skeleton.open(source)
+    ids_BT = random_ids(2, 11)
+    folded = Basis(residual_DD=torch.eye(48, dtype=torch.float64))
+    before = forward(skeleton, source, ids_BT, Basis())
+    assert (forward(skeleton, source, ids_BT, folded) - before).abs().max() < 1e-10
+
+
 def test_identity_changes_nothing():
     source = MemorySource(tiny_model("llama-tied"))
     skeleton = Skeleton.open(source)
