@@ -11,22 +11,14 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
-from rotq.calibration.importance import (
-    attention_received,
-    frequency_score,
-    hidden_score,
-    token_weights,
-)
-from rotq.calibration.streams import Track
+from rotq.calibration.streams import Streams, Track
 from rotq.formats.integer import Grid, Quantized
 from rotq.models.adapter import Site
-from rotq.models.observed_attention import observed_attention
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan
 from rotq.precision import matmul_precision
@@ -34,20 +26,10 @@ from rotq.recipe import Recipe
 from rotq.report import LayerResult, Progress
 from rotq.solvers.solve import Options, Solution, solve, split_rows
 from rotq.solvers.statistics import Moments
+from rotq.weighing import TokenWeigher, effective_share
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Streams:
-    """Hidden states before the current block, batch by batch."""
-
-    quantized: Track
-    original: Track | None
-    """None where nothing needs it: no target correction."""
-    ids: Sequence[Tensor]
-    """(B, T) tokens of each batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +58,7 @@ class BlockQuantizer:
     ) -> None:
         self.skeleton, self.recipe, self.plan = skeleton, recipe, plan
         self.device, self.progress = device, progress
-        self.token_counts_V: Tensor | None = None
+        self.weigher = TokenWeigher(skeleton, recipe, device)
 
     @property
     def needs_data(self) -> bool:
@@ -93,7 +75,7 @@ class BlockQuantizer:
             streams: None if ``needs_data`` is false.
         """
         working = copy.deepcopy(original)
-        weights = self._token_weights(index, working, streams)
+        weights = None if streams is None else self.weigher.weights(index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
         for stage in self._stages(index, working):
@@ -115,7 +97,7 @@ class BlockQuantizer:
             block=working,
             quantized=quantized,
             layers=tuple(layers),
-            effective_share=_effective_share(weights),
+            effective_share=effective_share(weights),
         )
 
     def advance(self, index: int, block: nn.Module, track: Track) -> None:
@@ -146,42 +128,6 @@ class BlockQuantizer:
 
     def _full(self, index: int, name: str) -> str:
         return f"{self.skeleton.block_name(index)}.{name}"
-
-    def _token_weights(
-        self, index: int, working: nn.Module, streams: Streams | None
-    ) -> list[Tensor] | None:
-        """(B, T) importance of each batch's tokens, or None if all count the same."""
-        importance = self.recipe.importance
-        if importance.strategy == "none" or streams is None:
-            return None
-        with matmul_precision(self.recipe.calibration.precision):
-            return [
-                token_weights(self._score(index, working, batch_BTD, ids_BT), importance)
-                for batch_BTD, ids_BT in zip(streams.quantized.hidden, streams.ids, strict=True)
-            ]
-
-    def _score(self, index: int, block: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-        importance = self.recipe.importance
-        if importance.strategy == "token_frequency":
-            assert self.token_counts_V is not None, "set before the first block"
-            return frequency_score(ids_BT, self.token_counts_V).to(self.device)
-        hidden_BTD = hidden_BTD.to(self.device)
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
-        if importance.strategy == "attention":
-            received: list[Tensor] = []
-
-            def observe(query: Tensor, key: Tensor, **how: Any) -> None:
-                received.append(attention_received(query, key, **how))
-
-            with observed_attention(block, observe):
-                run_block(block, hidden_BTD, kwargs)
-            return torch.stack(received).sum(0)
-        return hidden_score(
-            importance.strategy,
-            hidden_BTD,
-            lambda: run_block(block, hidden_BTD, kwargs),
-            importance.first_n,
-        )
 
     def _collect(
         self,
@@ -294,13 +240,6 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
     return module
-
-
-def _effective_share(weights: list[Tensor] | None) -> float:
-    if weights is None:
-        return 1.0
-    flat_M = torch.cat([weight_BT.flatten() for weight_BT in weights]).double()
-    return (flat_M.sum() ** 2 / flat_M.square().sum() / flat_M.numel()).item()
 
 
 def _stacks(

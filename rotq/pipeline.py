@@ -8,20 +8,18 @@ recomputed, so that the result has the same bytes as an unbroken one.
 
 from __future__ import annotations
 
-import copy
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import rotq
-from rotq.blocks import BlockQuantizer, Outcome, Streams
+from rotq.blocks import BlockQuantizer
 from rotq.calibration.data import Windows, load_windows
-from rotq.calibration.streams import Stream, Track
+from rotq.calibration.streams import Stream, Streams, Track
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
@@ -29,9 +27,9 @@ from rotq.checkpoint.source import Source, open_source, read_tensor
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, Job, block_part, open_job
-from rotq.layers import QuantLinear
 from rotq.memory import release_memory
 from rotq.models.skeleton import Skeleton
+from rotq.parts import restored_block, save_block
 from rotq.plan import Plan, make_estimate, make_plan
 from rotq.probe import Probe
 from rotq.recipe import Recipe
@@ -178,11 +176,11 @@ def _run(setup: _Setup) -> JobReport:
         exact = skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
         original = probe.rotate_block(index, exact).to(setup.dtype)
         if job.finished(block_part(index)):
-            finished = _restored(setup, index, original)
+            finished = restored_block(job, skeleton, index, original, setup.plan)
         else:
             outcome = quantizer.quantize(index, original, streams)
             finished = outcome.block
-            _save_block(setup, index, outcome, time.monotonic() - started)
+            save_block(job, skeleton, index, outcome, time.monotonic() - started)
         probe.advance(index, finished)
         if streams is not None and index + 1 < skeleton.num_blocks:
             quantizer.advance(index, finished, streams.quantized)
@@ -210,9 +208,6 @@ def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | 
         return None
     calibration = setup.recipe.calibration
     ids = setup.windows.ids_BT.split(calibration.batch_size)
-    quantizer.token_counts_V = torch.bincount(
-        setup.windows.ids_BT.flatten(), minlength=skeleton.config.vocab_size
-    )
     shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
     tracks = [_track(setup, shapes, "quantized")]
     if setup.recipe.solver.needs_original:
@@ -230,54 +225,6 @@ def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
         files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
     hidden, attention = (Stream.empty(shapes, setup.dtype, file) for file in files)
     return Track(hidden, attention)
-
-
-def _save_block(setup: _Setup, index: int, outcome: Outcome, seconds: float) -> None:
-    """Write the block's part: packed layers, and the rest in the model's dtype."""
-    prefix = setup.skeleton.block_name(index)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in outcome.block.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if path not in outcome.quantized or leaf != "weight":
-            tensors[f"{prefix}.{name}"] = tensor
-    for path, quantized in outcome.quantized.items():
-        packed = QuantLinear.from_quantized(quantized).state_dict()
-        tensors |= {f"{prefix}.{path}.{leaf}": tensor for leaf, tensor in packed.items()}
-    save_tensors(setup.job.part(block_part(index)), tensors)
-    setup.job.record(
-        block_part(index),
-        {
-            "layers": [asdict(layer) for layer in outcome.layers],
-            "effective_share": outcome.effective_share,
-            "seconds": seconds,
-            "peak_rss": peak_rss(),
-        },
-    )
-
-
-def _restored(setup: _Setup, index: int, block: nn.Module) -> nn.Module:
-    """The finished block of an earlier run: its rounded weights in a copy of ``block``."""
-    prefix = setup.skeleton.block_name(index)
-    entries = read_entries(setup.job.part(block_part(index)))
-    tensors = {entry.name: read_tensor(entry) for entry in entries}
-    restored = copy.deepcopy(block)
-    for path, module in restored.named_modules():
-        full = f"{prefix}.{path}"
-        if full in setup.plan.grids:
-            packed = _packed_layer(setup.plan, full, tensors)
-            module.weight.copy_(packed.dequantize(setup.dtype))
-    return restored
-
-
-def _packed_layer(plan: Plan, full: str, tensors: dict[str, Tensor]) -> QuantLinear:
-    out_features, in_features = plan.shapes[full]
-    layer = QuantLinear(
-        in_features, out_features, plan.grids[full], scale_dtype=plan.scale_dtype, device="meta"
-    )
-    layer.load_state_dict(
-        {name: tensors[f"{full}.{name}"] for name in layer.state_dict()}, assign=True
-    )
-    return layer
 
 
 def _made(setup: _Setup, probe: Probe) -> Made:

@@ -5,7 +5,8 @@ Shape suffixes: B windows of a batch, T positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -95,3 +96,15 @@ class Track:
     def forget(self) -> None:
         """The hidden states are those before the next block now."""
         self._remembered.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """Where calibration stands before a block, batch by batch."""
+
+    quantized: Track
+    """Through the partly quantized model."""
+    original: Track | None
+    """Through the original model; None where nothing needs it: no target correction."""
+    ids: Sequence[Tensor]
+    """(B, T) tokens of each batch."""
