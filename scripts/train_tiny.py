@@ -78,11 +78,13 @@ def train(model: LlamaForCausalLM, ids_N: Tensor, steps: int) -> float:
 
 def make_tiny(folder: Path, steps: int) -> float:
     """Train and save model and tokenizer; returns the last training loss."""
-    torch.set_num_threads(1)
     text = read_text("pydoc")
     tokenizer = make_tokenizer(text.content)
     model = make_model(len(tokenizer))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     loss = train(model, tokenize(text, tokenizer), steps)
+    torch.set_num_threads(num_threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return loss
