@@ -19,6 +19,7 @@ from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Streams, Track
 from rotq.formats.integer import Grid, Quantized
 from rotq.models.adapter import Site
+from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan
 from rotq.precision import matmul_precision
@@ -142,7 +143,11 @@ class BlockQuantizer:
         firsts = {site.name: site.linears[0] for site in stage}
         changing, ending = self._attention_in(stage)
         moments: dict[str, Moments] = {}
-        with matmul_precision(self.recipe.calibration.precision):
+        with (
+            matmul_precision(self.recipe.calibration.precision),
+            calibrating(original),
+            calibrating(working),
+        ):
             for batch in range(len(streams.ids)):
                 names = firsts.values()
                 seen = self._inputs(index, working, streams.quantized, batch, names, not changing)

@@ -18,6 +18,7 @@ from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
 from rotq.checkpoint.reload import check_reload
+from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
@@ -65,7 +66,8 @@ def finish(made: Made) -> JobReport:
     limit = int(made.recipe.output.max_shard_gb * 1e9)
     weights = assemble(parts, folder, limit, rename=made.source.stored_name)
     quantization = _quantization(made)
-    untied = made.skeleton.tied and "residual" in made.rotation
+    stored = {entry.name for entry in read_entries(made.job.part(OUTER))}
+    untied = made.skeleton.tied and f"{made.skeleton.adapter.head}.weight" in stored
     write_metadata(
         folder,
         made.source,

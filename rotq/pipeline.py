@@ -28,6 +28,7 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, Job, block_part, open_job
 from rotq.memory import release_memory
+from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.parts import restored_block, save_block
 from rotq.plan import Plan, make_estimate, make_plan
@@ -94,7 +95,7 @@ def estimate(
     """
     source = open_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
+    _basis(recipe, skeleton)
     return make_estimate(skeleton, recipe, _dtype(dtype, source))
 
 
@@ -130,7 +131,7 @@ def _set_up(
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames)
-    basis = build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
+    basis = _basis(recipe, skeleton)
     plan = make_plan(skeleton, recipe, _dtype(dtype, source))
     windows = load_windows(
         recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
@@ -162,6 +163,15 @@ def _set_up(
         progress=progress,
         started=started,
     )
+
+
+def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
+    """The recipe's bases; an unknown family with a rotation is refused by naming the known ones."""
+    rotation = recipe.rotation
+    rotated = {rotation.residual, rotation.value, rotation.down} != {"none"}
+    if rotated and isinstance(skeleton.adapter, GenericAdapter):
+        find_adapter(skeleton.config)
+    return build_basis(rotation, skeleton.adapter, skeleton.config)
 
 
 def _run(setup: _Setup) -> JobReport:

@@ -71,9 +71,9 @@ class Weights:
 class Rotation:
     """Exact changes of basis, fused into the weights unless marked online."""
 
-    residual: Literal["none", "hadamard", "dct"] = "none"
+    residual: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R1: one basis for the residual stream."""
-    value: Literal["none", "hadamard", "dct"] = "none"
+    value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""

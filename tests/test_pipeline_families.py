@@ -1,0 +1,163 @@
+"""Every family through the whole pipeline: same function rotated, same logits reloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import rotq.finish
+import rotq.pipeline
+from rotq.checkpoint.files import read_json
+from rotq.checkpoint.load import load_model
+from rotq.errors import CheckFailed, RotqError
+from rotq.pipeline import quantize_model
+from rotq.recipe import load_recipe
+from rotq.report import JobReport
+from rotq.rotations import fuse
+
+DATA = {"calibration.num_samples": 3, "calibration.seq_len": 24, "calibration.batch_size": 2}
+STRONG = {
+    "weights.bits": 3,
+    "weights.group_size": 16,
+    "weights.group_fallback": "auto",
+    "solver.target_correction": 0.5,
+    "solver.refine_sweeps": 1,
+    "rotation.value": "hadamard",
+    "importance.strategy": "attention",
+}
+
+
+@pytest.fixture(autouse=True)
+def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process takes seconds; it is tested in tests/checkpoint/test_reload.py."""
+
+    def check(folder: Path, ids_BT: Tensor, logits_BTV: Tensor, **_: Any) -> None:
+        with torch.no_grad():
+            actual_BTV = load_model(folder)(ids_BT, use_cache=False).logits
+        if not torch.equal(actual_BTV, logits_BTV):
+            raise CheckFailed(f"differs by {(actual_BTV - logits_BTV).abs().max():.2e}")
+
+    monkeypatch.setattr(rotq.finish, "check_reload", check)
+
+
+@pytest.fixture(autouse=True)
+def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tokenizer for all families; transformers would pick a class by model type."""
+    words = {f"w{number}": number for number in range(97)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    monkeypatch.setattr(rotq.pipeline, "load_tokenizer", lambda *_, **__: fast)
+
+
+def make_checkpoint(name: str, folder: Path) -> Path:
+    """A model of tests/tiny_models.py in fp32, and a text of numbered words."""
+    model = tiny_model(name, dtype=torch.float32)
+    model.save_pretrained(folder)
+    ids = torch.randint(1, 97, (400,), generator=torch.Generator().manual_seed(0))
+    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in ids.tolist()))
+    return folder
+
+
+def run(model: Path, output: Path, **changes: Any) -> JobReport:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    values = {**DATA, "calibration.source": str(model / "text.txt"), **dotted}
+    return quantize_model(model, load_recipe(None, values), output)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_family_rotated_and_reloaded(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "model")
+    residual = "none" if name == "gemma3" else "hadamard"
+    report = run(model, tmp_path / "out", **STRONG, rotation__residual=residual)
+    assert report.rotation["largest_relative_difference"] < 1e-11
+    linears = [module for module in report.layers if module.bits == 3]
+    assert len(linears) == len(report.layers) > 0
+    assert all(0 < layer.relative_error < 0.5 for layer in report.layers)
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["tie_word_embeddings"] is (name == "gemma3")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
+def test_online_rotation_in_the_rotq_format(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "model")
+    down = {"rotation.down": "hadamard", "output.format": "rotq"}
+    report = run(model, tmp_path / "out", **STRONG, **down)
+    assert report.rotation["largest_relative_difference"] < 1e-11
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_fewer_passes_and_offload(passes: int, offload: bool, tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    more = {"solver.passes": passes, "calibration.offload": offload}
+    report = run(model, tmp_path / "out", **STRONG, **more)
+    assert all(0 < layer.relative_error < 0.5 for layer in report.layers)
+
+
+def test_offload_changes_nothing(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    for name, offload in (("memory", False), ("file", True)):
+        run(model, tmp_path / name, **STRONG, calibration__offload=offload)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "file")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["first_n", "token_frequency", "activation_norm", "activation_difference", "token_similarity"],
+)
+def test_importance_strategies_change_the_result(strategy: str, tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    report = run(model, tmp_path / "out", importance__strategy=strategy, weights__group_size=16)
+    plain = run(model, tmp_path / "plain", weights__group_size=16)
+    assert all(0.2 < share < 0.999 for share in report.importance.values())
+    assert set(plain.importance.values()) == {1.0}
+    assert [layer.loss for layer in report.layers] != [layer.loss for layer in plain.layers]
+
+
+def test_mixed_precision_and_kept_layers(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    rules = [{"match": r"layers\.0\.mlp", "bits": 8}, {"match": "o_proj", "keep": True}]
+    report = run(
+        model, tmp_path / "out", weights__group_size=16, weights__overrides=rules, weights__bits=3
+    )
+    bits = {layer.name: layer.bits for layer in report.layers}
+    assert bits["model.layers.0.mlp.down_proj"] == 8
+    assert bits["model.layers.1.mlp.down_proj"] == 3
+    assert not any("o_proj" in name for name in bits)
+
+
+def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    config = transformers.Olmo2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.Olmo2ForCausalLM(config).save_pretrained(model)
+    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*llama.*rotation\.residual=none"):
+        run(model, tmp_path / "out", rotation__residual="hadamard", weights__group_size=16)
+    report = run(model, tmp_path / "out", weights__group_size=16)
+    assert len(report.layers) == 14
+
+
+def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    monkeypatch.setattr(fuse, "_rotate_output", lambda linear, R_NN: None)
+    with pytest.raises(CheckFailed, match=r"function of model\.layers\.0"):
+        run(model, tmp_path / "out", **STRONG, rotation__residual="hadamard")
+    assert not (tmp_path / "out").exists()
