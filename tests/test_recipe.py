@@ -66,7 +66,7 @@ def test_layer_overrides() -> None:
         ({"weights": {"overrides": {}}}, "weights.overrides: expected a list"),
         ({"weights": {"overrides": [{}]}}, "match"),
         ({"weights": {"overrides": [{"match": "("}]}}, "not a regular expression"),
-        ({"rotation": {"residual": "haar"}}, "'haar' is not one of none, hadamard, dct"),
+        ({"rotation": {"residual": "haar"}}, "'haar' is not one of none, hadamard"),
         ({"importance": {"power": 3}}, "importance.power: 3 is not one of 1, 2"),
         ({"solver": {"damping": 0}}, "solver.damping: 0.0 is not above 0"),
         ({"solver": {"target_correction": 2}}, "solver.target_correction: 2.0 is not 0 to 1"),
