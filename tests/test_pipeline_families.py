@@ -146,10 +146,12 @@ def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     torch.manual_seed(0)
     transformers.Olmo2ForCausalLM(config).save_pretrained(model)
-    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*llama.*rotation\.residual=none"):
+    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*Llama.*rotation\.residual=none"):
         run(model, tmp_path / "out", rotation__residual="hadamard", weights__group_size=16)
     report = run(model, tmp_path / "out", weights__group_size=16)
     assert len(report.layers) == 14
