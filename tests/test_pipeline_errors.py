@@ -98,7 +98,7 @@ def test_unsupported_family(copy: Path, tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1}
     (copy / "config.json").write_text(json.dumps(config))
     result = quantize(copy, "-c", "w3", "--dry-run")
-    assert_fails(result, 1, "GPT2LMHeadModel", "llama", "rotation.residual=none")
+    assert_fails(result, 1, "GPT2LMHeadModel", "Llama", "rotation.residual=none")
 
 
 def test_unknown_model_type(copy: Path, tmp_path: Path) -> None:
