@@ -23,7 +23,7 @@ from rotq.calibration.streams import Stream, Streams, Track
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import Source, open_source, read_tensor
+from rotq.checkpoint.source import Source, describe_source, open_source, read_tensor
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, Job, block_part, open_job
@@ -93,7 +93,7 @@ def estimate(
     Raises:
         ValueError, RotqError: as ``quantize_model``.
     """
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    source = describe_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     _basis(recipe, skeleton)
     return make_estimate(skeleton, recipe, _dtype(dtype, source))

@@ -111,7 +111,7 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
     packed_bits = sum(site.bits_per_weight * _numel(site.shape) for site in sites)
     planned = sum(_numel(site.shape) for site in sites)
     untied = _untied_head(skeleton, recipe)
-    dense = _numel_of(skeleton.model.parameters()) + untied - planned
+    dense = _stored_parameters(skeleton) + untied - planned
     output_bytes = int(packed_bits / 8 + dense * dtype.itemsize)
     stream = (
         recipe.calibration.num_samples * recipe.calibration.seq_len * skeleton.config.hidden_size
@@ -139,9 +139,16 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     return IMPORTED_BYTES + max(block_bytes + max(solving, activations), outer)
 
 
+def _stored_parameters(skeleton: Skeleton) -> int:
+    """Parameters of the source: a tied head is none of its own."""
+    tied_head = f"{skeleton.adapter.head}.weight" if skeleton.tied else ""
+    parameters = skeleton.model.named_parameters()
+    return _numel_of(parameter for name, parameter in parameters if name != tied_head)
+
+
 def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
     """Parameters that untying adds: a rotated residual stream needs its own head."""
-    tied = skeleton.config.tie_word_embeddings and recipe.rotation.residual != "none"
+    tied = skeleton.tied and recipe.rotation.residual != "none"
     return _embedding_numel(skeleton) if tied else 0
 
 

@@ -106,15 +106,21 @@ def _as_rotq(path: Path, config: Any) -> bool:
 
 
 def _from_pretrained(path: Path, *, strict: bool, **options: Any) -> PreTrainedModel:
+    import transformers
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RotqError(f"cannot load {path}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     # transformers fills what is missing with random numbers
     for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if strict else [])):
         if info.get(kind):

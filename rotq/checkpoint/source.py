@@ -164,21 +164,40 @@ def open_source(
     return Source(path=path, config=config, entries=_find_entries(path))
 
 
-def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The transformers config of a folder.
+def describe_source(path: Path, *, trust_remote_code: bool = False) -> Source:
+    """A checkpoint's config without its tensors, for estimates; nothing is converted.
+
+    Raises:
+        RotqError: as ``open_source``, as far as the config shows it.
+    """
+    if not path.exists():
+        raise RotqError(f"{path} does not exist; rotq reads local folders only")
+    gguf = find_gguf(path)
+    if gguf is None:
+        return open_source(path, trust_remote_code=trust_remote_code)
+    config = load_config(gguf.parent, gguf_file=gguf.name)
+    config.dtype = "float32"
+    return Source(path=gguf.parent, config=config, entries={})
+
+
+def load_config(
+    path: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PretrainedConfig:
+    """The transformers config of a folder, or of a .gguf file in it.
 
     Raises:
         RotqError: transformers does not know the model type, or cannot read the config.
     """
     from transformers import AutoConfig
 
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise RotqError(f"{path / 'config.json'}: {first_line}") from error
+        raise RotqError(f"{path / (gguf_file or 'config.json')}: {first_line}") from error
 
 
 def find_entries(path: Path) -> list[Entry]:

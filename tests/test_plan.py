@@ -1,0 +1,76 @@
+"""Grids by layer, and the estimate against what a job really wrote."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import MemorySource, tiny_model
+
+from rotq.models.skeleton import Skeleton
+from rotq.plan import layer_grid, make_estimate, make_plan
+from rotq.recipe import Weights, load_recipe
+
+
+def skeleton(name: str) -> Skeleton:
+    return Skeleton.open(MemorySource(tiny_model(name, dtype=torch.float32)))
+
+
+def recipe(**values: object):
+    return load_recipe(None, {key.replace("__", "."): value for key, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("in_features", "fallback", "expected"), [(96, "auto", 48), (128, "auto", 64), (40, "auto", 40)]
+)
+def test_group_size_falls_to_the_largest_legal_one(in_features, fallback, expected):
+    weights = Weights(bits=4, group_size=64, group_fallback=fallback)
+    grid = layer_grid("layer", in_features, weights)
+    assert grid is not None
+    assert grid.group_size == expected
+
+
+def test_group_size_that_does_not_divide_names_layer_and_sizes():
+    with pytest.raises(
+        ValueError, match=r"blocks\.3\.up: group size 64 .* legal sizes: 16, 24, 32"
+    ):
+        layer_grid("blocks.3.up", 96, Weights(group_size=64))
+
+
+def test_first_override_wins_and_keep_keeps():
+    overrides = ({"match": "up$", "bits": 8}, {"match": "block", "bits": 2, "group_size": -1})
+    weights = recipe(weights__overrides=list(overrides), weights__group_size=16).weights
+    up, down = (layer_grid(f"block.{name}", 64, weights) for name in ("up", "down"))
+    assert (up.bits, up.group_size, down.bits, down.group_size) == (8, 16, 2, -1)
+    kept = recipe(weights__overrides=[{"match": "up", "keep": True}]).weights
+    assert layer_grid("block.up", 128, kept) is None
+
+
+def test_several_grids_on_one_input_are_noted():
+    rules = [{"match": "v_proj", "bits": 8}]
+    plan = make_plan(
+        skeleton("llama"),
+        recipe(weights__overrides=rules, weights__group_size=16),
+        torch.float32,
+    )
+    assert len(plan.grids) == 14
+    assert sum("q_proj" in note for note in plan.notes) == 2
+
+
+def test_nothing_to_quantize_is_refused():
+    rules = [{"match": ".", "keep": True}]
+    with pytest.raises(ValueError, match="keeps every layer"):
+        make_plan(skeleton("llama"), recipe(weights__overrides=rules), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3-moe"])
+@pytest.mark.parametrize("residual", ["none", "hadamard"])
+def test_estimated_bytes_are_those_of_the_tensors(name: str, residual: str, tmp_path: Path):
+    opened = skeleton(name)
+    wanted = recipe(weights__group_size=-1, weights__bits=8, rotation__residual=residual)
+    estimate = make_estimate(opened, wanted, torch.float32)
+    linear = sum(site.shape[0] * site.shape[1] for site in estimate.sites)
+    stored = sum(parameter.numel() for parameter in tiny_model(name).parameters())
+    untied = 97 * 48 if name == "llama-tied" and residual == "hadamard" else 0
+    # per output channel: a 32-bit scale and an 8-bit zero point
+    packed = linear + sum(5 * site.shape[0] for site in estimate.sites)
+    assert estimate.output_bytes == pytest.approx(packed + 4 * (stored + untied - linear), abs=64)
