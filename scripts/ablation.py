@@ -1,0 +1,117 @@
+"""Quantize one model once per row of an ablation and score each result against the original.
+
+    python scripts/ablation.py --model DIR --calibration FILE --text FILE --results ablation.jsonl
+    python scripts/ablation.py ... --rows base,target --seeds 0,1,2 --set weights.group_size=-1
+
+Each row changes one switch of the row before it (ROWS). One JSON line per row and seed is appended
+to the results file as soon as it is there, and rows that are in it already are not run again.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from rotq.cli.eval import measure
+from rotq.evaluation.perplexity import Protocol
+from rotq.pipeline import quantize_model
+from rotq.recipe import load_recipe
+from rotq.report.progress import PlainProgress
+
+BASE = {
+    "weights.bits": 3,
+    "weights.group_size": 64,
+    "solver.scale_search": "minmax",
+    "solver.order": "natural",
+}
+SEARCH = {**BASE, "solver.order": "activation", "solver.scale_search": "hessian"}
+TARGET = {**SEARCH, "solver.target_correction": 0.5}
+REFINE = {**TARGET, "solver.refine_sweeps": 3}
+ROTATE_VALUES = {**REFINE, "rotation.value": "hadamard"}
+ROTATE = {**ROTATE_VALUES, "rotation.residual": "hadamard"}
+ROWS = {
+    "rtn": {**BASE, "solver.method": "rtn"},
+    "base": BASE,
+    "order": {**BASE, "solver.order": "activation"},
+    "search": SEARCH,
+    "target": TARGET,
+    "refine": REFINE,
+    "importance": {**REFINE, "importance.strategy": "attention"},
+    "first_n": {**REFINE, "importance.strategy": "first_n"},
+    "rotate_values": ROTATE_VALUES,
+    "rotate": ROTATE,
+    "rotate_importance": {**ROTATE, "importance.strategy": "attention"},
+    "target_025": {**REFINE, "solver.target_correction": 0.25},
+    "target_075": {**REFINE, "solver.target_correction": 0.75},
+    "target_100": {**REFINE, "solver.target_correction": 1.0},
+    "passes_3": {**REFINE, "solver.passes": 3},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="dense checkpoint folder")
+    parser.add_argument("--calibration", required=True, help="text the windows are drawn from")
+    parser.add_argument("--text", required=True, help="text to score on")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines to append to")
+    parser.add_argument("--work", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--rows", default=",".join(ROWS), help="names from ROWS")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    shared = dict(setting.split("=", 1) for setting in arguments.set)
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in arguments.rows.split(","):
+            row = {"row": name, "seed": seed, "num_samples": arguments.num_samples, "set": shared}
+            if not _is_done(row, arguments.results):
+                figures = _run({**ROWS[name], **shared}, row, arguments)
+                with arguments.results.open("a", encoding="utf-8") as results:
+                    results.write(json.dumps({**row, **figures}) + "\n")
+                print(json.dumps({**row, **figures}), flush=True)
+
+
+def _is_done(row: dict, results: Path) -> bool:
+    if not results.is_file():
+        return False
+    lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    return any(all(line[key] == value for key, value in row.items()) for line in lines)
+
+
+def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
+    calibration = {
+        "calibration.source": arguments.calibration,
+        "calibration.num_samples": row["num_samples"],
+        "calibration.batch_size": 2,
+        "calibration.seed": row["seed"],
+        "rotation.seed": row["seed"],
+    }
+    recipe = load_recipe(None, {**choices, **calibration})
+    output = arguments.work / "checkpoint"
+    report = quantize_model(
+        arguments.model, recipe, output, resume="never", overwrite=True, progress=PlainProgress()
+    )
+    protocol = Protocol(windows=arguments.windows, seq_len=1024)
+    found = measure(
+        output,
+        arguments.text,
+        protocol,
+        reference=arguments.model,
+        device_map=None,
+        dtype="auto",
+        trust_remote_code=False,
+    )
+    shutil.rmtree(output)
+    return {
+        "ppl": found.ppl,
+        "kl": found.kl,
+        "top1": found.top1,
+        "seconds": round(report.seconds),
+        "bits_per_weight": report.bits_per_weight,
+        "bits_per_weight_all_in": report.bits_per_weight_all_in,
+    }
+
+
+if __name__ == "__main__":
+    main()
