@@ -75,6 +75,7 @@ class Job:
         old = self.output.with_name(self.output.name + ".old")
         if self.output.exists():
             assert self._overwrite, "checked when the job was opened"
+            shutil.rmtree(old, ignore_errors=True)
             self.output.rename(old)
         self.checkpoint.rename(self.output)
         shutil.rmtree(self.folder)

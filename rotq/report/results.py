@@ -33,7 +33,7 @@ class LayerResult:
     """Columns per scale that were used; -1 per channel."""
     symmetric: bool
     loss: float
-    """tr(dW H dW^T), H the sum over calibration tokens of x x^T."""
+    """tr(dW H dW^T), H the weighted mean of x x^T over calibration tokens; H = I without data."""
     relative_error: float
     """loss / tr(W H W^T)."""
     damping: float
