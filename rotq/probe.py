@@ -8,6 +8,8 @@ Shape suffixes: B windows, T positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -72,11 +74,15 @@ class Probe:
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
-        """Take the quantized stream through a finished block, in the model's dtype."""
-        hidden_BTD = self.quantized_BTD.to(next(block.parameters()).device)
+        """Take the quantized stream through a finished block, in the model's dtype.
+
+        Always on the CPU, where the fresh process that must reproduce the logits runs too.
+        """
+        if next(block.parameters()).device.type != "cpu":
+            block = copy.deepcopy(block).cpu()
         with matmul_precision("highest"):
-            kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
-            self.quantized_BTD = run_block(block, hidden_BTD, kwargs)
+            kwargs = self.skeleton.block_kwargs(index, self.quantized_BTD)
+            self.quantized_BTD = run_block(block, self.quantized_BTD, kwargs)
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -94,7 +100,7 @@ class Probe:
     def logits(self, outer: dict[str, Tensor]) -> Tensor:
         """(B, T, V) of the quantized stream, in the model's dtype; after the last block."""
         with matmul_precision("highest"):
-            return self.skeleton.logits(outer, self.quantized_BTD.cpu())
+            return self.skeleton.logits(outer, self.quantized_BTD)
 
     def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         with exact_norms(block):
