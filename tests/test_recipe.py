@@ -26,7 +26,7 @@ def test_the_promised_presets_exist() -> None:
 def test_promised_grids() -> None:
     grids = {file.stem: load_recipe(file, {}).weights for file in PRESETS}
     assert grids["w3"] == Weights(bits=3, group_size=64, group_fallback="auto")
-    assert grids["w4"] == Weights(bits=4, group_size=128, group_fallback="auto")
+    assert grids["w4"] == Weights(bits=4, group_size=128, group_fallback="auto", symmetric=True)
     assert grids["w3-channel"] == Weights(bits=3, group_size=-1)
 
 
