@@ -68,7 +68,7 @@ class BlockQuantizer:
         return solver.method != "rtn" or solver.scale_search in ("diagonal", "hessian")
 
     def quantize(self, index: int, original: nn.Module, streams: Streams | None) -> Outcome:
-        """Quantize block ``index``; neither stream is advanced.
+        """Quantize block ``index``; of the streams, the original one is advanced past it.
 
         Args:
             index: Its position in the model.
@@ -79,10 +79,12 @@ class BlockQuantizer:
         weights = None if streams is None else self.weigher.weights(index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
-        for stage in self._stages(index, working):
+        stages = self._stages(index, working)
+        for stage in stages:
             moments: dict[str, Moments] = {}
             if streams is not None:
-                moments = self._collect(index, stage, (original, working), streams, weights)
+                last = stage is stages[-1]
+                moments = self._collect(index, stage, (original, working), streams, weights, last)
             for site in stage:
                 started = time.monotonic()
                 grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
@@ -94,6 +96,8 @@ class BlockQuantizer:
                     weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
                     layers.append(self._result(self._full(index, name), solution, seconds))
                     self.progress.layer_done(layers[-1])
+        if not stages and streams is not None and streams.original is not None:
+            self.advance(index, original, streams.original)
         return Outcome(
             block=working,
             quantized=quantized,
@@ -137,8 +141,12 @@ class BlockQuantizer:
         blocks: tuple[nn.Module, nn.Module],
         streams: Streams,
         weights: list[Tensor] | None,
+        last: bool,
     ) -> dict[str, Moments]:
-        """One pass over the batches: moments of every site of the stage."""
+        """One pass over the batches: moments of every site of the stage.
+
+        The last stage's pass takes the original track to the end of the block.
+        """
         original, working = blocks
         firsts = {site.name: site.linears[0] for site in stage}
         changing, ending = self._attention_in(stage)
@@ -150,11 +158,17 @@ class BlockQuantizer:
         ):
             for batch in range(len(streams.ids)):
                 names = firsts.values()
-                seen = self._inputs(index, working, streams.quantized, batch, names, not changing)
+                seen, _ = self._inputs(
+                    index, working, streams.quantized, batch, names, not changing
+                )
                 targets: dict[str, Tensor] = {}
                 if streams.original is not None:
-                    settled = ending or not changing
-                    targets = self._inputs(index, original, streams.original, batch, names, settled)
+                    track, settled = streams.original, ending or not changing
+                    targets, output_BTD = self._inputs(
+                        index, original, track, batch, names, settled, to_the_end=last
+                    )
+                    if output_BTD is not None:
+                        track.hidden[batch] = output_BTD
                 weight_M = None if weights is None else weights[batch].flatten()
                 for name, first in firsts.items():
                     if name not in moments:
@@ -162,6 +176,8 @@ class BlockQuantizer:
                         features = seen[first].shape[-1]
                         moments[name] = Moments(features, cross=cross, device=self.device)
                     moments[name].add(seen[first], targets.get(first), weight_M)
+        if last and streams.original is not None:
+            streams.original.forget()
         return moments
 
     def _attention_in(self, stage: tuple[Site, ...]) -> tuple[bool, bool]:
@@ -181,7 +197,9 @@ class BlockQuantizer:
         batch: int,
         names: Iterable[str],
         settled: bool,
-    ) -> dict[str, Tensor]:
+        *,
+        to_the_end: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Inputs of the named layers; remembers the attention's output once it is settled."""
         attention = self.skeleton.adapter.attention
         hidden_BTD = track.hidden[batch].to(self.device)
@@ -189,10 +207,12 @@ class BlockQuantizer:
         remembered_BTD = self._remembered(track, batch)
         wanted = attention if settled and remembered_BTD is None else ""
         with replayed(block, attention, remembered_BTD):
-            seen = capture_inputs(block, names, hidden_BTD, kwargs, output_of=wanted)
+            seen, output_BTD = capture_inputs(
+                block, names, hidden_BTD, kwargs, output_of=wanted, to_the_end=to_the_end
+            )
         if wanted:
             track.remember(batch, seen.pop(wanted))
-        return seen
+        return seen, output_BTD
 
     def _remembered(self, track: Track, batch: int) -> Tensor | None:
         attention_BTD = track.attention(batch)

@@ -187,6 +187,8 @@ def _run(setup: _Setup) -> JobReport:
         original = probe.rotate_block(index, exact).to(setup.dtype)
         if job.finished(block_part(index)):
             finished = restored_block(job, skeleton, index, original, setup.plan)
+            if streams is not None and streams.original is not None:
+                quantizer.advance(index, original, streams.original)
         else:
             outcome = quantizer.quantize(index, original, streams)
             finished = outcome.block
@@ -194,8 +196,6 @@ def _run(setup: _Setup) -> JobReport:
         probe.advance(index, finished)
         if streams is not None and index + 1 < skeleton.num_blocks:
             quantizer.advance(index, finished, streams.quantized)
-            if streams.original is not None:
-                quantizer.advance(index, original, streams.original)
         release_memory()
         progress.block_done(index, time.monotonic() - started, peak_rss())
     probe.check_head()

@@ -30,8 +30,9 @@ def capture_inputs(
     kwargs: dict[str, Any],
     *,
     output_of: str = "",
-) -> dict[str, Tensor]:
-    """Inputs of the named linear layers for one batch; the rest of the block is not run.
+    to_the_end: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Inputs of the named linear layers for one batch; then the rest of the block is not run.
 
     A ``RotatedLinear`` is seen behind its online rotation: what its weight multiplies.
 
@@ -41,10 +42,11 @@ def capture_inputs(
         hidden_BTD: Input of the block.
         kwargs: The other arguments of its forward.
         output_of: Path of a module whose output is wanted too.
+        to_the_end: Run the rest of the block after all.
 
     Returns:
-        (M, K) inputs by name, M = all tokens the layer saw; and under ``output_of`` that module's
-        output, (B, T, D).
+        (M, K) inputs by name, M = all tokens the layer saw, with the output (B, T, D) of the module
+        ``output_of`` under its path; and the block's output if it ran to its end.
     """
     seen: dict[str, Tensor] = {}
     wanted = set(names)
@@ -52,7 +54,7 @@ def capture_inputs(
 
     def see(name: str, value: Tensor) -> None:
         seen[name] = value
-        if len(seen) == num_wanted:
+        if len(seen) == num_wanted and not to_the_end:
             raise _Seen
 
     def see_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -66,14 +68,16 @@ def capture_inputs(
     if output_of:
         watched = block.get_submodule(output_of)
         handles.append(watched.register_forward_hook(lambda *call: see(output_of, call[-1][0])))
+    output_BTD = None
     try:
-        run_block(block, hidden_BTD, kwargs)
+        output_BTD = run_block(block, hidden_BTD, kwargs)
     except _Seen:
-        return seen
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    raise AssertionError(f"the block did not call {sorted(wanted - seen.keys())}")
+    assert len(seen) == num_wanted, f"the block did not call {sorted(wanted - seen.keys())}"
+    return seen, output_BTD
 
 
 @contextmanager

@@ -26,13 +26,15 @@ class Block(nn.Module):
 
 def test_inputs_are_flattened_and_the_rest_is_skipped():
     block, hidden_BTD = Block(), torch.randn(2, 3, 4)
-    seen = capture_inputs(block, ["first"], hidden_BTD, {"scale": 2.0})
+    seen, output_BTD = capture_inputs(block, ["first"], hidden_BTD, {"scale": 2.0})
     torch.testing.assert_close(seen["first"], hidden_BTD.view(6, 4) * 2)
-    seen = capture_inputs(block, ["first", "second"], hidden_BTD, {"scale": 2.0})
+    assert output_BTD is None
+    seen, _ = capture_inputs(block, ["first", "second"], hidden_BTD, {"scale": 2.0})
     torch.testing.assert_close(seen["second"], block.first(hidden_BTD.view(6, 4) * 2).relu())
     assert not block.ended
-    run_block(block, hidden_BTD, {"scale": 2.0})
+    _, output_BTD = capture_inputs(block, ["first"], hidden_BTD, {"scale": 2.0}, to_the_end=True)
     assert block.ended
+    assert torch.equal(output_BTD, run_block(block, hidden_BTD, {"scale": 2.0}))
 
 
 def test_a_layer_that_is_never_called_is_an_error():
@@ -56,7 +58,7 @@ class Attended(nn.Module):
 
 def test_remembered_attention_gives_the_same_block_output():
     block, hidden_BTD = Attended(), torch.randn(2, 3, 4)
-    seen = capture_inputs(block, ["attention.second"], hidden_BTD, {}, output_of="attention")
+    seen, _ = capture_inputs(block, ["attention.second"], hidden_BTD, {}, output_of="attention")
     expected = run_block(block, hidden_BTD, {})
     block.attention.ended = False
     with replayed(block, "attention", seen["attention"]):
@@ -77,7 +79,7 @@ def test_no_hook_stays_behind():
 def test_rotated_layers_are_seen_behind_their_rotation():
     block, hidden_BTD = Block(), torch.randn(1, 5, 4)
     block.second = RotatedLinear.wrap(block.second, random_signs(8, seed=3))
-    seen = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
+    seen, _ = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
     inner = block.first(hidden_BTD.view(5, 4)).relu()
     assert not torch.allclose(seen["second"], inner)
     torch.testing.assert_close(seen["second"].norm(dim=-1), inner.norm(dim=-1))
