@@ -53,7 +53,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
             if len({grids.get(name) for name in names}) > 1:
                 notes.append(f"{names[0]} and its siblings have several grids: vLLM fuses them")
     if not grids:
-        raise ValueError("the recipe keeps every layer: there is nothing to quantize")
+        raise ValueError("nothing to quantize: the recipe keeps every linear layer the model has")
     wanted: torch.dtype = getattr(torch, recipe.weights.scale_dtype)
     some_grid = next(iter(grids.values()))
     stored = stored_scale_dtype(

@@ -97,7 +97,7 @@ def test_missing_model(tmp_path: Path) -> None:
 def test_unsupported_family(copy: Path, tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1}
     (copy / "config.json").write_text(json.dumps(config))
-    result = quantize(copy, "-c", "w3", "--dry-run")
+    result = quantize(copy, "-c", "w3-channel", "--dry-run")
     assert_fails(result, 1, "GPT2LMHeadModel", "Llama", "rotation.residual=none")
 
 

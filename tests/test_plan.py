@@ -58,7 +58,7 @@ def test_several_grids_on_one_input_are_noted():
 
 def test_nothing_to_quantize_is_refused():
     rules = [{"match": ".", "keep": True}]
-    with pytest.raises(ValueError, match="keeps every layer"):
+    with pytest.raises(ValueError, match="keeps every linear layer"):
         make_plan(skeleton("llama"), recipe(weights__overrides=rules), torch.float32)
 
 

@@ -5,7 +5,7 @@ Shape suffixes: B windows of a batch, T positions, D hidden size, M tokens, K fe
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,9 +70,8 @@ def capture_inputs(
         handles.append(watched.register_forward_hook(lambda *call: see(output_of, call[-1][0])))
     output_BTD = None
     try:
-        output_BTD = run_block(block, hidden_BTD, kwargs)
-    except _Seen:
-        pass
+        with suppress(_Seen):
+            output_BTD = run_block(block, hidden_BTD, kwargs)
     finally:
         for handle in handles:
             handle.remove()
