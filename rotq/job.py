@@ -25,10 +25,9 @@ from rotq.errors import RotqError
 class Job:
     """An open job folder, locked against a second process."""
 
-    def __init__(self, folder: Path, output: Path, *, fresh: bool, overwrite: bool) -> None:
+    def __init__(self, folder: Path, output: Path, *, overwrite: bool) -> None:
         self.folder = folder
         self.output = output
-        self.fresh = fresh
         self._overwrite = overwrite
 
     @property
@@ -115,14 +114,12 @@ def open_job(output: Path, *, resume: str, overwrite: bool) -> Iterator[Job]:
     folder = output.with_name(output.name + ".partial")
     if resume == "required" and not (folder / "job.json").exists():
         raise RotqError(f"nothing to resume in {folder}")
-    fresh = not (folder / "job.json").exists()
     with _locked(folder) as lock:
         if resume == "never":
-            fresh = True
             for entry in folder.iterdir():
                 if entry != lock:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield Job(folder, output, fresh=fresh, overwrite=overwrite)
+        yield Job(folder, output, overwrite=overwrite)
 
 
 @contextmanager

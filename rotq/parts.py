@@ -8,6 +8,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from rotq.blocks import Outcome
+from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
@@ -27,8 +28,7 @@ def save_block(job: Job, skeleton: Skeleton, index: int, outcome: Outcome, secon
         if path not in outcome.quantized or leaf != "weight":
             tensors[f"{prefix}.{name}"] = tensor
     for path, quantized in outcome.quantized.items():
-        packed = QuantLinear.from_quantized(quantized).state_dict()
-        tensors |= {f"{prefix}.{path}.{leaf}": tensor for leaf, tensor in packed.items()}
+        tensors |= packed_tensors(f"{prefix}.{path}", quantized)
     save_tensors(job.part(block_part(index)), tensors)
     job.record(
         block_part(index),

@@ -132,7 +132,8 @@ def _set_up(
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames)
     basis = _basis(recipe, skeleton)
-    plan = make_plan(skeleton, recipe, _dtype(dtype, source))
+    wanted = _dtype(dtype, source)
+    plan = make_plan(skeleton, recipe, wanted)
     windows = load_windows(
         recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
     )
@@ -142,7 +143,7 @@ def _set_up(
             "recipe": recipe.to_dict(),
             "model": source.fingerprint(),
             "data": windows.sha256,
-            "dtype": str(_dtype(dtype, source)),
+            "dtype": str(wanted),
             "device": device,
             "versions": versions(),
         }
@@ -158,7 +159,7 @@ def _set_up(
         basis=basis,
         windows=windows,
         device=torch.device(device),
-        dtype=_dtype(dtype, source),
+        dtype=wanted,
         trust_remote_code=trust_remote_code,
         progress=progress,
         started=started,
