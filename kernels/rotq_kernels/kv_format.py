@@ -1,4 +1,4 @@
-"""What a packed key or value is: the vocabulary that the KV kernels, their references and rotq share.
+"""What a packed key or value is: the words that the KV kernels, their references and rotq share.
 
 One layer, per KV head h. A key k_t (after RoPE, at position t) is stored as codes of y and a norm:
 
