@@ -17,12 +17,20 @@ def main():
     p.add_argument(
         "--mse", type=float, default=0.0, help="exponent of the clipping search; 0: min-max"
     )
+    p.add_argument("--desc-act", action="store_true", help="columns by falling activation")
     args = p.parse_args()
     windows = torch.load(args.calibration_ids)
 
     run = Run(args, "gptqmodel", mse=args.mse, windows=len(windows), length=windows.shape[1])
     config = QuantizeConfig(
-        bits=args.bits, group_size=args.group_size, sym=args.symmetric, mse=args.mse, device="cpu"
+        bits=args.bits,
+        group_size=args.group_size,
+        sym=args.symmetric,
+        mse=args.mse,
+        desc_act=args.desc_act,
+        # the default; GPTQModel refuses it without groups, and beside desc_act
+        act_group_aware=args.group_size > 0 and not args.desc_act,
+        device="cpu",
     )
     model = GPTQModel.load(str(args.model), config)
     calibration = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
