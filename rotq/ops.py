@@ -1,5 +1,5 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
-from rotq_kernels.layout import pack, packed_words, unpack
+from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 
-__all__ = ["pack", "packed_words", "unpack"]
+__all__ = ["pack", "pack_kv", "packed_words", "unpack", "unpack_kv"]

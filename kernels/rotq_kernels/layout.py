@@ -1,5 +1,6 @@
-"""The packed layout of integer codes: a dense stream of bits, least significant bit first.
+"""The packed layouts of integer codes: of weights (``pack``) and of the KV cache (``pack_kv``).
 
+Weights are a dense stream of bits, least significant bit first.
 Along the packed dimension code i takes the bits [i * bits, (i + 1) * bits) of its row, and bit j
 of the row is bit j % 32 of its int32 word j // 32. Words are straddled where ``bits`` does not
 divide 32; the last word is filled with zeros. What is stored is q + 2^(bits-1), which is not
@@ -8,7 +9,23 @@ negative. This is the layout of ``weight_packed`` in compressed-tensors since 0.
 Eight codes take exactly ``bits`` bytes, so the work goes by eights: an int64 word holds them,
 and its first ``bits`` bytes are the stream. That needs a little-endian host.
 
-Shape suffixes: N rows, K codes of a row, W int32 words of a row, E groups of eight codes.
+Keys and values are packed for the kernels that read them: each chunk of 32 codes takes exactly
+``bits`` words and no code straddles a word. Of a chunk, code 8 i + j is named (i, j):
+
+    1 bit    bit k of the one word is code k (the signs of a residual)
+    2 bits   two bits each: word 0 holds codes 0 to 15, word 1 codes 16 to 31
+    3 bits   words 0, 1, 2: bits 0-2 of nibble j of word i are code (i, j); bit 3 of nibble j
+             of word i is bit i of code (3, j)
+    4 bits   nibble j of word i is code (i, j)
+    5-7      four words of the codes' low nibbles as for 4 bits, then one word for each further
+             bit, whose bit k is that of code k
+    8 bits   byte j of word i is code 4 i + j
+
+Three nibbles' worth of 3-bit codes leave the three top bits to the fourth, so that a word masked
+with 0x77777777 is eight table indices in a row, as PRMT wants them.
+
+Shape suffixes: N rows, K codes of a row, W int32 words of a row, E groups of eight codes,
+C chunks of 32 codes, D head width.
 """
 
 import torch
@@ -108,3 +125,88 @@ def _check(tensor: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
     if dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim}")
+
+
+def pack_kv(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes of keys or values, chunk after chunk along the last dimension.
+
+    Args:
+        codes: uint8 (..., D), in [0, 2^bits - 1]; D is padded with zeros to whole chunks of 32.
+        bits: 1 to 8.
+
+    Returns:
+        int32 (..., C * bits), words c * bits to c * bits + bits - 1 for chunk c; contiguous.
+
+    Raises:
+        ValueError: not uint8, ``bits`` out of range, or a code out of range.
+    """
+    if codes.dtype != torch.uint8 or not 1 <= bits <= 8:
+        raise ValueError(f"expected uint8 codes of 1 to 8 bits, got {codes.dtype} and {bits}")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"a code is outside [0, {2**bits - 1}], the range of {bits} bits")
+    D = codes.shape[-1]
+    chunks = -(-D // 32)
+    code_C32 = torch.nn.functional.pad(codes, (0, chunks * 32 - D)).to(torch.int32)
+    code_C32 = code_C32.unflatten(-1, (chunks, 32))
+    if bits in (1, 2, 4, 8):
+        words = _join(code_C32, bits)
+    elif bits == 3:
+        code_C48 = code_C32.unflatten(-1, (4, 8))
+        spare_C38 = (code_C48[..., 3:, :] >> _steps(3, codes.device)[:, None]) & 1
+        words = _join((code_C48[..., :3, :] | spare_C38 << 3).flatten(-2), 4)
+    else:
+        planes = (code_C32[..., None, :] >> (4 + _steps(bits - 4, codes.device))[:, None]) & 1
+        words = torch.cat([_join(code_C32 & 15, 4), _join(planes.flatten(-2), 1)], dim=-1)
+    return words.flatten(-2)
+
+
+def unpack_kv(words: Tensor, bits: int, head_dim: int) -> Tensor:
+    """Undo ``pack_kv``.
+
+    Args:
+        words: int32 (..., C * bits).
+        bits: 1 to 8.
+        head_dim: D.
+
+    Returns:
+        uint8 (..., D).
+
+    Raises:
+        ValueError: not int32, ``bits`` out of range, or a wrong number of words.
+    """
+    if words.dtype != torch.int32 or not 1 <= bits <= 8:
+        raise ValueError(f"expected int32 words of 1 to 8 bits, got {words.dtype} and {bits}")
+    chunks = -(-head_dim // 32)
+    if words.shape[-1] != chunks * bits:
+        raise ValueError(
+            f"{head_dim} codes of {bits} bits take {chunks * bits} words, got {words.shape[-1]}"
+        )
+    word_CW = words.unflatten(-1, (chunks, bits))
+    if bits in (1, 2, 4, 8):
+        code_C32 = _split(word_CW, bits)
+    elif bits == 3:
+        nibble_C38 = _split(word_CW, 4).unflatten(-1, (3, 8))
+        spare_C8 = ((nibble_C38 >> 3) << _steps(3, words.device)[:, None]).sum(-2)
+        code_C32 = torch.cat([(nibble_C38 & 7).flatten(-2), spare_C8], dim=-1)
+    else:
+        planes = _split(word_CW[..., 4:], 1).unflatten(-1, (bits - 4, 32))
+        high_C32 = (planes << (4 + _steps(bits - 4, words.device))[:, None]).sum(-2)
+        code_C32 = _split(word_CW[..., :4], 4) | high_C32
+    return code_C32.flatten(-2)[..., :head_dim].to(torch.uint8)
+
+
+def _join(fields: Tensor, width: int) -> Tensor:
+    """int32 fields of ``width`` bits, the lowest first, to words: (..., W * 32 / width)."""
+    each = 32 // width
+    shifted = fields.unflatten(-1, (-1, each)) << width * _steps(each, fields.device)
+    return shifted.sum(-1, dtype=torch.int32)
+
+
+def _split(words: Tensor, width: int) -> Tensor:
+    """Undo ``_join``."""
+    shift = width * _steps(32 // width, words.device)
+    return ((words[..., None] >> shift) & (2**width - 1)).flatten(-2)
+
+
+def _steps(number: int, device: torch.device) -> Tensor:
+    return torch.arange(number, dtype=torch.int32, device=device)
