@@ -1,0 +1,184 @@
+"""What a packed cache is to be: bits, what is removed first, how numbers are chosen, by name.
+
+A preset is a name for a ``KVSpec``. ``k3v3`` and its relatives are ours; ``turboquant``,
+``turboquant-prod`` and ``turboesm`` are what others publish, kept as baselines.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSpec:
+    """A scheme for the keys and values of every layer."""
+
+    name: str
+    k_bits: int
+    """2 to 8."""
+    v_bits: int
+    """2 to 8."""
+    mean: Literal["none", "static", "rope"] = "rope"
+    """Removed from keys. ``rope``: the mean before RoPE, turned to each token's position."""
+    value_mean: bool = True
+    """Remove the mean of values."""
+    basis: Literal["hadamard", "svd", "none"] = "hadamard"
+    """Keys are coded in it. ``svd``: right singular vectors of the keys, not centred."""
+    value_basis: Literal["hadamard", "svd", "none"] = "hadamard"
+    alpha: float | None = None
+    """A = basis x (M / mean eigenvalue)^(alpha / 2), M the queries' second moment; None: chosen
+    on calibration windows."""
+    codebook: Literal["gaussian", "fitted", "kmeans"] = "fitted"
+    """Lloyd-Max for the unit normal; the same iterated on the head's own y / rms(y); or k-means of
+    y itself, for ``norm="none"``."""
+    gain: Literal["lsq", "norm", "none"] = "lsq"
+    """See ``rotq_kernels.kv_format.SideTransform``."""
+    norm: Literal["log8", "float16", "none"] = "log8"
+    residual: Literal["none", "sign", "qjl"] = "none"
+    """One more bit per key element."""
+    residual_scale: Literal["fitted", "mean", "unbiased"] = "fitted"
+    """``fitted``: least squares on calibration keys; ``mean``: mean |residual| (sign);
+    ``unbiased``: sqrt(pi / 2) by the sketch's norm (qjl)."""
+    sketch: Literal["orthogonal", "gaussian"] = "orthogonal"
+    """Of ``residual="qjl"``."""
+    sinks: int = 4
+    """First tokens of a sequence, kept in the model's precision."""
+    recent: int = 0
+    """Last tokens of a sequence, kept in the model's precision until they leave the window."""
+    boundary: int = 0
+    """Layers at either end that get ``boundary_bits`` for keys and values."""
+    boundary_bits: int = 8
+    billed_bits: float | None = None
+    """Bits per element as the scheme's own code stores it, where that is more than is needed."""
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            ("k_bits", 2, 8),
+            ("v_bits", 2, 8),
+            ("boundary_bits", 2, 8),
+            ("sinks", 0, 1024),
+            ("recent", 0, 65536),
+            ("boundary", 0, 1024),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise ValueError(f"{field}: {value} is not between {low} and {high}")
+        if self.alpha is not None and not 0 <= self.alpha <= 2:
+            raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
+        if (self.codebook == "kmeans") != (self.norm == "none"):
+            raise ValueError("codebook kmeans and norm none go together")
+        if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
+            raise ValueError("codebook kmeans has at most 4 bits")
+
+    def layer_bits(self, layer: int, num_layers: int) -> tuple[int, int]:
+        """Bits of keys and values of one layer."""
+        if layer < self.boundary or layer >= num_layers - self.boundary:
+            return self.boundary_bits, self.boundary_bits
+        return self.k_bits, self.v_bits
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it takes statistics of the model."""
+        return (
+            self.mean != "none"
+            or self.value_mean
+            or "svd" in (self.basis, self.value_basis)
+            or self.alpha != 0
+            or self.codebook != "gaussian"
+            or (self.residual != "none" and self.residual_scale != "unbiased")
+        )
+
+    def oblivious(self) -> KVSpec:
+        """The nearest scheme that needs no statistics, under a name that says so; or itself.
+
+        Raises:
+            ValueError: nothing is left of the scheme without statistics.
+        """
+        if not self.needs_calibration:
+            return self
+        if self.codebook == "kmeans" or "svd" in (self.basis, self.value_basis):
+            raise ValueError(f"{self.name} does not exist without calibration")
+        return replace(
+            self,
+            name=f"{self.name}-oblivious",
+            mean="none",
+            value_mean=False,
+            alpha=0.0,
+            codebook="gaussian",
+            residual_scale="unbiased",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> KVSpec:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: an unknown key, or a value out of range.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys of a KV scheme: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def _ours(k_bits: int, v_bits: int) -> KVSpec:
+    return KVSpec(name=f"k{k_bits}v{v_bits}", k_bits=k_bits, v_bits=v_bits)
+
+
+_TURBOQUANT = KVSpec(
+    name="turboquant",
+    k_bits=3,
+    v_bits=3,
+    mean="none",
+    value_mean=False,
+    alpha=0.0,
+    codebook="gaussian",
+    gain="none",
+    norm="float16",
+)
+
+PRESETS: dict[str, KVSpec] = {
+    spec.name: spec
+    for spec in (
+        *(_ours(*bits) for bits in ((3, 3), (4, 3), (4, 2), (8, 3), (4, 4), (2, 2))),
+        _TURBOQUANT,
+        replace(
+            _TURBOQUANT,
+            name="turboquant-prod",
+            k_bits=2,
+            residual="qjl",
+            residual_scale="unbiased",
+            sketch="gaussian",
+        ),
+        replace(
+            _TURBOQUANT,
+            name="turboesm",
+            basis="svd",
+            value_basis="none",
+            codebook="kmeans",
+            norm="none",
+            residual="sign",
+            residual_scale="mean",
+            billed_bits=4.5,
+        ),
+    )
+}
+
+
+def preset(name: str) -> KVSpec:
+    """A scheme by name.
+
+    Raises:
+        ValueError: no such name; says the nearest.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PRESETS)}"
+    raise ValueError(f"no KV preset {name!r}; {hint}")

@@ -1,0 +1,134 @@
+"""How a model turns its keys to their positions, and how many keys a layer keeps.
+
+RoPE turns pair i of a key at position t by the angle t theta_i and multiplies by the attention
+factor a. Half-split models pair elements i and i + R, and leave elements from 2 R on alone:
+
+    k_t[i]     = a (x[i] cos(t theta_i) - x[i + R] sin(t theta_i))
+    k_t[i + R] = a (x[i + R] cos(t theta_i) + x[i] sin(t theta_i))
+
+Shape suffixes: T positions, D head width, R rotary pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rotq.errors import RotqError
+
+HALF_SPLIT = {
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "stablelm",
+}
+"""``model_type`` of families that are known to pair elements i and i + R in every layer."""
+
+_FIXED_TYPES = {"default", "linear", "llama3", "yarn"}
+"""RoPE types whose frequencies do not depend on the length of the sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Half-split RoPE of one layer."""
+
+    inv_freq_R: Tensor
+    """fp32, radians per position."""
+    scale: float = 1.0
+    """Attention factor on cosine and sine; elements that are not turned do not get it."""
+
+    def turn(self, x: Tensor, position: Tensor) -> Tensor:
+        """Turn rows to their positions.
+
+        Args:
+            x: (..., D), floating point.
+            position: Integers that broadcast over the rows of ``x``.
+        """
+        R = self.inv_freq_R.numel()
+        angle = position[..., None].double() * self.inv_freq_R.double()
+        cos, sin = (self.scale * angle.cos()).to(x.dtype), (self.scale * angle.sin()).to(x.dtype)
+        first, second, rest = x[..., :R], x[..., R : 2 * R], x[..., 2 * R :]
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        if not rest.shape[-1]:
+            return turned
+        return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), dim=-1)
+
+    def turn_back(self, x: Tensor, position: Tensor) -> Tensor:
+        """The inverse of ``turn``."""
+        return Rotary(inv_freq_R=self.inv_freq_R, scale=1 / self.scale).turn(x, -position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """What one layer keeps per token."""
+
+    num_heads: int
+    """KV heads."""
+    head_dim: int
+    group: int
+    """Query heads per KV head."""
+
+
+def kv_shapes(config: Any) -> list[KVShape]:
+    """Of every layer, from the configuration of a text decoder.
+
+    Raises:
+        RotqError: the configuration does not say, or heads do not divide.
+    """
+    config = _text(config)
+    try:
+        num_queries, num_layers = config.num_attention_heads, config.num_hidden_layers
+        num_heads = getattr(config, "num_key_value_heads", None) or num_queries
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_queries
+    except AttributeError as error:
+        raise RotqError(f"{config.model_type}: not a decoder with a KV cache ({error})") from None
+    if num_queries % num_heads or head_dim % 8:
+        raise RotqError(
+            f"{config.model_type}: {num_queries} query heads on {num_heads} KV heads of width "
+            f"{head_dim}; a packed cache needs whole groups and a width that is a multiple of 8"
+        )
+    shape = KVShape(num_heads=num_heads, head_dim=head_dim, group=num_queries // num_heads)
+    return [shape] * num_layers
+
+
+def rotaries(config: Any) -> list[Rotary | None]:
+    """RoPE of every layer; None where it is not known to be half-split with fixed frequencies."""
+    config = _text(config)
+    num_layers = config.num_hidden_layers
+    if config.model_type not in HALF_SPLIT:
+        return [None] * num_layers
+    parameters = config.rope_parameters
+    if "rope_type" in parameters:
+        return [_rotary(config, parameters, None)] * num_layers
+    by_type = {kind: _rotary(config, found, kind) for kind, found in parameters.items() if found}
+    return [by_type.get(kind) for kind in config.layer_types]
+
+
+def _rotary(config: Any, parameters: dict[str, Any], layer_type: str | None) -> Rotary | None:
+    kind = parameters["rope_type"]
+    if kind not in _FIXED_TYPES:
+        return None
+    if kind != "default":
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
+        return Rotary(inv_freq_R=inv_freq.float(), scale=float(scale))
+    width = kv_shapes(config)[0].head_dim
+    width = int(width * parameters.get("partial_rotary_factor", 1.0))
+    exponent_R = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return Rotary(inv_freq_R=1.0 / parameters["rope_theta"] ** exponent_R)
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
