@@ -1,5 +1,6 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
+from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv_format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
@@ -12,6 +13,14 @@ from rotq_kernels.kv_format import (
     encode_norm,
     level_values,
 )
+from rotq_kernels.kv_side import (
+    dequantize_residual,
+    dequantize_side,
+    key_mean,
+    quantize_residual,
+    quantize_side,
+    turned_mean,
+)
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 
 __all__ = [
@@ -23,11 +32,19 @@ __all__ = [
     "KVTransform",
     "SideTransform",
     "decode_norm",
+    "dequantize_kv_reference",
+    "dequantize_residual",
+    "dequantize_side",
+    "encode_kv_reference",
     "encode_norm",
+    "key_mean",
     "level_values",
     "pack",
     "pack_kv",
     "packed_words",
+    "quantize_residual",
+    "quantize_side",
+    "turned_mean",
     "unpack",
     "unpack_kv",
 ]

@@ -1,11 +1,18 @@
 """Shared test set-up."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 
+import torch
+
 # tests have no packages (--import-mode=importlib); this lets them import tiny_models
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Triton decides when a kernel is defined, that is at the first import of rotq.ops
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # a shell without job control starts background jobs with SIGINT ignored, which their children
 # inherit; the tests that interrupt jobs need what a terminal would give them
