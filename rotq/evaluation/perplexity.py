@@ -127,11 +127,11 @@ def evaluate(
         first = protocol.first_scored(window)
         logits_TV = window_logits(model, ids_T)[first - 1 : -1]
         target_T = ids_T[first:].to(logits_TV.device)
-        nll += _nll(logits_TV, target_T)
+        nll += summed_nll(logits_TV, target_T)
         tokens += target_T.numel()
         if reference is not None:
             reference_TV = window_logits(reference, ids_T)[first - 1 : -1].to(logits_TV.device)
-            reference_nll += _nll(reference_TV, target_T)
+            reference_nll += summed_nll(reference_TV, target_T)
             divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
         if on_window is not None:
             on_window(window + 1, len(ids_BT))
@@ -166,7 +166,7 @@ def window_logits(model: Any, ids_T: Tensor) -> Tensor:
     return logits_TV
 
 
-def _nll(logits_TV: Tensor, target_T: Tensor) -> float:
+def summed_nll(logits_TV: Tensor, target_T: Tensor) -> float:
     """Summed negative log-likelihood in nats; softmax in fp32, sum in fp64."""
     total = 0.0
     chunks = zip(logits_TV.split(CHUNK), target_T.split(CHUNK), strict=True)

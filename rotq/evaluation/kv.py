@@ -1,0 +1,163 @@
+"""What a packed KV cache costs in quality, under the protocol of stepwise decoding.
+
+Windows are run whole, with an attention that reads decoded codes for the history (see
+``quantized_history``): the result is that of decoding step by step, at the cost of one forward.
+Errors travel on through layers and tokens.
+
+    cosine = mean over positions of the cosine of both models' logits, each less its mean
+
+Shape suffixes: N tokens of the text, B windows, T positions, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rotq.evaluation.divergence import Divergence, compare
+from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
+from rotq.evaluation.quantized_history import QuantizedHistory
+from rotq.kv.calibration_file import KVCalibration
+from rotq.models.replaced_attention import replaced_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVEvaluation:
+    """Figures of one scheme on one text."""
+
+    preset: str
+    ppl: float
+    ppl_ratio: float
+    """To the model with an unquantized cache."""
+    kl: float
+    """KL(unquantized || quantized) in nats per token."""
+    top1: float
+    """Share of positions where both most likely tokens are the same."""
+    cosine: float
+    bits_per_element: float
+    """All in at the window's length: codes, norms, residuals, and what is kept whole."""
+    bytes_per_token: float
+    """Packed bytes of a token that is not kept whole, all layers."""
+    attention_error: list[float]
+    """By layer."""
+    reference_ppl: float
+    tokens: int
+    """Scored positions."""
+    sinks: int
+    recent: int
+    protocol: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def bits_per_element(calibration: KVCalibration, length: int, dtype: torch.dtype) -> float:
+    """Bits per key or value element of a sequence of ``length``, with what is kept whole.
+
+    Tokens kept whole count at ``dtype``; constants (one copy per model) and page tables do not.
+    """
+    whole = min(length, calibration.sinks + calibration.recent)
+    packed = 0.0
+    elements = 0
+    for transform in calibration.layers.values():
+        form, num_heads = transform.format, transform.key.base_H.numel()
+        stored = calibration.spec.billed_bits or form.bits_per_element
+        packed += stored * 2 * form.head_dim * num_heads
+        elements += 2 * form.head_dim * num_heads
+    return (packed / elements * (length - whole) + 8 * dtype.itemsize * whole) / length
+
+
+def bytes_per_token(calibration: KVCalibration) -> float:
+    """Packed bytes of one token, all layers and heads."""
+    total = 0.0
+    for transform in calibration.layers.values():
+        form = transform.format
+        stored = calibration.spec.billed_bits or form.bits_per_element
+        total += stored * 2 * form.head_dim * transform.key.base_H.numel() / 8
+    return total
+
+
+@dataclass
+class _Sums:
+    """Of one scheme over windows."""
+
+    nll: float = 0.0
+    cosine: float = 0.0
+    divergence: Divergence = field(default_factory=Divergence)
+
+
+@torch.inference_mode()
+def evaluate_kv(
+    model: Any,
+    ids_N: Tensor,
+    calibrations: Sequence[KVCalibration],
+    *,
+    protocol: Protocol,
+    on_window: Callable[[int, int], None] | None = None,
+) -> list[KVEvaluation]:
+    """Score a text with each scheme, and with an unquantized cache; windows do not overlap.
+
+    Args:
+        model: A causal language model of transformers.
+        ids_N: int64 token ids of the whole text.
+        calibrations: The schemes, each with its constants for this model.
+        protocol: Without stride.
+        on_window: Called with windows done and windows in all.
+
+    Raises:
+        RotqError: text too short, an attention that is not supported, or logits that are not
+            finite.
+    """
+    ids_BT = protocol.cut(ids_N)
+    reference_nll = 0.0
+    sums = [_Sums() for _ in calibrations]
+    histories = [QuantizedHistory(calibration) for calibration in calibrations]
+    for window, ids_T in enumerate(ids_BT):
+        reference_TV = window_logits(model, ids_T)[:-1]
+        target_T = ids_T[1:].to(reference_TV.device)
+        reference_nll += summed_nll(reference_TV, target_T)
+        for total, history in zip(sums, histories, strict=True):
+            with replaced_attention(model, history):
+                logits_TV = window_logits(model, ids_T)[:-1]
+            total.nll += summed_nll(logits_TV, target_T)
+            total.cosine += _summed_cosine(reference_TV, logits_TV)
+            total.divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
+        if on_window is not None:
+            on_window(window + 1, len(ids_BT))
+    tokens = ids_BT.numel() - len(ids_BT)
+    return [
+        KVEvaluation(
+            preset=calibration.spec.name,
+            ppl=math.exp(total.nll / tokens),
+            ppl_ratio=math.exp((total.nll - reference_nll) / tokens),
+            kl=total.divergence.kl,
+            top1=total.divergence.top1,
+            cosine=total.cosine / tokens,
+            bits_per_element=bits_per_element(calibration, protocol.seq_len, model.dtype),
+            bytes_per_token=bytes_per_token(calibration),
+            attention_error=history.attention_error,
+            reference_ppl=math.exp(reference_nll / tokens),
+            tokens=tokens,
+            sinks=calibration.sinks,
+            recent=calibration.recent,
+            protocol=f"stepwise cache; {protocol.describe(len(ids_BT))}",
+        )
+        for calibration, total, history in zip(calibrations, sums, histories, strict=True)
+    ]
+
+
+def _summed_cosine(reference_TV: Tensor, logits_TV: Tensor) -> float:
+    total = 0.0
+    for first_CV, second_CV in zip(reference_TV.split(CHUNK), logits_TV.split(CHUNK), strict=True):
+        first_CV, second_CV = first_CV.float(), second_CV.float()
+        first_CV = first_CV - first_CV.mean(dim=-1, keepdim=True)
+        second_CV = second_CV - second_CV.mean(dim=-1, keepdim=True)
+        total += float(F.cosine_similarity(first_CV, second_CV, dim=-1).double().sum())
+    return total

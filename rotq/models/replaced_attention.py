@@ -1,0 +1,101 @@
+"""Put another function in the place of a model's attention, for windows without padding.
+
+transformers dispatches attention by name (``config._attn_implementation``) after RoPE, with the
+keys and values that a cache would hold. What the replacement cannot honour is refused.
+
+Shape suffixes: B windows, T positions, H query heads, K KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rotq.errors import RotqError
+
+NAME = "rotq_replaced"
+
+_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias")
+"""Arguments of attention that change its result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One layer's attention on whole windows; token j is at position j."""
+
+    layer: int
+    q_BHTD: Tensor
+    """After RoPE."""
+    k_BKTD: Tensor
+    v_BKTD: Tensor
+    scale: float
+    window: int
+    """Keys that a query sees, itself included; 0 for all."""
+
+
+Attention = Callable[[AttentionCall], Tensor]
+"""Gives (B, T, H, D)."""
+
+
+@contextmanager
+def replaced_attention(model: Any, attention: Attention) -> Iterator[None]:
+    """Run ``attention`` for every layer of a decoder inside the context.
+
+    Args:
+        model: A causal language model of transformers; called without padding and cache.
+        attention: Gets the layers in any order.
+
+    Raises:
+        RotqError: the model's attention is not replaceable by name, or takes what an
+            ``AttentionCall`` does not hold.
+    """
+
+    def run(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any
+    ) -> tuple[Tensor, None]:
+        _check(module, query, key, value, kw)
+        scale = kw.get("scaling")
+        call = AttentionCall(
+            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            q_BHTD=query,
+            k_BKTD=key,
+            v_BKTD=value,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            window=int(kw.get("sliding_window") or 0),
+        )
+        return attention(call).contiguous(), None
+
+    AttentionInterface.register(NAME, run)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise RotqError(f"{type(model).__name__}: {' '.join(str(error).split())}") from None
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Causality and the window are the replacement's to keep."""
+
+
+def _check(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if getattr(module, "layer_idx", None) is None:
+        raise RotqError(f"{name} does not know its layer; only decoders have a KV cache")
+    if not getattr(module, "is_causal", True):
+        raise RotqError(f"{name} is not causal; only decoders have a KV cache")
+    if k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise RotqError(f"{name}: keys {tuple(k.shape)} and values {tuple(v.shape)} differ")
+    for key in _UNKNOWN:
+        if kw.get(key) is not None:
+            raise RotqError(f"{name}: attention with {key} is not supported")
