@@ -59,15 +59,18 @@ class Listing:
         return sorted(last_of.items())
 
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop that works: the first with matrix instructions, else the longest.
+        """The loop that does the work: the first with matrix instructions, else the longest.
 
-        Empty where no loop has ``SMALLEST_LOOP`` instructions.
+        Of nested loops the inner one, if it has half of the instructions: others only wait, or
+        treat a rare case. Empty where no loop has ``SMALLEST_LOOP`` instructions.
         """
         large = [(a, b) for a, b in self.loops() if b - a + 1 >= SMALLEST_LOOP]
         inner = [
             self.instructions[a : b + 1]
             for a, b in large
-            if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in large)
+            if not any(
+                a <= c and d <= b and (c, d) != (a, b) and 2 * (d - c) >= b - a for c, d in large
+            )
         ]
         for body in inner:
             if any(is_matrix(instruction) for instruction in body):
