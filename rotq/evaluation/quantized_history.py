@@ -11,17 +11,13 @@ H KV heads, G query heads per KV head, D head width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.codec import KVCodec
-from rotq.models.replaced_attention import AttentionCall
-
-_MASKED = -1e30
+from rotq.models.replaced_attention import AttentionCall, attend, probabilities, visible
 
 
 class QuantizedHistory:
@@ -69,7 +65,7 @@ class QuantizedHistory:
             exact = (k_BHSD[:, :, :end], v_BHSD[:, :, :end])
             hat = (coded[0][:, :, :end], coded[1][:, :, :end])
             outputs.append(mixed_attention(q_BHGQD, hat, exact, visible_QS, recent=self.recent))
-            self._compare(call.layer, outputs[-1], attention(q_BHGQD, *exact, visible_QS))
+            self._compare(call.layer, outputs[-1], attend(q_BHGQD, *exact, visible_QS))
         return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
     def _compare(self, layer: int, output: Tensor, exact: Tensor) -> None:
@@ -88,21 +84,6 @@ class QuantizedHistory:
             )
 
 
-def visible(first: int, num_queries: int, window: int, device: Any = None) -> Tensor:
-    """Which keys 0 .. first + Q - 1 the queries from ``first`` on see: bool (Q, S)."""
-    key_S = torch.arange(first + num_queries, device=device)
-    age_QS = torch.arange(first, first + num_queries, device=device)[:, None] - key_S
-    seen_QS = age_QS >= 0
-    return seen_QS & (age_QS < window) if window else seen_QS
-
-
-def attention(q_BHGQD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, visible_QS: Tensor) -> Tensor:
-    """(B, H, G, Q, D) of scaled queries."""
-    score_BHGQS = q_BHGQD @ k_BHSD[:, :, None].mT
-    p_BHGQS = score_BHGQS.masked_fill_(~visible_QS, _MASKED).softmax(-1)
-    return p_BHGQS @ v_BHSD[:, :, None]
-
-
 def mixed_attention(
     q_BHGQD: Tensor,
     hat: tuple[Tensor, Tensor],
@@ -111,7 +92,7 @@ def mixed_attention(
     *,
     recent: int,
 ) -> Tensor:
-    """As ``attention``, with a query's own key and value and the ``recent`` before it exact.
+    """As ``attend``, with a query's own key and value and the ``recent`` before it exact.
 
     Args:
         q_BHGQD: Scaled; the last query belongs to the last key.
@@ -128,5 +109,5 @@ def mixed_attention(
     score_BHGQS = q_BHGQD @ k_BHSD.mT
     near_BHGQN = score_BHGQS[..., low:]
     near_BHGQN.copy_(torch.where(near_QN, q_BHGQD @ k_BHND.mT, near_BHGQN))
-    p_BHGQS = score_BHGQS.masked_fill_(~visible_QS, _MASKED).softmax(-1)
+    p_BHGQS = probabilities(score_BHGQS, visible_QS)
     return p_BHGQS @ v_BHSD + (p_BHGQS[..., low:] * near_QN) @ (v_BHND - v_BHSD[..., low:, :])

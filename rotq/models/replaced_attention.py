@@ -3,7 +3,8 @@
 transformers dispatches attention by name (``config._attn_implementation``) after RoPE, with the
 keys and values that a cache would hold. What the replacement cannot honour is refused.
 
-Shape suffixes: B windows, T positions, H query heads, K KV heads, D head width.
+Shape suffixes: B windows, T positions, H query heads, K KV heads, G query heads per KV head,
+Q queries of a chunk, S keys up to the last of them, D head width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -20,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from rotq.errors import RotqError
 
 NAME = "rotq_replaced"
+
+_MASKED = -1e30
 
 _UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias")
 """Arguments of attention that change its result."""
@@ -99,3 +103,22 @@ def _check(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kw: dict[str, Any
     for key in _UNKNOWN:
         if kw.get(key) is not None:
             raise RotqError(f"{name}: attention with {key} is not supported")
+
+
+def visible(first: int, num_queries: int, window: int, device: Any = None) -> Tensor:
+    """Which keys 0 .. first + Q - 1 the queries from ``first`` on see: bool (Q, S)."""
+    key_S = torch.arange(first + num_queries, device=device)
+    age_QS = torch.arange(first, first + num_queries, device=device)[:, None] - key_S
+    seen_QS = age_QS >= 0
+    return seen_QS & (age_QS < window) if window else seen_QS
+
+
+def probabilities(score_BKGQS: Tensor, visible_QS: Tensor) -> Tensor:
+    """Softmax over the visible keys; the scores are overwritten."""
+    return score_BKGQS.masked_fill_(~visible_QS, _MASKED).softmax(-1)
+
+
+def attend(q_BKGQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, visible_QS: Tensor) -> Tensor:
+    """(B, K, G, Q, D) of scaled queries."""
+    p_BKGQS = probabilities(q_BKGQD @ k_BKSD[:, :, None].mT, visible_QS)
+    return p_BKGQS @ v_BKSD[:, :, None]

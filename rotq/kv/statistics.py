@@ -1,0 +1,186 @@
+"""What calibration learns of a model's keys, values and queries, in one run over its windows.
+
+    mean        of keys before RoPE (turned back), of keys after it, and of values
+    queries     second moment M = sum_t w_t x_t x_t^T / sum_t w_t of each KV head's queries
+    samples     tokens drawn at random: whatever else is wanted is computed from them
+
+An error e_j of key j moves the output of query t by p_tj (x_t.e_j) (v_j - o_t), to first order.
+With independent errors a query counts
+
+    w_t = sum over earlier j of p_tj^2 |v_j - o_t|^2
+
+which is small where attention rests on sinks, on the token itself, or on values that agree.
+
+Sinks are left out throughout. Shape suffixes: B windows, T positions, H KV heads, G query heads
+per KV head, Q queries of a chunk, S keys, N sampled tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.models.replaced_attention import (
+    AttentionCall,
+    probabilities,
+    replaced_attention,
+    visible,
+)
+from rotq.models.rotary import KVShape, Rotary, kv_shapes, rotaries
+
+_CHUNK = 256
+"""Queries whose probabilities are held at a time."""
+
+
+@dataclass(kw_only=True)
+class LayerStatistics:
+    """Of one layer; fp64, samples fp32; on the CPU."""
+
+    shape: KVShape
+    rotary: Rotary | None
+    key_mean_HD: Tensor
+    """Before RoPE; zeros where the rotary is unknown."""
+    turned_key_mean_HD: Tensor
+    """After RoPE."""
+    value_mean_HD: Tensor
+    query_moment_HDD: Tensor
+    """Weighted as above, after RoPE, not centred."""
+    plain_query_moment_HDD: Tensor
+    """The same with equal weights."""
+    k_HND: Tensor
+    """Sampled keys, after RoPE."""
+    v_HND: Tensor
+    position_N: Tensor
+    """Of the samples."""
+
+
+@torch.inference_mode()
+def collect(
+    model: Any,
+    ids_BT: Tensor,
+    *,
+    sinks: int,
+    num_samples: int = 4096,
+    seed: int = 0,
+    on_window: Callable[[int, int], None] | None = None,
+) -> list[LayerStatistics]:
+    """Run a model over calibration windows.
+
+    Args:
+        model: A causal language model of transformers.
+        ids_BT: int64 token ids.
+        sinks: First tokens of a window that are left out.
+        num_samples: Tokens that are kept, in all windows together.
+        seed: Of their choice.
+        on_window: Called with windows done and windows in all.
+
+    Raises:
+        RotqError: an attention that is not supported, or keys, values or queries that are not
+            finite.
+    """
+    B, T = ids_BT.shape
+    if sinks >= T:
+        raise ValueError(f"windows of {T} tokens hold nothing behind {sinks} sinks")
+    shapes, turns = kv_shapes(model.config), rotaries(model.config)
+    layers = [_Layer(shape, turn, sinks) for shape, turn in zip(shapes, turns, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    each = min(T - sinks, -(-num_samples // B))
+
+    def attention(call: AttentionCall) -> Tensor:
+        return layers[call.layer].see(call, chosen_N)
+
+    for window, ids_T in enumerate(ids_BT):
+        order = torch.randperm(T - sinks, generator=generator)[:each]
+        chosen_N = (order + sinks).sort().values
+        with replaced_attention(model, attention):
+            model(input_ids=ids_T[None].to(model.device), use_cache=False)
+        if on_window is not None:
+            on_window(window + 1, B)
+    return [layer.finish(index) for index, layer in enumerate(layers)]
+
+
+class _Layer:
+    """Sums over windows."""
+
+    def __init__(self, shape: KVShape, rotary: Rotary | None, sinks: int) -> None:
+        self.shape, self.rotary, self.sinks = shape, rotary, sinks
+        H, D = shape.num_heads, shape.head_dim
+        self.sums_HD = torch.zeros(3, H, D, dtype=torch.float64)
+        self.moments_HDD = torch.zeros(2, H, D, D, dtype=torch.float64)
+        self.weights_H = torch.zeros(2, H, dtype=torch.float64)
+        self.tokens = 0
+        self.samples: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def see(self, call: AttentionCall, chosen_N: Tensor) -> Tensor:
+        k_BHTD, v_BHTD = call.k_BKTD, call.v_BKTD
+        if k_BHTD.shape[1::2] != (self.shape.num_heads, self.shape.head_dim):
+            raise RotqError(f"layer {call.layer}: keys {tuple(k_BHTD.shape)} are not {self.shape}")
+        q_BHGTD = call.q_BHTD.unflatten(1, (self.shape.num_heads, -1))
+        self._add_means(k_BHTD[0].float(), v_BHTD[0].float())
+        chosen_N = chosen_N.to(k_BHTD.device)
+        k_HND, v_HND = (side[0, :, chosen_N].float().cpu() for side in (k_BHTD, v_BHTD))
+        self.samples.append((k_HND, v_HND, chosen_N.cpu()))
+        outputs = []
+        for first in range(0, q_BHGTD.shape[3], _CHUNK):
+            q_BHGQD = q_BHGTD[..., first : first + _CHUNK, :]
+            outputs.append(self._attend(q_BHGQD, k_BHTD, v_BHTD, call, first))
+        return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
+
+    def finish(self, index: int) -> LayerStatistics:
+        if not self.tokens:
+            raise RotqError(f"attention of layer {index} did not run")
+        means_HD = self.sums_HD / self.tokens
+        moments_HDD = self.moments_HDD / self.weights_H.clamp(min=1e-300)[..., None, None]
+        if not bool(torch.isfinite(means_HD).all() and torch.isfinite(moments_HDD).all()):
+            raise RotqError(f"keys, values or queries of layer {index} are not finite")
+        k_HND, v_HND, position_N = zip(*self.samples, strict=True)
+        return LayerStatistics(
+            shape=self.shape,
+            rotary=self.rotary,
+            key_mean_HD=means_HD[0],
+            turned_key_mean_HD=means_HD[1],
+            value_mean_HD=means_HD[2],
+            query_moment_HDD=moments_HDD[0],
+            plain_query_moment_HDD=moments_HDD[1],
+            k_HND=torch.cat(k_HND, dim=1),
+            v_HND=torch.cat(v_HND, dim=1),
+            position_N=torch.cat(position_N),
+        )
+
+    def _add_means(self, k_HTD: Tensor, v_HTD: Tensor) -> None:
+        k_HTD, v_HTD = k_HTD[:, self.sinks :].double(), v_HTD[:, self.sinks :].double()
+        position_T = torch.arange(self.sinks, self.sinks + k_HTD.shape[1], device=k_HTD.device)
+        if self.rotary is not None:
+            self.sums_HD[0] += self.rotary.turn_back(k_HTD, position_T).sum(1).cpu()
+        self.sums_HD[1] += k_HTD.sum(1).cpu()
+        self.sums_HD[2] += v_HTD.sum(1).cpu()
+        self.tokens += k_HTD.shape[1]
+
+    def _attend(
+        self, q_BHGQD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, call: AttentionCall, first: int
+    ) -> Tensor:
+        num_queries = q_BHGQD.shape[3]
+        visible_QS = visible(first, num_queries, call.window, q_BHGQD.device)
+        end = visible_QS.shape[1]
+        k_BHSD, v_BHSD = k_BHTD[:, :, None, :end], v_BHTD[:, :, None, :end]
+        p_BHGQS = probabilities(q_BHGQD * call.scale @ k_BHSD.mT, visible_QS)
+        output_BHGQD = p_BHGQS @ v_BHSD
+        distance = v_BHSD.square().sum(-1)[..., None, :] - 2 * output_BHGQD @ v_BHSD.mT
+        distance = (distance + output_BHGQD.square().sum(-1, keepdim=True)).clamp(min=0)
+        share = (p_BHGQS.square() * distance).tril(first - 1)
+        weight_BHGQ = share[..., self.sinks :].sum(-1)
+        skipped = max(0, self.sinks - first)
+        self._add_queries(q_BHGQD[0, ..., skipped:, :], weight_BHGQ[0, ..., skipped:])
+        return output_BHGQD
+
+    def _add_queries(self, q_HGQD: Tensor, weight_HGQ: Tensor) -> None:
+        q_HND = q_HGQD.flatten(1, 2).double()
+        for index, weight_HN in enumerate((weight_HGQ, torch.ones_like(weight_HGQ))):
+            weight_HN = weight_HN.flatten(1).double()
+            self.moments_HDD[index] += (q_HND.mT @ (q_HND * weight_HN[..., None])).cpu()
+            self.weights_H[index] += weight_HN.sum(1).cpu()
