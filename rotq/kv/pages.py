@@ -34,19 +34,23 @@ class PageTable:
     num_pages: int = 0
     """Physical pages that exist, used or free."""
 
-    def reserve(self, lengths: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, int]]:
+    def reserve(
+        self, lengths: Sequence[int], wanted: Sequence[int], *, busy: Sequence[int] = ()
+    ) -> list[tuple[int, int]]:
         """Give every sequence the pages for its next tokens, its own where they are written.
 
         Args:
             lengths: Tokens that each sequence has in its pages.
             wanted: Tokens that it will have; not less.
+            busy: Pages that are in nobody's list and must not be given out yet.
 
         Returns:
             (source, target) pages whose content the stores must copy, after growing to
             ``num_pages``.
         """
         held = Counter(page for row in self.rows for page in row)
-        free = [page for page in range(self.num_pages) if page not in held]
+        taken = held.keys() | busy
+        free = [page for page in range(self.num_pages) if page not in taken]
         fresh = count(self.num_pages)
         copies = []
         for row, length, want in zip(self.rows, lengths, wanted, strict=True):

@@ -1,0 +1,149 @@
+"""Which tokens a batch of sequences consists of, and what one forward pass adds to them.
+
+A column is what transformers counts: one entry of the attention mask, a token or padding. Padding
+is never stored, so every sequence numbers its own tokens 0, 1, ...; token i is at RoPE position
+``first + i``. By number, the first ``sinks`` tokens and the last ``recent`` stay whole, and those
+in between are packed in order:
+
+    0 ... sinks | packed ... | count - recent ... count
+
+All of this is the same for all layers, and is kept on the CPU.
+
+Shape suffixes: B sequences, T columns of a forward pass, N columns so far or kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+
+NO_TOKEN = -1
+"""Number and position of padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward pass adds."""
+
+    number_BT: Tensor
+    """int64 number of each token in its sequence; NO_TOKEN for padding."""
+    position_BT: Tensor
+    """int32 RoPE positions; NO_TOKEN for padding."""
+    counts: list[int]
+    """Tokens of each sequence afterwards."""
+    firsts: list[int]
+    """Position of each sequence's token 0."""
+    there_BT: Tensor
+    """bool: a token, not padding."""
+
+
+@dataclass(kw_only=True)
+class Sequences:
+    """The tokens seen so far."""
+
+    sinks: int
+    recent: int
+    counts: list[int] = field(default_factory=list)
+    """Tokens of each sequence; empty before the first forward pass."""
+    firsts: list[int] = field(default_factory=list)
+    there_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    """Of every column."""
+
+    @property
+    def num_columns(self) -> int:
+        """What transformers calls the length of the cache."""
+        return self.there_BN.shape[1]
+
+    def packed(self, counts: list[int]) -> list[int]:
+        """Packed tokens of sequences of so many tokens."""
+        return [max(0, count - self.sinks - self.recent) for count in counts]
+
+    def plan(
+        self, batch: int, length: int, mask_BN: Tensor | None, position_BT: Tensor | None
+    ) -> Step:
+        """Number the tokens of a forward pass.
+
+        Args:
+            batch: B.
+            length: T.
+            mask_BN: Attention mask over all columns, the new ones last; None if all are tokens.
+            position_BT: RoPE positions, (B, T) or (1, T); None for what transformers does then,
+                the column's number.
+
+        Raises:
+            RotqError: the mask or the positions say what a packed cache cannot be.
+        """
+        if self.counts and batch != len(self.counts):
+            raise RotqError(f"the cache holds {len(self.counts)} sequences, the input {batch}")
+        there_BT = self._new_tokens(batch, length, mask_BN)
+        counts_B = torch.tensor(self.counts or [0] * batch)
+        number_BT = counts_B[:, None] + there_BT.cumsum(1) - 1
+        if position_BT is None:
+            position_BT = torch.arange(self.num_columns, self.num_columns + length)[None]
+        position_BT = position_BT.to("cpu", torch.int64).expand(batch, length)
+        first_B = torch.tensor(self.firsts or [0] * batch)
+        found_B = torch.where(there_BT, position_BT - number_BT, torch.iinfo(torch.int64).max)
+        first_B = torch.where(counts_B > 0, first_B, found_B.amin(1))
+        first_B = first_B.where((counts_B > 0) | there_BT.any(1), 0)
+        wrong_BT = there_BT & ((position_BT - number_BT != first_B[:, None]) | (position_BT < 0))
+        if bool(wrong_BT.any()):
+            b, t = wrong_BT.nonzero()[0].tolist()
+            raise RotqError(
+                f"sequence {b} has a token at position {int(position_BT[b, t])} where "
+                f"{int(first_B[b] + number_BT[b, t])} follows; a packed cache takes tokens in order"
+            )
+        return Step(
+            number_BT=number_BT.where(there_BT, NO_TOKEN),
+            position_BT=position_BT.where(there_BT, NO_TOKEN).int(),
+            counts=(counts_B + there_BT.sum(1)).tolist(),
+            firsts=first_B.tolist(),
+            there_BT=there_BT,
+        )
+
+    def _new_tokens(self, batch: int, length: int, mask_BN: Tensor | None) -> Tensor:
+        before = self.num_columns
+        if mask_BN is None:
+            mask_BN = torch.ones(batch, before + length, dtype=torch.bool)
+        if mask_BN.ndim != 2 or mask_BN.shape != (batch, before + length):
+            raise RotqError(
+                f"a packed cache needs an attention mask of shape ({batch}, {before + length}), "
+                f"got {tuple(mask_BN.shape)}"
+            )
+        mask_BN = mask_BN.to("cpu", torch.bool)
+        if before and not torch.equal(mask_BN[:, :before], self.there_BN):
+            raise RotqError(
+                "the attention mask differs from the one that the cached tokens came with; "
+                "a packed cache stores no padding and cannot show or hide tokens later"
+            )
+        return mask_BN[:, before:]
+
+    def advance(self, step: Step) -> None:
+        """Take over what a finished forward pass added."""
+        before_BN = self.there_BN if self.counts else step.there_BT[:, :0]
+        self.there_BN = torch.cat((before_BN, step.there_BT), dim=1)
+        self.counts, self.firsts = step.counts, step.firsts
+
+    def select(self, indices: list[int]) -> None:
+        """Let sequence i be what sequence ``indices[i]`` was."""
+        self.counts = [self.counts[index] for index in indices]
+        self.firsts = [self.firsts[index] for index in indices]
+        self.there_BN = self.there_BN[indices]
+
+    def without_last(self, num_columns: int) -> list[int]:
+        """Tokens of each sequence without the last columns."""
+        gone_B = self.there_BN[:, self.num_columns - num_columns :].sum(1)
+        return (torch.tensor(self.counts) - gone_B).tolist()
+
+    def crop(self, num_columns: int) -> None:
+        """Forget the last columns."""
+        self.counts = self.without_last(num_columns)
+        self.there_BN = self.there_BN[:, : self.num_columns - num_columns]
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self.counts, self.firsts = [], []
+        self.there_BN = self.there_BN.new_zeros(0, 0)
