@@ -65,7 +65,8 @@ class BlockQuantizer:
     def needs_data(self) -> bool:
         """Whether anything in the recipe looks at activations."""
         solver = self.recipe.solver
-        return solver.method != "rtn" or solver.scale_search in ("diagonal", "hessian")
+        searched = solver.scale_search in ("diagonal", "hessian")
+        return solver.method != "rtn" or searched or self.recipe.tuning.steps > 0
 
     def quantize(self, index: int, original: nn.Module, streams: Streams | None) -> Outcome:
         """Quantize block ``index``; of the streams, the original one is advanced past it.

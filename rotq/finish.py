@@ -22,7 +22,7 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
-from rotq.job import OUTER, Job, block_part
+from rotq.job import OUTER, TUNING, Job, block_part
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan, has_experts
 from rotq.recipe import Recipe
@@ -62,7 +62,7 @@ def finish(made: Made) -> JobReport:
         shutil.rmtree(folder)
     folder.mkdir()
     names = [OUTER, *(block_part(index) for index in range(made.skeleton.num_blocks))]
-    parts = [made.job.part(name) for name in names]
+    parts = [made.job.latest(name) for name in names]
     limit = int(made.recipe.output.max_shard_gb * 1e9)
     weights = assemble(parts, folder, limit, rename=made.source.stored_name)
     quantization = _quantization(made)
@@ -155,6 +155,7 @@ def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobR
             made.skeleton.block_name(index): block["effective_share"]
             for index, block in enumerate(recorded)
         },
+        tuning=made.job.results(TUNING) if made.job.recorded(TUNING) else {},
         notes=notes,
     )
 

@@ -3,6 +3,7 @@
     OUT.partial/  job.json           what the parts were made from
                   outer.safetensors  embedding, final norm, head
                   block-00000.safetensors, block-00000.json, ...
+                  tuned-*.safetensors, tuning.json
                   checkpoint/        assembled at the end, then renamed to OUT
 
 A part appears under its name only when it is complete and on the disk, so that a killed job
@@ -39,6 +40,10 @@ class Job:
         """The tensors of a part: "outer" or a block's name from ``block_part``."""
         return self.folder / f"{name}.safetensors"
 
+    def latest(self, name: str) -> Path:
+        """The tensors of a part as they go into the checkpoint: tuned, if the job came to that."""
+        return self.part(tuned_part(name) if self.recorded(TUNING) else name)
+
     def claim(self, fingerprint: dict[str, Any]) -> None:
         """Write the fingerprint, or compare it with the one of the job to be continued.
 
@@ -59,7 +64,11 @@ class Job:
 
     def finished(self, name: str) -> bool:
         """Whether a part and its results are complete."""
-        return self.part(name).exists() and self._results(name).exists()
+        return self.part(name).exists() and self.recorded(name)
+
+    def recorded(self, name: str) -> bool:
+        """Whether ``record`` has kept something under this name."""
+        return self._results(name).exists()
 
     def record(self, name: str, results: dict[str, Any]) -> None:
         """Keep what is to be reported about a part, after its tensors are on the disk."""
@@ -89,9 +98,18 @@ OUTER = "outer"
 """Name of the part with everything outside the blocks."""
 
 
+TUNING = "tuning"
+"""Name under which the training of scales is recorded, once all tuned parts are on the disk."""
+
+
 def block_part(index: int) -> str:
     """Name of a block's part; sorts in block order."""
     return f"block-{index:05d}"
+
+
+def tuned_part(name: str) -> str:
+    """Name of what ``tune`` made of a part."""
+    return f"tuned-{name}"
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rotq.blocks import Outcome
@@ -42,23 +45,40 @@ def save_block(job: Job, skeleton: Skeleton, index: int, outcome: Outcome, secon
 
 
 def restored_block(
-    job: Job, skeleton: Skeleton, index: int, block: nn.Module, plan: Plan
+    part: Path,
+    skeleton: Skeleton,
+    index: int,
+    block: nn.Module,
+    plan: Plan,
+    device: torch.device,
 ) -> nn.Module:
-    """The finished block of an earlier run: its rounded weights in a copy of ``block``."""
+    """A finished block: the part's tensors, packed ones made dense, in a copy of ``block``.
+
+    Args:
+        part: From ``save_block``, or what tuning made of it.
+        block: Has the structure; its parameters may be on meta.
+    """
     prefix = skeleton.block_name(index)
-    entries = read_entries(job.part(block_part(index)))
-    tensors = {entry.name: read_tensor(entry) for entry in entries}
+    tensors = {entry.name: read_tensor(entry) for entry in read_entries(part)}
     restored = copy.deepcopy(block)
-    for path, module in restored.named_modules():
-        full = f"{prefix}.{path}"
-        if full in plan.grids:
-            assert isinstance(module, nn.Linear), f"{full} is planned, so it is a linear layer"
-            packed = _packed_layer(plan, full, tensors)
-            module.weight.copy_(packed.dequantize(module.weight.dtype))
-    return restored
+    dtype = next(block.parameters()).dtype
+    state = {
+        f"{name}.weight": layer.dequantize(dtype)
+        for name, layer in packed_layers(plan, tensors).items()
+    }
+    state = {name: (tensors | state)[f"{prefix}.{name}"] for name in restored.state_dict()}
+    restored.load_state_dict(state, assign=True)
+    return restored.to(device).requires_grad_(False)
 
 
-def _packed_layer(plan: Plan, full: str, tensors: dict[str, Tensor]) -> QuantLinear:
+def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantLinear]:
+    """The packed layers among a part's tensors, by full name."""
+    suffix = ".weight_packed"
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {name: _packed_layer(plan, name, tensors) for name in names}
+
+
+def _packed_layer(plan: Plan, full: str, tensors: Mapping[str, Tensor]) -> QuantLinear:
     out_features, in_features = plan.shapes[full]
     layer = QuantLinear(
         in_features, out_features, plan.grids[full], scale_dtype=plan.scale_dtype, device="meta"

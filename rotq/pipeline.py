@@ -1,4 +1,4 @@
-"""The whole job: calibrate -> rotate -> quantize block by block -> pack -> check.
+"""The whole job: calibrate -> rotate -> quantize block by block -> tune -> pack -> check.
 
 One block of the model is in memory at a time. For each block: load in fp64, rotate and check that
 the function is preserved, quantize its layers on the two activation streams, write its part, and
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import rotq
 from rotq.blocks import BlockQuantizer
@@ -26,7 +27,7 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import Source, describe_source, open_source, read_tensor
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
-from rotq.job import OUTER, Job, block_part, open_job
+from rotq.job import OUTER, TUNING, Job, block_part, open_job
 from rotq.memory import release_memory
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
@@ -37,6 +38,7 @@ from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis, build_basis
 from rotq.rotations.fuse import fuse_outer
+from rotq.tuning import Setting, hollow, tune
 
 
 def quantize_model(
@@ -181,26 +183,52 @@ def _run(setup: _Setup) -> JobReport:
     probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
     streams = _start(setup, quantizer, probe)
     release_memory()
+    structure: list[nn.Module] = []
     for index in range(skeleton.num_blocks):
         started = time.monotonic()
         progress.block_started(index, skeleton.num_blocks)
         exact = skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
         original = probe.rotate_block(index, exact).to(setup.dtype)
         if job.finished(block_part(index)):
-            finished = restored_block(job, skeleton, index, original, setup.plan)
+            part = job.part(block_part(index))
+            finished = restored_block(part, skeleton, index, original, setup.plan, setup.device)
             if streams is not None and streams.original is not None:
                 quantizer.advance(index, original, streams.original)
         else:
             outcome = quantizer.quantize(index, original, streams)
             finished = outcome.block
             save_block(job, skeleton, index, outcome, time.monotonic() - started)
+        structure.append(hollow(finished))
         probe.advance(index, finished)
         if streams is not None and index + 1 < skeleton.num_blocks:
             quantizer.advance(index, finished, streams.quantized)
         release_memory()
         progress.block_done(index, time.monotonic() - started, peak_rss())
     probe.check_head()
+    if setup.recipe.tuning.steps:
+        assert streams is not None, "a job that tunes needs data"
+        _tune(setup, structure, streams, probe)
     return finish(_made(setup, probe))
+
+
+def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:
+    """Train scales and gains of all blocks, and take the probe through the result."""
+    job, skeleton = setup.job, setup.skeleton
+    assert streams.original is not None, "a job that tunes keeps the original stream"
+    if not job.recorded(TUNING):
+        setting = Setting(
+            job=job,
+            skeleton=skeleton,
+            plan=setup.plan,
+            recipe=setup.recipe,
+            device=setup.device,
+            progress=setup.progress,
+        )
+        tune(setting, structure, streams.ids, streams.original.hidden)
+    probe.restart_quantized()
+    for index, block in enumerate(structure):
+        part = job.latest(block_part(index))
+        probe.advance(index, restored_block(part, skeleton, index, block, setup.plan, setup.device))
 
 
 def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | None:
@@ -221,7 +249,7 @@ def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | 
     ids = setup.windows.ids_BT.split(calibration.batch_size)
     shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
     tracks = [_track(setup, shapes, "quantized")]
-    if setup.recipe.solver.needs_original:
+    if setup.recipe.needs_original:
         tracks.append(_track(setup, shapes, "original"))
     for batch, ids_BT in enumerate(ids):
         hidden_BTD = skeleton.embed(fused, ids_BT)
@@ -240,7 +268,7 @@ def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
 
 def _made(setup: _Setup, probe: Probe) -> Made:
     """What the finishing touches need; the logits come from the saved outer tensors."""
-    outer = {entry.name: read_tensor(entry) for entry in read_entries(setup.job.part(OUTER))}
+    outer = {entry.name: read_tensor(entry) for entry in read_entries(setup.job.latest(OUTER))}
     return Made(
         source=setup.source,
         skeleton=setup.skeleton,

@@ -116,7 +116,7 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
     stream = (
         recipe.calibration.num_samples * recipe.calibration.seq_len * skeleton.config.hidden_size
     )
-    streams = stream * dtype.itemsize * (2 if recipe.solver.needs_original else 1)
+    streams = stream * dtype.itemsize * (2 if recipe.needs_original else 1)
     offload = recipe.calibration.offload
     return Estimate(
         sites=sites,

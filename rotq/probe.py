@@ -53,6 +53,11 @@ class Probe:
         self.quantized_BTD = self.skeleton.embed(fused, self.ids_BT)
         rounding = 8 * torch.finfo(self.quantized_BTD.dtype).eps
         self._compare("the embedding", self.quantized_BTD.double(), self.rotated_BTD, rounding)
+        self._embedded_BTD = self.quantized_BTD
+
+    def restart_quantized(self) -> None:
+        """Begin again at the embedding, for blocks that were changed since."""
+        self.quantized_BTD = self._embedded_BTD
 
     @torch.no_grad()
     def rotate_block(self, index: int, block: nn.Module) -> nn.Module:

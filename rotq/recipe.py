@@ -168,9 +168,23 @@ class Solver:
 
     @property
     def needs_original(self) -> bool:
-        """Whether the original model's activations are wanted next to the quantized one's."""
+        """Whether the solver compares with the original model's activations."""
         correction = max(self.target_correction, self.target_correction_down)
         return self.method == "gptq" and correction > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """After all blocks: train scales, norm gains and biases on the KL to the original model."""
+
+    steps: int = 0
+    """Steps of Adam, each on one calibration window; 0 leaves everything as solved."""
+    learning_rate: float = 0.003
+    """Relative change of a scale, or of a vector against its rms, per step."""
+
+    def __post_init__(self) -> None:
+        _check("steps", self.steps, self.steps >= 0, "0 or more")
+        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +211,7 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     importance: Importance = field(default_factory=Importance)
     solver: Solver = field(default_factory=Solver)
+    tuning: Tuning = field(default_factory=Tuning)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
@@ -204,6 +219,11 @@ class Recipe:
             raise ValueError(
                 "rotation.down is applied at run time, which only output.format=rotq can express"
             )
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model's activations are wanted next to the quantized one's."""
+        return self.solver.needs_original or self.tuning.steps > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as ``from_dict`` takes them."""

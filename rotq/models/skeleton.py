@@ -183,9 +183,11 @@ class Skeleton:
             self._kwargs[key] = self._record(hidden_BTD, None)
         return self._kwargs[key][index]
 
-    @torch.no_grad()
     def logits(self, outer: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
-        """(B, T, V) from the last block's output: final norm, head and what the model adds."""
+        """(B, T, V) from the last block's output: final norm, head and what the model adds.
+
+        Gradients flow to ``outer`` and ``hidden_BTD`` where they are wanted.
+        """
         last = self.num_blocks - 1
 
         def put_in(index: int, given_BTD: Tensor, _: dict[str, Any]) -> Tensor:

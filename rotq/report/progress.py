@@ -36,6 +36,9 @@ class Progress:
     def block_done(self, index: int, seconds: float, peak_rss: int) -> None:
         """Block ``index`` is on disk; ``peak_rss`` in bytes."""
 
+    def tuning_step(self, step: int, total: int, divergence: float) -> None:
+        """Step ``step`` of ``total`` is done; KL to the original before it, nats per token."""
+
     def message(self, text: str) -> None:
         """A warning or a step worth a line."""
 
@@ -47,6 +50,7 @@ class PlainProgress(Progress):
         self._stream = stream or sys.stderr
         self._clock = _Clock()
         self._layers: list[LayerResult] = []
+        self._tuning: list[float] = []
 
     def block_started(self, index: int, total: int) -> None:
         self._clock.start(index, total)
@@ -61,6 +65,13 @@ class PlainProgress(Progress):
             f"block {index + 1}/{self._clock.total}  {_worst(self._layers)}{seconds:.1f} s  "
             f"peak {peak_rss / 1e9:.2f} GB  {self._clock.left()} left"
         )
+
+    def tuning_step(self, step: int, total: int, divergence: float) -> None:
+        self._tuning.append(divergence)
+        if (step + 1) % max(1, total // 8) == 0:
+            mean = sum(self._tuning) / len(self._tuning)
+            self.message(f"tuning step {step + 1}/{total}  KL {mean:.4f} on calibration windows")
+            self._tuning = []
 
     def message(self, text: str) -> None:
         self._stream.write(f"{text}\n")

@@ -82,6 +82,8 @@ class JobReport:
     """Name of each rotation, and the figure of the function-preservation check."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
+    tuning: dict[str, float] = field(default_factory=dict)
+    """Steps, and KL to the original on the calibration windows of the first and last quarter."""
     notes: tuple[str, ...] = ()
     """Warnings."""
     evaluation: dict[str, Any] | None = None
