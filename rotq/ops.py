@@ -1,7 +1,7 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
 from rotq_kernels.kv_attention_cpu import packed_attention_cpu
-from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv, encode_kv_reference
 from rotq_kernels.kv_format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
@@ -36,6 +36,7 @@ __all__ = [
     "dequantize_kv_reference",
     "dequantize_residual",
     "dequantize_side",
+    "encode_kv",
     "encode_kv_reference",
     "encode_norm",
     "key_mean",

@@ -7,18 +7,43 @@ Shape suffixes: B sequences, T tokens, H KV heads, D head width, P pages, S toke
 J pages of a sequence, W words of a token.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv_format import KVPages, KVTransform
-from rotq_kernels.kv_side import (
-    dequantize_residual,
-    dequantize_side,
-    key_mean,
-    quantize_residual,
-    quantize_side,
-)
-from rotq_kernels.layout import pack_kv, unpack_kv
+from rotq_kernels.kv_encode_kernel import encode_side_triton
+from rotq_kernels.kv_format import TABLE_BITS, KVFormat, KVPages, KVTransform, SideTransform
+from rotq_kernels.kv_reference import dequantize_kv_reference, encode_side_reference
+
+__all__ = ["dequantize_kv_reference", "encode_kv", "encode_kv_reference", "encode_kv_triton"]
+
+
+def encode_kv(
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    position_BT: Tensor,
+    slot_BT: Tensor,
+    transform: KVTransform,
+    pages: KVPages,
+) -> None:
+    """Quantize keys and values into pages, for prefill and for appending alike.
+
+    Args:
+        k_BHTD: After RoPE; any float dtype, computed in fp32. A stride of 1 along D saves a copy.
+        v_BHTD: As ``k_BHTD``.
+        position_BT: Integers, RoPE positions.
+        slot_BT: int64, page * page_size + offset; -1 skips the token. Slots must differ.
+        transform: Constants of the layer.
+        pages: Modified in place.
+
+    Raises:
+        ValueError: shapes, formats or dtypes disagree, or ``pages`` are not contiguous.
+    """
+    _check(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    for side in _sides(k_BHTD, v_BHTD, transform, pages):
+        _op(position_BT=position_BT, slot_BT=slot_BT, **side)
 
 
 def encode_kv_reference(
@@ -30,80 +55,121 @@ def encode_kv_reference(
     pages: KVPages,
 ) -> None:
     """The definition of ``encode_kv``, in plain PyTorch."""
-    form, key, value = pages.format, transform.key, transform.value
-    k_BHTD = k_BHTD.float() - key_mean(transform, position_BT)
-    codes_BHTD, norm_BHT = quantize_side(k_BHTD, key, form.k_bits, form.norm)
-    _write(pages.k_codes, pack_kv(codes_BHTD, form.k_bits), slot_BT)
-    _write(pages.k_norm, norm_BHT, slot_BT)
-    if form.residual != "none":
-        sign_BHTD, gamma_BHT = quantize_residual(k_BHTD, codes_BHTD, norm_BHT, transform)
-        _write(pages.k_sign, pack_kv(sign_BHTD, 1), slot_BT)
-        _write(pages.k_gamma, gamma_BHT, slot_BT)
-    v_BHTD = v_BHTD.float() - value.mean_HD[:, None]
-    codes_BHTD, norm_BHT = quantize_side(v_BHTD, value, form.v_bits, form.norm)
-    _write(pages.v_codes, pack_kv(codes_BHTD, form.v_bits), slot_BT)
-    _write(pages.v_norm, norm_BHT, slot_BT)
+    for side in _sides(k_BHTD, v_BHTD, transform, pages):
+        encode_side_reference(position_BT=position_BT, slot_BT=slot_BT, **side)
 
 
-def dequantize_kv_reference(
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
+def encode_kv_triton(
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    position_BT: Tensor,
+    slot_BT: Tensor,
     transform: KVTransform,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Keys, means added and at their positions, and values: what the codes stand for.
+    pages: KVPages,
+) -> None:
+    """Launch the kernel for either side. On CPU tensors this needs TRITON_INTERPRET=1."""
+    for side in _sides(k_BHTD, v_BHTD, transform, pages):
+        encode_side_triton(position_BT=position_BT, slot_BT=slot_BT, **side)
 
-    Args:
-        pages: Packed tokens.
-        page_table_BJ: Integers; page j of sequence b. Not read beyond the sequence's length.
-        length_B: Packed tokens of each sequence.
-        start_B: Position of its first packed token.
-        transform: Constants of the layer.
-        dtype: Of the result and of all arithmetic: fp32, or fp64 for oracles.
 
-    Returns:
-        k and v, ``dtype`` (B, H, T, D) with T the longest length; zeros beyond a length.
-    """
+_op = torch.library.custom_op(
+    "rotq::encode_side",
+    encode_side_triton,
+    mutates_args=("codes_PHSW", "norm_PHS", "sign_PHSC", "gamma_PHS"),
+    device_types="cuda",
+)
+_op.register_kernel("cpu")(encode_side_reference)
+_op.register_fake(lambda *args, **kwargs: None)
+
+
+def _sides(
+    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVTransform, pages: KVPages
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the operator for keys, then for values."""
+    form, key = pages.format, transform.key
+    yield _constants(key) | {
+        "x_BHTD": k_BHTD,
+        "mean_HD": torch.zeros_like(key.mean_HD) if transform.mean == "none" else key.mean_HD,
+        "inv_freq_R": transform.inv_freq_R if transform.mean == "rope" else None,
+        "rotary_scale": transform.rotary_scale,
+        "sketch_DD": transform.sketch_DD if form.residual == "qjl" else None,
+        "gamma_base_H": transform.gamma_base_H if form.residual == "qjl" else None,
+        "codes_PHSW": pages.k_codes,
+        "norm_PHS": pages.k_norm,
+        "sign_PHSC": pages.k_sign,
+        "gamma_PHS": pages.k_gamma,
+        "bits": form.k_bits,
+    }
+    yield _constants(transform.value) | {
+        "x_BHTD": v_BHTD,
+        "mean_HD": transform.value.mean_HD,
+        "inv_freq_R": None,
+        "rotary_scale": 1.0,
+        "sketch_DD": None,
+        "gamma_base_H": None,
+        "codes_PHSW": pages.v_codes,
+        "norm_PHS": pages.v_norm,
+        "sign_PHSC": None,
+        "gamma_PHS": None,
+        "bits": form.v_bits,
+    }
+
+
+def _constants(side: SideTransform) -> dict[str, Any]:
+    return {
+        "matrix_HDD": side.matrix_HDD,
+        "levels_HL": side.levels_HL,
+        "thresholds_HL": side.thresholds_HL,
+        "base_H": side.base_H,
+        "unit_H": side.unit_H,
+        "gain": side.gain,
+    }
+
+
+def _check(
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    position_BT: Tensor,
+    slot_BT: Tensor,
+    transform: KVTransform,
+    pages: KVPages,
+) -> None:
     form = pages.format
-    T = int(length_B.max())
-    token_T = torch.arange(T, device=page_table_BJ.device)
-    there_BT = token_T < length_B[:, None]
-    page_BT = page_table_BJ[:, token_T // form.page_size].where(there_BT, 0).long()
-
-    def read(stored: Tensor | None) -> Tensor | None:
-        if stored is None:
-            return None
-        return stored[page_BT, :, token_T % form.page_size].transpose(1, 2)
-
-    def read_codes(words: Tensor, bits: int) -> Tensor:
-        read_BHTW = read(words)
-        assert read_BHTW is not None
-        return unpack_kv(read_BHTW, bits, form.head_dim)
-
-    norm_BHT, residual_BHTD = read(pages.k_norm), None
-    if pages.k_sign is not None:
-        sign_BHTD, gamma_BHT = read_codes(pages.k_sign, 1), read(pages.k_gamma)
-        residual_BHTD = dequantize_residual(sign_BHTD, norm_BHT, gamma_BHT, transform, dtype)
-    codes_BHTD = read_codes(pages.k_codes, form.k_bits)
-    k_BHTD = key_mean(transform, start_B[:, None] + token_T, dtype) + dequantize_side(
-        codes_BHTD, norm_BHT, transform.key, form.k_bits, residual_BHTD=residual_BHTD, dtype=dtype
-    )
-    codes_BHTD = read_codes(pages.v_codes, form.v_bits)
-    v_BHTD = transform.value.mean_HD[:, None].to(dtype) + dequantize_side(
-        codes_BHTD, read(pages.v_norm), transform.value, form.v_bits, dtype=dtype
-    )
-    gone_B1T1 = ~there_BT[:, None, :, None]
-    return k_BHTD.masked_fill(gone_B1T1, 0), v_BHTD.masked_fill(gone_B1T1, 0)
+    if form != transform.format:
+        raise ValueError(f"pages of {form} do not fit a transform of {transform.format}")
+    heads = pages.k_codes.shape[1]
+    B, H, T, D = k_BHTD.shape
+    if v_BHTD.shape != k_BHTD.shape or (heads, form.head_dim) != (H, D):
+        raise ValueError(
+            f"keys {tuple(k_BHTD.shape)} and values {tuple(v_BHTD.shape)} should both be "
+            f"(B, {heads}, T, {form.head_dim})"
+        )
+    if position_BT.shape != (B, T) or slot_BT.shape != (B, T) or slot_BT.dtype != torch.int64:
+        raise ValueError(
+            f"positions {tuple(position_BT.shape)} and {slot_BT.dtype} slots "
+            f"{tuple(slot_BT.shape)} should be ({B}, {T}), the slots int64"
+        )
+    if not all(tensor.is_contiguous() for tensor in pages.tensors()):
+        raise ValueError("pages must be contiguous")
+    _check_side(transform.key, form.k_bits, form, H)
+    _check_side(transform.value, form.v_bits, form, H)
+    if transform.mean == "rope" and transform.inv_freq_R is None:
+        raise ValueError("a RoPE mean needs inv_freq_R")
+    if form.residual == "qjl" and (transform.sketch_DD is None or transform.gamma_base_H is None):
+        raise ValueError("a qjl residual needs sketch_DD and gamma_base_H")
 
 
-def _write(stored: Tensor | None, new: Tensor | None, slot_BT: Tensor) -> None:
-    """Put (B, H, T, ...) into the slots of (P, H, S, ...)."""
-    if stored is None or new is None:
-        return
-    b, t = (slot_BT >= 0).nonzero(as_tuple=True)
-    slot = slot_BT[b, t]
-    page_size = stored.shape[2]
-    stored[slot // page_size, :, slot % page_size] = new[b, :, t]
+def _check_side(side: SideTransform, bits: int, form: KVFormat, H: int) -> None:
+    D = form.head_dim
+    expected = {
+        "matrix_HDD": (H, D, D),
+        "mean_HD": (H, D),
+        "levels_HL": (H, 2**bits if bits <= TABLE_BITS else 0),
+        "thresholds_HL": (H, 2**bits - 1),
+        "base_H": (H,),
+        "unit_H": (H,),
+    }
+    for name, shape in expected.items():
+        found = tuple(getattr(side, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} of {bits} bits should be {shape}, got {found}")

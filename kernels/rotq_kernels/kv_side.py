@@ -122,19 +122,36 @@ def quantize_residual(
         uint8 (B, H, T, D), 1 where the residual (sketched, for qjl) is not negative; and the
         stored rms of the residual for qjl, else None.
     """
-    form = transform.format
-    left_BHTD = rotate(x_BHTD, transform.key) - side_scale(
-        norm_BHT, transform.key.base_H
-    ) * side_levels(codes_BHTD, transform.key, form.k_bits)
-    if form.residual != "qjl":
+    form, key = transform.format, transform.key
+    left_BHTD = left_over(x_BHTD, codes_BHTD, norm_BHT, key, form.k_bits)
+    if form.residual == "sign":
+        return residual_bits(left_BHTD, None, None, None)
+    return residual_bits(left_BHTD, transform.sketch_DD, transform.gamma_base_H, form.norm_dtype)
+
+
+def left_over(
+    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, side: SideTransform, bits: int
+) -> Tensor:
+    """y - s L[q] in fp32, with the norm as it is stored."""
+    kept_BHTD = side_scale(norm_BHT, side.base_H) * side_levels(codes_BHTD, side, bits)
+    return rotate(x_BHTD, side) - kept_BHTD
+
+
+def residual_bits(
+    left_BHTD: Tensor,
+    sketch_DD: Tensor | None,
+    gamma_base_H: Tensor | None,
+    norm_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Bits of what is left over, sketched if there is a sketch; its rms if that is stored."""
+    if sketch_DD is None:
         return (left_BHTD >= 0).to(torch.uint8), None
-    assert transform.sketch_DD is not None
-    sign_BHTD = (left_BHTD @ transform.sketch_DD.mT >= 0).to(torch.uint8)
-    if form.norm_dtype is None:
+    sign_BHTD = (left_BHTD @ sketch_DD.mT >= 0).to(torch.uint8)
+    if norm_dtype is None:
         return sign_BHTD, None
-    assert transform.gamma_base_H is not None
+    assert gamma_base_H is not None
     rms_BHT = (left_BHTD.square().sum(-1) / left_BHTD.shape[-1]).sqrt()
-    return sign_BHTD, encode_norm(rms_BHT, transform.gamma_base_H[:, None], form.norm_dtype)
+    return sign_BHTD, encode_norm(rms_BHT, gamma_base_H[:, None], norm_dtype)
 
 
 def dequantize_residual(

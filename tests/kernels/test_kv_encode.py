@@ -1,11 +1,21 @@
-"""Tokens into pages and back: the reference against its parts, over layouts and raggedness."""
+"""Tokens into pages and back: the reference against its parts, the kernel against the reference.
+
+Without a GPU the kernel runs in Triton's interpreter.
+"""
 
 import pytest
 import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 
-from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv_format import KVFormat, KVPages
+from rotq_kernels.kv_encode import (
+    _op,
+    _sides,
+    dequantize_kv_reference,
+    encode_kv,
+    encode_kv_reference,
+    encode_kv_triton,
+)
+from rotq_kernels.kv_format import KVFormat, KVPages, KVTransform
 from rotq_kernels.kv_side import dequantize_side, key_mean, quantize_side
 
 FORMATS = {
@@ -94,3 +104,205 @@ def test_pages_beyond_a_length_are_not_read() -> None:
     table_BJ[1, 1:] = 10**6
     again, _ = dequantize_kv_reference(pages, table_BJ, torch.tensor([40, 5]), start_B, transform)
     assert torch.equal(k_back, again)
+
+
+def dirty_pages(form: KVFormat, num_pages: int, num_heads: int) -> KVPages:
+    """Pages with every bit set, so that bits not written show."""
+    pages = KVPages.empty(form, num_pages, num_heads)
+    for tensor in pages.tensors():
+        tensor.view(torch.uint8).fill_(255)
+    return pages
+
+
+def exact_transform(form: KVFormat, num_heads: int, mean: str = "static") -> KVTransform:
+    """Integer matrices and means, so that all sums of integer tokens are exact in any order."""
+    transform = transform_of(form, num_heads, mean=mean)
+    generator = torch.Generator().manual_seed(5)
+    for side in (transform.key, transform.value):
+        shape = side.matrix_HDD.shape
+        side.matrix_HDD = torch.randint(-1, 2, shape, generator=generator).float()
+        side.mean_HD = torch.randint(-3, 4, shape[:2], generator=generator).float()
+    if transform.sketch_DD is not None:
+        transform.sketch_DD = torch.eye(form.head_dim).flip(0)
+    return transform
+
+
+def assert_same_pages(actual: KVPages, expected: KVPages) -> None:
+    for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
+        # bytes, as dirty fp16 is NaN
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+EXACT = {
+    **FORMATS,
+    "k3v4 D256": KVFormat(head_dim=256, k_bits=3, v_bits=4, page_size=16),
+    "k5v7": KVFormat(head_dim=32, k_bits=5, v_bits=7, page_size=16, norm="float16"),
+    "k6v8 D128": KVFormat(head_dim=128, k_bits=6, v_bits=8, page_size=16),
+    "k3v3 fp16 qjl": KVFormat(
+        head_dim=72, k_bits=3, v_bits=3, page_size=16, norm="float16", residual="qjl"
+    ),
+    "k3v3 none sign": KVFormat(
+        head_dim=48, k_bits=3, v_bits=3, page_size=16, norm="none", residual="sign"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_kernel_is_bitwise_the_reference_where_sums_are_exact(name: str) -> None:
+    form = EXACT[name]
+    transform = exact_transform(form, 2)
+    generator = torch.Generator().manual_seed(11)
+    k_BHTD = torch.randint(-4, 5, (3, 2, 21, form.head_dim), generator=generator).float()
+    v_BHTD = torch.randint(-4, 5, (3, 2, 21, form.head_dim), generator=generator).float()
+    # a row that becomes zero, and one far out
+    k_BHTD[1, :, 0] = transform.key.mean_HD
+    v_BHTD[0, :, 3] *= 256
+    slot_BT, _, num_pages = paged_slots([21, 1, 18], form.page_size)
+    position_BT = torch.arange(21).expand(3, -1)
+    pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
+    encode_kv_triton(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
+    assert_same_pages(pages, expected)
+
+
+@pytest.mark.parametrize("gain", ["lsq", "norm", "none"])
+@pytest.mark.parametrize("mean", ["none", "rope"])
+def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
+    """Codes may differ on a threshold, norms by one step on the edge of a step."""
+    form = FORMATS["k3v3"]
+    transform = transform_of(form, 2, gain=gain, mean=mean, rotary_pairs=24)
+    k_BHTD, v_BHTD = tokens_of(transform, 2, 40)
+    slot_BT, table_BJ, num_pages = paged_slots([40, 33], form.page_size)
+    position_BT = torch.tensor([[5], [200_000]]) + torch.arange(40)
+    pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
+    encode_kv_triton(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
+    for one, other in zip(pages.tensors(), expected.tensors(), strict=True):
+        assert (one != other).sum() <= 2
+        if one.dtype == torch.uint8:
+            assert (one.int() - other.int()).abs().max() <= 1
+    start_B = position_BT[:, 0]
+    lengths = torch.tensor([40, 33])
+    back = dequantize_kv_reference(pages, table_BJ, lengths, start_B, transform)
+    for one, whole in zip(back, (k_BHTD, v_BHTD), strict=True):
+        error = (one[0] - whole[0]).norm() / whole[0].norm()
+        assert error < 0.35
+
+
+def layouts(x_BHTD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same tokens in other memory."""
+    wide = torch.full((*x_BHTD.shape[:3], x_BHTD.shape[3] + 5), torch.nan)
+    wide[..., 2:-3] = x_BHTD
+    return {
+        "heads inside": x_BHTD.transpose(1, 2).contiguous().transpose(1, 2),
+        "rows of a wider buffer": wide[..., 2:-3],
+        "transposed": x_BHTD.mT.contiguous().mT,
+        "every second": x_BHTD.repeat_interleave(2, 2)[:, :, ::2],
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1, 1)))
+def test_kernel_reads_any_layout(layout: str) -> None:
+    form = FORMATS["k3v3"]
+    transform = exact_transform(form, 2)
+    generator = torch.Generator().manual_seed(3)
+    x_BHTD = torch.randint(-4, 5, (2, 2, 9, 64), generator=generator).float()
+    slot_BT, _, num_pages = paged_slots([9, 7], form.page_size)
+    position_BT = torch.arange(18).view(2, 9)
+    pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
+    encode_kv_reference(x_BHTD, x_BHTD, position_BT, slot_BT, transform, expected)
+    # constants and indices of other strides, too
+    for side in (transform.key, transform.value):
+        side.matrix_HDD = side.matrix_HDD.mT.contiguous().mT
+        side.mean_HD = side.mean_HD.T.contiguous().T
+    slot_BT = slot_BT.T.contiguous().T
+    x_BHTD = layouts(x_BHTD)[layout]
+    encode_kv_triton(x_BHTD, x_BHTD, position_BT, slot_BT, transform, pages)
+    assert_same_pages(pages, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_takes_half_precision(dtype: torch.dtype) -> None:
+    form = FORMATS["k3v3"]
+    transform = exact_transform(form, 2, mean="none")
+    x_BHTD = torch.randint(-4, 5, (1, 2, 5, 64), generator=torch.Generator().manual_seed(3))
+    slot_BT, _, num_pages = paged_slots([5], form.page_size)
+    pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
+    position_BT = torch.arange(5, dtype=torch.int32)[None]
+    encode_kv_triton(x_BHTD.to(dtype), x_BHTD.to(dtype), position_BT, slot_BT, transform, pages)
+    encode_kv_reference(x_BHTD.float(), x_BHTD.float(), position_BT, slot_BT, transform, expected)
+    assert_same_pages(pages, expected)
+
+
+def test_long_prefill_takes_the_taller_tile() -> None:
+    form = KVFormat(head_dim=32, k_bits=3, v_bits=3, page_size=64)
+    transform = exact_transform(form, 1)
+    x_BHTD = torch.randint(-4, 5, (1, 1, 300, 32), generator=torch.Generator().manual_seed(3))
+    slot_BT, _, num_pages = paged_slots([290], form.page_size)
+    slot_BT = torch.nn.functional.pad(slot_BT, (10, 0), value=-1)
+    pages, expected = dirty_pages(form, num_pages, 1), dirty_pages(form, num_pages, 1)
+    position_BT = torch.arange(300)[None]
+    for encode, out in ((encode_kv_triton, pages), (encode_kv_reference, expected)):
+        encode(x_BHTD.float(), x_BHTD.float(), position_BT, slot_BT, transform, out)
+    assert_same_pages(pages, expected)
+
+
+@pytest.mark.parametrize("name", ["k3v3", "k2v6 qjl", "k7v3 none"])
+def test_operator_is_what_it_says(name: str) -> None:
+    """Aliasing and mutation as registered; CPU tensors run on the reference."""
+    form = FORMATS[name]
+    transform = transform_of(form, 2)
+    k_BHTD, v_BHTD = tokens_of(transform, 2, 5)
+    slot_BT, _, num_pages = paged_slots([5, 3], form.page_size)
+    position_BT = torch.arange(5).expand(2, -1)
+    pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
+    for side in _sides(k_BHTD, v_BHTD, transform, dirty_pages(form, num_pages, 2)):
+        torch.library.opcheck(_op, (), {"position_BT": position_BT, "slot_BT": slot_BT, **side})
+    encode_kv(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
+    assert_same_pages(pages, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 2, 4, 32)}, "should both be"),
+        ({"v": torch.zeros(1, 2, 3, 64)}, "should both be"),
+        ({"k": torch.zeros(1, 3, 4, 64), "v": torch.zeros(1, 3, 4, 64)}, "should both be"),
+        ({"slot": torch.zeros(1, 4, dtype=torch.int32)}, "int64"),
+        ({"position": torch.zeros(4, dtype=torch.int64)}, "positions"),
+        ({"pages": FORMATS["k8v2"]}, "do not fit"),
+        ({"thresholds": torch.zeros(2, 8)}, "thresholds_HL of 3 bits"),
+        ({"inv_freq": None}, "inv_freq_R"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_encode_refuses(change: dict[str, object], message: str) -> None:
+    form = FORMATS["k3v3"]
+    transform = transform_of(form, 2)
+    if "thresholds" in change:
+        transform.key.thresholds_HL = change["thresholds"]  # type: ignore[assignment]
+    if "inv_freq" in change:
+        object.__setattr__(transform, "inv_freq_R", None)
+    given = {
+        "k": torch.zeros(1, 2, 4, 64),
+        "v": torch.zeros(1, 2, 4, 64),
+        "position": torch.zeros(1, 4, dtype=torch.int64),
+        "slot": torch.zeros(1, 4, dtype=torch.int64),
+    }
+    k, v, position, slot = ({**given, **change}[name] for name in given)
+    pages = KVPages.empty(change.get("pages", form), 1, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        encode_kv(k, v, position, slot, transform, pages)  # type: ignore[arg-type]
+
+
+def test_encode_refuses_pages_that_are_not_contiguous() -> None:
+    form = FORMATS["k3v3"]
+    transform = transform_of(form, 2)
+    pages = KVPages.empty(form, 2, 2)
+    pages.k_codes = pages.k_codes.transpose(2, 3).contiguous().transpose(2, 3)
+    index = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="contiguous"):
+        encode_kv(
+            torch.zeros(1, 2, 4, 64), torch.zeros(1, 2, 4, 64), index, index, transform, pages
+        )
