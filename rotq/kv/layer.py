@@ -16,8 +16,7 @@ from rotq.errors import RotqError
 from rotq.kv.attention import PackedKV, Visible
 from rotq.kv.pages import PageStore
 from rotq.kv.placement import Layout, Placement
-from rotq.ops import DenseKV, KVTransform
-from rotq.ops import encode_kv_reference as encode_kv
+from rotq.ops import DenseKV, KVTransform, encode_kv
 
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
