@@ -181,9 +181,12 @@ class Tuning:
     """Steps of Adam, each on one calibration window; 0 leaves everything as solved."""
     learning_rate: float = 0.003
     """Relative change of a scale, or of a vector against its rms, per step."""
+    seq_len: int = 0
+    """Tokens from the start of a window that are trained on; 0 takes the window."""
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, self.steps >= 0, "0 or more")
+        _check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
 
 

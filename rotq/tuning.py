@@ -111,12 +111,11 @@ def _train(
     with matmul_precision(setting.recipe.calibration.precision), torch.enable_grad():
         for step in range(tuning.steps):
             batch, row = windows[step % len(windows)]
+            part = (slice(row, row + 1), slice(tuning.seq_len or None))
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning.steps)
             optimizer.zero_grad()
-            divergence = _backward(
-                setting, blocks, outer, ids[batch][row : row + 1], original[batch][row : row + 1]
-            )
+            divergence = _backward(setting, blocks, outer, ids[batch][part], original[batch][part])
             if not divergence < float("inf"):
                 raise RotqError(f"tuning: the divergence is {divergence} at step {step + 1}")
             optimizer.step()

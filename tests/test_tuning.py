@@ -49,7 +49,8 @@ def test_scales_and_gains_move_and_codes_stay(plain: Path, tuned: Path) -> None:
 
 
 def test_the_divergence_falls(model: Path, tmp_path: Path) -> None:
-    one = ["--num-samples", "1", "--set", "tuning.steps=16", "--set", "tuning.learning_rate=0.003"]
+    settings = ("tuning.steps=16", "tuning.learning_rate=0.003", "tuning.seq_len=48")
+    one = ["--num-samples", "1", *(part for s in settings for part in ("--set", s))]
     assert quantize(model, *ARGUMENTS, *one, "-o", tmp_path / "out").exit_code == 0
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["tuning"]
     assert figures["steps"] == 16
