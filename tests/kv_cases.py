@@ -28,16 +28,16 @@ def side_of(
         level_L = torch.arange(2**bits) - (2**bits - 1) / 2
     threshold_L = (level_L[1:] + level_L[:-1]) / 2 * UNITS[bits]
     wobble_H1 = 1 + 0.01 * torch.arange(num_heads)[:, None]
-    levels_HL = level_L.to(torch.int8).expand(num_heads, -1) if bits <= 4 else None
+    levels_HL = torch.empty(num_heads, 0, dtype=torch.int8)
+    if bits <= 4:
+        # outer levels a step apart from head to head
+        outer_HL = torch.arange(num_heads)[:, None] % 2 * (level_L.abs() == level_L.abs().max())
+        levels_HL = (level_L + outer_HL * level_L.sign()).to(torch.int8)
     return SideTransform(
         matrix_HDD=matrix_HDD,
         inverse_HDD=torch.linalg.inv(matrix_HDD.double()).float(),
         mean_HD=mean * normal(num_heads, head_dim),
-        levels_HL=(
-            levels_HL.contiguous()
-            if levels_HL is not None
-            else torch.empty(num_heads, 0, dtype=torch.int8)
-        ),
+        levels_HL=levels_HL,
         thresholds_HL=threshold_L * wobble_H1,
         base_H=torch.full((num_heads,), -12.0) + 0.1 * torch.arange(num_heads),
         gain=gain,  # type: ignore[arg-type]

@@ -165,6 +165,22 @@ def test_kernel_is_bitwise_the_reference_where_sums_are_exact(name: str) -> None
     assert_same_pages(pages, expected)
 
 
+def test_a_gain_is_never_negative() -> None:
+    form = KVFormat(head_dim=32, k_bits=3, v_bits=3, page_size=16, norm="float16")
+    transform = exact_transform(form, 1)
+    # all codes 0, whose level is negative, where y is positive
+    transform.key.thresholds_HL += 100
+    transform.key.matrix_HDD = transform.key.matrix_HDD.abs()
+    x_BHTD = torch.full((1, 1, 2, 32), 20.0)
+    index_BT = torch.arange(2)[None]
+    pages, expected = dirty_pages(form, 1, 1), dirty_pages(form, 1, 1)
+    encode_kv_triton(x_BHTD, x_BHTD, index_BT, index_BT, transform, pages)
+    encode_kv_reference(x_BHTD, x_BHTD, index_BT, index_BT, transform, expected)
+    assert expected.k_norm is not None
+    assert expected.k_norm[0, 0, :2].eq(0).all()
+    assert_same_pages(pages, expected)
+
+
 @pytest.mark.parametrize("gain", ["lsq", "norm", "none"])
 @pytest.mark.parametrize("mean", ["none", "rope"])
 def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
