@@ -12,8 +12,7 @@ is that of t0 plus that of j, so the coefficients of cos and sin are turned by t
 meet a constant table over j. One softmax over all chunks, by running maxima.
 
 Shape suffixes: B sequences, M query rows of one KV head (group x tokens), T query tokens, H KV
-heads, N tokens of a chunk, D head width, R rotary pairs, C chunks of 32 codes, W words of a token,
-L levels.
+heads, N tokens of a chunk, D head width, E width as stored (see ``kv_levels``), R rotary pairs.
 """
 
 from __future__ import annotations
@@ -23,18 +22,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv_format import (
-    TABLE_BITS,
-    DenseKV,
-    KVPages,
-    KVTransform,
-    SideTransform,
-    decode_norm,
-)
-from rotq_kernels.layout import unpack_kv
+from rotq_kernels.kv_format import DenseKV, KVPages, KVTransform, decode_norm
+from rotq_kernels.kv_levels import LevelReader, signs
 
-CHUNK = 1024
-"""Tokens decoded at a time: codes of a chunk, as fp32, stay in the second-level cache."""
+DENSE_CHUNK = 1024
+"""Dense tokens that are attended to at a time."""
+
+CHUNK = 6144
+"""Packed tokens, of all KV heads together, that are decoded at a time."""
 
 SCORES = 1 << 22
 """Scores held at a time; more query tokens are taken in turns."""
@@ -62,7 +57,7 @@ def packed_attention_cpu(
     """
     B, M, T, _ = q_BMTD.shape
     out_BMTD = torch.empty_like(q_BMTD, memory_format=torch.contiguous_format)
-    step = max(1, SCORES // (M * CHUNK))
+    step = max(1, SCORES // (M * DENSE_CHUNK))
     for b in range(B):
         packed = _Packed(pages, page_table_BJ[b], int(length_B[b]), int(start_B[b]), transform)
         for t in range(0, T, step):
@@ -90,6 +85,7 @@ class _Queries:
         self.position_T = position_T
         seen = position_T[position_T >= 0]
         self.first, self.last = (int(seen.min()), int(seen.max())) if seen.numel() else (0, -1)
+        self.all_there = seen.numel() == position_T.numel()
 
 
 class _Softmax:
@@ -109,16 +105,19 @@ class _Softmax:
         query = self.query
         return first > query.last or bool(self.window and query.first - last >= self.window)
 
-    def visible(self, position_N: Tensor) -> Tensor | None:
-        """bool (T, N), or None where every query sees every position."""
-        query = self.query
-        first, last = int(position_N.min()), int(position_N.max())
-        near = not self.window or query.last - first < self.window
-        if first >= 0 and last <= query.first and near and bool((query.position_T >= 0).all()):
-            return None
-        position_T1 = query.position_T[:, None]
+    def visible(self, position_N: Tensor) -> Tensor:
+        """bool (T, N)."""
+        position_T1 = self.query.position_T[:, None]
         seen_TN = (position_N >= 0) & (position_N <= position_T1)
         return seen_TN & (position_T1 - position_N < self.window) if self.window else seen_TN
+
+    def visible_span(self, first: int, last: int) -> Tensor | None:
+        """``visible`` for all positions from ``first`` to ``last``."""
+        query = self.query
+        near = not self.window or query.last - first < self.window
+        if last <= query.first and near and query.all_there:
+            return None
+        return self.visible(torch.arange(first, last + 1, dtype=torch.int32))
 
     def weigh(self, scores_HMN: Tensor, seen_TN: Tensor | None) -> Tensor:
         """Turn scores into weights relative to the running maximum, in place."""
@@ -143,8 +142,8 @@ class _Softmax:
 
 
 def _attend_dense(state: _Softmax, dense: DenseKV, b: int) -> None:
-    for n in range(0, dense.k_BHND.shape[2], CHUNK):
-        chunk = slice(n, n + CHUNK)
+    for n in range(0, dense.k_BHND.shape[2], DENSE_CHUNK):
+        chunk = slice(n, n + DENSE_CHUNK)
         position_N = dense.position_BN[b, chunk]
         there = position_N[position_N >= 0]
         if not there.numel() or state.hides(int(there.min()), int(there.max())):
@@ -163,6 +162,9 @@ class _Packed:
         self.pages, self.transform = pages, transform
         self.page_J: list[int] = page_J.tolist()
         self.length, self.start = length, start
+        if length:
+            self.keys = LevelReader(transform.key, pages.format.k_bits, pages.format.head_dim)
+            self.values = LevelReader(transform.value, pages.format.v_bits, pages.format.head_dim)
 
     def attend(self, state: _Softmax) -> None:
         """Add all packed tokens to ``state``."""
@@ -170,50 +172,52 @@ class _Packed:
             return
         mean = _MeanScores(state.query, self.transform)
         turned_HMD = state.query.x_HMD @ self.transform.key.inverse_HDD.to(state.query.dtype)
-        step = max(CHUNK, self.pages.format.page_size)
+        heads = len(turned_HMD)
+        codes_HMD = turned_HMD.new_zeros(*turned_HMD.shape[:2], self.values.width)
+        state.codes_HMD = codes_HMD
+        step = max(CHUNK // heads // self.pages.format.page_size, 1) * self.pages.format.page_size
         for n in range(0, self.length, step):
             chunk = range(n, min(n + step, self.length))
             first, last = self.start + chunk[0], self.start + chunk[-1]
             if state.hides(first, last):
                 continue
-            position_N = torch.arange(first, last + 1, dtype=torch.int32)
             scores_HMN = mean.add_to(self._scores(turned_HMD, chunk), first)
-            weights_HMN = state.weigh(scores_HMN, state.visible(position_N))
+            weights_HMN = state.weigh(scores_HMN, state.visible_span(first, last))
             state.packed_HM1 += weights_HMN.sum(-1, keepdim=True)
-            self._add_values(state, weights_HMN, chunk)
+            self._add_values(codes_HMD, weights_HMN, chunk)
+        state.codes_HMD = self.values.natural(codes_HMD)
 
     def _scores(self, turned_HMD: Tensor, chunk: range) -> Tensor:
         """Scores without the mean's part."""
-        pages, key, form = self.pages, self.transform.key, self.pages.format
-        dtype = turned_HMD.dtype
-        level_HND = _levels(self._read(pages.k_codes, chunk), key, form.k_bits, form.head_dim)
-        level_HND = level_HND.to(dtype)
-        scale_H1N = self._norms(pages.k_norm, key.base_H, chunk, dtype)
+        pages, dtype = self.pages, turned_HMD.dtype
+        level_HNE = self.keys.read(self._read(pages.k_codes, chunk), dtype)
+        scale_H1N = self._norms(pages.k_norm, self.transform.key.base_H, chunk, dtype)
+        scores_HMN = torch.bmm(self.keys.stored(turned_HMD), level_HNE.mT).mul_(scale_H1N)
         if pages.k_sign is None:
-            return (turned_HMD @ level_HND.mT).mul_(scale_H1N)
-        sign_HND = _signs(self._read(pages.k_sign, chunk), form.head_dim).to(dtype)
-        assert self.transform.residual_scale_H is not None
-        weight_H11 = self.transform.residual_scale_H[:, None, None].to(dtype)
-        if form.residual == "sign":
-            level_HND.addcmul_(sign_HND, weight_H11)
-            return (turned_HMD @ level_HND.mT).mul_(scale_H1N)
-        assert self.transform.sketch_DD is not None
-        assert self.transform.gamma_base_H is not None
-        gamma_H1N = self._norms(pages.k_gamma, self.transform.gamma_base_H, chunk, dtype)
-        scores_HMN = (turned_HMD @ level_HND.mT).mul_(scale_H1N)
-        sketched_HMD = turned_HMD @ self.transform.sketch_DD.mT.to(dtype) * weight_H11
-        return scores_HMN.add_((sketched_HMD @ sign_HND.mT).mul_(gamma_H1N))
+            return scores_HMN
+        transform = self.transform
+        sign_HND = signs(self._read(pages.k_sign, chunk), pages.format.head_dim).to(dtype)
+        assert transform.residual_scale_H is not None
+        weight_H11 = transform.residual_scale_H[:, None, None].to(dtype)
+        if pages.format.residual == "sign":
+            scale_H1N *= weight_H11
+        else:
+            assert transform.sketch_DD is not None
+            assert transform.gamma_base_H is not None
+            turned_HMD = turned_HMD @ transform.sketch_DD.mT.to(dtype) * weight_H11
+            scale_H1N = self._norms(pages.k_gamma, transform.gamma_base_H, chunk, dtype)
+        return scores_HMN.add_(torch.bmm(turned_HMD, sign_HND.mT).mul_(scale_H1N))
 
-    def _add_values(self, state: _Softmax, weights_HMN: Tensor, chunk: range) -> None:
-        pages, value, form = self.pages, self.transform.value, self.pages.format
-        level_HND = _levels(self._read(pages.v_codes, chunk), value, form.v_bits, form.head_dim)
-        weights_HMN *= self._norms(pages.v_norm, value.base_H, chunk, weights_HMN.dtype)
-        state.codes_HMD.baddbmm_(weights_HMN, level_HND.to(weights_HMN.dtype))
+    def _add_values(self, codes_HME: Tensor, weights_HMN: Tensor, chunk: range) -> None:
+        pages, dtype = self.pages, codes_HME.dtype
+        level_HNE = self.values.read(self._read(pages.v_codes, chunk), dtype)
+        weights_HMN *= self._norms(pages.v_norm, self.transform.value.base_H, chunk, dtype)
+        codes_HME.baddbmm_(weights_HMN, level_HNE)
 
     def _norms(
         self, stored: Tensor | None, base_H: Tensor, chunk: range, dtype: torch.dtype
     ) -> Tensor:
-        """(H, 1, N); (H, 1, 1) where nothing is stored."""
+        """(H, 1, N), new; (H, 1, 1) where nothing is stored."""
         base_H1 = base_H[:, None].to(dtype)
         if stored is None:
             return base_H1.exp2()[..., None]
@@ -262,7 +266,7 @@ class _MeanScores:
             self.sine_HMR * cos_R - self.cosine_HMR * sin_R,
         )
         N = scores_HMN.shape[2]
-        table = _angles(tuple(inv_freq_R.tolist()), max(N, CHUNK), scores_HMN.dtype)
+        table = _angles(tuple(inv_freq_R.tolist()), -(-N // 1024) * 1024, scores_HMN.dtype)
         return scores_HMN.add_(torch.cat(turned, dim=-1) @ table[:, :N])
 
 
@@ -272,61 +276,3 @@ def _angles(inv_freq: tuple[float, ...], number: int, dtype: torch.dtype) -> Ten
     step_N = torch.arange(number, dtype=torch.float64)
     angle_RN = torch.tensor(inv_freq, dtype=torch.float64)[:, None] * step_N
     return torch.cat((angle_RN.cos(), angle_RN.sin())).to(dtype)
-
-
-def _levels(words_HNW: Tensor, side: SideTransform, bits: int, head_dim: int) -> Tensor:
-    """L[q] of every code: int8 (H, N, D), or fp32 where levels are no table."""
-    if bits == 8:
-        return words_HNW.view(torch.uint8)[..., :head_dim] - 127.5
-    if bits > TABLE_BITS:
-        return unpack_kv(words_HNW, bits, head_dim) - (2**bits - 1) / 2
-    index_HNK = _nibbles(words_HNW, bits).view(torch.uint16).to(torch.int32)
-    levels_HL = side.levels_HL
-    if bool((levels_HL == levels_HL[:1]).all()):
-        table = _table(levels_HL[0], bits)
-        found = table.index_select(0, index_HNK.flatten())
-    else:
-        each = zip(levels_HL, index_HNK, strict=True)
-        found = torch.cat([_table(row, bits).index_select(0, i.flatten()) for row, i in each])
-    return found.view(torch.int8).view(*words_HNW.shape[:2], -1)[..., :head_dim]
-
-
-def _nibbles(words_HNW: Tensor, bits: int) -> Tensor:
-    """Words whose 16-bit halves hold four codes of 3 or 4 bits, or eight of 2, in order.
-
-    Three words of 3-bit codes become four: the fourth gathers what the spare bits hold.
-    """
-    if bits != 3:
-        return words_HNW
-    words_HNC3 = words_HNW.unflatten(-1, (-1, 3))
-    first, second, third = words_HNC3.unbind(-1)
-    spare = (first >> 3) & 0x11111111
-    spare |= (second >> 2) & 0x22222222
-    spare |= (third >> 1) & 0x44444444
-    return torch.cat((words_HNC3, spare[..., None]), dim=-1).flatten(-2)
-
-
-def _table(levels_L: Tensor, bits: int) -> Tensor:
-    """What 16 bits of codes stand for: 65536 int32 of four int8, or int64 of eight for 2 bits."""
-    width = 2 if bits == 2 else 4
-    entry = torch.arange(2**width) & (2**bits - 1)
-    table = levels_L[entry].to(torch.int64) & 255
-    while width < 16:
-        table = (
-            table[None, :] | (table[:, None] << 8 * (width // (2 if bits == 2 else 4)))
-        ).flatten()
-        width *= 2
-    return table if bits == 2 else table.to(torch.int32)
-
-
-def _signs(words_HNC: Tensor, head_dim: int) -> Tensor:
-    """int8 (H, N, D): +1 where the bit is 1, else -1."""
-    index = words_HNC.view(torch.uint8).to(torch.int32)
-    found = _sign_table().index_select(0, index.flatten())
-    return found.view(torch.int8).view(*words_HNC.shape[:2], -1)[..., :head_dim]
-
-
-def _sign_table() -> Tensor:
-    """What 8 bits of signs stand for: 256 int64 of eight int8."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return (2 * bits - 1).to(torch.int8).view(torch.int64).flatten()

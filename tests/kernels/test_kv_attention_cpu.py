@@ -11,6 +11,7 @@ from rotq_kernels import kv_attention_cpu
 from rotq_kernels.kv_attention_cpu import packed_attention_cpu
 from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv_format import DenseKV, KVFormat, KVPages, KVTransform
+from rotq_kernels.kv_levels import LevelReader
 
 LENGTHS = [75, 0, 1, 48]
 STARTS = [3, 0, 17, 900]
@@ -29,7 +30,8 @@ FORMATS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks per sequence, the last one not whole; query tokens in turns."""
-    monkeypatch.setattr(kv_attention_cpu, "CHUNK", 32)
+    monkeypatch.setattr(kv_attention_cpu, "CHUNK", 64)
+    monkeypatch.setattr(kv_attention_cpu, "DENSE_CHUNK", 32)
     monkeypatch.setattr(kv_attention_cpu, "SCORES", 32 * 4 * 3)
 
 
@@ -160,13 +162,13 @@ def test_without_dense_tokens() -> None:
 
 def test_dense_cache_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    levels = kv_attention_cpu._levels
+    read = LevelReader.read
 
-    def watch(words: Tensor, *rest: object) -> Tensor:
+    def watch(self: LevelReader, words_HNW: Tensor, dtype: torch.dtype) -> Tensor:
         nonlocal largest
-        largest = max(largest, words.shape[1])
-        return levels(words, *rest)  # type: ignore[arg-type]
+        largest = max(largest, words_HNW.shape[1])
+        return read(self, words_HNW, dtype)
 
-    monkeypatch.setattr(kv_attention_cpu, "_levels", watch)
+    monkeypatch.setattr(LevelReader, "read", watch)
     Case(transform_of(FORMATS["k3v3"], 2)).run()
-    assert 0 < largest <= kv_attention_cpu.CHUNK < max(LENGTHS)
+    assert 0 < largest <= kv_attention_cpu.CHUNK // 2 < max(LENGTHS)
