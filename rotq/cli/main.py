@@ -10,6 +10,7 @@ import click
 from rotq import __version__
 from rotq.cli.eval import eval_group
 from rotq.cli.inspect import inspect
+from rotq.cli.kv import calibrate_kv
 from rotq.cli.options import debug_wanted
 from rotq.cli.quantize import quantize
 from rotq.errors import RotqError
@@ -61,3 +62,4 @@ def main() -> None:
 main.add_command(quantize)
 main.add_command(eval_group)
 main.add_command(inspect)
+main.add_command(calibrate_kv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from rotq.kv.calibration_file import KVCalibration, hash_config
 from rotq.kv.codebook import gaussian_codebook
+from rotq.kv.fit import fit_layer
 from rotq.kv.presets import KVSpec
+from rotq.kv.statistics import LayerStatistics, collect
 from rotq.kv.transform import (
     centred_base,
     hadamard_basis,
@@ -18,11 +21,48 @@ from rotq.kv.transform import (
     side_transform,
     unbiased_scale,
 )
-from rotq.models.rotary import KVShape, kv_shapes, rotaries
+from rotq.models.rotary import KVShape, kv_shapes
 from rotq.ops import KVTransform, SideTransform
 
 _TYPICAL_RESIDUAL = 0.2
 """rms of what 3-bit codes leave, in units of rms(y); only centres the range of its norm."""
+
+
+def calibrate(
+    model: Any,
+    ids_BT: Tensor,
+    spec: KVSpec,
+    *,
+    source: dict[str, Any] | None = None,
+    statistics: list[LayerStatistics] | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> KVCalibration:
+    """Constants of every layer of a model under a scheme.
+
+    Args:
+        model: A causal language model of transformers.
+        ids_BT: int64 token ids of the calibration windows.
+        spec: The scheme.
+        source: Where the windows come from, for the file.
+        statistics: Of the same model, if they were collected before.
+        on_window: Called with windows done and windows in all.
+
+    Raises:
+        RotqError: see ``statistics.collect``.
+    """
+    if statistics is None:
+        statistics = collect(model, ids_BT, sinks=spec.sinks, on_window=on_window)
+    layers = {}
+    for layer, found in enumerate(statistics):
+        format = kv_format(spec, found.shape.head_dim, layer, len(statistics))
+        layers[layer] = fit_layer(found, spec, format)
+    static = [n for n, transform in layers.items() if transform.mean != spec.mean]
+    return KVCalibration(
+        spec=spec,
+        layers=layers,
+        model_hash=hash_config(model.config),
+        source={**(source or {}), "windows": list(ids_BT.shape), "static_mean_layers": static},
+    )
 
 
 def data_oblivious(config: Any, spec: KVSpec) -> KVCalibration:
@@ -42,7 +82,6 @@ def data_oblivious(config: Any, spec: KVSpec) -> KVCalibration:
         layer: _oblivious_layer(spec, shape, layer, len(shapes))
         for layer, shape in enumerate(shapes)
     }
-    assert len(layers) == len(rotaries(config))
     return KVCalibration(spec=spec, layers=layers, model_hash=hash_config(config))
 
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.presets import KVSpec
-from rotq.kv.transform import inverse
+from rotq.kv.transform import inverse, recoded
 from rotq.models.rotary import kv_shapes
 from rotq.ops import KVFormat, KVTransform, SideTransform
 
@@ -64,6 +64,29 @@ class KVCalibration:
     def recent(self) -> int:
         """Last tokens kept whole."""
         return self.spec.recent
+
+    def serves(self, spec: KVSpec) -> bool:
+        """Whether ``under(spec)`` exists: what differs is not fitted."""
+        free = ("name", "k_bits", "v_bits", "sinks", "recent", "boundary", "boundary_bits")
+        own = replace(self.spec, **{name: getattr(spec, name) for name in free})
+        same_bits = (self.spec.k_bits, self.spec.v_bits) == (spec.k_bits, spec.v_bits)
+        coded_alike = same_bits and self.spec.boundary == spec.boundary
+        fixed = self.spec.codebook == "gaussian" and self.spec.residual == "none"
+        return own == spec and (coded_alike or fixed)
+
+    def under(self, spec: KVSpec) -> KVCalibration:
+        """The same constants under another scheme, with the codebooks of its bits.
+
+        Raises:
+            ValueError: the scheme needs what was not fitted.
+        """
+        if not self.serves(spec):
+            raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
+        layers = {
+            layer: recoded(transform, *spec.layer_bits(layer, len(self.layers)))
+            for layer, transform in self.layers.items()
+        }
+        return replace(self, spec=spec, layers=layers)
 
     def save(self, path: Path) -> None:
         """Write the file; it is whole or absent.

@@ -28,8 +28,12 @@ class KVSpec:
     """Keys are coded in it. ``svd``: right singular vectors of the keys, not centred."""
     value_basis: Literal["hadamard", "svd", "none"] = "hadamard"
     alpha: float | None = None
-    """A = basis x (M / mean eigenvalue)^(alpha / 2), M the queries' second moment; None: chosen
-    on calibration windows."""
+    """A = basis x P^(1/2), P = C^-beta #_alpha M: C the keys' second moment, M the queries', # the
+    weighted geometric mean; see ``metric``. None: chosen on calibration tokens, by head."""
+    beta: float = 1.0
+    """0 leaves the keys' own moment out: A = basis x M^(alpha / 2)."""
+    value_metric: bool = True
+    """The same for values, with M from the output projection and alpha 1/2."""
     codebook: Literal["gaussian", "fitted", "kmeans"] = "fitted"
     """Lloyd-Max for the unit normal; the same iterated on the head's own y / rms(y); or k-means of
     y itself, for ``norm="none"``."""
@@ -67,6 +71,8 @@ class KVSpec:
                 raise ValueError(f"{field}: {value} is not between {low} and {high}")
         if self.alpha is not None and not 0 <= self.alpha <= 2:
             raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: {self.beta} is not between 0 and 1")
         if (self.codebook == "kmeans") != (self.norm == "none"):
             raise ValueError("codebook kmeans and norm none go together")
         if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
@@ -86,6 +92,8 @@ class KVSpec:
             or self.value_mean
             or "svd" in (self.basis, self.value_basis)
             or self.alpha != 0
+            or self.beta != 0
+            or self.value_metric
             or self.codebook != "gaussian"
             or (self.residual != "none" and self.residual_scale != "unbiased")
         )
@@ -106,6 +114,8 @@ class KVSpec:
             mean="none",
             value_mean=False,
             alpha=0.0,
+            beta=0.0,
+            value_metric=False,
             codebook="gaussian",
             residual_scale="unbiased",
         )
@@ -138,6 +148,8 @@ _TURBOQUANT = KVSpec(
     mean="none",
     value_mean=False,
     alpha=0.0,
+    beta=0.0,
+    value_metric=False,
     codebook="gaussian",
     gain="none",
     norm="float16",

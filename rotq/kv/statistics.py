@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotq.errors import RotqError
+from rotq.models.registry import adapter_for
 from rotq.models.replaced_attention import (
     AttentionCall,
     probabilities,
@@ -52,6 +53,9 @@ class LayerStatistics:
     """Weighted as above, after RoPE, not centred."""
     plain_query_moment_HDD: Tensor
     """The same with equal weights."""
+    output_moment_HDD: Tensor | None
+    """W^T W of the columns of the output projection that read each KV head's values; None where
+    the projection is not known."""
     k_HND: Tensor
     """Sampled keys, after RoPE."""
     v_HND: Tensor
@@ -101,7 +105,8 @@ def collect(
             model(input_ids=ids_T[None].to(model.device), use_cache=False)
         if on_window is not None:
             on_window(window + 1, B)
-    return [layer.finish(index) for index, layer in enumerate(layers)]
+    outputs = output_moments(model, shapes)
+    return [layer.finish(index, outputs[index]) for index, layer in enumerate(layers)]
 
 
 class _Layer:
@@ -131,7 +136,7 @@ class _Layer:
             outputs.append(self._attend(q_BHGQD, k_BHTD, v_BHTD, call, first))
         return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
-    def finish(self, index: int) -> LayerStatistics:
+    def finish(self, index: int, output_moment_HDD: Tensor | None) -> LayerStatistics:
         if not self.tokens:
             raise RotqError(f"attention of layer {index} did not run")
         means_HD = self.sums_HD / self.tokens
@@ -147,6 +152,7 @@ class _Layer:
             value_mean_HD=means_HD[2],
             query_moment_HDD=moments_HDD[0],
             plain_query_moment_HDD=moments_HDD[1],
+            output_moment_HDD=output_moment_HDD,
             k_HND=torch.cat(k_HND, dim=1),
             v_HND=torch.cat(v_HND, dim=1),
             position_N=torch.cat(position_N),
@@ -184,3 +190,28 @@ class _Layer:
             weight_HN = weight_HN.flatten(1).double()
             self.moments_HDD[index] += (q_HND.mT @ (q_HND * weight_HN[..., None])).cpu()
             self.weights_H[index] += weight_HN.sum(1).cpu()
+
+
+def output_moments(model: Any, shapes: list[KVShape]) -> list[Tensor | None]:
+    """W^T W of each layer's output projection by KV head, fp64 (H, D, D); None where unknown."""
+    adapter = adapter_for(model)
+    if not adapter.attention:
+        return [None] * len(shapes)
+    blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
+    moments: list[Tensor | None] = []
+    for block, shape in zip(blocks, shapes, strict=True):
+        linear = block.get_submodule(adapter.attention_output)
+        weight_NK = _weight(linear, shape.num_heads * shape.group * shape.head_dim)
+        split = (shape.num_heads, shape.group, shape.head_dim)
+        weight_NHGD = weight_NK.double().cpu().unflatten(1, split)
+        moments.append(torch.einsum("nhgd,nhge->hde", weight_NHGD, weight_NHGD))
+    return moments
+
+
+def _weight(linear: nn.Module, num_inputs: int) -> Tensor:
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    # a packed layer: what it does to unit vectors
+    first = next(iter((*linear.parameters(), *linear.buffers())))
+    unit_KK = torch.eye(num_inputs, device=first.device)
+    return (linear(unit_KK) - linear(torch.zeros_like(unit_KK[:1]))).mT

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rotq.kv.codebook import Codebook
+from rotq.kv.codebook import Codebook, gaussian_codebook
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, Rotary
 from rotq.ops import KVFormat, KVTransform, SideTransform
@@ -145,4 +146,28 @@ def layer_transform(
         sketch_DD=sketch_DD,
         residual_scale_H=residual_scale_H,
         gamma_base_H=gamma_base_H,
+    )
+
+
+def recoded(transform: KVTransform, k_bits: int, v_bits: int) -> KVTransform:
+    """The same with other bits: codebooks for the unit normal where they change."""
+    form = replace(transform.format, k_bits=k_bits, v_bits=v_bits)
+    return replace(
+        transform,
+        format=form,
+        key=_recoded_side(transform.key, transform.format.k_bits, k_bits),
+        value=_recoded_side(transform.value, transform.format.v_bits, v_bits),
+    )
+
+
+def _recoded_side(side: SideTransform, old_bits: int, bits: int) -> SideTransform:
+    if bits == old_bits:
+        return side
+    book, heads = gaussian_codebook(bits), side.base_H.numel()
+    return replace(
+        side,
+        levels_HL=book.levels_L.expand(heads, -1).contiguous(),
+        thresholds_HL=book.thresholds_E.expand(heads, -1).contiguous(),
+        base_H=side.base_H + (book.unit / side.unit_H).log2(),
+        unit_H=torch.full_like(side.unit_H, book.unit),
     )

@@ -1,0 +1,61 @@
+"""Calibration and evaluation of a packed KV cache as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rotq.report.tables import facts, size
+
+_COLUMNS = (
+    ("scheme", "preset", "{}"),
+    ("bits", "bits_per_element", "{:.3f}"),
+    ("bytes/token", "bytes_per_token", "{:.0f}"),
+    ("ppl", "ppl", "{:.3f}"),
+    ("ratio", "ppl_ratio", "{:.4f}"),
+    ("KL", "kl", "{:.4f}"),
+    ("top-1", "top1", "{:.1%}"),
+    ("cosine", "cosine", "{:.4f}"),
+    ("worst layer", "worst", "{}"),
+)
+
+
+def calibration_table(found: dict[str, Any]) -> str:
+    """What was written and from what."""
+    windows, length = found["windows"]
+    rows = [
+        ("calibration", f"{found['output']}, {size(found['bytes'])}"),
+        ("scheme", found["preset"]),
+        ("text", f"{found['text']}, {windows} windows of {length} tokens"),
+        ("model", found["model_hash"][:12]),
+    ]
+    if found["static_mean_layers"]:
+        rows.append(("static mean", f"layers {found['static_mean_layers']}: RoPE is not known"))
+    return facts(rows)
+
+
+def evaluation_table(found: list[dict[str, Any]]) -> str:
+    """A line for each scheme, then what was measured."""
+    rows = [[label for label, _, _ in _COLUMNS]]
+    for values in found:
+        errors = values["attention_error"]
+        worst = max(range(len(errors)), key=errors.__getitem__)
+        shown = {**values, "worst": f"{worst} ({errors[worst]:.2g})"}
+        rows.append([pattern.format(shown[key]) for _, key, pattern in _COLUMNS])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    first = found[0]
+    kept = f"{first['sinks']} first and {first['recent']} last tokens kept whole"
+    notes = facts(
+        [
+            ("unquantized ppl", f"{first['reference_ppl']:.3f}"),
+            ("kept", kept),
+            ("protocol", f"{first['protocol']}; {first['tokens']} tokens scored"),
+        ]
+    )
+    return "\n".join(lines) + "\n\n" + notes
