@@ -1,0 +1,229 @@
+"""A linear layer straight from its packed weight.
+
+    y_mn = sum_k x_mk (q_nk - z_ng) s_ng + b_n,      g = k // (K / G)
+
+q and z are the codes of ``layout.pack``, q packed along K and z along N, as ``weight_packed`` and
+``weight_zero_point`` of a checkpoint. No dense weight is made: each tile is unpacked in registers.
+
+Up to GEMV_ROWS rows are multiplied and summed in fp32. More go through the tensor cores, with the
+weight rounded to x's dtype after scaling, as the dense layer has it, and fp32 sums; for fp32 x the
+products are fp32, without TF32.
+
+Shape suffixes: M rows (tokens), N out features, K in features, G groups of K, W int32 words.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from rotq_kernels.layout import packed_words, unpack
+from rotq_kernels.packed_linear_kernels import MAGIC, gemm_kernel, gemv_kernel
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+GEMV_ROWS = 2
+"""Up to here fp32 sums take fewer instructions than tensor cores do (counted, not timed)."""
+
+
+def packed_linear(
+    x: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    *,
+    bits: int,
+) -> Tensor:
+    """x W^T + b over the last axis of ``x``; differentiable in ``x``.
+
+    Args:
+        x: fp16, bf16 or fp32 (..., K), any strides.
+        weight_packed_NW: int32 (N, packed_words(K, bits)).
+        weight_scale_NG: fp16, bf16 or fp32; G divides K.
+        weight_zero_point_WG: int32 (packed_words(N, bits), G); None on a symmetric grid.
+        bias_N: Any of the dtypes of ``x``.
+        bits: 2 to 8.
+
+    Returns:
+        (..., N) of x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, a dtype or ``bits`` does not fit.
+    """
+    _check(x, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, bias_N, bits)
+    y_MN = _op(
+        x.reshape(-1, x.shape[-1]),
+        weight_packed_NW,
+        weight_scale_NG,
+        weight_zero_point_WG,
+        bias_N,
+        bits,
+    )
+    return y_MN.view(*x.shape[:-1], y_MN.shape[1])
+
+
+def dequantize_reference(
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    num_columns: int,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The dense weight (N, K), computed in fp32 (fp64 for fp64), then cast to ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    N, G = weight_scale_NG.shape
+    q_NGg = unpack(weight_packed_NW, bits, num_columns).to(wide).view(N, G, -1)
+    if weight_zero_point_WG is not None:
+        q_NGg = q_NGg - unpack(weight_zero_point_WG, bits, N, dim=0).to(wide)[..., None]
+    return (q_NGg * weight_scale_NG.to(wide)[..., None]).view(N, num_columns).to(dtype)
+
+
+def packed_linear_reference(
+    x_MK: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """The definition, in plain PyTorch. It also serves CPU tensors."""
+    weight_NK = dequantize_reference(
+        weight_packed_NW, weight_scale_NG, weight_zero_point_WG, x_MK.shape[1], bits, x_MK.dtype
+    )
+    y_MN = F.linear(x_MK, weight_NK, None if bias_N is None else bias_N.to(x_MK.dtype))
+    return y_MN.contiguous()
+
+
+def packed_linear_triton(
+    x_MK: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Launch a kernel. On CPU tensors this needs TRITON_INTERPRET=1."""
+    (M, K), (N, G) = x_MK.shape, weight_scale_NG.shape
+    y_MN = x_MK.new_empty((M, N))
+    if not y_MN.numel():
+        return y_MN
+    x_MK, weight_packed_NW = _unit_stride(x_MK), _unit_stride(weight_packed_NW)
+    zero_WG = weight_zero_point_WG
+    # an argument that is not read still needs a pointer
+    zero_or_any = weight_packed_NW if zero_WG is None else zero_WG.contiguous()
+    kernel, tile = _tile(M, K, x_MK.dtype)
+    kernel[(triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))](
+        x_MK,
+        weight_packed_NW,
+        weight_scale_NG.contiguous(),
+        zero_or_any,
+        y_MN if bias_N is None else bias_N.contiguous(),
+        y_MN,
+        M=M,
+        N=N,
+        K=K,
+        stride_xm=x_MK.stride(0),
+        stride_wn=weight_packed_NW.stride(0),
+        num_groups=G,
+        magic=MAGIC,
+        BITS=bits,
+        **_runs(K, G),
+        HAS_ZERO=zero_WG is not None,
+        HAS_BIAS=bias_N is not None,
+        **tile,
+    )
+    return y_MN
+
+
+def _unit_stride(x_MK: Tensor) -> Tensor:
+    return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+
+
+def _runs(K: int, G: int) -> dict[str, int]:
+    """Columns of a group, and of a run that shares a scale."""
+    if G == 1:
+        # the last run may go beyond K, where x is zero
+        return {"GROUP": 1 << 30, "RUN": 32}
+    return {"GROUP": K // G, "RUN": math.gcd(K // G, 32)}
+
+
+def _tile(M: int, K: int, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
+    """Kernel, block sizes and warps."""
+    if M <= GEMV_ROWS:
+        block_k = min(1024, max(32, triton.next_power_of_2(K)))
+        sizes = {"BLOCK_M": M, "BLOCK_N": 4, "BLOCK_K": block_k}
+        return gemv_kernel, {**sizes, "num_warps": 1}
+    if dtype == torch.float32:
+        return gemm_kernel, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+    if M <= 64:
+        block_m = max(16, triton.next_power_of_2(M))
+        return gemm_kernel, {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
+    return gemm_kernel, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+
+
+def _check(
+    x: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if x.ndim < 1 or x.dtype not in DTYPES:
+        raise ValueError(f"x must be (..., K) in fp16, bf16 or fp32, got {x.ndim}-D {x.dtype}")
+    if weight_scale_NG.ndim != 2 or weight_scale_NG.dtype not in DTYPES:
+        raise ValueError(f"scales must be a 2-D float, got {tuple(weight_scale_NG.shape)}")
+    (N, G), K = weight_scale_NG.shape, x.shape[-1]
+    if not G or K % G:
+        raise ValueError(f"{G} groups do not divide {K} columns")
+    expected = {"weight": (weight_packed_NW, (N, packed_words(K, bits)))}
+    if weight_zero_point_WG is not None:
+        expected["zero points"] = (weight_zero_point_WG, (packed_words(N, bits), G))
+    for name, (tensor, shape) in expected.items():
+        if tensor.dtype != torch.int32 or tensor.shape != shape:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be int32 {shape}, got {got}")
+    if bias_N is not None and (bias_N.shape != (N,) or bias_N.dtype not in DTYPES):
+        raise ValueError(f"bias must be a float ({N},), got {bias_N.dtype} {tuple(bias_N.shape)}")
+
+
+_op = torch.library.custom_op(
+    "rotq::packed_linear", packed_linear_triton, mutates_args=(), device_types="cuda"
+)
+_op.register_kernel("cpu")(packed_linear_reference)
+
+
+@_op.register_fake
+def _(
+    x_MK: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> Tensor:
+    return x_MK.new_empty((x_MK.shape[0], weight_scale_NG.shape[0]))
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_MK, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, _, ctx.bits = inputs
+    ctx.num_columns = x_MK.shape[1]
+    ctx.save_for_backward(weight_packed_NW, weight_scale_NG, weight_zero_point_WG)
+
+
+def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    words_NW, scale_NG, zero_WG = ctx.saved_tensors
+    weight_NK = dequantize_reference(
+        words_NW, scale_NG, zero_WG, ctx.num_columns, ctx.bits, grad_MN.dtype
+    )
+    return grad_MN @ weight_NK, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_keep_weight)
