@@ -11,7 +11,7 @@ def release_memory() -> None:
     glibc keeps freed blocks of up to 32 MiB; a job that allocates many sizes would otherwise hold
     a few hundred MB that nothing uses.
     """
-    gc.collect(1)
+    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
