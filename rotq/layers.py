@@ -1,6 +1,6 @@
 """Linear layers that run on packed weights, and linear layers whose input is rotated online.
 
-    QuantLinear:    y = r(x) W^T + b,   W = (q - z) * s, unpacked at each call
+    QuantLinear:    y = r(x) W^T + b,   W = (q - z) * s, from its codes at each call
     RotatedLinear:  y = r(x) W^T + b,   W dense
     r(x) = (x * signs) H,               H orthonormal Hadamard; the identity without signs
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotq.formats.integer import Grid, Quantized
-from rotq.ops import pack, packed_words, unpack
+from rotq.ops import pack, packed_linear, packed_words, unpack
 from rotq.rotations.hadamard import fast_hadamard
 
 
@@ -68,7 +68,11 @@ class RotatedLinear(nn.Linear):
 
 
 class QuantLinear(nn.Module):
-    """A linear layer that keeps its weight packed and unpacks it at each call."""
+    """A linear layer that keeps its weight packed.
+
+    On a CUDA device a kernel multiplies with the codes and no dense weight is ever made. Elsewhere,
+    and for fp64, which the kernel does not have, the weight is unpacked at each call.
+    """
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -175,7 +179,17 @@ class QuantLinear(nn.Module):
         return x if self.input_signs is None else rotate_input(x, self.input_signs)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.rotate_input(input), self.dequantize(input.dtype), self.bias)
+        x = self.rotate_input(input)
+        if not x.is_cuda or x.dtype == torch.float64:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        return packed_linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            bits=self.grid.bits,
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"

@@ -23,6 +23,7 @@ from rotq_kernels.kv_side import (
     turned_mean,
 )
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
+from rotq_kernels.packed_linear import packed_linear
 
 __all__ = [
     "STEPS_PER_OCTAVE",
@@ -44,6 +45,7 @@ __all__ = [
     "pack",
     "pack_kv",
     "packed_attention_cpu",
+    "packed_linear",
     "packed_words",
     "quantize_residual",
     "quantize_side",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
 from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, random_quantized
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.formats.integer import Grid
 from rotq.layers import QuantLinear, RotatedLinear, rotate_input
+from rotq.ops import packed_linear
 from rotq.rotations.hadamard import hadamard, random_signs
 
 GRIDS = [
@@ -116,3 +122,62 @@ def test_packed_rotated_layer() -> None:
 def test_group_size_must_divide() -> None:
     with pytest.raises(ValueError, match="does not divide 42"):
         QuantLinear(42, 20, W4)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grid", [W4, W4_SYMMETRIC, W3_CHANNEL], ids=str)
+def test_on_a_gpu_the_codes_are_multiplied(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors, which need no device: one call of the kernel, nothing dense."""
+    with FakeTensorMode():
+        layer = QuantLinear(48, 20, grid, bias=True, device="cuda")
+        # stands for the rotation, which copies a matrix to the device
+        monkeypatch.setattr(layer, "rotate_input", torch.abs)
+        x = torch.empty(2, 5, 48, dtype=torch.bfloat16, device="cuda")
+        with Calls() as calls:
+            y = layer(x)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 5, 20), x.dtype, "cuda")
+        worked = [name for name in calls.names if name not in ("aten::view", "prim::device")]
+        assert worked == ["aten::abs", "rotq::packed_linear"]
+
+
+@pytest.mark.parametrize("grid", [W4, W4_SYMMETRIC], ids=str)
+def test_a_gpu_gets_all_buffers(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        layer = QuantLinear(48, 20, grid, bias=True, device="cuda")
+        found = Mock(wraps=packed_linear)
+        monkeypatch.setattr("rotq.layers.packed_linear", found)
+        layer(torch.empty(2, 48, device="cuda"))
+    (_, words, scale, zero, bias), given = found.call_args
+    assert given == {"bits": grid.bits}
+    assert words is layer.weight_packed
+    assert scale is layer.weight_scale
+    assert zero is layer.weight_zero_point
+    assert bias is layer.bias
+
+
+def test_on_a_cpu_the_weight_is_unpacked() -> None:
+    layer = QuantLinear.from_quantized(random_quantized(20, 40, W4))
+    with Calls() as calls:
+        layer(random_input(40))
+    assert "rotq::packed_linear" not in calls.names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_gpu_and_cpu_agree(grid: Grid, rows: int) -> None:
+    layer = QuantLinear.from_quantized(random_quantized(20, 40, grid), torch.ones(20))
+    x = random_input(40)[0, :1].expand(rows, -1)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), layer.cpu()(x))
