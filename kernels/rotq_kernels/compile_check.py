@@ -11,8 +11,8 @@ A module of this package lists what to compile in COMPILE_CASES, dicts with
     num_warps, num_stages, enable_fp_fusion   4, 3 and True if left out
     divisible   names of integer arguments that are multiples of 16
     targets     names of TARGETS; all if left out
-    elements    cache elements (keys and values) that a program treats in one round of its main
-                loop; without it, figures per element are left out
+    elements    packed elements (keys and values, or weights) that a program treats in one round
+                of its main loop; without it, figures per element are left out
     bits        bits of memory that each of these takes, 3.125 if left out
     headline    whether the quick check of the tests compiles it; the first of each kernel is
 

@@ -19,9 +19,9 @@ HEADING = """# What the kernels compile to
 Made by `python -m rotq_kernels.compile_check --update` with Triton {version}, on no GPU: counts
 are static, and occupancy and roofline are **modelled** from them (`rotq_kernels/roofline.py`),
 not measured. Loop: instructions of the main loop, those of the narrow pipe (integers and selects;
-on gfx942 all VALU instructions) and bytes of shared memory that pass, each per cache element (key
-or value) and lane; "-" where the loop is not over a cache. Spills: instructions that move
-registers to or from local memory.
+on gfx942 all VALU instructions) and bytes of shared memory that pass, each per packed element
+(key, value or weight) and lane; "-" where the loop is over something else. Spills: instructions
+that move registers to or from local memory.
 
 """
 

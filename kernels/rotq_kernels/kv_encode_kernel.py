@@ -3,7 +3,7 @@
 
 One program takes a tile of tokens of one KV head: y = A (x - m) by blocks of A's columns, then
 everything on the tile in registers, as ``kv_side.quantize_side`` defines it, then words as
-``layout.pack_kv`` does. Prefill and append differ in the height of the tile only.
+``layout.pack_kv`` does. Prefill and append are the same, but for the height of a narrow tile.
 
 Sums are in fp32 and of another order than PyTorch's, so that y differs by roundings and a y on a
 threshold may fall to either side; where sums are exact, codes and norms are bitwise the same.
@@ -138,6 +138,20 @@ def _encode_kernel(
                 store_norm(gamma_ptr, row_N, keep_N, left_N, tl.load(gamma_base_ptr + h), NORM)
 
 
+def tile(head_dim: int, num_tokens: int) -> dict[str, int]:
+    """Tokens and columns of A at a time, and warps.
+
+    More tokens, or more warps, save few instructions and spill on one target or another.
+    """
+    block_d = max(32, triton.next_power_of_2(head_dim))
+    return {
+        "BLOCK_N": 32 if num_tokens > 256 and block_d <= 64 else 16,
+        "BLOCK_D": block_d,
+        "BLOCK_K": 32 if block_d <= 128 else 16,
+        "num_warps": 4,
+    }
+
+
 def encode_side_triton(
     x_BHTD: Tensor,
     position_BT: Tensor,
@@ -163,7 +177,7 @@ def encode_side_triton(
     B, H, T, D = x_BHTD.shape
     if x_BHTD.stride(-1) != 1:
         x_BHTD = x_BHTD.contiguous()
-    block_n = 16 if B * T <= 256 else 32
+    shape = tile(D, B * T)
     norm = "none"
     if norm_PHS is not None:
         norm = "log8" if norm_PHS.dtype == torch.uint8 else "float16"
@@ -186,7 +200,7 @@ def encode_side_triton(
             gamma_base_H,
         )
     ]
-    _encode_kernel[(triton.cdiv(B * T, block_n), H)](
+    _encode_kernel[(triton.cdiv(B * T, shape["BLOCK_N"]), H)](
         x_BHTD,
         *constants,
         codes_PHSW,
@@ -204,62 +218,56 @@ def encode_side_triton(
         NORM=norm,
         GAIN=gain,
         RESIDUAL=residual,
-        BLOCK_N=block_n,
-        BLOCK_D=max(32, triton.next_power_of_2(D)),
-        BLOCK_K=32,
         PRECISION="ieee",
         enable_fp_fusion=False,
+        **shape,
     )
 
 
-def _case(**changes: Any) -> dict[str, Any]:
+def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
+    shape = tile(head_dim, tokens)
+    num_warps = shape.pop("num_warps")
     constants: dict[str, Any] = {
-        "D": 128,
-        "R": 64,
+        "D": head_dim,
+        "R": head_dim // 2,
         "BITS": 3,
         "PAGE": 64,
         "NORM": "log8",
         "GAIN": "lsq",
         "RESIDUAL": "none",
-        "BLOCK_N": 32,
-        "BLOCK_D": 128,
-        "BLOCK_K": 32,
         "PRECISION": "ieee",
-    } | changes
-    pointers = {
-        "x": "bf16",
-        "position": "i64",
-        "slot": "i64",
-        "levels": "i8",
-        "codes": "i32",
-        "norm": {"log8": "u8", "float16": "fp16", "none": "u8"}[constants["NORM"]],
-        "sign": "i32",
-        "gamma": "u8",
+        **shape,
+        **changes,
     }
-    types = {
-        name: "*" + pointers.get(name.removesuffix("_ptr"), "fp32")
-        for name in _encode_kernel.arg_names
-        if name.endswith("_ptr")
-    }
-    types |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
-    types |= {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"}
+    norm = {"log8": "*u8", "float16": "*fp16", "none": "*u8"}[constants["NORM"]]
+    pointers = {"x_ptr": "*bf16", "levels_ptr": "*i8", "norm_ptr": norm, "gamma_ptr": norm}
+    pointers |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
+    pointers |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
+    names = [name for name in _encode_kernel.arg_names if name.endswith("_ptr")]
+    integers = dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
     return {
+        "name": name,
         "kernel": _encode_kernel,
-        "types": types,
+        "types": dict.fromkeys(names, "*fp32")
+        | pointers
+        | integers
+        | {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"},
         "constants": constants,
+        "num_warps": num_warps,
         "enable_fp_fusion": False,
     }
 
 
 COMPILE_CASES = [
-    {**_case(), "name": "k3 rope D128"},
-    {**_case(BLOCK_N=16), "name": "k3 rope D128, append"},
-    {**_case(R=0), "name": "v3 D128"},
-    {**_case(RESIDUAL="sign"), "name": "k3 rope sign D128"},
-    {**_case(RESIDUAL="qjl"), "name": "k3 rope qjl D128"},
-    {**_case(BITS=4, NORM="float16"), "name": "k4 rope fp16 norm D128"},
-    {**_case(BITS=8, R=0), "name": "k8 D128"},
-    {**_case(D=64, R=32, BLOCK_D=64), "name": "k3 rope D64"},
-    {**_case(D=80, R=40), "name": "k3 rope D80"},
-    {**_case(D=256, R=128, BLOCK_D=256), "name": "k3 rope D256"},
+    _case("keys k3 rope D128"),
+    _case("values v3 D128", R=0),
+    _case("keys k3 rope sign D128", RESIDUAL="sign"),
+    _case("keys k3 rope qjl D128", RESIDUAL="qjl"),
+    _case("keys k4 rope fp16 norm D128", BITS=4, NORM="float16"),
+    _case("keys k8 D128", BITS=8, R=0),
+    _case("values v2 D128", BITS=2, R=0),
+    _case("keys k3 rope D64", 64),
+    _case("keys k3 rope D64, append", 64, tokens=16),
+    _case("keys k3 rope D80", 80),
+    _case("keys k3 rope D256", 256),
 ]

@@ -73,7 +73,7 @@ def quantize(u_ND, levels_ptr, thresholds_ptr, BITS: tl.constexpr):
             level_ND = tl.where(above, tl.load(levels_ptr + i + 1).to(tl.float32), level_ND)
     else:
         for i in tl.static_range(BITS):
-            half: tl.constexpr = 2 ** (BITS - 1 - i)
+            half = 2 ** (BITS - 1 - i)
             above = u_ND > tl.load(thresholds_ptr + code_ND + (half - 1))
             code_ND = tl.where(above, code_ND + half, code_ND)
         level_ND = code_ND.to(tl.float32) - (2**BITS - 1) * 0.5

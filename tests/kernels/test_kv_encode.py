@@ -15,6 +15,7 @@ from rotq_kernels.kv_encode import (
     encode_kv_reference,
     encode_kv_triton,
 )
+from rotq_kernels.kv_encode_kernel import tile
 from rotq_kernels.kv_format import KVFormat, KVPages, KVTransform
 from rotq_kernels.kv_side import dequantize_side, key_mean, quantize_side
 
@@ -187,6 +188,8 @@ def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
     """Codes may differ on a threshold, norms by one step on the edge of a step."""
     form = FORMATS["k3v3"]
     transform = transform_of(form, 2, gain=gain, mean=mean, rotary_pairs=24)
+    if mean == "none":
+        transform.key.mean_HD.fill_(3)  # to be ignored
     k_BHTD, v_BHTD = tokens_of(transform, 2, 40)
     slot_BT, table_BJ, num_pages = paged_slots([40, 33], form.page_size)
     position_BT = torch.tensor([[5], [200_000]]) + torch.arange(40)
@@ -252,6 +255,7 @@ def test_kernel_takes_half_precision(dtype: torch.dtype) -> None:
 
 def test_long_prefill_takes_the_taller_tile() -> None:
     form = KVFormat(head_dim=32, k_bits=3, v_bits=3, page_size=64)
+    assert tile(32, 300)["BLOCK_N"] > tile(32, 20)["BLOCK_N"]
     transform = exact_transform(form, 1)
     x_BHTD = torch.randint(-4, 5, (1, 1, 300, 32), generator=torch.Generator().manual_seed(3))
     slot_BT, _, num_pages = paged_slots([290], form.page_size)

@@ -127,6 +127,7 @@ def test_key_mean_by_mode() -> None:
     position_BT = torch.arange(5)[None]
     for mode in ("none", "static", "rope"):
         transform = transform_of(form, 2, mean=mode)
+        transform.key.mean_HD += 1
         mean = key_mean(transform, position_BT)
         if mode == "none":
             assert mean.eq(0).all()
