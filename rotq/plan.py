@@ -16,6 +16,9 @@ from rotq.report import Estimate, SiteEstimate
 IMPORTED_BYTES = 400_000_000
 """Resident memory of a process that has imported torch and transformers, as measured."""
 
+TUNED_POSITIONS = 64
+"""Positions whose logits tuning holds at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -136,7 +139,20 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
     activations = 6 * tokens * widest * dtype.itemsize
     outer = 3 * _embedding_numel(skeleton) * dtype.itemsize
-    return IMPORTED_BYTES + max(block_bytes + max(solving, activations), outer)
+    block_needs = block_bytes + max(solving, activations)
+    return IMPORTED_BYTES + max(block_needs, outer, _tuning_memory(skeleton, recipe, dtype))
+
+
+def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """One block with gradients, hidden states between blocks, outer tensors, a chunk of logits."""
+    if not recipe.tuning.steps:
+        return 0
+    tokens = recipe.tuning.seq_len or recipe.calibration.seq_len
+    hidden = (skeleton.num_blocks + 1) * tokens * skeleton.config.hidden_size * dtype.itemsize
+    weights = _numel_of(skeleton.blocks[0].parameters()) * (4 + 4 + 2 * dtype.itemsize)
+    vocabulary = _embedding_numel(skeleton) // skeleton.config.hidden_size
+    logits = 5 * 4 * TUNED_POSITIONS * vocabulary
+    return hidden + weights + logits + _embedding_numel(skeleton) * dtype.itemsize
 
 
 def _stored_parameters(skeleton: Skeleton) -> int:

@@ -33,13 +33,10 @@ from rotq.errors import RotqError
 from rotq.job import OUTER, TUNING, Job, block_part, tuned_part
 from rotq.models.skeleton import Skeleton
 from rotq.parts import packed_layers
-from rotq.plan import Plan
+from rotq.plan import TUNED_POSITIONS, Plan
 from rotq.precision import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import Progress
-
-POSITIONS = 128
-"""Positions whose logits are held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +237,9 @@ class _Outer:
         total, positions = 0.0, hidden_BTD.shape[:2].numel()
         slopes: list[Tensor] = []
         chunks = zip(
-            hidden_BTD.split(POSITIONS, dim=1), original_BTD.split(POSITIONS, dim=1), strict=True
+            hidden_BTD.split(TUNED_POSITIONS, dim=1),
+            original_BTD.split(TUNED_POSITIONS, dim=1),
+            strict=True,
         )
         for hidden_BCD, original_BCD in chunks:
             with torch.no_grad():

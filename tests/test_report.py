@@ -70,6 +70,13 @@ def test_job_table_says_what_it_cost() -> None:
     assert all(len(line) <= WIDTH for line in table.splitlines())
 
 
+def test_tuning_is_told() -> None:
+    tuning = {"steps": 48, "kl_first_quarter": 0.25, "kl_last_quarter": 0.2}
+    table = job_table(make_report(tuning=tuning), Path("out"))
+    assert "48 steps, KL 0.25 to 0.2 in training" in table
+    assert "tuning" not in job_table(make_report(), Path("out"))
+
+
 def test_long_names_fit_the_width() -> None:
     layers = (layer_result("model.layers.10.block_sparse_moe.experts.127.down_proj." + "x" * 40),)
     table = job_table(make_report(layers=layers), Path("out") / ("y" * 100))

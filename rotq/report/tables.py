@@ -52,6 +52,10 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
         worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
         rows.append(("effective sample", worth))
     rows.append(("rotation", rotation_line(report.rotation)))
+    if report.tuning:
+        before, after = report.tuning["kl_first_quarter"], report.tuning["kl_last_quarter"]
+        trained = f"{report.tuning['steps']} steps, KL {before:.3g} to {after:.3g} in training"
+        rows.append(("tuning", trained))
     rows.append(("time", f"{duration(report.seconds)}, peak memory {size(report.peak_rss)}"))
     return rows
 

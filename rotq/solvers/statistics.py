@@ -19,7 +19,6 @@ class Moments:
         self.hessian_sum_KK = torch.zeros(features, features, device=device)
         self.cross_sum_KK = torch.zeros_like(self.hessian_sum_KK) if cross else None
         self.weight_sum = 0.0
-        self.weight_square_sum = 0.0
         self.tokens = 0
 
     def add(self, x_MK: Tensor, original_MK: Tensor | None, weight_M: Tensor | None) -> None:
@@ -43,15 +42,8 @@ class Moments:
         self.tokens += x_MK.shape[0]
         if weight_M is None:
             self.weight_sum += x_MK.shape[0]
-            self.weight_square_sum += x_MK.shape[0]
         else:
             self.weight_sum += weight_M.double().sum().item()
-            self.weight_square_sum += weight_M.double().square().sum().item()
-
-    @property
-    def effective_samples(self) -> float:
-        """(sum r)^2 / sum r^2, in tokens."""
-        return self.weight_sum**2 / max(self.weight_square_sum, 1e-30)
 
     def hessian_KK(self) -> Tensor:
         """H, fp32, exactly symmetric."""
