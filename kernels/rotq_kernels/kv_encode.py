@@ -17,6 +17,8 @@ from rotq_kernels.kv_encode_kernel import encode_side_triton
 from rotq_kernels.kv_format import TABLE_BITS, KVFormat, KVPages, KVTransform, SideTransform
 from rotq_kernels.kv_reference import dequantize_kv_reference, encode_side_reference
 
+_SEARCH = ("metric_HDD", "search")
+
 __all__ = ["dequantize_kv_reference", "encode_kv", "encode_kv_reference", "encode_kv_triton"]
 
 
@@ -69,12 +71,46 @@ def encode_kv_triton(
 ) -> None:
     """Launch the kernel for either side. On CPU tensors this needs TRITON_INTERPRET=1."""
     for side in _sides(k_BHTD, v_BHTD, transform, pages):
-        encode_side_triton(position_BT=position_BT, slot_BT=slot_BT, **side)
+        if side["search"]:
+            raise ValueError("the kernel has no search; encode_kv runs it on PyTorch's operators")
+        given = {name: value for name, value in side.items() if name not in _SEARCH}
+        encode_side_triton(position_BT=position_BT, slot_BT=slot_BT, **given)
+
+
+def _encode_side(
+    x_BHTD: Tensor,
+    position_BT: Tensor,
+    slot_BT: Tensor,
+    matrix_HDD: Tensor,
+    mean_HD: Tensor,
+    levels_HL: Tensor,
+    thresholds_HL: Tensor,
+    base_H: Tensor,
+    unit_H: Tensor,
+    inv_freq_R: Tensor | None,
+    sketch_DD: Tensor | None,
+    gamma_base_H: Tensor | None,
+    codes_PHSW: Tensor,
+    norm_PHS: Tensor | None,
+    sign_PHSC: Tensor | None,
+    gamma_PHS: Tensor | None,
+    bits: int,
+    gain: str,
+    rotary_scale: float,
+    metric_HDD: Tensor | None,
+    search: int,
+) -> None:
+    """On CUDA: the kernel, and PyTorch's operators for ``search``, which it does not have yet."""
+    given = {name: value for name, value in locals().items() if name not in _SEARCH}
+    if search:
+        encode_side_reference(**given, metric_HDD=metric_HDD, search=search)
+    else:
+        encode_side_triton(**given)
 
 
 _op = torch.library.custom_op(
     "rotq::encode_side",
-    encode_side_triton,
+    _encode_side,
     mutates_args=("codes_PHSW", "norm_PHS", "sign_PHSC", "gamma_PHS"),
     device_types="cuda",
 )
@@ -123,6 +159,8 @@ def _constants(side: SideTransform) -> dict[str, Any]:
         "base_H": side.base_H,
         "unit_H": side.unit_H,
         "gain": side.gain,
+        "metric_HDD": side.metric_HDD if side.search else None,
+        "search": side.search,
     }
 
 
@@ -173,3 +211,10 @@ def _check_side(side: SideTransform, bits: int, form: KVFormat, H: int) -> None:
         found = tuple(getattr(side, name).shape)
         if found != shape:
             raise ValueError(f"{name} of {bits} bits should be {shape}, got {found}")
+    if side.search and (
+        side.metric_HDD is None
+        or side.metric_HDD.shape != (H, D, D)
+        or side.gain != "lsq"
+        or form.norm == "none"
+    ):
+        raise ValueError(f"search needs metric_HDD ({H}, {D}, {D}), gain lsq and a stored norm")

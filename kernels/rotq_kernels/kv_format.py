@@ -158,7 +158,12 @@ class SideTransform:
     gain: Literal["lsq", "norm", "none"] = "lsq"
     """s = <y, L> / <L, L>, or |y| / |L|, or unit * rms(y)."""
     unit_H: Tensor
-    """For ``gain="none"``: what a level of 1 is worth in units of rms(y)."""
+    """For ``gain="none"`` and ``search``: what a level of 1 is worth in units of rms(y)."""
+    metric_HDD: Tensor | None = None
+    """W: what an error of y costs, for ``search``; symmetric, positive on its diagonal."""
+    search: int = 0
+    """Elements of a token that may leave their nearest level for a better one together
+    (``kv_search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
 
 
 @dataclass(kw_only=True)

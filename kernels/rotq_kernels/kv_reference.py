@@ -43,6 +43,8 @@ def encode_side_reference(
     bits: int,
     gain: str,
     rotary_scale: float,
+    metric_HDD: Tensor | None = None,
+    search: int = 0,
 ) -> None:
     """Keys or values alone; arguments as ``SideTransform`` and ``KVPages`` have them."""
     side = SideTransform(
@@ -54,6 +56,8 @@ def encode_side_reference(
         base_H=base_H,
         gain=gain,  # type: ignore[arg-type]
         unit_H=unit_H,
+        metric_HDD=metric_HDD,
+        search=search,
     )
     mean = mean_HD[:, None]
     if inv_freq_R is not None:

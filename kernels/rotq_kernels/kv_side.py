@@ -23,6 +23,7 @@ from rotq_kernels.kv_format import (
     encode_norm,
     level_values,
 )
+from rotq_kernels.kv_search import search_codes
 
 SMALLEST_RMS = 1e-30
 """Divides rows that are zero."""
@@ -67,7 +68,7 @@ def key_mean(
 def quantize_side(
     x_BHTD: Tensor, side: SideTransform, bits: int, norm: Literal["log8", "float16", "none"]
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes and stored norms of rows whose mean has been removed.
+    """Codes and stored norms of rows whose mean has been removed; see ``kv_search`` for ``search``.
 
     Args:
         x_BHTD: Any float dtype; computed in fp32.
@@ -84,7 +85,9 @@ def quantize_side(
     rms_BHT = (y_BHTD.square().sum(-1) / y_BHTD.shape[-1]).sqrt()
     inverse_BHT = 1.0 / rms_BHT.clamp(min=SMALLEST_RMS)
     codes_BHTD = _count_below(y_BHTD * inverse_BHT[..., None], side.thresholds_HL)
-    if side.gain == "none":
+    if side.search:
+        codes_BHTD, scale_BHT = _searched(y_BHTD, codes_BHTD, side, bits)
+    elif side.gain == "none":
         scale_BHT = side.unit_H[:, None] * rms_BHT
     else:
         level_BHTD = side_levels(codes_BHTD, side, bits)
@@ -94,6 +97,22 @@ def quantize_side(
         else:
             scale_BHT = (y_BHTD.square().sum(-1) / energy_BHT).sqrt()
     return codes_BHTD, encode_norm(scale_BHT.clamp(min=0), side.base_H[:, None], NORM_DTYPES[norm])
+
+
+def _searched(
+    y_BHTD: Tensor, codes_BHTD: Tensor, side: SideTransform, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes that are better together, and their scale; rows whose steps are tiny stay."""
+    assert side.metric_HDD is not None
+    return search_codes(
+        y_BHTD,
+        codes_BHTD,
+        side.metric_HDD,
+        side.unit_H,
+        side.search,
+        code=lambda u_BHTD: _count_below(u_BHTD, side.thresholds_HL),
+        levels=lambda q_BHTD: side_levels(q_BHTD, side, bits),
+    )
 
 
 def dequantize_side(
