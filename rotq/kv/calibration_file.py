@@ -178,6 +178,8 @@ def _layer_facts(transform: KVTransform) -> dict[str, Any]:
         "heads": transform.key.base_H.numel(),
         "key_gain": transform.key.gain,
         "value_gain": transform.value.gain,
+        "key_search": transform.key.search,
+        "value_search": transform.value.search,
     }
 
 
@@ -186,10 +188,12 @@ def _layer_tensors(layer: int, transform: KVTransform) -> dict[str, Tensor]:
     for side, held in (("key", transform.key), ("value", transform.value)):
         for name in _SIDE:
             tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
+        if held.metric_HDD is not None:
+            tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
     for name in _LAYER:
         value = getattr(transform, name)
         if value is not None:
-            tensors[f"{layer}.{name}"] = value.contiguous()
+            tensors[f"{layer}.{name}"] = value.clone()
     return tensors
 
 
@@ -202,20 +206,27 @@ def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVT
     format = KVFormat(**facts["format"])
     return KVTransform(
         format=format,
-        key=_side(f"{layer}.key", facts["heads"], facts["key_gain"], tensors),
-        value=_side(f"{layer}.value", facts["heads"], facts["value_gain"], tensors),
+        key=_side(layer, "key", facts, tensors),
+        value=_side(layer, "value", facts, tensors),
         mean=facts["mean"],
         rotary_scale=facts["rotary_scale"],
         **{name: tensors.get(f"{layer}.{name}") for name in _LAYER},
     )
 
 
-def _side(prefix: str, num_heads: int, gain: Any, tensors: dict[str, Tensor]) -> SideTransform:
-    held = {}
-    for name in _SIDE:
-        tensor = tensors[f"{prefix}.{name}"]
-        held[name] = tensor.expand(num_heads, *tensor.shape[1:]).contiguous()
-    return SideTransform(gain=gain, inverse_HDD=inverse(held["matrix_HDD"]), **held)
+def _side(
+    layer: str, side: str, facts: dict[str, Any], tensors: dict[str, Tensor]
+) -> SideTransform:
+    held, search = {}, facts[f"{side}_search"]
+    for name in (*_SIDE, *(("metric_HDD",) if search else ())):
+        tensor = tensors[f"{layer}.{side}.{name}"]
+        held[name] = tensor.expand(facts["heads"], *tensor.shape[1:]).contiguous()
+    return SideTransform(
+        gain=facts[f"{side}_gain"],
+        search=search,
+        inverse_HDD=inverse(held["matrix_HDD"]),
+        **held,
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

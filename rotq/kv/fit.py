@@ -19,7 +19,7 @@ from rotq.kv.codebook import (
     integer_codebook,
     normal_centres,
 )
-from rotq.kv.metric import balanced_metric, symmetric_power
+from rotq.kv.metric import balanced_metric, coded_metric, symmetric_power
 from rotq.kv.presets import KVSpec
 from rotq.kv.statistics import LayerStatistics
 from rotq.kv.transform import (
@@ -83,7 +83,14 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     metric_HDD = statistics.query_moment_HDD
     alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
     sides = [
-        _fit_side(key_matrix(x_HND, metric_HDD, spec, alpha), x_HND, mean_HD, spec, format.k_bits)
+        _fit_side(
+            key_matrix(x_HND, metric_HDD, spec, alpha),
+            x_HND,
+            mean_HD,
+            spec,
+            format.k_bits,
+            metric_HDD,
+        )
         for alpha in alphas
     ]
     if len(sides) == 1:
@@ -105,7 +112,7 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     if spec.value_metric and metric_HDD is not None:
         P_HDD = balanced_metric(_second_moment(x_HND), metric_HDD, alpha=0.5, beta=1.0)
         matrix_HDD = matrix_HDD @ symmetric_power(P_HDD, 0.5)
-    return _fit_side(matrix_HDD, x_HND, mean_HD, spec, format.v_bits)
+    return _fit_side(matrix_HDD, x_HND, mean_HD, spec, format.v_bits, metric_HDD)
 
 
 def key_matrix(x_HND: Tensor, metric_HDD: Tensor, spec: KVSpec, alpha: float) -> Tensor:
@@ -155,7 +162,12 @@ def _second_moment(x_HND: Tensor) -> Tensor:
 
 
 def _fit_side(
-    matrix_HDD: Tensor, x_HND: Tensor, mean_HD: Tensor, spec: KVSpec, bits: int
+    matrix_HDD: Tensor,
+    x_HND: Tensor,
+    mean_HD: Tensor,
+    spec: KVSpec,
+    bits: int,
+    metric_HDD: Tensor | None,
 ) -> SideTransform:
     y_HND = x_HND.double() @ matrix_HDD.mT
     rms_HN = y_HND.square().mean(-1).sqrt().clamp(min=1e-30)
@@ -172,7 +184,15 @@ def _fit_side(
         base_H = unit_H.log2()
     else:
         base_H = centred_base(rms_HN.median(-1).values, unit_H)
-    return side_transform(matrix_HDD, mean_HD, books, gain=spec.gain, base_H=base_H)
+    return side_transform(
+        matrix_HDD,
+        mean_HD,
+        books,
+        gain=spec.gain,
+        base_H=base_H,
+        metric_HDD=None if metric_HDD is None else coded_metric(matrix_HDD, metric_HDD),
+        search=spec.search if metric_HDD is not None else 0,
+    )
 
 
 def _kmeans(y_N: Tensor, bits: int) -> Codebook:
@@ -199,6 +219,8 @@ def _pick(sides: list[SideTransform], choice_H: Tensor) -> SideTransform:
         base_H=pick("base_H"),
         gain=sides[0].gain,
         unit_H=pick("unit_H"),
+        metric_HDD=None if sides[0].metric_HDD is None else pick("metric_HDD"),
+        search=sides[0].search,
     )
 
 

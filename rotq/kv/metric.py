@@ -20,6 +20,7 @@ from torch import Tensor
 
 _SOURCE_SHRINK = 0.1
 _METRIC_SHRINK = 0.02
+_CODED_SHRINK = 0.05
 """Shares of the mean eigenvalue that are mixed in."""
 
 
@@ -37,6 +38,13 @@ def balanced_metric(C_HDD: Tensor, M_HDD: Tensor, *, alpha: float, beta: float) 
     root, inverse_root = symmetric_power(C_HDD, 0.5), symmetric_power(C_HDD, -0.5)
     P_HDD = inverse_root @ symmetric_power(root @ M_HDD @ root, alpha) @ inverse_root
     return P_HDD / _mean_eigenvalue(P_HDD)
+
+
+def coded_metric(matrix_HDD: Tensor, M_HDD: Tensor) -> Tensor:
+    """W = A^-T M A^-1, what an error of y = A x costs; of mean diagonal 1, fp64."""
+    inverse_HDD = torch.linalg.inv(matrix_HDD.double())
+    W_HDD = inverse_HDD.mT @ _shrunk(M_HDD, _CODED_SHRINK) @ inverse_HDD
+    return W_HDD / _mean_eigenvalue(W_HDD)
 
 
 def symmetric_power(M_HDD: Tensor, power: float) -> Tensor:

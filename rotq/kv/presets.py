@@ -39,6 +39,9 @@ class KVSpec:
     y itself, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
     """See ``rotq_kernels.kv_format.SideTransform``."""
+    search: int = 4
+    """Elements of a token that may leave their nearest level so that errors cancel where they
+    cost most; only encoding pays for it."""
     norm: Literal["log8", "float16", "none"] = "log8"
     residual: Literal["none", "sign", "qjl"] = "none"
     """One more bit per key element."""
@@ -65,6 +68,7 @@ class KVSpec:
             ("sinks", 0, 1024),
             ("recent", 0, 65536),
             ("boundary", 0, 1024),
+            ("search", 0, 64),
         ):
             value = getattr(self, field)
             if not low <= value <= high:
@@ -73,6 +77,8 @@ class KVSpec:
             raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: {self.beta} is not between 0 and 1")
+        if self.search and (self.gain != "lsq" or self.norm == "none"):
+            raise ValueError("search needs gain lsq and a stored norm")
         if (self.codebook == "kmeans") != (self.norm == "none"):
             raise ValueError("codebook kmeans and norm none go together")
         if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
@@ -94,6 +100,7 @@ class KVSpec:
             or self.alpha != 0
             or self.beta != 0
             or self.value_metric
+            or self.search != 0
             or self.codebook != "gaussian"
             or (self.residual != "none" and self.residual_scale != "unbiased")
         )
@@ -116,6 +123,7 @@ class KVSpec:
             alpha=0.0,
             beta=0.0,
             value_metric=False,
+            search=0,
             codebook="gaussian",
             residual_scale="unbiased",
         )
@@ -151,6 +159,7 @@ _TURBOQUANT = KVSpec(
     beta=0.0,
     value_metric=False,
     codebook="gaussian",
+    search=0,
     gain="none",
     norm="float16",
 )

@@ -56,6 +56,8 @@ def side_transform(
     *,
     gain: Literal["lsq", "norm", "none"],
     base_H: Tensor,
+    metric_HDD: Tensor | None = None,
+    search: int = 0,
 ) -> SideTransform:
     """One side's constants in fp32; the inverse is taken in fp64.
 
@@ -65,6 +67,8 @@ def side_transform(
         codebooks: Of each head.
         gain: How the norm is chosen.
         base_H: log2 of the norm of code 0; for ``norm="none"``, of every norm.
+        metric_HDD: What an error of y costs, for ``search``.
+        search: Elements of a token that may move.
     """
     return SideTransform(
         matrix_HDD=matrix_HDD.float().contiguous(),
@@ -75,6 +79,8 @@ def side_transform(
         base_H=base_H.float(),
         gain=gain,
         unit_H=torch.tensor([book.unit for book in codebooks], dtype=torch.float32),
+        metric_HDD=metric_HDD.float().contiguous() if metric_HDD is not None and search else None,
+        search=search,
     )
 
 

@@ -51,7 +51,8 @@ def test_unknown_key_is_refused() -> None:
         ({"sinks": -1}, "sinks: -1 is not between 0"),
         ({"alpha": 3.0}, "alpha: 3.0 is not between 0 and 2"),
         ({"beta": -0.5}, "beta: -0.5 is not between 0 and 1"),
-        ({"norm": "none"}, "codebook kmeans and norm none go together"),
+        ({"gain": "norm"}, "search needs gain lsq"),
+        ({"norm": "none", "search": 0}, "codebook kmeans and norm none go together"),
     ],
 )
 def test_out_of_range(change: dict[str, int], message: str) -> None:
