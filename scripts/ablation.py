@@ -36,11 +36,21 @@ ROWS = {
     "search": SEARCH,
     "target": TARGET,
     "refine": REFINE,
-    "importance": {**REFINE, "importance.strategy": "attention"},
-    "first_n": {**REFINE, "importance.strategy": "first_n"},
+    **{
+        strategy: {**REFINE, "importance.strategy": strategy}
+        for strategy in (
+            "attention",
+            "first_n",
+            "token_frequency",
+            "activation_norm",
+            "activation_difference",
+            "token_similarity",
+        )
+    },
     "rotate_values": ROTATE_VALUES,
     "rotate": ROTATE,
-    "rotate_importance": {**ROTATE, "importance.strategy": "attention"},
+    "rotate_attention": {**ROTATE, "importance.strategy": "attention"},
+    "tune": {**REFINE, "tuning.steps": 48, "tuning.seq_len": 512},
     "target_025": {**REFINE, "solver.target_correction": 0.25},
     "target_075": {**REFINE, "solver.target_correction": 0.75},
     "target_100": {**REFINE, "solver.target_correction": 1.0},
@@ -59,12 +69,20 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--dtype", default="auto", help="of the job and the scoring")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     shared = dict(setting.split("=", 1) for setting in arguments.set)
     for seed in map(int, arguments.seeds.split(",")):
         for name in arguments.rows.split(","):
-            row = {"row": name, "seed": seed, "num_samples": arguments.num_samples, "set": shared}
+            row = {
+                "row": name,
+                "seed": seed,
+                "num_samples": arguments.num_samples,
+                "windows": arguments.windows,
+                "dtype": arguments.dtype,
+                "set": shared,
+            }
             if not _is_done(row, arguments.results):
                 figures = _run({**ROWS[name], **shared}, row, arguments)
                 with arguments.results.open("a", encoding="utf-8") as results:
@@ -76,7 +94,7 @@ def _is_done(row: dict, results: Path) -> bool:
     if not results.is_file():
         return False
     lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
-    return any(all(line[key] == value for key, value in row.items()) for line in lines)
+    return any(all(line.get(key) == value for key, value in row.items()) for line in lines)
 
 
 def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
@@ -90,7 +108,13 @@ def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
     recipe = load_recipe(None, {**choices, **calibration})
     output = arguments.work / "checkpoint"
     report = quantize_model(
-        arguments.model, recipe, output, resume="never", overwrite=True, progress=PlainProgress()
+        arguments.model,
+        recipe,
+        output,
+        dtype=arguments.dtype,
+        resume="never",
+        overwrite=True,
+        progress=PlainProgress(),
     )
     protocol = Protocol(windows=arguments.windows, seq_len=1024)
     found = measure(
@@ -99,7 +123,7 @@ def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
         protocol,
         reference=arguments.model,
         device_map=None,
-        dtype="auto",
+        dtype=arguments.dtype,
         trust_remote_code=False,
     )
     shutil.rmtree(output)
