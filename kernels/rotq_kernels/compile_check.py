@@ -17,9 +17,9 @@ A module of this package lists what to compile in COMPILE_CASES, dicts with
     headline    whether the quick check of the tests compiles it; the first of each kernel is
 
 and gets a row per target: registers of a lane, spills (instructions that move registers to or
-from local memory), bytes of shared memory; of the main loop, instructions, those of the narrow
-pipe and bytes of shared memory, as they are and per element (times the lanes of the program);
-and modelled, from ``roofline``: occupancy and share of the memory's bandwidth.
+from local memory), bytes of shared memory, instructions; of the main loop, instructions, those of
+the narrow pipe and bytes of shared memory, as they are and per element (times the lanes of the
+program); and modelled, from ``roofline``: occupancy and share of the memory's bandwidth.
 ``--update`` writes compile_report.json and kernels/COMPILE.md; otherwise a regression, that is a
 spill or 5 % more of registers or loop instructions, makes the exit status 1.
 """
@@ -90,6 +90,7 @@ def check_case(case: Case, target: str) -> Row:
         "registers": registers,
         "spills": sum(map(is_spill, listing.instructions)),
         "shared": compiled.metadata.shared,
+        "instructions": len(listing.instructions),
     }
     return row | _loop_figures(case, target, listing) | _occupancy(case, target, row)
 
