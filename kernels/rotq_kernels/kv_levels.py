@@ -41,12 +41,12 @@ class LevelReader:
         if self.bits > TABLE_BITS:
             codes_HNE = unpack_kv(words_HNW, self.bits, self.width)
             return codes_HNE.to(dtype) - (2**self.bits - 1) / 2
-        found_HNE = self._look_up(words_HNW)
         if self.bits != 3:
-            return found_HNE.to(dtype)
+            return self._look_up(words_HNW).to(dtype)
         level_HNE = torch.empty(*words_HNW.shape[:2], self.width, dtype=dtype)
         nibbles = self.width // 4 * 3
-        level_HNE[..., :nibbles] = found_HNE
+        # without spare bits only 32 KiB of the table are touched, which stay in the first cache
+        level_HNE[..., :nibbles] = self._look_up(words_HNW & 0x77777777)
         level_HNE[..., nibbles:] = self._look_up(_spare_bits(words_HNW))
         return level_HNE
 
@@ -101,5 +101,5 @@ def _tables(levels_HL: Tensor, bits: int) -> Tensor:
 
 
 def _pairs(entry_HL: Tensor, shift: int) -> Tensor:
-    """Tables of twice as many code bits: an entry of the low half, above it one of the high half."""
+    """Tables of twice as many code bits: the low half's entry, and above it the high half's."""
     return (entry_HL[:, None, :] | (entry_HL[:, :, None] << shift)).flatten(1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from rotq.errors import RotqError
+from rotq.kv.append import Appender, appenders
 from rotq.kv.attention import NAME
 from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.layer import PackedLayer
@@ -83,6 +84,7 @@ class PackedCache(WatchingCache, Cache):
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False
         self._step: Step | None = None
+        self._appenders: list[Appender] | None = None
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
@@ -139,6 +141,11 @@ class PackedCache(WatchingCache, Cache):
         for index, layer in enumerate(self._packed_layers()):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
+        if self._appenders is None:
+            self._appenders = appenders(self._packed_layers())
+        for appender in self._appenders:
+            appender.append()
+        for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)
         self._step = None
@@ -218,7 +225,7 @@ class PackedCache(WatchingCache, Cache):
             whole=sum(whole),
             tables=self.sequences.there_BN.nbytes
             + sum(item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements),
-            constants=sum(layer.constant_bytes() for layer in layers),
+            constants=sum(item.constant_bytes() for item in (*layers, *(self._appenders or ()))),
             elements=tokens * sum(widths),
         )
 

@@ -16,10 +16,13 @@ from rotq.errors import RotqError
 from rotq.kv.attention import PackedKV, Visible
 from rotq.kv.pages import PageStore
 from rotq.kv.placement import Layout, Placement
-from rotq.ops import DenseKV, KVTransform, encode_kv
+from rotq.ops import DenseKV, KVPages, KVTransform, encode_kv
 
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
+
+POSTPONED = 16
+"""Up to so many columns are left to be coded with those of other layers, on a CPU."""
 
 
 class PackedLayer(CacheLayerMixin):
@@ -41,6 +44,8 @@ class PackedLayer(CacheLayerMixin):
         self.store: PageStore | None = None
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
+        self.uncoded: tuple[Tensor, Tensor] | None = None
+        """Tokens that the cache codes after the forward pass."""
 
     @property
     def is_sliding(self) -> bool:
@@ -124,8 +129,26 @@ class PackedLayer(CacheLayerMixin):
         self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
         return visible
 
-    def _encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
+    @property
+    def pages(self) -> KVPages:
+        """What is stored."""
         assert self.store is not None
+        return self.store.pages
+
+    def encode_rest(self) -> None:
+        """Code what was left over."""
+        if self.uncoded is not None and self.visible is not None:
+            self._encode_now(self.visible.layout, *self.uncoded)
+        self.uncoded = None
+
+    def _encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
+        number, on_cpu = k_BHED.shape[2], k_BHED.device.type == "cpu"
+        if on_cpu and 0 < number <= POSTPONED:
+            self.uncoded = k_BHED, v_BHED
+            return
+        self._encode_now(layout, k_BHED, v_BHED)
+
+    def _encode_now(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
         number = k_BHED.shape[2]
         step = ENCODED if k_BHED.device.type == "cpu" else max(1, number)
         for e in range(0, number, step):
@@ -136,7 +159,7 @@ class PackedLayer(CacheLayerMixin):
                 layout.encode_position_BE[:, turn],
                 layout.encode_slot_BE[:, turn],
                 self.transform,
-                self.store.pages,
+                self.pages,
             )
 
     def _keep_sinks(self, layout: Layout, fresh_k: Tensor, fresh_v: Tensor) -> None:
@@ -175,7 +198,8 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything and free its memory."""
-        self.layout = self.visible = self.store = self.sinks = self.recent = None
+        self.layout = self.visible = self.store = None
+        self.sinks = self.recent = self.uncoded = None
         self.is_initialized = False
 
     def nbytes(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The chunked path over codes against dense attention, in fp64, over what the codes stand for."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,11 +29,14 @@ FORMATS = {
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks per sequence, the last one not whole; query tokens in turns."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several chunks and tiles per sequence, the last not whole; query tokens in turns."""
     monkeypatch.setattr(kv_attention_cpu, "CHUNK", 64)
-    monkeypatch.setattr(kv_attention_cpu, "DENSE_CHUNK", 32)
-    monkeypatch.setattr(kv_attention_cpu, "SCORES", 32 * 4 * 3)
+    monkeypatch.setattr(kv_attention_cpu, "TILE", 16)
+    monkeypatch.setattr(kv_attention_cpu, "SCORES", 80 * 4 * 3)
+    kv_attention_cpu._angles.cache_clear()
+    yield
+    kv_attention_cpu._angles.cache_clear()
 
 
 class Case:
@@ -150,6 +154,21 @@ def test_query_without_keys_gets_zeros() -> None:
     found = case.run()
     assert found[0, :, 2].eq(0).all()
     torch.testing.assert_close(found, case.oracle(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_first_prefill_of_padded_sequences(group: int) -> None:
+    """Nothing packed yet; padding on the left, in the middle, everywhere."""
+    case = Case(transform_of(FORMATS["k3v3"], 2), group=group, tokens=9)
+    case.length_B.zero_()
+    there_BT = torch.ones(4, 9, dtype=torch.bool)
+    there_BT[0, :4] = there_BT[1, 3:5] = there_BT[2] = False
+    case.position_BT = (there_BT.cumsum(1) + 6).where(there_BT, -1).int()
+    k_BHND, v_BHND = case.dense.k_BHND[:, :, 3:], case.dense.v_BHND[:, :, 3:]
+    case.dense = DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=case.position_BT)
+    found = case.run()
+    torch.testing.assert_close(found, case.oracle(), rtol=1e-5, atol=1e-5)
+    assert found.transpose(1, 2)[~there_BT].eq(0).all()
 
 
 def test_without_dense_tokens() -> None:
