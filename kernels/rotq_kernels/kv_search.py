@@ -7,9 +7,9 @@ the one element that gains most to the level that suits it best:
     g = e W,   t_d = L_d - g_d / (s W_dd),   L'_d = nearest level to t_d,   delta_d = s (L'_d - L_d)
     d* = argmin_d delta_d (2 g_d + W_dd delta_d),      g <- g + delta_d* W_d*
 
-for a fixed number of steps, those that gain nothing left out; then s = <y, L>_W / <L, L>_W. Decoding is not touched.
-A step is O(D) for a token and all tokens take it at once. Sweeping over all elements in turn ends
-lower in e W e but higher in KL, and many elements at once diverge.
+for a fixed number of steps, those that gain nothing left out; then s = <y, L>_W / <L, L>_W.
+Decoding is not touched. A step is O(D) for a token, and all tokens take it at once. Moving many
+elements of a token at once diverges.
 
 Shape suffixes: B sequences, T tokens, H KV heads, D head width, E thresholds.
 """

@@ -144,6 +144,7 @@ def eval_kv(
     from rotq.calibration.data import read_text, tokenize
     from rotq.evaluation.kv import evaluate_kv
     from rotq.evaluation.perplexity import Protocol
+    from rotq.evaluation.quantized_history import scheme_of
 
     specs = [_with_window(spec, sinks, recent) for spec in _specs(names)]
     content = read_text(text, split="test")
@@ -152,7 +153,13 @@ def eval_kv(
     protocol = Protocol(windows=windows, seq_len=seq_len)
     protocol.cut(ids_N)  # a text that is too short fails before calibration
     calibrations = _find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
-    found = evaluate_kv(loaded, ids_N, calibrations, protocol=protocol, on_window=_show("window"))
+    found = evaluate_kv(
+        loaded,
+        ids_N,
+        [scheme_of(calibration) for calibration in calibrations],
+        protocol=protocol,
+        on_window=_show("window"),
+    )
     _print(found, as_json)
 
 

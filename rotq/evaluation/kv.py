@@ -22,8 +22,7 @@ from torch import Tensor
 
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
-from rotq.evaluation.quantized_history import QuantizedHistory
-from rotq.kv.calibration_file import KVCalibration
+from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
 from rotq.models.replaced_attention import replaced_attention
 
 
@@ -58,30 +57,13 @@ class KVEvaluation:
         return asdict(self)
 
 
-def bits_per_element(calibration: KVCalibration, length: int, dtype: torch.dtype) -> float:
+def bits_per_element(scheme: KVScheme, length: int, dtype: torch.dtype) -> float:
     """Bits per key or value element of a sequence of ``length``, with what is kept whole.
 
     Tokens kept whole count at ``dtype``; constants (one copy per model) and page tables do not.
     """
-    whole = min(length, calibration.sinks + calibration.recent)
-    packed = 0.0
-    elements = 0
-    for transform in calibration.layers.values():
-        form, num_heads = transform.format, transform.key.base_H.numel()
-        stored = calibration.spec.billed_bits or form.bits_per_element
-        packed += stored * 2 * form.head_dim * num_heads
-        elements += 2 * form.head_dim * num_heads
-    return (packed / elements * (length - whole) + 8 * dtype.itemsize * whole) / length
-
-
-def bytes_per_token(calibration: KVCalibration) -> float:
-    """Packed bytes of one token, all layers and heads."""
-    total = 0.0
-    for transform in calibration.layers.values():
-        form = transform.format
-        stored = calibration.spec.billed_bits or form.bits_per_element
-        total += stored * 2 * form.head_dim * transform.key.base_H.numel() / 8
-    return total
+    whole = min(length, scheme.sinks + scheme.recent)
+    return (scheme.stored_bits * (length - whole) + 8 * dtype.itemsize * whole) / length
 
 
 @dataclass
@@ -97,7 +79,7 @@ class _Sums:
 def evaluate_kv(
     model: Any,
     ids_N: Tensor,
-    calibrations: Sequence[KVCalibration],
+    schemes: Sequence[KVScheme],
     *,
     protocol: Protocol,
     on_window: Callable[[int, int], None] | None = None,
@@ -107,7 +89,7 @@ def evaluate_kv(
     Args:
         model: A causal language model of transformers.
         ids_N: int64 token ids of the whole text.
-        calibrations: The schemes, each with its constants for this model.
+        schemes: Each with its constants for this model.
         protocol: Without stride.
         on_window: Called with windows done and windows in all.
 
@@ -117,8 +99,8 @@ def evaluate_kv(
     """
     ids_BT = protocol.cut(ids_N)
     reference_nll = 0.0
-    sums = [_Sums() for _ in calibrations]
-    histories = [QuantizedHistory(calibration) for calibration in calibrations]
+    sums = [_Sums() for _ in schemes]
+    histories = [QuantizedHistory(scheme) for scheme in schemes]
     for window, ids_T in enumerate(ids_BT):
         reference_TV = window_logits(model, ids_T)[:-1]
         target_T = ids_T[1:].to(reference_TV.device)
@@ -134,22 +116,22 @@ def evaluate_kv(
     tokens = ids_BT.numel() - len(ids_BT)
     return [
         KVEvaluation(
-            preset=calibration.spec.name,
+            preset=scheme.name,
             ppl=math.exp(total.nll / tokens),
             ppl_ratio=math.exp((total.nll - reference_nll) / tokens),
             kl=total.divergence.kl,
             top1=total.divergence.top1,
             cosine=total.cosine / tokens,
-            bits_per_element=bits_per_element(calibration, protocol.seq_len, model.dtype),
-            bytes_per_token=bytes_per_token(calibration),
+            bits_per_element=bits_per_element(scheme, protocol.seq_len, model.dtype),
+            bytes_per_token=scheme.stored_bits * scheme.elements / 8,
             attention_error=history.attention_error,
             reference_ppl=math.exp(reference_nll / tokens),
             tokens=tokens,
-            sinks=calibration.sinks,
-            recent=calibration.recent,
+            sinks=scheme.sinks,
+            recent=scheme.recent,
             protocol=f"stepwise cache; {protocol.describe(len(ids_BT))}",
         )
-        for calibration, total, history in zip(calibrations, sums, histories, strict=True)
+        for scheme, total, history in zip(schemes, sums, histories, strict=True)
     ]
 
 

@@ -11,6 +11,9 @@ H KV heads, G query heads per KV head, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,21 +22,58 @@ from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.codec import KVCodec
 from rotq.models.replaced_attention import AttentionCall, attend, probabilities, visible
 
+Coder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values (B, H, T, D) at positions (B, T), as a cache gives them back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVScheme:
+    """Something that codes keys and values: ours, or a peer's."""
+
+    name: str
+    coders: dict[int, Coder]
+    """By layer."""
+    sinks: int
+    recent: int
+    stored_bits: float
+    """Bits per key or value element of a token that is not kept whole."""
+    elements: int
+    """Key and value elements of a token, all layers."""
+
+
+def scheme_of(calibration: KVCalibration) -> KVScheme:
+    """Our codec with its constants."""
+    elements, bits = 0, 0.0
+    for transform in calibration.layers.values():
+        form, num_heads = transform.format, transform.key.base_H.numel()
+        stored = calibration.spec.billed_bits or form.bits_per_element
+        elements += 2 * form.head_dim * num_heads
+        bits += stored * 2 * form.head_dim * num_heads
+    coders = {n: KVCodec(transform).fake_quantize for n, transform in calibration.layers.items()}
+    return KVScheme(
+        name=calibration.spec.name,
+        coders=dict(coders),
+        sinks=calibration.sinks,
+        recent=calibration.recent,
+        stored_bits=bits / elements,
+        elements=elements,
+    )
+
 
 class QuantizedHistory:
     """An attention that sees earlier tokens as the cache gives them back.
 
     Args:
-        calibration: Of the model.
+        scheme: For the model.
         chunk: Queries whose scores are held at a time.
     """
 
-    def __init__(self, calibration: KVCalibration, *, chunk: int = 256) -> None:
-        self.sinks, self.recent = calibration.sinks, calibration.recent
-        self.codecs = {n: KVCodec(transform) for n, transform in calibration.layers.items()}
+    def __init__(self, scheme: KVScheme, *, chunk: int = 256) -> None:
+        self.sinks, self.recent = scheme.sinks, scheme.recent
+        self.coders = scheme.coders
         self.chunk = chunk
-        self.error_energy = dict.fromkeys(self.codecs, 0.0)
-        self.energy = dict.fromkeys(self.codecs, 0.0)
+        self.error_energy = dict.fromkeys(self.coders, 0.0)
+        self.energy = dict.fromkeys(self.coders, 0.0)
 
     @property
     def attention_error(self) -> list[float]:
@@ -49,12 +89,13 @@ class QuantizedHistory:
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """(B, T, H G, D)."""
-        self._check(call)
+        if call.layer not in self.coders:
+            raise RotqError(f"{call.layer + 1} layers, and constants for {len(self.coders)}")
         k_BHSD, v_BHSD = call.k_BKTD, call.v_BKTD
         q_BHGTD = call.q_BHTD.unflatten(1, (k_BHSD.shape[1], -1)) * call.scale
         B, T = k_BHSD.shape[0], k_BHSD.shape[2]
         position_BT = torch.arange(T, device=k_BHSD.device).expand(B, -1)
-        coded = self.codecs[call.layer].fake_quantize(k_BHSD, v_BHSD, position_BT)
+        coded = self.coders[call.layer](k_BHSD, v_BHSD, position_BT)
         for hat_BHSD, exact_BHSD in zip(coded, (k_BHSD, v_BHSD), strict=True):
             hat_BHSD[:, :, : self.sinks] = exact_BHSD[:, :, : self.sinks]
         outputs = []
@@ -71,17 +112,6 @@ class QuantizedHistory:
     def _compare(self, layer: int, output: Tensor, exact: Tensor) -> None:
         self.error_energy[layer] += float((output - exact).double().square().sum())
         self.energy[layer] += float(exact.double().square().sum())
-
-    def _check(self, call: AttentionCall) -> None:
-        if call.layer not in self.codecs:
-            raise RotqError(f"the calibration has no layer {call.layer}")
-        wanted = self.codecs[call.layer].transform.key.mean_HD.shape
-        found = (call.k_BKTD.shape[1], call.k_BKTD.shape[3])
-        if found != tuple(wanted):
-            raise RotqError(
-                f"layer {call.layer} has {found[0]} KV heads of width {found[1]}, "
-                f"the calibration {wanted[0]} of {wanted[1]}"
-            )
 
 
 def mixed_attention(

@@ -21,27 +21,28 @@ from rotq.kv.codebook import (
 )
 from rotq.kv.metric import balanced_metric, coded_metric, symmetric_power
 from rotq.kv.presets import KVSpec
+from rotq.kv.residual import fit_residual
 from rotq.kv.statistics import LayerStatistics
 from rotq.kv.transform import (
     centred_base,
     hadamard_basis,
     layer_transform,
     side_transform,
-    unbiased_scale,
 )
 from rotq.ops import (
     TABLE_BITS,
     KVFormat,
     KVTransform,
     SideTransform,
-    decode_norm,
     dequantize_side,
-    level_values,
     quantize_side,
 )
 
-ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)
-"""Tried where the scheme leaves alpha open."""
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Tried for values, and for keys where the scheme leaves alpha open."""
+
+_FITTED_NUMBERS = 1 << 16
+"""That a codebook is fitted to."""
 
 
 def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KVTransform:
@@ -58,7 +59,7 @@ def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KV
         rotary=rotary,
     )
     if spec.residual != "none":
-        scales = _fit_residual(centred_HND, transform, spec)
+        scales = fit_residual(centred_HND, transform, spec)
         transform.residual_scale_H, transform.gamma_base_H = scales
     return transform
 
@@ -80,25 +81,11 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     """
     x_HND = centred_keys(statistics, spec)
     mean_HD, _ = _key_mean(statistics, spec)
+    basis_HDD = _basis(spec.basis, x_HND)
     metric_HDD = statistics.query_moment_HDD
     alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
-    sides = [
-        _fit_side(
-            key_matrix(x_HND, metric_HDD, spec, alpha),
-            x_HND,
-            mean_HD,
-            spec,
-            format.k_bits,
-            metric_HDD,
-        )
-        for alpha in alphas
-    ]
-    if len(sides) == 1:
-        return sides[0]
-    error_AH = torch.stack(
-        [coding_error(x_HND, side, format.k_bits, spec.norm, metric_HDD) for side in sides]
-    )
-    return _pick(sides, error_AH.argmin(0))
+    matrices = [balanced(basis_HDD, x_HND, metric_HDD, alpha, spec.beta) for alpha in alphas]
+    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
 
 
 def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideTransform:
@@ -107,20 +94,20 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     if not spec.value_mean:
         mean_HD = torch.zeros_like(mean_HD)
     x_HND = statistics.v_HND - mean_HD[:, None].float()
-    matrix_HDD = _basis(spec.value_basis, x_HND)
+    matrices = [_basis(spec.value_basis, x_HND)]
     metric_HDD = statistics.output_moment_HDD
     if spec.value_metric and metric_HDD is not None:
-        P_HDD = balanced_metric(_second_moment(x_HND), metric_HDD, alpha=0.5, beta=1.0)
-        matrix_HDD = matrix_HDD @ symmetric_power(P_HDD, 0.5)
-    return _fit_side(matrix_HDD, x_HND, mean_HD, spec, format.v_bits, metric_HDD)
+        matrices = [balanced(matrices[0], x_HND, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
+    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
 
 
-def key_matrix(x_HND: Tensor, metric_HDD: Tensor, spec: KVSpec, alpha: float) -> Tensor:
-    """A of keys, fp64."""
-    basis_HDD = _basis(spec.basis, x_HND)
-    if alpha == 0 and spec.beta == 0:
+def balanced(
+    basis_HDD: Tensor, x_HND: Tensor, metric_HDD: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """A = basis x P^(1/2), fp64."""
+    if alpha == 0 and beta == 0:
         return basis_HDD
-    P_HDD = balanced_metric(_second_moment(x_HND), metric_HDD, alpha=alpha, beta=spec.beta)
+    P_HDD = balanced_metric(_second_moment(x_HND), metric_HDD, alpha=alpha, beta=beta)
     return basis_HDD @ symmetric_power(P_HDD, 0.5)
 
 
@@ -174,7 +161,7 @@ def _fit_side(
     if spec.codebook == "kmeans":
         books = [_kmeans(y_N.flatten(), bits) for y_N in y_HND]
     elif spec.codebook == "fitted" and bits <= TABLE_BITS:
-        u_HND = y_HND / rms_HN[..., None]
+        u_HND = (y_HND / rms_HN[..., None])[:, : _FITTED_NUMBERS // y_HND.shape[-1]]
         start_L = normal_centres(bits)
         books = [integer_codebook(fitted_centres(u.flatten(), bits, start_L)) for u in u_HND]
     else:
@@ -203,6 +190,23 @@ def _kmeans(y_N: Tensor, bits: int) -> Codebook:
     return integer_codebook(fitted_centres(y_N, bits, start_L))
 
 
+def _best_side(
+    matrices: list[Tensor],
+    x_HND: Tensor,
+    mean_HD: Tensor,
+    metric_HDD: Tensor | None,
+    spec: KVSpec,
+    bits: int,
+) -> SideTransform:
+    """Of several A, the one whose errors cost least, head by head."""
+    sides = [_fit_side(A_HDD, x_HND, mean_HD, spec, bits, metric_HDD) for A_HDD in matrices]
+    if len(sides) == 1:
+        return sides[0]
+    assert metric_HDD is not None
+    errors = [coding_error(x_HND, side, bits, spec.norm, metric_HDD) for side in sides]
+    return _pick(sides, torch.stack(errors).argmin(0))
+
+
 def _pick(sides: list[SideTransform], choice_H: Tensor) -> SideTransform:
     """Head by head."""
 
@@ -222,35 +226,3 @@ def _pick(sides: list[SideTransform], choice_H: Tensor) -> SideTransform:
         metric_HDD=None if sides[0].metric_HDD is None else pick("metric_HDD"),
         search=sides[0].search,
     )
-
-
-def _fit_residual(
-    x_HND: Tensor, transform: KVTransform, spec: KVSpec
-) -> tuple[Tensor, Tensor | None]:
-    """``residual_scale_H`` and ``gamma_base_H``."""
-    bits, side = transform.format.k_bits, transform.key
-    codes, stored = quantize_side(x_HND[None], side, bits, transform.format.norm)
-    scale_HN1 = _scale(stored, side)
-    head_H11 = torch.arange(x_HND.shape[0])[:, None, None]
-    level_HND = level_values(side.levels_HL, bits)[head_H11, codes[0].int()]
-    left_HND = x_HND @ side.matrix_HDD.mT - scale_HN1 * level_HND
-    if spec.residual == "sign":
-        size_H = (scale_HN1 * left_HND.abs()).mean((1, 2)) / scale_HN1.square().mean((1, 2))
-        return size_H, None
-    assert transform.sketch_DD is not None
-    rms_HN1 = left_HND.square().mean(-1, keepdim=True).sqrt()
-    back_HND = (left_HND @ transform.sketch_DD.mT).sign() @ transform.sketch_DD
-    fitted_H = (rms_HN1 * back_HND * left_HND).sum((1, 2)) / (rms_HN1 * back_HND).square().sum(
-        (1, 2)
-    )
-    if spec.residual_scale == "unbiased":
-        fitted_H = torch.full_like(fitted_H, unbiased_scale(spec, x_HND.shape[-1]))
-    typical_H = rms_HN1[..., 0].median(-1).values
-    return fitted_H, centred_base(typical_H, torch.ones_like(typical_H))
-
-
-def _scale(stored: Tensor | None, side: SideTransform) -> Tensor:
-    """s (H, N, 1), or (H, 1, 1) where nothing is stored."""
-    if stored is None:
-        return side.base_H.exp2()[:, None, None]
-    return decode_norm(stored[0], side.base_H[:, None])[..., None]

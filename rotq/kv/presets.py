@@ -34,7 +34,7 @@ class KVSpec:
     """0 leaves the keys' own moment out: A = basis x M^(alpha / 2)."""
     value_metric: bool = True
     """The same for values, with M from the output projection and alpha 1/2."""
-    codebook: Literal["gaussian", "fitted", "kmeans"] = "fitted"
+    codebook: Literal["gaussian", "fitted", "kmeans"] = "gaussian"
     """Lloyd-Max for the unit normal; the same iterated on the head's own y / rms(y); or k-means of
     y itself, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
