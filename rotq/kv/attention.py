@@ -45,7 +45,7 @@ class Visible:
         """Attention of the fresh tokens; zeros for padding."""
         layout = self.layout
         self.was_read = True
-        out_BMTD = packed_attention(
+        return packed_attention(
             query_BMTD,
             self.pages,
             layout.page_table_BJ,
@@ -57,9 +57,6 @@ class Visible:
             window=self.window,
             scale=scale,
         )
-        if layout.padding_BT is not None:
-            out_BMTD = out_BMTD.masked_fill(layout.padding_BT[:, None, :, None], 0)
-        return out_BMTD
 
 
 class PackedKV(torch.Tensor):

@@ -27,8 +27,7 @@ class Layout:
     """One forward pass for the layers of one ``Placement``; tensors on one device."""
 
     query_position_BT: Tensor
-    padding_BT: Tensor | None
-    """bool; None without padding."""
+    """int32; NO_TOKEN for padding, whose attention is zero."""
     page_table_BJ: Tensor
     length_B: Tensor
     """int32 packed tokens before the pass, in the pages of the table."""
@@ -99,7 +98,6 @@ class Placement:
         self.recent_BN = number_BN[:, keep:]
         return Layout(
             query_position_BT=step.position_BT,
-            padding_BT=None if bool(step.there_BT.all()) else ~step.there_BT,
             **before,
             dense_position_BN=dense_BN,
             has_sinks=has_sinks,
