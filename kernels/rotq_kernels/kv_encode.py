@@ -7,15 +7,19 @@ Shape suffixes: B sequences, T tokens, H KV heads, D head width, P pages, S toke
 J pages of a sequence, W words of a token.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv_encode_kernel import encode_side_triton
+from rotq_kernels.kv_encode_kernel import encode_kernel, encode_side_triton, tile
 from rotq_kernels.kv_format import TABLE_BITS, KVFormat, KVPages, KVTransform, SideTransform
-from rotq_kernels.kv_reference import dequantize_kv_reference, encode_side_reference
+from rotq_kernels.kv_reference import (
+    dequantize_kv_reference,
+    encode_kv_reference,
+    encode_side_reference,
+    sides,
+)
 
 _SEARCH = ("metric_HDD", "search")
 
@@ -44,21 +48,8 @@ def encode_kv(
         ValueError: shapes, formats or dtypes disagree, or ``pages`` are not contiguous.
     """
     _check(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
-    for side in _sides(k_BHTD, v_BHTD, transform, pages):
+    for side in sides(k_BHTD, v_BHTD, transform, pages):
         _op(position_BT=position_BT, slot_BT=slot_BT, **side)
-
-
-def encode_kv_reference(
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
-    position_BT: Tensor,
-    slot_BT: Tensor,
-    transform: KVTransform,
-    pages: KVPages,
-) -> None:
-    """The definition of ``encode_kv``, in plain PyTorch."""
-    for side in _sides(k_BHTD, v_BHTD, transform, pages):
-        encode_side_reference(position_BT=position_BT, slot_BT=slot_BT, **side)
 
 
 def encode_kv_triton(
@@ -70,7 +61,7 @@ def encode_kv_triton(
     pages: KVPages,
 ) -> None:
     """Launch the kernel for either side. On CPU tensors this needs TRITON_INTERPRET=1."""
-    for side in _sides(k_BHTD, v_BHTD, transform, pages):
+    for side in sides(k_BHTD, v_BHTD, transform, pages):
         if side["search"]:
             raise ValueError("the kernel has no search; encode_kv runs it on PyTorch's operators")
         given = {name: value for name, value in side.items() if name not in _SEARCH}
@@ -116,52 +107,6 @@ _op = torch.library.custom_op(
 )
 _op.register_kernel("cpu")(encode_side_reference)
 _op.register_fake(lambda *args, **kwargs: None)
-
-
-def _sides(
-    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVTransform, pages: KVPages
-) -> Iterator[dict[str, Any]]:
-    """Arguments of the operator for keys, then for values."""
-    form, key = pages.format, transform.key
-    yield _constants(key) | {
-        "x_BHTD": k_BHTD,
-        "mean_HD": torch.zeros_like(key.mean_HD) if transform.mean == "none" else key.mean_HD,
-        "inv_freq_R": transform.inv_freq_R if transform.mean == "rope" else None,
-        "rotary_scale": transform.rotary_scale,
-        "sketch_DD": transform.sketch_DD if form.residual == "qjl" else None,
-        "gamma_base_H": transform.gamma_base_H if form.residual == "qjl" else None,
-        "codes_PHSW": pages.k_codes,
-        "norm_PHS": pages.k_norm,
-        "sign_PHSC": pages.k_sign,
-        "gamma_PHS": pages.k_gamma,
-        "bits": form.k_bits,
-    }
-    yield _constants(transform.value) | {
-        "x_BHTD": v_BHTD,
-        "mean_HD": transform.value.mean_HD,
-        "inv_freq_R": None,
-        "rotary_scale": 1.0,
-        "sketch_DD": None,
-        "gamma_base_H": None,
-        "codes_PHSW": pages.v_codes,
-        "norm_PHS": pages.v_norm,
-        "sign_PHSC": None,
-        "gamma_PHS": None,
-        "bits": form.v_bits,
-    }
-
-
-def _constants(side: SideTransform) -> dict[str, Any]:
-    return {
-        "matrix_HDD": side.matrix_HDD,
-        "levels_HL": side.levels_HL,
-        "thresholds_HL": side.thresholds_HL,
-        "base_H": side.base_H,
-        "unit_H": side.unit_H,
-        "gain": side.gain,
-        "metric_HDD": side.metric_HDD if side.search else None,
-        "search": side.search,
-    }
 
 
 def _check(
@@ -218,3 +163,58 @@ def _check_side(side: SideTransform, bits: int, form: KVFormat, H: int) -> None:
         or form.norm == "none"
     ):
         raise ValueError(f"search needs metric_HDD ({H}, {D}, {D}), gain lsq and a stored norm")
+
+
+def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
+    shape = tile(head_dim, tokens)
+    num_warps = shape.pop("num_warps")
+    constants: dict[str, Any] = {
+        "D": head_dim,
+        "R": head_dim // 2,
+        "BITS": 3,
+        "PAGE": 64,
+        "NORM": "log8",
+        "GAIN": "lsq",
+        "RESIDUAL": "none",
+        "PRECISION": "ieee",
+        **shape,
+        **changes,
+    }
+    norm = "*fp16" if constants["NORM"] == "float16" else "*u8"
+    types = {name: "*fp32" for name in encode_kernel.arg_names if name.endswith("_ptr")}
+    types |= {"x_ptr": "*bf16", "levels_ptr": "*i8", "norm_ptr": norm, "gamma_ptr": norm}
+    types |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
+    types |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
+    types |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
+    types |= {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"}
+    # launched with None, or specialized for 1
+    fixed: dict[str, Any] = {} if constants["R"] else {"inv_freq_ptr": None}
+    if constants["RESIDUAL"] != "qjl":
+        fixed |= dict.fromkeys(("sketch_ptr", "gamma_base_ptr", "gamma_ptr"))
+    if constants["RESIDUAL"] == "none":
+        fixed["sign_ptr"] = None
+    if tokens == 1:
+        fixed |= dict.fromkeys(("num_positions", "num_tokens", "stride_t"), 1)
+    return {
+        "name": name,
+        "kernel": encode_kernel,
+        "types": {name: kind for name, kind in types.items() if name not in fixed},
+        "constants": constants | fixed,
+        "num_warps": num_warps,
+        "enable_fp_fusion": False,
+    }
+
+
+COMPILE_CASES = [
+    _case("keys k3 rope D128"),
+    _case("values v3 D128", R=0),
+    _case("keys k3 rope sign D128", RESIDUAL="sign"),
+    _case("keys k3 rope qjl D128", RESIDUAL="qjl"),
+    _case("keys k4 rope fp16 norm D128", BITS=4, NORM="float16"),
+    _case("keys k8 D128", BITS=8, R=0),
+    _case("values v2 D128", BITS=2, R=0),
+    _case("keys k3 rope D64", 64),
+    _case("keys k3 rope D64, append", 64, tokens=1),
+    _case("keys k3 rope D80", 80),
+    _case("keys k3 rope D256", 256),
+]

@@ -12,8 +12,6 @@ Shape suffixes: N tokens of a tile, D head width padded to a power of two, K blo
 width.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +30,7 @@ _SMALLEST_RMS = tl.constexpr(SMALLEST_RMS)
 
 
 @triton.jit
-def _encode_kernel(
+def encode_kernel(
     x_ptr,
     position_ptr,
     slot_ptr,
@@ -200,7 +198,7 @@ def encode_side_triton(
             gamma_base_H,
         )
     ]
-    _encode_kernel[(triton.cdiv(B * T, shape["BLOCK_N"]), H)](
+    encode_kernel[(triton.cdiv(B * T, shape["BLOCK_N"]), H)](
         x_BHTD,
         *constants,
         codes_PHSW,
@@ -222,52 +220,3 @@ def encode_side_triton(
         enable_fp_fusion=False,
         **shape,
     )
-
-
-def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
-    shape = tile(head_dim, tokens)
-    num_warps = shape.pop("num_warps")
-    constants: dict[str, Any] = {
-        "D": head_dim,
-        "R": head_dim // 2,
-        "BITS": 3,
-        "PAGE": 64,
-        "NORM": "log8",
-        "GAIN": "lsq",
-        "RESIDUAL": "none",
-        "PRECISION": "ieee",
-        **shape,
-        **changes,
-    }
-    norm = {"log8": "*u8", "float16": "*fp16", "none": "*u8"}[constants["NORM"]]
-    pointers = {"x_ptr": "*bf16", "levels_ptr": "*i8", "norm_ptr": norm, "gamma_ptr": norm}
-    pointers |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
-    pointers |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
-    names = [name for name in _encode_kernel.arg_names if name.endswith("_ptr")]
-    integers = dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
-    return {
-        "name": name,
-        "kernel": _encode_kernel,
-        "types": dict.fromkeys(names, "*fp32")
-        | pointers
-        | integers
-        | {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"},
-        "constants": constants,
-        "num_warps": num_warps,
-        "enable_fp_fusion": False,
-    }
-
-
-COMPILE_CASES = [
-    _case("keys k3 rope D128"),
-    _case("values v3 D128", R=0),
-    _case("keys k3 rope sign D128", RESIDUAL="sign"),
-    _case("keys k3 rope qjl D128", RESIDUAL="qjl"),
-    _case("keys k4 rope fp16 norm D128", BITS=4, NORM="float16"),
-    _case("keys k8 D128", BITS=8, R=0),
-    _case("values v2 D128", BITS=2, R=0),
-    _case("keys k3 rope D64", 64),
-    _case("keys k3 rope D64, append", 64, tokens=16),
-    _case("keys k3 rope D80", 80),
-    _case("keys k3 rope D256", 256),
-]

@@ -4,6 +4,9 @@ Shape suffixes: B sequences, T tokens, H KV heads, D head width, P pages, S toke
 J pages of a sequence, W words of a token, C words of its signs.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,19 @@ from rotq_kernels.layout import pack_kv, unpack_kv
 
 NORMS = {torch.uint8: "log8", torch.float16: "float16", None: "none"}
 """By the dtype that is stored."""
+
+
+def encode_kv_reference(
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    position_BT: Tensor,
+    slot_BT: Tensor,
+    transform: KVTransform,
+    pages: KVPages,
+) -> None:
+    """The definition of ``encode_kv``, in plain PyTorch."""
+    for side in sides(k_BHTD, v_BHTD, transform, pages):
+        encode_side_reference(position_BT=position_BT, slot_BT=slot_BT, **side)
 
 
 def encode_side_reference(
@@ -136,3 +152,49 @@ def _write(stored: Tensor | None, new: Tensor | None, slot_BT: Tensor) -> None:
     slot = slot_BT[b, t]
     page_size = stored.shape[2]
     stored[slot // page_size, :, slot % page_size] = new[b, :, t]
+
+
+def sides(
+    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVTransform, pages: KVPages
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the operator for keys, then for values."""
+    form, key = pages.format, transform.key
+    yield _constants(key) | {
+        "x_BHTD": k_BHTD,
+        "mean_HD": torch.zeros_like(key.mean_HD) if transform.mean == "none" else key.mean_HD,
+        "inv_freq_R": transform.inv_freq_R if transform.mean == "rope" else None,
+        "rotary_scale": transform.rotary_scale,
+        "sketch_DD": transform.sketch_DD if form.residual == "qjl" else None,
+        "gamma_base_H": transform.gamma_base_H if form.residual == "qjl" else None,
+        "codes_PHSW": pages.k_codes,
+        "norm_PHS": pages.k_norm,
+        "sign_PHSC": pages.k_sign,
+        "gamma_PHS": pages.k_gamma,
+        "bits": form.k_bits,
+    }
+    yield _constants(transform.value) | {
+        "x_BHTD": v_BHTD,
+        "mean_HD": transform.value.mean_HD,
+        "inv_freq_R": None,
+        "rotary_scale": 1.0,
+        "sketch_DD": None,
+        "gamma_base_H": None,
+        "codes_PHSW": pages.v_codes,
+        "norm_PHS": pages.v_norm,
+        "sign_PHSC": None,
+        "gamma_PHS": None,
+        "bits": form.v_bits,
+    }
+
+
+def _constants(side: SideTransform) -> dict[str, Any]:
+    return {
+        "matrix_HDD": side.matrix_HDD,
+        "levels_HL": side.levels_HL,
+        "thresholds_HL": side.thresholds_HL,
+        "base_H": side.base_H,
+        "unit_H": side.unit_H,
+        "gain": side.gain,
+        "metric_HDD": side.metric_HDD if side.search else None,
+        "search": side.search,
+    }

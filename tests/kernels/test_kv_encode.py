@@ -9,11 +9,11 @@ from kv_cases import paged_slots, tokens_of, transform_of
 
 from rotq_kernels.kv_encode import (
     _op,
-    _sides,
     dequantize_kv_reference,
     encode_kv,
     encode_kv_reference,
     encode_kv_triton,
+    sides,
 )
 from rotq_kernels.kv_encode_kernel import tile
 from rotq_kernels.kv_format import KVFormat, KVPages, KVTransform
@@ -276,7 +276,7 @@ def test_operator_is_what_it_says(name: str) -> None:
     slot_BT, _, num_pages = paged_slots([5, 3], form.page_size)
     position_BT = torch.arange(5).expand(2, -1)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
-    for side in _sides(k_BHTD, v_BHTD, transform, dirty_pages(form, num_pages, 2)):
+    for side in sides(k_BHTD, v_BHTD, transform, dirty_pages(form, num_pages, 2)):
         torch.library.opcheck(_op, (), {"position_BT": position_BT, "slot_BT": slot_BT, **side})
     encode_kv(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
     encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
