@@ -48,16 +48,20 @@ class Layout:
     """int64 (3, number): sequence, fresh column and sink of each new sink; None without."""
     keep: int
     """Recent and fresh columns from here on stay in the recent window."""
+    elsewhere: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
+    """Copies on other devices."""
 
     def to(self, device: torch.device) -> Layout:
-        """Itself, or a copy on another device."""
+        """Itself, or a copy on another device, made once for all layers there."""
         if self.length_B.device == device:
             return self
-        held = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        if device not in self.elsewhere:
+            held = {item.name: getattr(self, item.name) for item in fields(self)}
+            moved: dict[str, Any] = {
+                name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)
+            }
+            self.elsewhere[device] = replace(self, **moved)
+        return self.elsewhere[device]
 
 
 @dataclass(kw_only=True)
@@ -110,7 +114,7 @@ class Placement:
             keep=keep,
         )
 
-    def _packed_before(self, counts: list[int], step: Step) -> dict[str, Tensor]:
+    def _packed_before(self, counts: list[int], step: Step) -> dict[str, Any]:
         """What the pass finds packed. Pages it releases or copies still hold that for it."""
         start_B = torch.tensor(step.firsts) + self.sequences.sinks + torch.tensor(self.dropped)
         packed = self._in_pages(self.sequences.packed(counts))

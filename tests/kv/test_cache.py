@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from rotq.errors import RotqError
+from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 from rotq.kv.cache import PackedCache
 from rotq.kv.calibrate import data_oblivious
 from rotq.kv.presets import preset
+from rotq.models.replaced_attention import replaced_attention
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "mixtral"]
 
@@ -58,6 +60,18 @@ def test_stepwise_equals_decoded_history(family: str, recent: int) -> None:
     assert_close(found, expected)
     plain = model(input_ids=ids).logits
     assert (found - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("residual", ["none", "sign", "qjl"])
+@torch.no_grad()
+def test_evaluation_measures_what_stepwise_decoding_does(residual: str) -> None:
+    model = tiny_model("qwen3", dtype=torch.float32)
+    calibration = calibration_of(model, residual=residual)
+    ids = random_ids(1, 40)
+    with replaced_attention(model, QuantizedHistory(scheme_of(calibration))):
+        expected = model(input_ids=ids).logits
+    found = logits_of(model, PackedCache(model, calibration), ids, [1] * 40)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
