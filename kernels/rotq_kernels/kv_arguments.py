@@ -72,22 +72,21 @@ def restore_arguments(
     query_position_BT: Tensor,
     constants: Sequence[Tensor | None],
     dense: Sequence[Tensor],
-    bits: Sequence[int],
-    kinds: Sequence[str],
+    k_bits: int,
+    v_bits: int,
+    norm: str,
+    residual: str,
+    mean: str,
     rotary_scale: float,
     window: int,
     scale: float,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of ``packed_attention`` from those of its operator.
-
-    ``bits`` are those of keys and values, ``kinds`` those of norm, residual and mean.
-    """
+    """Positional and keyword arguments of ``packed_attention`` from those of its operator."""
     assert pages[0] is not None
-    norm, residual, mean = kinds
     form = KVFormat(
         head_dim=q_BMTD.shape[-1],
-        k_bits=bits[0],
-        v_bits=bits[1],
+        k_bits=k_bits,
+        v_bits=v_bits,
         norm=norm,  # type: ignore[arg-type]
         residual=residual,  # type: ignore[arg-type]
         page_size=pages[0].shape[2],
