@@ -53,6 +53,11 @@ def test_what_counts_as_a_regression(change: dict[str, float], worse: str | None
     assert found == ([] if worse is None else [f"a @ sm_90: {worse}"])
 
 
+def test_no_spill_is_tolerated_on_top_of_others() -> None:
+    assert regressions({"a": ROW | {"spills": 40}}, {"a": ROW | {"spills": 41}})
+    assert not regressions({"a": ROW | {"spills": 40}}, {"a": ROW | {"spills": 40}})
+
+
 def test_without_elements_the_loop_counts() -> None:
     row = {key: value for key, value in ROW.items() if not key.endswith("per_element")}
     assert not regressions({"a": row}, {"a": row | {"loop_instructions": 420}})
