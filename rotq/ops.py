@@ -1,6 +1,6 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
-from rotq_kernels.kv_attention_cpu import packed_attention_cpu
+from rotq_kernels.kv_attention import packed_attention
 from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv, encode_kv_reference
 from rotq_kernels.kv_format import (
     STEPS_PER_OCTAVE,
@@ -44,7 +44,7 @@ __all__ = [
     "level_values",
     "pack",
     "pack_kv",
-    "packed_attention_cpu",
+    "packed_attention",
     "packed_linear",
     "packed_words",
     "quantize_residual",

@@ -22,8 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
 from rotq.kv.placement import Layout
-from rotq.ops import DenseKV, KVPages, KVTransform
-from rotq.ops import packed_attention_cpu as packed_attention
+from rotq.ops import DenseKV, KVPages, KVTransform, packed_attention
 
 NAME = "rotq_packed"
 """In ``config._attn_implementation``."""
