@@ -1,8 +1,9 @@
 """What calibration found, in memory and as one safetensors file.
 
 The file's metadata hold the scheme, the model's hash, the source of the statistics and each
-layer's format as JSON; its tensors are ``<layer>.<side>.<name>``. What is equal for all heads is
-stored once; inverses are not stored but taken again. A file is written aside and renamed.
+layer's format, as one JSON object; its tensors are ``<layer>.<side>.<name>``. What is equal for
+all heads is stored once; inverses are not stored but taken again. A file is written aside and
+renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rotq.kv.transform import inverse, recoded
 from rotq.models.rotary import kv_shapes
 from rotq.ops import KVFormat, KVTransform, SideTransform
 
-VERSION = "1"
+VERSION = 1
 _KIND = "rotq-kv-calibration"
 _SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
 _LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
@@ -97,15 +98,15 @@ class KVCalibration:
         tensors: dict[str, Tensor] = {}
         for layer, transform in self.layers.items():
             tensors |= _layer_tensors(layer, transform)
-        metadata = {
-            "kind": _KIND,
+        facts = {
             "version": VERSION,
-            "spec": json.dumps(self.spec.to_dict()),
+            "spec": self.spec.to_dict(),
             "model_hash": self.model_hash,
-            "source": json.dumps(self.source),
-            "layers": json.dumps({n: _layer_facts(t) for n, t in self.layers.items()}),
+            "source": self.source,
+            "layers": {n: _layer_facts(transform) for n, transform in self.layers.items()},
         }
-        _write(path, save(tensors, metadata=metadata))
+        # one key: the library writes several in an order of its own
+        _write(path, save(tensors, metadata={_KIND: json.dumps(facts)}))
 
 
 def hash_config(config: Any) -> str:
@@ -143,18 +144,18 @@ def _read(path: Path) -> KVCalibration:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("kind") != _KIND:
+            if _KIND not in metadata:
                 raise RotqError(f"{path} is not a file of rotq calibrate-kv")
-            if metadata["version"] != VERSION:
-                raise RotqError(f"{path} has version {metadata['version']}, known is {VERSION}")
+            facts = json.loads(metadata[_KIND])
+            if facts["version"] != VERSION:
+                raise RotqError(f"{path} has version {facts['version']}, known is {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_finite(path, tensors)
-        facts = json.loads(metadata["layers"])
         return KVCalibration(
-            spec=KVSpec.from_dict(json.loads(metadata["spec"])),
-            layers={int(n): _layer(n, values, tensors) for n, values in facts.items()},
-            model_hash=metadata["model_hash"],
-            source=json.loads(metadata["source"]),
+            spec=KVSpec.from_dict(facts["spec"]),
+            layers={int(n): _layer(n, values, tensors) for n, values in facts["layers"].items()},
+            model_hash=facts["model_hash"],
+            source=facts["source"],
         )
     except FileNotFoundError:
         raise RotqError(f"{path}: no such file") from None

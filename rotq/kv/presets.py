@@ -139,7 +139,7 @@ class KVSpec:
         Raises:
             ValueError: an unknown key, or a value out of range.
         """
-        unknown = values.keys() - {field.name for field in fields(cls)}
+        unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown keys of a KV scheme: {', '.join(sorted(unknown))}")
         return cls(**values)
@@ -200,6 +200,7 @@ def preset(name: str) -> KVSpec:
     """
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PRESETS)}"
+    near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS))
+    nearest = max(near, key=lambda known: known.startswith(name), default="")
+    hint = f"did you mean {nearest}?" if near else f"known: {', '.join(PRESETS)}"
     raise ValueError(f"no KV preset {name!r}; {hint}")

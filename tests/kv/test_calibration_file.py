@@ -29,14 +29,15 @@ def rewrite(path: Path, **changes: Any) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(metadata["rotq-kv-calibration"])
     for name, value in changes.items():
-        if name in metadata:
-            metadata[name] = value
+        if name in facts:
+            facts[name] = value
         elif value is None:
             del tensors[name]
         else:
             tensors[name] = value
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata={"rotq-kv-calibration": json.dumps(facts)})
 
 
 def assert_equal(first: Any, second: Any) -> None:
@@ -103,14 +104,14 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "99"}, "has version 99, known is 1"),
-        ({"spec": json.dumps({"name": "x"})}, "is damaged"),
-        ({"spec": "{"}, "is damaged"),
+        ({"version": 99}, "has version 99, known is 1"),
+        ({"spec": {"name": "x"}}, "is damaged"),
+        ({"spec": 3}, "is damaged"),
         ({"1.key.levels_HL": None}, "is damaged: '1.key.levels_HL'"),
         ({"0.value.mean_HD": torch.full((2, 16), torch.nan)}, "0.value.mean_HD is not finite"),
-        ({"layers": "{}"}, "does not hold every layer"),
+        ({"layers": {}}, "does not hold every layer"),
     ],
-    ids=["version", "spec", "json", "tensor", "nan", "layers"],
+    ids=["version", "spec", "type", "tensor", "nan", "layers"],
 )
 def test_damaged(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     made().save(tmp_path / "kv")
