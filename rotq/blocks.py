@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -108,12 +109,11 @@ class BlockQuantizer:
 
     def advance(self, index: int, block: nn.Module, track: Track) -> None:
         """Replace the track's hidden states by the block's outputs."""
-        attention = self.skeleton.adapter.attention
         with matmul_precision(self.recipe.calibration.precision):
             for batch, hidden_BTD in enumerate(track.hidden):
                 hidden_BTD = hidden_BTD.to(self.device)
                 kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
-                with replayed(block, attention, self._remembered(track, batch)):
+                with self._replayed(block, track, batch):
                     track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
         track.forget()
 
@@ -150,7 +150,7 @@ class BlockQuantizer:
         """
         original, working = blocks
         firsts = {site.name: site.linears[0] for site in stage}
-        changing, ending = self._attention_in(stage)
+        settled = self._attention_is_settled(stage)
         moments: dict[str, Moments] = {}
         with (
             matmul_precision(self.recipe.calibration.precision),
@@ -159,17 +159,14 @@ class BlockQuantizer:
         ):
             for batch in range(len(streams.ids)):
                 names = firsts.values()
-                seen, _ = self._inputs(
-                    index, working, streams.quantized, batch, names, not changing
-                )
+                seen, _ = self._inputs(index, working, streams.quantized, batch, names, settled)
                 targets: dict[str, Tensor] = {}
                 if streams.original is not None:
-                    track, settled = streams.original, ending or not changing
                     targets, output_BTD = self._inputs(
-                        index, original, track, batch, names, settled, to_the_end=last
+                        index, original, streams.original, batch, names, settled, to_the_end=last
                     )
                     if output_BTD is not None:
-                        track.hidden[batch] = output_BTD
+                        streams.original.hidden[batch] = output_BTD
                 weight_M = None if weights is None else weights[batch].flatten()
                 for name, first in firsts.items():
                     if name not in moments:
@@ -181,14 +178,12 @@ class BlockQuantizer:
             streams.original.forget()
         return moments
 
-    def _attention_in(self, stage: tuple[Site, ...]) -> tuple[bool, bool]:
-        """Whether the stage quantizes layers of the attention, and whether its last one."""
+    def _attention_is_settled(self, stage: tuple[Site, ...]) -> bool:
+        """Whether what the attention's output projection reads changes no more."""
         adapter = self.skeleton.adapter
         names = [name for site in stage for name in site.linears]
-        changing = bool(adapter.attention) and any(
-            name.startswith(f"{adapter.attention}.") for name in names
-        )
-        return changing, adapter.attention_output in names
+        inner = [name for name in names if name.startswith(f"{adapter.attention}.")]
+        return bool(adapter.attention) and set(inner) <= {adapter.attention_output}
 
     def _inputs(
         self,
@@ -201,23 +196,27 @@ class BlockQuantizer:
         *,
         to_the_end: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Inputs of the named layers; remembers the attention's output once it is settled."""
-        attention = self.skeleton.adapter.attention
+        """Inputs of the named layers; remembers the output projection's once it is settled."""
         hidden_BTD = track.hidden[batch].to(self.device)
         kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
-        remembered_BTD = self._remembered(track, batch)
-        wanted = attention if settled and remembered_BTD is None else ""
-        with replayed(block, attention, remembered_BTD):
+        output_projection = self.skeleton.adapter.attention_output
+        new = settled and track.attention(batch) is None
+        wanted = {*names, output_projection} if new else set(names)
+        with self._replayed(block, track, batch):
             seen, output_BTD = capture_inputs(
-                block, names, hidden_BTD, kwargs, output_of=wanted, to_the_end=to_the_end
+                block, wanted, hidden_BTD, kwargs, to_the_end=to_the_end
             )
-        if wanted:
-            track.remember(batch, seen.pop(wanted))
+        if new:
+            track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
         return seen, output_BTD
 
-    def _remembered(self, track: Track, batch: int) -> Tensor | None:
-        attention_BTD = track.attention(batch)
-        return None if attention_BTD is None else attention_BTD.to(self.device)
+    def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
+        attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
+        if attention_BTK is None:
+            return nullcontext()
+        return replayed(
+            block, adapter.attention, adapter.attention_output, attention_BTK.to(self.device)
+        )
 
     def _solve(
         self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None

@@ -262,8 +262,19 @@ def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
         files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
-    hidden, attention = (Stream.empty(shapes, setup.dtype, file) for file in files)
-    return Track(hidden, attention)
+    hidden = Stream.empty(shapes, setup.dtype, files[0])
+    attended = [torch.Size((*shape[:2], _attended(setup.skeleton))) for shape in shapes]
+    return Track(hidden, Stream.empty(attended, setup.dtype, files[1]))
+
+
+def _attended(skeleton: Skeleton) -> int:
+    """Features that the attention's output projection reads; 0 where it is not known."""
+    if not skeleton.adapter.attention:
+        return 0
+    path = skeleton.adapter.attention_output
+    linear = skeleton.blocks[0].get_submodule(path)
+    assert isinstance(linear, nn.Linear), f"{path} is a linear layer"
+    return linear.in_features
 
 
 def _made(setup: _Setup, probe: Probe) -> Made:

@@ -29,7 +29,6 @@ def capture_inputs(
     hidden_BTD: Tensor,
     kwargs: dict[str, Any],
     *,
-    output_of: str = "",
     to_the_end: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Inputs of the named linear layers for one batch; then the rest of the block is not run.
@@ -41,33 +40,25 @@ def capture_inputs(
         names: Module paths inside the block.
         hidden_BTD: Input of the block.
         kwargs: The other arguments of its forward.
-        output_of: Path of a module whose output is wanted too.
         to_the_end: Run the rest of the block after all.
 
     Returns:
-        (M, K) inputs by name, M = all tokens the layer saw, with the output (B, T, D) of the module
-        ``output_of`` under its path; and the block's output if it ran to its end.
+        (M, K) inputs by name, M = all tokens the layer saw; and the block's output if it ran to
+        its end.
     """
     seen: dict[str, Tensor] = {}
     wanted = set(names)
-    num_wanted = len(wanted) + bool(output_of)
-
-    def see(name: str, value: Tensor) -> None:
-        seen[name] = value
-        if len(seen) == num_wanted and not to_the_end:
-            raise _Seen
 
     def see_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs = module.rotate_input(args[0]) if isinstance(module, RotatedLinear) else args[0]
-        see(name, inputs.flatten(0, -2))
+        seen[name] = inputs.flatten(0, -2)
+        if len(seen) == len(wanted) and not to_the_end:
+            raise _Seen
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(functools.partial(see_input, name))
         for name in wanted
     ]
-    if output_of:
-        watched = block.get_submodule(output_of)
-        handles.append(watched.register_forward_hook(lambda *call: see(output_of, call[-1][0])))
     output_BTD = None
     try:
         with suppress(_Seen):
@@ -75,24 +66,24 @@ def capture_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    assert len(seen) == num_wanted, f"the block did not call {sorted(wanted - seen.keys())}"
+    assert len(seen) == len(wanted), f"the block did not call {sorted(wanted - seen.keys())}"
     return seen, output_BTD
 
 
 @contextmanager
-def replayed(block: nn.Module, path: str, output_BTD: Tensor | None) -> Iterator[None]:
-    """Let the block's attention return a remembered output instead of computing it.
+def replayed(
+    block: nn.Module, path: str, output_projection: str, attention_BTK: Tensor
+) -> Iterator[None]:
+    """Let the block's attention end with remembered values instead of computing them.
 
     Args:
         block: Its attention returns (output, attention weights), as transformers' do.
         path: Of the attention in the block.
-        output_BTD: None lets it compute.
+        output_projection: Path of the layer that the attention ends with.
+        attention_BTK: What that layer reads.
     """
-    if output_BTD is None:
-        yield
-        return
-    module = block.get_submodule(path)
-    module.forward = lambda *args, **kwargs: (output_BTD, None)
+    module, last = block.get_submodule(path), block.get_submodule(output_projection)
+    module.forward = lambda *args, **kwargs: (last(attention_BTK), None)
     try:
         yield
     finally:

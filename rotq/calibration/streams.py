@@ -1,6 +1,7 @@
 """Hidden states of all calibration windows between two blocks.
 
-Shape suffixes: B windows of a batch, T positions, D hidden size.
+Shape suffixes: B windows of a batch, T positions, D hidden size, K features the output projection
+reads.
 """
 
 from __future__ import annotations
@@ -74,23 +75,23 @@ class Stream:
 
 
 class Track:
-    """One model's way through the blocks: its hidden states, and its current attention outputs.
+    """One model's way through the blocks: its hidden states, and what its attention came to.
 
-    Once nothing in a block's attention changes any more, its output is remembered, and later passes
-    over the block replay it instead of computing it again.
+    Once queries, keys and values of a block change no more, what the attention's output projection
+    reads is remembered, and later passes over the block replay it instead of computing it again.
     """
 
     def __init__(self, hidden: Stream, attention: Stream) -> None:
         self.hidden, self._attention = hidden, attention
         self._remembered: set[int] = set()
 
-    def remember(self, batch: int, attention_BTD: Tensor) -> None:
-        """Keep the attention output of a batch until ``forget``."""
-        self._attention[batch] = attention_BTD
+    def remember(self, batch: int, attention_BTK: Tensor) -> None:
+        """Keep what the output projection reads, for one batch, until ``forget``."""
+        self._attention[batch] = attention_BTK
         self._remembered.add(batch)
 
     def attention(self, batch: int) -> Tensor | None:
-        """What was remembered, (B, T, D) on the CPU, or None."""
+        """What was remembered, (B, T, K) on the CPU, or None."""
         return self._attention[batch] if batch in self._remembered else None
 
     def forget(self) -> None:

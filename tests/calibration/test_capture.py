@@ -58,14 +58,17 @@ class Attended(nn.Module):
 
 def test_remembered_attention_gives_the_same_block_output():
     block, hidden_BTD = Attended(), torch.randn(2, 3, 4)
-    seen, _ = capture_inputs(block, ["attention.second"], hidden_BTD, {}, output_of="attention")
+    seen, _ = capture_inputs(block, ["attention.second"], hidden_BTD, {})
     expected = run_block(block, hidden_BTD, {})
     block.attention.ended = False
-    with replayed(block, "attention", seen["attention"]):
+    remembered = seen["attention.second"].unflatten(0, (2, 3))
+    with replayed(block, "attention", "attention.second", remembered):
         assert torch.equal(run_block(block, hidden_BTD, {}), expected)
+        # the projection is run on what was remembered, so its own input is seen again
+        again, _ = capture_inputs(block, ["attention.second"], hidden_BTD, {})
+        assert torch.equal(again["attention.second"], seen["attention.second"])
     assert not block.attention.ended
-    with replayed(block, "attention", None):
-        run_block(block, hidden_BTD, {})
+    run_block(block, hidden_BTD, {})
     assert block.attention.ended
 
 
