@@ -66,11 +66,13 @@ def quantize(u_ND, levels_ptr, thresholds_ptr, BITS: tl.constexpr):
     """Codes, int32, and their levels, fp32."""
     code_ND = tl.zeros_like(u_ND).to(tl.int32)
     if BITS <= _TABLE_BITS:
-        level_ND = tl.zeros_like(u_ND) + tl.load(levels_ptr).to(tl.float32)
+        # code and level in one number, so that a threshold is one compare and one select
+        both_ND = code_ND + tl.load(levels_ptr).to(tl.int32) * 256
         for i in tl.static_range(2**BITS - 1):
-            above = u_ND > tl.load(thresholds_ptr + i)
-            code_ND += above.to(tl.int32)
-            level_ND = tl.where(above, tl.load(levels_ptr + i + 1).to(tl.float32), level_ND)
+            both = tl.load(levels_ptr + i + 1).to(tl.int32) * 256 + (i + 1)
+            both_ND = tl.where(u_ND > tl.load(thresholds_ptr + i), both, both_ND)
+        code_ND = both_ND & 255
+        level_ND = (both_ND >> 8).to(tl.float32)
     else:
         for i in tl.static_range(BITS):
             half = 2 ** (BITS - 1 - i)
