@@ -21,8 +21,6 @@ from rotq_kernels.kv_reference import (
     sides,
 )
 
-_SEARCH = ("metric_HDD", "search")
-
 __all__ = ["dequantize_kv_reference", "encode_kv", "encode_kv_reference", "encode_kv_triton"]
 
 
@@ -62,46 +60,12 @@ def encode_kv_triton(
 ) -> None:
     """Launch the kernel for either side. On CPU tensors this needs TRITON_INTERPRET=1."""
     for side in sides(k_BHTD, v_BHTD, transform, pages):
-        if side["search"]:
-            raise ValueError("the kernel has no search; encode_kv runs it on PyTorch's operators")
-        given = {name: value for name, value in side.items() if name not in _SEARCH}
-        encode_side_triton(position_BT=position_BT, slot_BT=slot_BT, **given)
-
-
-def _encode_side(
-    x_BHTD: Tensor,
-    position_BT: Tensor,
-    slot_BT: Tensor,
-    matrix_HDD: Tensor,
-    mean_HD: Tensor,
-    levels_HL: Tensor,
-    thresholds_HL: Tensor,
-    base_H: Tensor,
-    unit_H: Tensor,
-    inv_freq_R: Tensor | None,
-    sketch_DD: Tensor | None,
-    gamma_base_H: Tensor | None,
-    codes_PHSW: Tensor,
-    norm_PHS: Tensor | None,
-    sign_PHSC: Tensor | None,
-    gamma_PHS: Tensor | None,
-    bits: int,
-    gain: str,
-    rotary_scale: float,
-    metric_HDD: Tensor | None,
-    search: int,
-) -> None:
-    """On CUDA: the kernel, and PyTorch's operators for ``search``, which it does not have yet."""
-    given = {name: value for name, value in locals().items() if name not in _SEARCH}
-    if search:
-        encode_side_reference(**given, metric_HDD=metric_HDD, search=search)
-    else:
-        encode_side_triton(**given)
+        encode_side_triton(position_BT=position_BT, slot_BT=slot_BT, **side)
 
 
 _op = torch.library.custom_op(
     "rotq::encode_side",
-    _encode_side,
+    encode_side_triton,
     mutates_args=("codes_PHSW", "norm_PHS", "sign_PHSC", "gamma_PHS"),
     device_types="cuda",
 )
@@ -176,6 +140,7 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
         "NORM": "log8",
         "GAIN": "lsq",
         "RESIDUAL": "none",
+        "SEARCH": 0,
         "PRECISION": "ieee",
         **shape,
         **changes,
@@ -193,6 +158,8 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
         fixed |= dict.fromkeys(("sketch_ptr", "gamma_base_ptr", "gamma_ptr"))
     if constants["RESIDUAL"] == "none":
         fixed["sign_ptr"] = None
+    if not constants["SEARCH"]:
+        fixed["metric_ptr"] = None
     if tokens == 1:
         fixed |= dict.fromkeys(("num_positions", "num_tokens", "stride_t"), 1)
     return {
@@ -213,6 +180,9 @@ COMPILE_CASES = [
     _case("keys k4 rope fp16 norm D128", BITS=4, NORM="float16"),
     _case("keys k8 D128", BITS=8, R=0),
     _case("values v2 D128", BITS=2, R=0),
+    _case("keys k3 rope search D128", SEARCH=4),
+    _case("keys k3 rope search D64", 64, SEARCH=4),
+    _case("keys k3 rope search D256", 256, SEARCH=4),
     _case("keys k3 rope D64", 64),
     _case("keys k3 rope D64, append", 64, tokens=1),
     _case("keys k3 rope D80", 80),

@@ -24,6 +24,7 @@ from rotq_kernels.kv_encode_tile import (
     store_words,
     turned_mean,
 )
+from rotq_kernels.kv_search_tile import search as search_tile
 from rotq_kernels.kv_side import SMALLEST_RMS
 
 _SMALLEST_RMS = tl.constexpr(SMALLEST_RMS)
@@ -43,6 +44,7 @@ def encode_kernel(
     inv_freq_ptr,
     sketch_ptr,
     gamma_base_ptr,
+    metric_ptr,
     codes_ptr,
     norm_ptr,
     sign_ptr,
@@ -60,6 +62,7 @@ def encode_kernel(
     NORM: tl.constexpr,
     GAIN: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SEARCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,13 +110,29 @@ def encode_kernel(
     )
     code_ND = tl.where((d < D)[None, :], code_ND, 0)
     level_ND = tl.where((d < D)[None, :], level_ND, 0.0)
+    if SEARCH > 0:
+        code_ND, level_ND, searched_N = search_tile(
+            y_ND,
+            code_ND,
+            level_ND,
+            metric_ptr + h * D * D,
+            levels_ptr + h * codes,
+            thresholds_ptr + h * (codes - 1),
+            tl.load(unit_ptr + h),
+            D,
+            BITS,
+            SEARCH,
+            PRECISION,
+        )
     store_words(codes_ptr, row_N, keep_N, code_ND, D, BITS)
 
     base = tl.load(base_ptr + h)
     if NORM == "none":
         kept_N = tl.exp2(base + tl.zeros([BLOCK_N], tl.float32))
     else:
-        if GAIN == "none":
+        if SEARCH > 0:
+            scale_N = searched_N
+        elif GAIN == "none":
             scale_N = tl.load(unit_ptr + h) * rms_N
         elif GAIN == "lsq":
             scale_N = tl.div_rn(
@@ -170,6 +189,8 @@ def encode_side_triton(
     bits: int,
     gain: str,
     rotary_scale: float,
+    metric_HDD: Tensor | None,
+    search: int,
 ) -> None:
     """Launch the kernel. On CPU tensors this needs TRITON_INTERPRET=1."""
     B, H, T, D = x_BHTD.shape
@@ -196,6 +217,7 @@ def encode_side_triton(
             inv_freq_R,
             sketch_DD,
             gamma_base_H,
+            metric_HDD,
         )
     ]
     encode_kernel[(triton.cdiv(B * T, shape["BLOCK_N"]), H)](
@@ -216,6 +238,7 @@ def encode_side_triton(
         NORM=norm,
         GAIN=gain,
         RESIDUAL=residual,
+        SEARCH=search,
         PRECISION="ieee",
         enable_fp_fusion=False,
         **shape,

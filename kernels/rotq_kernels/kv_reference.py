@@ -59,8 +59,8 @@ def encode_side_reference(
     bits: int,
     gain: str,
     rotary_scale: float,
-    metric_HDD: Tensor | None = None,
-    search: int = 0,
+    metric_HDD: Tensor | None,
+    search: int,
 ) -> None:
     """Keys or values alone; arguments as ``SideTransform`` and ``KVPages`` have them."""
     side = SideTransform(
