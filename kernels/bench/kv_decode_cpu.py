@@ -46,7 +46,10 @@ def packed(model: Any, options: argparse.Namespace) -> Any:
     from rotq.kv.presets import preset
 
     if options.kv_calibration:
-        return PackedCache(model, load_calibration(options.kv_calibration, model.config))
+        found = load_calibration(options.kv_calibration, model.config)
+        if found.spec.name != options.kv:
+            found = found.under(preset(options.kv))
+        return PackedCache(model, found)
     return PackedCache(model, data_oblivious(model.config, preset(options.kv)))
 
 

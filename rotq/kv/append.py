@@ -10,13 +10,13 @@ Shape suffixes: B sequences, E columns to be coded, H KV heads of all layers tog
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotq.kv.codec import KVCodec
+from rotq.kv.constants import Stack, stack
 from rotq.kv.layer import PackedLayer
 from rotq.ops import SideTransform, pack_kv
 
@@ -30,26 +30,24 @@ class Appender:
 
     def __init__(self, layers: Sequence[PackedLayer]) -> None:
         self.layers = layers
-        self.codec: KVCodec | None = None
+        self.stack: Stack | None = None
         if len(layers) > 1:
-            first = layers[0].transform
-            key = _stacked([layer.transform.key for layer in layers])
-            value = _stacked([layer.transform.value for layer in layers])
-            self.codec = KVCodec(replace(first, key=key, value=value))
+            self.stack = stack([layer.transform for layer in layers])
 
     def append(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
-        if self.codec is None:
+        if self.stack is None:
             self.layers[0].encode_rest()
             return
         tokens = [layer.uncoded for layer in self.layers if layer.uncoded is not None]
         visible = self.layers[0].visible
         if not tokens or visible is None:
             return
-        layout, form = visible.layout, self.codec.transform.format
+        layout, codec = visible.layout, self.stack.codec
+        form = codec.transform.format
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
-        codes = self.codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
+        codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
         b, e = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
         slot = layout.encode_slot_BE[b, e]
         page, offset = slot // form.page_size, slot % form.page_size
@@ -69,9 +67,9 @@ class Appender:
 
     def constant_bytes(self) -> int:
         """Bytes of the constants that are held once more, for all layers together."""
-        if self.codec is None:
+        if self.stack is None:
             return 0
-        sides = (self.codec.transform.key, self.codec.transform.value)
+        sides = (self.stack.codec.transform.key, self.stack.codec.transform.value)
         held = [getattr(side, item.name) for side in sides for item in fields(side)]
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
@@ -99,15 +97,3 @@ def _settings(side: SideTransform) -> tuple[Any, ...]:
     """What is no tensor, and where there is none."""
     values = [getattr(side, item.name) for item in fields(side)]
     return tuple(None if isinstance(value, Tensor) else (value,) for value in values)
-
-
-def _stacked(sides: Sequence[SideTransform]) -> SideTransform:
-    """One side with the heads of all; its settings are those of each."""
-    joined: dict[str, Any] = {
-        item.name: torch.cat([getattr(side, item.name) for side in sides])
-        for item in fields(SideTransform)
-        if isinstance(getattr(sides[0], item.name), Tensor)
-    }
-    # coding does not need it
-    joined["inverse_HDD"] = joined["inverse_HDD"][:0]
-    return replace(sides[0], **joined)

@@ -5,7 +5,7 @@ Shape suffixes: B sequences, T fresh columns, N recent and fresh columns, H KV h
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotq.errors import RotqError
 from rotq.kv.attention import PackedKV, Visible
+from rotq.kv.constants import on
 from rotq.kv.pages import PageStore
 from rotq.kv.placement import Layout, Placement
 from rotq.ops import DenseKV, KVPages, KVTransform, encode_kv
@@ -38,7 +39,8 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, transform: KVTransform, placement: Placement) -> None:
         super().__init__()
-        self.transform, self.placement = transform, placement
+        self.given = self.transform = transform
+        self.placement = placement
         self.layout: Layout | None = None
         self.visible: Visible | None = None
         self.store: PageStore | None = None
@@ -66,7 +68,7 @@ class PackedLayer(CacheLayerMixin):
                 f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
             )
-        self.transform = _moved(self.transform, key_states.device)
+        self.transform = on(key_states.device, self.given)
         self.store = PageStore(self.transform.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks
         shape = (key_states.shape[0], num_heads, count, width)
@@ -225,15 +227,3 @@ def _joined(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> tuple[
     if not first[0].shape[2]:
         return then
     return torch.cat((first[0], then[0]), dim=2), torch.cat((first[1], then[1]), dim=2)
-
-
-def _moved(held: Any, device: torch.device) -> Any:
-    """A dataclass of tensors on another device; itself if it is there."""
-    changed = {}
-    for item in fields(held):
-        value = getattr(held, item.name)
-        if isinstance(value, Tensor) and value.device != device:
-            changed[item.name] = value.to(device)
-        elif is_dataclass(value):
-            changed[item.name] = _moved(value, device)
-    return replace(held, **changed) if changed else held

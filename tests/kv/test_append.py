@@ -43,6 +43,20 @@ def test_kinds() -> None:
     assert number_of_kinds(with_residual, with_residual) == 2
 
 
+@torch.no_grad()
+def test_caches_of_a_calibration_share_its_constants() -> None:
+    model = tiny_model("llama")
+    calibration = calibration_of(model)
+    first, second, other = (
+        PackedCache(model, given) for given in (calibration, calibration, calibration_of(model))
+    )
+    for cache in (first, second, other):
+        model(input_ids=random_ids(1, 4), past_key_values=cache)
+    stacks = [cache._appenders[0].stack for cache in (first, second, other)]
+    assert stacks[0] is stacks[1]
+    assert stacks[0] is not stacks[2]
+
+
 @pytest.mark.parametrize("residual", ["none", "sign", "qjl"])
 @torch.no_grad()
 def test_layers_of_other_kinds(residual: str) -> None:

@@ -75,6 +75,21 @@ def test_update_outside_of_the_model(cache: PackedCache) -> None:
 
 
 @torch.no_grad()
+def test_two_updates_of_a_layer_in_one_pass(
+    model: Any, cache: PackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = PackedCache.update
+
+    def twice(self: PackedCache, *args: Any) -> Any:
+        update(self, *args)
+        return update(self, *args)
+
+    monkeypatch.setattr(PackedCache, "update", twice)
+    with pytest.raises(RotqError, match="outside of a forward pass"):
+        model(past_key_values=cache, **NEXT)
+
+
+@torch.no_grad()
 def test_other_model(model: Any, cache: PackedCache) -> None:
     other = tiny_model("llama", seed=1)
     with pytest.raises(RotqError, match="outside of a forward pass"):
