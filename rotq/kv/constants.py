@@ -76,8 +76,11 @@ def _moved(held: Any, device: torch.device) -> Any:
     changed = {}
     for item in fields(held):
         value = getattr(held, item.name)
-        if isinstance(value, Tensor) and value.device != device:
-            changed[item.name] = value.to(device)
+        moved = value
+        if isinstance(value, Tensor):
+            moved = value.to(device)
         elif is_dataclass(value):
-            changed[item.name] = _moved(value, device)
+            moved = _moved(value, device)
+        if moved is not value:
+            changed[item.name] = moved
     return replace(held, **changed) if changed else held

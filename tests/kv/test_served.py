@@ -90,6 +90,15 @@ def test_two_updates_of_a_layer_in_one_pass(
 
 
 @torch.no_grad()
+def test_other_window() -> None:
+    model = tiny_model("mistral")
+    cache = PackedCache(model, calibration_of(model))
+    model.config.sliding_window = 6
+    with pytest.raises(RotqError, match="attends to 6 tokens, its packed layer was made for 5"):
+        model(input_ids=IDS, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_other_model(model: Any, cache: PackedCache) -> None:
     other = tiny_model("llama", seed=1)
     with pytest.raises(RotqError, match="outside of a forward pass"):
