@@ -3,6 +3,9 @@
 Without a GPU the kernel runs in Triton's interpreter.
 """
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from kv_cases import paged_slots, tokens_of, transform_of
@@ -16,8 +19,10 @@ from rotq_kernels.kv_encode import (
     sides,
 )
 from rotq_kernels.kv_encode_kernel import tile
-from rotq_kernels.kv_format import KVFormat, KVPages, KVTransform
+from rotq_kernels.kv_format import KVFormat, KVPages, KVTransform, SideTransform
 from rotq_kernels.kv_side import dequantize_side, key_mean, quantize_side
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FORMATS = {
     "k3v3": KVFormat(head_dim=64, k_bits=3, v_bits=3, page_size=16),
@@ -128,6 +133,34 @@ def exact_transform(form: KVFormat, num_heads: int, mean: str = "static") -> KVT
     return transform
 
 
+def on_device(holder: Any) -> Any:
+    """A copy of a dataclass whose tensors lie where the kernel runs."""
+    moved = {}
+    for field in dataclasses.fields(holder):
+        value = getattr(holder, field.name)
+        if isinstance(value, torch.Tensor):
+            moved[field.name] = value.to(DEVICE)
+        elif isinstance(value, SideTransform):
+            moved[field.name] = on_device(value)
+    return dataclasses.replace(holder, **moved)
+
+
+def encode_by_kernel(
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    position_BT: torch.Tensor,
+    slot_BT: torch.Tensor,
+    transform: KVTransform,
+    pages: KVPages,
+) -> None:
+    """``encode_kv_triton`` where it runs; ``pages`` are modified where they are."""
+    tokens = (tensor.to(DEVICE) for tensor in (k_BHTD, v_BHTD, position_BT, slot_BT))
+    there = on_device(pages)
+    encode_kv_triton(*tokens, on_device(transform), there)
+    for own, result in zip(pages.tensors(), there.tensors(), strict=True):
+        own.copy_(result)
+
+
 def assert_same_pages(actual: KVPages, expected: KVPages) -> None:
     for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
         # bytes, as dirty fp16 is NaN
@@ -161,7 +194,7 @@ def test_kernel_is_bitwise_the_reference_where_sums_are_exact(name: str) -> None
     slot_BT, _, num_pages = paged_slots([21, 1, 18], form.page_size)
     position_BT = torch.arange(21).expand(3, -1)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
-    encode_kv_triton(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    encode_by_kernel(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
     encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
     assert_same_pages(pages, expected)
 
@@ -175,7 +208,7 @@ def test_a_gain_is_never_negative() -> None:
     x_BHTD = torch.full((1, 1, 2, 32), 20.0)
     index_BT = torch.arange(2)[None]
     pages, expected = dirty_pages(form, 1, 1), dirty_pages(form, 1, 1)
-    encode_kv_triton(x_BHTD, x_BHTD, index_BT, index_BT, transform, pages)
+    encode_by_kernel(x_BHTD, x_BHTD, index_BT, index_BT, transform, pages)
     encode_kv_reference(x_BHTD, x_BHTD, index_BT, index_BT, transform, expected)
     assert expected.k_norm is not None
     assert expected.k_norm[0, 0, :2].eq(0).all()
@@ -194,7 +227,7 @@ def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
     slot_BT, table_BJ, num_pages = paged_slots([40, 33], form.page_size)
     position_BT = torch.tensor([[5], [200_000]]) + torch.arange(40)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
-    encode_kv_triton(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
+    encode_by_kernel(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
     encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
     for one, other in zip(pages.tensors(), expected.tensors(), strict=True):
         assert (one != other).sum() <= 2
@@ -210,7 +243,7 @@ def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
 
 def layouts(x_BHTD: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same tokens in other memory."""
-    wide = torch.full((*x_BHTD.shape[:3], x_BHTD.shape[3] + 5), torch.nan)
+    wide = x_BHTD.new_full((*x_BHTD.shape[:3], x_BHTD.shape[3] + 5), torch.nan)
     wide[..., 2:-3] = x_BHTD
     return {
         "heads inside": x_BHTD.transpose(1, 2).contiguous().transpose(1, 2),
@@ -235,8 +268,8 @@ def test_kernel_reads_any_layout(layout: str) -> None:
         side.matrix_HDD = side.matrix_HDD.mT.contiguous().mT
         side.mean_HD = side.mean_HD.T.contiguous().T
     slot_BT = slot_BT.T.contiguous().T
-    x_BHTD = layouts(x_BHTD)[layout]
-    encode_kv_triton(x_BHTD, x_BHTD, position_BT, slot_BT, transform, pages)
+    x_BHTD = layouts(x_BHTD.to(DEVICE))[layout]
+    encode_by_kernel(x_BHTD, x_BHTD, position_BT, slot_BT, transform, pages)
     assert_same_pages(pages, expected)
 
 
@@ -248,7 +281,7 @@ def test_kernel_takes_half_precision(dtype: torch.dtype) -> None:
     slot_BT, _, num_pages = paged_slots([5], form.page_size)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
     position_BT = torch.arange(5, dtype=torch.int32)[None]
-    encode_kv_triton(x_BHTD.to(dtype), x_BHTD.to(dtype), position_BT, slot_BT, transform, pages)
+    encode_by_kernel(x_BHTD.to(dtype), x_BHTD.to(dtype), position_BT, slot_BT, transform, pages)
     encode_kv_reference(x_BHTD.float(), x_BHTD.float(), position_BT, slot_BT, transform, expected)
     assert_same_pages(pages, expected)
 
@@ -262,7 +295,7 @@ def test_long_prefill_takes_the_taller_tile() -> None:
     slot_BT = torch.nn.functional.pad(slot_BT, (10, 0), value=-1)
     pages, expected = dirty_pages(form, num_pages, 1), dirty_pages(form, num_pages, 1)
     position_BT = torch.arange(300)[None]
-    for encode, out in ((encode_kv_triton, pages), (encode_kv_reference, expected)):
+    for encode, out in ((encode_by_kernel, pages), (encode_kv_reference, expected)):
         encode(x_BHTD.float(), x_BHTD.float(), position_BT, slot_BT, transform, out)
     assert_same_pages(pages, expected)
 

@@ -8,6 +8,8 @@ import triton.language as tl
 from rotq.ops import pack_kv
 from rotq_kernels.kv_encode_tile import cos_sin, quantize, store_words
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @triton.jit
 def _cos_sin_kernel(cos_ptr, sin_ptr, position_ptr, freq_ptr, N: tl.constexpr, K: tl.constexpr):
@@ -21,11 +23,11 @@ def _cos_sin_kernel(cos_ptr, sin_ptr, position_ptr, freq_ptr, N: tl.constexpr, K
 def test_cos_and_sin_up_to_a_million(dtype: torch.dtype) -> None:
     position_N = torch.cat([torch.arange(32), torch.logspace(1.5, 6, 32).int()]).to(dtype)
     freq_K = torch.cat([10000.0 ** (-torch.arange(31) / 31), torch.zeros(1)])
-    cos_NK, sin_NK = torch.empty(64, 32), torch.empty(64, 32)
-    _cos_sin_kernel[(1,)](cos_NK, sin_NK, position_N, freq_K, N=64, K=32)
+    cos_NK, sin_NK = torch.empty(2, 64, 32, device=DEVICE)
+    _cos_sin_kernel[(1,)](cos_NK, sin_NK, position_N.to(DEVICE), freq_K.to(DEVICE), N=64, K=32)
     angle_NK = position_N.double()[:, None] * freq_K.double()
     # 3e-6 is what half a unit of 2^-40 turns makes at position 10^6
-    for found, exact in ((cos_NK, angle_NK.cos()), (sin_NK, angle_NK.sin())):
+    for found, exact in ((cos_NK.cpu(), angle_NK.cos()), (sin_NK.cpu(), angle_NK.sin())):
         error_NK = (found.double() - exact).abs()
         assert error_NK[:32].max() < 3e-7
         assert error_NK.max() < 3.5e-6
@@ -48,10 +50,10 @@ def test_words_are_those_of_the_layout(bits: int, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (16, head_dim), generator=generator, dtype=torch.uint8)
     expected = pack_kv(codes, bits)
-    words = torch.full_like(expected, -1)
+    words = torch.full_like(expected, -1, device=DEVICE)
     block = max(32, triton.next_power_of_2(head_dim))
-    _words_kernel[(1,)](words, codes, N=16, BLOCK=block, D=head_dim, BITS=bits)
-    assert torch.equal(words[:-1], expected[:-1])
+    _words_kernel[(1,)](words, codes.to(DEVICE), N=16, BLOCK=block, D=head_dim, BITS=bits)
+    assert torch.equal(words[:-1].cpu(), expected[:-1])
     assert words[-1].eq(-1).all()
 
 
@@ -77,9 +79,12 @@ def test_every_threshold_belongs_to_the_code_below(bits: int) -> None:
     ends = torch.tensor([-torch.inf, torch.inf, -0.0])
     u_N = torch.cat([thresholds_L, torch.nextafter(thresholds_L, ends[1]), ends])
     u_N = torch.nn.functional.pad(u_N, (0, 2 * num_codes - len(u_N)))
-    code_N, level_N = torch.empty(2 * num_codes, dtype=torch.int32), torch.empty(2 * num_codes)
+    code_N = torch.empty(2 * num_codes, dtype=torch.int32, device=DEVICE)
+    level_N = torch.empty(2 * num_codes, device=DEVICE)
     table = torch.empty(0, dtype=torch.int8) if levels_L is None else levels_L
-    _quantize_kernel[(1,)](code_N, level_N, u_N, table, thresholds_L, N=2 * num_codes, BITS=bits)
+    given = (tensor.to(DEVICE) for tensor in (u_N, table, thresholds_L))
+    _quantize_kernel[(1,)](code_N, level_N, *given, N=2 * num_codes, BITS=bits)
+    code_N, level_N = code_N.cpu(), level_N.cpu()
     expected_N = (u_N[:, None] > thresholds_L).sum(1)
     assert torch.equal(code_N.long(), expected_N)
     assert code_N[: num_codes - 1].tolist() == list(range(num_codes - 1))
