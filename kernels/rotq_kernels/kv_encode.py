@@ -130,7 +130,7 @@ def _check_side(side: SideTransform, bits: int, form: KVFormat, H: int) -> None:
 
 
 def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
-    shape = tile(head_dim, tokens)
+    shape = tile(head_dim, tokens, changes.get("SEARCH", 0))
     num_warps = shape.pop("num_warps")
     constants: dict[str, Any] = {
         "D": head_dim,

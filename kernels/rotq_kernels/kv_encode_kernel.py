@@ -155,17 +155,18 @@ def encode_kernel(
                 store_norm(gamma_ptr, row_N, keep_N, left_N, tl.load(gamma_base_ptr + h), NORM)
 
 
-def tile(head_dim: int, num_tokens: int) -> dict[str, int]:
+def tile(head_dim: int, num_tokens: int, search: int = 0) -> dict[str, int]:
     """Tokens and columns of A at a time, and warps.
 
-    More tokens, or more warps, save few instructions and spill on one target or another.
+    More tokens, or more warps, save few instructions and spill on one target or another; a search
+    over wide heads spills without more warps.
     """
     block_d = max(32, triton.next_power_of_2(head_dim))
     return {
         "BLOCK_N": 32 if num_tokens > 256 and block_d <= 64 else 16,
         "BLOCK_D": block_d,
         "BLOCK_K": 32 if block_d <= 128 else 16,
-        "num_warps": 4,
+        "num_warps": 8 if search and block_d > 128 else 4,
     }
 
 
@@ -196,7 +197,7 @@ def encode_side_triton(
     B, H, T, D = x_BHTD.shape
     if x_BHTD.stride(-1) != 1:
         x_BHTD = x_BHTD.contiguous()
-    shape = tile(D, B * T)
+    shape = tile(D, B * T, search)
     norm = "none"
     if norm_PHS is not None:
         norm = "log8" if norm_PHS.dtype == torch.uint8 else "float16"
