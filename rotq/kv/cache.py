@@ -1,6 +1,6 @@
 """``PackedCache``: transformers' cache with packed keys and values.
 
-    cache = PackedCache(model, load_calibration(path, model.config))
+    cache = PackedCache(model, "llama-kv.safetensors")
     model.generate(**inputs, past_key_values=cache)
 
 ``Cache.update`` is told neither positions nor which tokens are padding, so a hook in front of the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.append import Appender, appenders
 from rotq.kv.attention import NAME
-from rotq.kv.calibration_file import KVCalibration
+from rotq.kv.calibration_file import KVCalibration, load_calibration
 from rotq.kv.layer import PackedLayer
 from rotq.kv.pages import PageTable
 from rotq.kv.placement import Placement
@@ -73,13 +74,15 @@ class PackedCache(WatchingCache, Cache):
 
     Args:
         model: A causal language model of transformers with rotary positions.
-        calibration: Made for this model.
+        calibration: Made for this model, or the path of a file of ``rotq calibrate-kv``.
 
     Raises:
-        RotqError: the model or the calibration cannot be served.
+        RotqError: the model or the calibration cannot be served, or the file cannot be read.
     """
 
-    def __init__(self, model: Any, calibration: KVCalibration) -> None:
+    def __init__(self, model: Any, calibration: KVCalibration | Path | str) -> None:
+        if not isinstance(calibration, KVCalibration):
+            calibration = load_calibration(Path(calibration), model.config)
         check_served(model, calibration)
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False

@@ -1,6 +1,7 @@
 """PackedCache in the model and under generate(), against a dense cache of decoded codes."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import random_ids, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+import rotq.kv
 from rotq.errors import RotqError
 from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 from rotq.kv.cache import PackedCache
@@ -173,6 +175,21 @@ def test_crop_without_recording_is_exact_or_refused() -> None:
         # refused as a whole
         assert cache.get_seq_length() == 40
         model(input_ids=random_ids(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_from_a_file(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    calibration = data_oblivious(model.config, preset("k4v3"))
+    calibration.save(tmp_path / "kv.safetensors")
+    ids = random_ids(1, 20)
+    found, expected = (
+        logits_of(model, rotq.kv.PackedCache(model, given), ids, [10] * 2)
+        for given in (tmp_path / "kv.safetensors", calibration)
+    )
+    assert_close(found, expected)
+    with pytest.raises(RotqError, match="no such file"):
+        PackedCache(model, str(tmp_path / "other.safetensors"))
 
 
 @torch.no_grad()
