@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from tiny_jobs import SMALL, files_of, make_checkpoint, quantize
+from tiny_jobs import SMALL, W3, files_of, make_checkpoint, quantize
 
 from rotq.cli.main import main
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a job that nothing happened to."""
     output = tmp_path_factory.mktemp("unbroken") / "out"
-    result = quantize(model, "-c", "w3", *SMALL, "-o", output)
+    result = quantize(model, *W3, "-o", output)
     assert result.exit_code == 0, result.stderr
     return output
 
@@ -112,7 +112,7 @@ def test_weight_that_is_not_finite(copy: Path, tmp_path: Path, value: float) -> 
     tensors = load_file(file)
     tensors[DAMAGED][3, 5] = value
     save_file(tensors, file, metadata={"format": "pt"})
-    result = quantize(copy, "-c", "w3", *SMALL, "-o", tmp_path / "out")
+    result = quantize(copy, *W3, "-o", tmp_path / "out")
     assert_fails(result, 1, DAMAGED)
     assert not (tmp_path / "out").exists()
 
@@ -120,7 +120,7 @@ def test_weight_that_is_not_finite(copy: Path, tmp_path: Path, value: float) -> 
 def test_truncated_weights(copy: Path, tmp_path: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    result = quantize(copy, "-c", "w3", *SMALL, "-o", tmp_path / "out")
+    result = quantize(copy, *W3, "-o", tmp_path / "out")
     assert_fails(result, 1, "model.safetensors")
 
 
@@ -139,21 +139,21 @@ def test_tampered_header(copy: Path, tmp_path: Path, damage: str) -> None:
         text = b"!" + text[1:]
     size = 2**60 if damage == "length" else len(text)
     file.write_bytes(struct.pack("<Q", size) + text + data[8 + length :])
-    result = quantize(copy, "-c", "w3", *SMALL, "-o", tmp_path / "out")
+    result = quantize(copy, *W3, "-o", tmp_path / "out")
     assert_fails(result, 1, "model.safetensors")
 
 
 def test_text_too_short(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    result = quantize(model, "-c", "w3", *SMALL, "--calibration", text, "-o", tmp_path / "out")
+    result = quantize(model, *W3, "--calibration", text, "-o", tmp_path / "out")
     assert_fails(result, 1, f"calibration text {text} is too short", "at least 66")
 
 
 def test_text_that_is_not_utf8(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "latin.txt"
     text.write_bytes(b"x" * 500 + b"\xff")
-    result = quantize(model, "-c", "w3", *SMALL, "--calibration", text, "-o", tmp_path / "out")
+    result = quantize(model, *W3, "--calibration", text, "-o", tmp_path / "out")
     assert_fails(result, 1, str(text), "not UTF-8: byte 0xff at offset 500")
 
 
@@ -184,7 +184,7 @@ def test_overwrite_replaces_the_output(model: Path, unbroken: Path, tmp_path: Pa
     output = tmp_path / "out"
     output.mkdir()
     (output / "stale").write_text("x")
-    result = quantize(model, "-c", "w3", *SMALL, "-o", output, "--overwrite")
+    result = quantize(model, *W3, "-o", output, "--overwrite")
     assert result.exit_code == 0, result.stderr
     assert files_of(output) == files_of(unbroken)
 
@@ -200,7 +200,7 @@ def _small_files() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_small_files")
 def test_full_disk(model: Path, tmp_path: Path) -> None:
-    result = quantize(model, "-c", "w3", *SMALL, "-o", tmp_path / "out")
+    result = quantize(model, *W3, "-o", tmp_path / "out")
     assert_fails(result, 1, "cannot write")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors*"))
@@ -208,7 +208,7 @@ def test_full_disk(model: Path, tmp_path: Path) -> None:
 
 def start(model: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     """`rotq quantize` in a process of its own, that has finished its first block."""
-    arguments = [*map(str, (model, "-c", "w3", *SMALL, "-o", output)), *options]
+    arguments = [*map(str, (model, *W3, "-o", output)), *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "rotq", "quantize", *arguments],
         stdout=subprocess.PIPE,
@@ -228,7 +228,7 @@ def start(model: Path, output: Path, *options: str) -> subprocess.Popen[str]:
 
 def assert_continues(model: Path, output: Path, unbroken: Path) -> None:
     """The job goes on after its first block, and ends with the same bytes."""
-    result = quantize(model, "-c", "w3", *SMALL, "-o", output, "--resume", "required")
+    result = quantize(model, *W3, "-o", output, "--resume", "required")
     assert result.exit_code == 0, result.stderr
     blocks = [line for line in result.stderr.splitlines() if line.startswith("block ")]
     assert "worst" not in blocks[0], "the first block was solved again"
@@ -285,7 +285,7 @@ def test_job_of_another_recipe_is_not_continued(
     model: Path, killed: Path, change: list[str], named: str
 ) -> None:
     before = sorted(killed.with_name("out.partial").iterdir())
-    result = quantize(model, "-c", "w3", *SMALL, "-o", killed, *change)
+    result = quantize(model, *W3, "-o", killed, *change)
     assert_fails(result, 1, f"another {named}", "--resume never")
     assert sorted(killed.with_name("out.partial").iterdir()) == before
 
@@ -295,12 +295,12 @@ def test_job_of_another_model_is_not_continued(copy: Path, killed: Path) -> None
     tensors = load_file(file)
     tensors[DAMAGED][3, 5] += 0.01
     save_file(tensors, file, metadata={"format": "pt"})
-    result = quantize(copy, "-c", "w3", *SMALL, "-o", killed)
+    result = quantize(copy, *W3, "-o", killed)
     assert_fails(result, 1, "another model")
 
 
 def test_resume_never_starts_again(model: Path, unbroken: Path, killed: Path) -> None:
-    result = quantize(model, "-c", "w3", *SMALL, "-o", killed, "--resume", "never")
+    result = quantize(model, *W3, "-o", killed, "--resume", "never")
     assert result.exit_code == 0, result.stderr
     blocks = [line for line in result.stderr.splitlines() if line.startswith("block ")]
     assert all("worst" in line for line in blocks)
@@ -309,6 +309,6 @@ def test_resume_never_starts_again(model: Path, unbroken: Path, killed: Path) ->
 
 def test_nothing_to_resume(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = quantize(model, "-c", "w3", *SMALL, "-o", output, "--resume", "required")
+    result = quantize(model, *W3, "-o", output, "--resume", "required")
     assert_fails(result, 1, f"nothing to resume in {output}.partial")
     assert not output.with_name("out.partial").exists()

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_jobs import files_of, make_checkpoint, quantize
+from tiny_jobs import SMALL, files_of, make_checkpoint, quantize
 
 from rotq.checkpoint.load import load_model
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.tuning import _schedule, hollow
 
-ARGUMENTS = ["-c", "w3", "--num-samples", "4", "--seq-len", "64", "--resume", "never"]
+ARGUMENTS = ["-c", "w3", *SMALL, "--set", "tuning.steps=0", "--resume", "never"]
 TUNED = ["--set", "tuning.steps=8", "--set", "tuning.learning_rate=0.02"]
 ONLINE = ["--set", "rotation.down=hadamard", "--set", "output.format=rotq"]
 

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 SMALL = ["--num-samples", "4", "--seq-len", "64"]
 
+W3 = ["-c", "w3", *SMALL, "--set", "tuning.steps=2"]
+"""The preset, with less of everything."""
+
 
 def load_script(name: str) -> Any:
     """A module of scripts/, which is no package."""
