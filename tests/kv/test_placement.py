@@ -117,9 +117,10 @@ def test_random_walk(window: int, recent: int) -> None:
                 walk.select([walk.draw(len(walk.first)) for _ in range(3)])
             elif walk.columns:
                 walk.recording = True
-                length = 1 + walk.draw(30)
-                walk.step(length)
-                walk.crop(walk.draw(length + 1))
+                lengths = [1 + walk.draw(30) for _ in range(1 + walk.draw(3))]
+                for length in lengths:
+                    walk.step(length)
+                walk.crop(walk.draw(sum(lengths) + 1))
                 walk.recording = False
 
 
