@@ -27,6 +27,11 @@ from rotq_kernels.kv_attention_cpu import packed_attention_cpu
 from rotq_kernels.kv_encode import dequantize_kv_reference
 from rotq_kernels.kv_format import DenseKV, KVPages, KVTransform
 from rotq_kernels.kv_launch import MAX_ROWS, attend_packed
+from rotq_kernels.kv_prefill import packed_prefill
+
+DECODE_ROWS = 64
+"""Up to here a chunk goes in decode steps, which split the history over the machine; more query
+rows share what is unpacked."""
 
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -156,15 +161,17 @@ def _attend_long_chunk(
     transform: KVTransform,
     **keywords: Any,
 ) -> Tensor:
-    """More query rows than a decode tile holds: as many decode steps as it takes."""
+    """More query rows than a decode tile holds: decode steps for a few, else a prefill."""
+    where = (page_table_BJ, length_B, start_B)
+    rows = q_BMTD.shape[1] // pages.k_codes.shape[1] * q_BMTD.shape[2]
+    if rows > DECODE_ROWS:
+        return packed_prefill(q_BMTD, pages, *where, query_position_BT, transform, **keywords)
     step = MAX_ROWS * pages.k_codes.shape[1] // q_BMTD.shape[1]
     parts = [
         attend_packed(
             q_BMTD[:, :, t : t + step],
             pages,
-            page_table_BJ,
-            length_B,
-            start_B,
+            *where,
             query_position_BT[:, t : t + step],
             transform,
             **keywords,

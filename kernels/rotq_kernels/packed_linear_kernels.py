@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 """Triton kernels of ``packed_linear``.
 
 32 codes take ``bits`` words, whatever the width, so a tile is read as chunks of ``bits`` words. A
