@@ -199,6 +199,7 @@ def test_truncated_calibration(tmp_path: Path, text: str) -> None:
         ("mamba", "kv", [], 1, "mamba: not a decoder with a KV cache"),
         ("nan", "kv", [], 1, "of layer 0 are not finite"),
         ("llama", "kv", ["--kv", "k3"], 2, "no KV preset 'k3'; did you mean k3v3?"),
+        ("llama", "kv", ["--kv", "k3v3,k4v3"], 2, "fitted under one preset"),
         ("llama", "kv", ["--calibration", "none.txt"], 1, "none.txt: no such file"),
         ("llama", "kv", ["--calibration-seq-len", "5000"], 1, "too short"),
     ],

@@ -1,0 +1,138 @@
+"""``rotq eval kv``: what a packed KV cache costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rotq.cli.kv import calibrate_all, calibration_options, load, named_specs, show
+from rotq.cli.options import model_options, output_options
+
+if TYPE_CHECKING:
+    from rotq.evaluation.kv import KVEvaluation
+    from rotq.kv.calibration_file import KVCalibration
+    from rotq.kv.presets import KVSpec
+
+
+@click.command("kv")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--kv", "names", required=True, metavar="PRESET[,PRESET...]", help="Schemes to measure."
+)
+@click.option(
+    "--kv-calibration",
+    type=click.Path(path_type=Path),
+    help="File of rotq calibrate-kv; without it, schemes are calibrated for this run.",
+)
+@click.option("--text", required=True, metavar="FILE|ID", help="As in rotq eval ppl.")
+@click.option(
+    "--windows",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Windows from the start of the text; 0 takes all.",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="Tokens per window.",
+)
+@click.option("--sinks", type=click.IntRange(min=0), help="First tokens kept whole.")
+@click.option("--recent", type=click.IntRange(min=0), help="Last tokens kept whole.")
+@calibration_options
+@model_options
+@output_options
+def eval_kv(
+    model: Path,
+    names: str,
+    kv_calibration: Path | None,
+    text: str,
+    windows: int,
+    seq_len: int,
+    as_json: bool,
+    dtype: str,
+    trust_remote_code: bool,
+    sinks: int | None,
+    recent: int | None,
+    **options: Any,
+) -> None:
+    """What a packed KV cache costs MODEL on a text: one line of figures for each scheme.
+
+    Every earlier token is quantized, as in decoding token by token. --json prints one object for
+    each scheme, a line each.
+
+    \b
+    rotq eval kv models/llama --kv k3v3 --kv-calibration llama-kv.safetensors --text test.txt
+    rotq eval kv models/llama --kv k3v3,k4v3,turboquant --text test.txt --windows 4
+    """
+    from rotq.calibration.data import read_text, tokenize
+    from rotq.evaluation.kv import evaluate_kv
+    from rotq.evaluation.perplexity import Protocol
+    from rotq.evaluation.quantized_history import scheme_of
+
+    specs = [_with_window(spec, sinks, recent) for spec in named_specs(names)]
+    content = read_text(text, split="test")
+    loaded, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    ids_N = tokenize(content, tokenizer)
+    protocol = Protocol(windows=windows, seq_len=seq_len)
+    protocol.cut(ids_N)  # a text that is too short fails before calibration
+    calibrations = _find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
+    found = evaluate_kv(
+        loaded,
+        ids_N,
+        [scheme_of(calibration) for calibration in calibrations],
+        protocol=protocol,
+        on_window=show("window"),
+    )
+    _print(found, as_json)
+
+
+def _find_calibrations(
+    model: Any, tokenizer: Any, specs: list[KVSpec], file: Path | None, **options: Any
+) -> list[KVCalibration]:
+    """From the file where it serves a scheme, else calibrated now, and said so."""
+    from rotq.kv.calibrate import data_oblivious
+    from rotq.kv.calibration_file import load_calibration
+
+    found: dict[str, KVCalibration] = {}
+    held = load_calibration(file, model.config) if file is not None else None
+    for spec in specs:
+        if not spec.needs_calibration:
+            found[spec.name] = data_oblivious(model.config, spec)
+        elif held is not None and held.serves(spec):
+            found[spec.name] = held.under(spec)
+    missing = [spec for spec in specs if spec.name not in found]
+    if missing:
+        names = ", ".join(spec.name for spec in missing)
+        reason = f"not served by {file}, " if file is not None else ""
+        click.echo(f"{names}: {reason}calibrated on {options['calibration']}", err=True)
+        for calibration in calibrate_all(model, tokenizer, missing, **options):
+            found[calibration.spec.name] = calibration
+    return [found[spec.name] for spec in specs]
+
+
+def _with_window(spec: KVSpec, sinks: int | None, recent: int | None) -> KVSpec:
+    try:
+        return replace(
+            spec,
+            sinks=spec.sinks if sinks is None else sinks,
+            recent=spec.recent if recent is None else recent,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _print(found: list[KVEvaluation], as_json: bool) -> None:
+    if as_json:
+        for evaluation in found:
+            click.echo(json.dumps(evaluation.to_dict()))
+        return
+    from rotq.report.kv_tables import evaluation_table
+
+    click.echo(evaluation_table([evaluation.to_dict() for evaluation in found]), nl=False)
