@@ -87,9 +87,14 @@ def render(rows: dict[str, Row]) -> str:
 
 
 def regressions(record: dict[str, Row], rows: dict[str, Row]) -> list[str]:
-    """What got worse: more spills, or more than TOLERANCE of registers or loop instructions."""
+    """What got worse: more spills, or more than TOLERANCE of registers or loop instructions.
+
+    A kernel that no SM could hold is always named.
+    """
     found = []
     for name, row in rows.items():
+        if not row["modelled_occupancy"]:
+            found.append(f"{name}: takes more registers or shared memory than there are")
         old = record.get(name)
         if old is None:
             found.append(f"{name}: not on record, run compile_check --update")

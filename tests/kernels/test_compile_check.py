@@ -58,6 +58,17 @@ def test_no_spill_is_tolerated_on_top_of_others() -> None:
     assert not regressions({"a": ROW | {"spills": 40}}, {"a": ROW | {"spills": 40}})
 
 
+def test_a_kernel_must_fit_the_device() -> None:
+    row = ROW | {"modelled_occupancy": 0.0}
+    assert regressions({"a": row}, {"a": row}) == [
+        "a: takes more registers or shared memory than there are"
+    ]
+
+
+def test_every_kernel_on_record_fits() -> None:
+    assert not regressions(read_report(), read_report())
+
+
 def test_without_elements_the_loop_counts() -> None:
     row = {key: value for key, value in ROW.items() if not key.endswith("per_element")}
     assert not regressions({"a": row}, {"a": row | {"loop_instructions": 420}})
