@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """The search of ``kv_search`` on a tile of tokens, for the kernel that encodes.
 
-Shape suffixes: N tokens of a tile, D head width padded to a power of two, C chunks of 32.
+Shape suffixes: N tokens of a tile, D head width padded to a power of two, C blocks of K
+columns.
 """
 
 import triton
@@ -14,22 +15,25 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def times_metric(x_ND, metric_ptr, D: tl.constexpr, PRECISION: tl.constexpr):
-    """x W by blocks of 32 rows of W: [N, D]."""
-    C: tl.constexpr = x_ND.shape[1] // 32
-    d, k = tl.arange(0, x_ND.shape[1]), tl.arange(0, 32)
+    """x W by blocks of K rows of W: [N, D]."""
+    # wide heads would take more shared memory than AMD has
+    K: tl.constexpr = 32 if x_ND.shape[1] <= 128 else 16
+    C: tl.constexpr = x_ND.shape[1] // K
+    d, k = tl.arange(0, x_ND.shape[1]), tl.arange(0, K)
     c = tl.arange(0, C)[None, :, None]
-    x_NC32 = tl.reshape(x_ND, [x_ND.shape[0], C, 32])
+    x_NCK = tl.reshape(x_ND, [x_ND.shape[0], C, K])
     product_ND = tl.zeros_like(x_ND)
-    for chunk in range(C):
-        x_N32 = tl.sum(tl.where(c == chunk, x_NC32, 0.0), axis=1)
-        row = chunk * 32 + k
-        metric_32D = tl.load(
+    # not pipelined: two blocks of a wide head exceed the shared memory of gfx942
+    for chunk in tl.range(C, num_stages=1):
+        x_NK = tl.sum(tl.where(c == chunk, x_NCK, 0.0), axis=1)
+        row = chunk * K + k
+        metric_KD = tl.load(
             metric_ptr + row[:, None] * D + d[None, :],
             mask=(row < D)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        # [N, 32] @ [32, D] -> [N, D]
-        product_ND = tl.dot(x_N32, metric_32D, product_ND, input_precision=PRECISION)
+        # [N, K] @ [K, D] -> [N, D]
+        product_ND = tl.dot(x_NK, metric_KD, product_ND, input_precision=PRECISION)
     return product_ND
 
 
