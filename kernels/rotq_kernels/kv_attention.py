@@ -195,6 +195,8 @@ def _check(
     B, M, T, D = q_BMTD.shape
     if form != transform.format:
         raise ValueError(f"pages of {form}, constants of {transform.format}")
+    if not all(tensor.is_contiguous() for tensor in pages.tensors()):
+        raise ValueError("pages must be contiguous")
     if q_BMTD.dtype not in QUERY_DTYPES and q_BMTD.is_cuda:
         raise ValueError(f"queries must be fp16, bf16 or fp32, got {q_BMTD.dtype}")
     if form.head_dim != D or M % H or M // H > MAX_ROWS or D > 256:

@@ -35,7 +35,6 @@ from rotq_kernels.kv_tile import (
     no_sums,
     over_columns,
     per_column,
-    per_query,
     query_operand,
     sum_of,
     value_column,
@@ -124,8 +123,10 @@ def decode_kernel(
         gamma_base = tl.load(gamma_base_ptr + head)
 
     lane = tl.arange(0, 4)
-    lane_token = J * tl.arange(0, LINES)[:, None] + (lane // (4 // J))[None, :]
-    held_token = J * held_lines(LINES, WARPS)[:, None] + tl.arange(0, J)[None, :]
+    lane_first = J * tl.arange(0, LINES)[:, None]
+    lane_token = lane_first + (lane // (4 // J))[None, :]
+    held_first = J * held_lines(LINES, WARPS)[:, None]
+    held_token = held_first + tl.arange(0, J)[None, :]
     if cosine_ptr is not None:
         cosine, sine, cos_step, sin_step = load_coefficients(
             cosine_ptr + query_row * R,
@@ -141,17 +142,17 @@ def decode_kernel(
         cos_tile, sin_tile = load_angles(angle_ptr, J * held_lines(LINES, WARPS), R, TILE)
 
     page_table_ptr += b.to(tl.int64) * table_width
-    peak = tl.full([J * N], _NOTHING, tl.float32)
+    peak = tl.full([N], _NOTHING, tl.float32)
     weight = tl.zeros([LINES, J * N], tl.float32)
     bias = tl.zeros([LINES, J * N], tl.float32)
     sums = tl.zeros([V_WIDTH, N], tl.float32)
-    page = load_page(page_table_ptr, begin, lane_token, length, PAGE, TILE)
-    held_page = load_page(page_table_ptr, begin, held_token, length, PAGE, TILE)
+    page = load_page(page_table_ptr, begin, lane_first, length, PAGE, TILE)
+    held_page = load_page(page_table_ptr, begin, held_first, length, PAGE, TILE)
     for t0 in range(begin, end, TILE):
         page_row = rows_of(page, t0, lane_token, head, H, PAGE, TILE)
         norm_row = rows_of(held_page, t0, held_token, head, H, PAGE, TILE)
-        page = load_page(page_table_ptr, t0 + TILE, lane_token, length, PAGE, TILE)
-        held_page = load_page(page_table_ptr, t0 + TILE, held_token, length, PAGE, TILE)
+        page = load_page(page_table_ptr, t0 + TILE, lane_first, length, PAGE, TILE)
+        held_page = load_page(page_table_ptr, t0 + TILE, held_first, length, PAGE, TILE)
         token = t0 + held_token
         there = token < length
         k_words = chunk_words(k_codes_ptr, page_row, 0, CHUNKS, J, K_BITS)
@@ -192,23 +193,24 @@ def decode_kernel(
         if WINDOW > 0:
             seen &= token_all >= first[None, :]
         score = tl.where(seen, score, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=0))
-        if J > 1:
-            new_peak = per_column(per_query(new_peak, J, N), J, N)
+        # over the tokens of a line first, which are one lane's
+        line_peak = tl.max(score.reshape(LINES, J, N), axis=1)
+        new_peak = tl.maximum(peak, tl.max(line_peak, axis=0))
         fade = tl.exp2(peak - new_peak)
         peak = new_peak
-        share = tl.exp2(score - peak[None, :])
-        weight = weight * fade[None, :] + share
+        fade_all = per_column(fade, J, N)[None, :]
+        share = tl.exp2(score - per_column(peak, J, N)[None, :])
+        weight = weight * fade_all + share
         share *= over_columns(v_norm, N)
         share16 = share.to(tl.float16)
-        bias = bias * fade[None, :] + share16.to(tl.float32)
+        bias = bias * fade_all + share16.to(tl.float32)
 
         values = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
         if BLOCKS == 2:
             v_words = chunk_words(v_codes_ptr, page_row, 1, CHUNKS, J, V_BITS)
             more = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
             values = tl.join(values, more).permute(0, 2, 1).reshape(TILE, V_WIDTH)
-        sums *= per_query(fade, J, N)[None, :]
+        sums *= fade[None, :]
         sums = tl.dot(tl.trans(values), share16.reshape(TILE, N), sums)
         if LIMBS == 3:
             rest16 = (share - share16.to(tl.float32)).to(tl.float16)
@@ -221,6 +223,6 @@ def decode_kernel(
     spot = (bh.to(tl.int64) * partials + split) * rows + n
     inside = (d < D)[:, None] & (n < rows)[None, :]
     tl.store(sums_ptr + spot[None, :] * D + d[:, None], sums * v_worth, mask=inside)
-    tl.store(peak_ptr + spot, per_query(peak, J, N), mask=n < rows)
+    tl.store(peak_ptr + spot, peak, mask=n < rows)
     weight_N = tl.sum(tl.sum(weight, axis=0).reshape(J, N), axis=0)
     tl.store(weight_ptr + spot, weight_N, mask=n < rows)

@@ -59,8 +59,8 @@ def attend_packed(
     decode_kernel[(B * H, splits)](
         **_decode_arguments(q_BMTD, pages, transform, turned, window),
         page_table_ptr=page_table_BJ.contiguous(),
-        length_ptr=length_B,
-        start_ptr=start_B,
+        length_ptr=length_B.contiguous(),
+        start_ptr=start_B.contiguous(),
         position_ptr=query_position_BT.contiguous(),
         sums_ptr=sums,
         peak_ptr=peak,
@@ -87,7 +87,7 @@ def _choose_splits(q_BMTD: Tensor, heads: int, tokens: int) -> int:
     return max(1, min(wanted, tokens // SPLIT_TOKENS, 128))
 
 
-def _tile(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
+def tile_sizes(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
     """Sizes of the decode kernel's tile: query rows N and tokens TILE."""
     # 64 lines of codes; heads of one or two chunks put four or two tokens on a line
     tokens = 64 * max(1, 4 // -(-D // 32))
@@ -101,7 +101,7 @@ def _decode_arguments(
     rows = turned.levels_BHND.shape[2]
     has_ptx = q_BMTD.is_cuda and torch.version.hip is None
     exact = q_BMTD.dtype == torch.float32
-    sizes = _tile(form.head_dim, rows, has_ptx=has_ptx)
+    sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx)
     turning, R, angles = turned.cosine_BHNR is not None, 1, None
     if transform.inv_freq_R is not None and turning:
         R = transform.inv_freq_R.shape[0]
@@ -119,12 +119,12 @@ def _decode_arguments(
         "k_sign_ptr": pages.k_sign,
         "k_gamma_ptr": pages.k_gamma,
         "k_table_ptr": _table(key.levels_HL, form.k_bits),
-        "k_base_ptr": key.base_H,
+        "k_base_ptr": key.base_H.contiguous(),
         "gamma_base_ptr": transform.gamma_base_H if pages.k_gamma is not None else None,
         "v_codes_ptr": pages.v_codes,
         "v_norm_ptr": pages.v_norm,
         "v_table_ptr": _table(value.levels_HL, form.v_bits),
-        "v_base_ptr": value.base_H,
+        "v_base_ptr": value.base_H.contiguous(),
         "D": form.head_dim,
         "R": R,
         "K_BITS": form.k_bits,
@@ -174,7 +174,7 @@ def _attend_dense(
         WINDOW=window,
         N=MAX_ROWS,
         TILE=32,
-        PRECISION=_precision(),
+        PRECISION=_precision(q_BMTD.dtype == torch.float32),
     )
 
 
@@ -205,11 +205,13 @@ def _merge(
         N=MAX_ROWS,
         P=triton.next_power_of_2(partials),
         BLOCK=block,
-        PRECISION=_precision(),
+        PRECISION=_precision(True),
     )
     return out_BMTD
 
 
-def _precision() -> str:
-    """Of products of fp32 tiles; AMD has no three-pass tf32."""
-    return "ieee" if torch.version.hip is not None else "tf32x3"
+def _precision(exact: bool) -> str:
+    """Of products of fp32 tiles. tf32 holds 16-bit floats as they are; AMD has no three passes."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if exact else "tf32"

@@ -55,7 +55,7 @@ def dense_kernel(
     x = tl.load(
         q_ptr + (bh.to(tl.int64) * rows + n)[:, None] * D + d[None, :], mask=inside, other=0.0
     )
-    x = x.to(tl.float32) * scale
+    x = x.to(tl.float32)
     position = tl.load(position_ptr + b * T + n % T, mask=n < rows, other=-1)
     k_ptr += b * stride_kb + head * stride_kh
     v_ptr += b * stride_vb + head * stride_vh
@@ -73,7 +73,7 @@ def dense_kernel(
         seen = (k_position >= 0)[None, :] & (ahead >= 0)
         if WINDOW > 0:
             seen &= ahead < WINDOW
-        score = tl.dot(x, tl.trans(k), input_precision=PRECISION)
+        score = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
         score = tl.where(seen, score, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
         fade = tl.exp2(peak - new_peak)
@@ -132,9 +132,9 @@ def merge_kernel(
     inside = (n < rows)[:, None] & (j < D)[None, :]
     for part in range(packed):
         row = spot + part * rows
-        peak = tl.load(peak_ptr + row, mask=n < rows, other=_NOTHING) + constant
+        fade = tl.exp2(tl.load(peak_ptr + row, mask=n < rows, other=_NOTHING) + constant - top)
         sums = tl.load(sums_ptr + row[:, None] * D + j[None, :], mask=inside, other=0.0)
-        turned += tl.exp2(peak - top)[:, None] * sums
+        turned += fade[:, None] * sums
     within = (j < D)[:, None] & (d < D)[None, :]
     inverse_ptr += head * D * D
     inverse = tl.load(inverse_ptr + d[None, :] * D + j[:, None], mask=within, other=0.0)
@@ -144,8 +144,8 @@ def merge_kernel(
     inside = (n < rows)[:, None] & (d < D)[None, :]
     if partials > packed:
         row = spot + packed * rows
-        peak = tl.load(peak_ptr + row, mask=n < rows, other=_NOTHING)
-        sums = tl.load(sums_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-        out += tl.exp2(peak - top)[:, None] * sums
+        fade = tl.exp2(tl.load(peak_ptr + row, mask=n < rows, other=_NOTHING) - top)
+        whole = tl.load(sums_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
+        out += fade[:, None] * whole
     out /= tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + (bh.to(tl.int64) * rows + n)[:, None] * D + d[None, :], out, mask=inside)

@@ -47,6 +47,10 @@ def load_page(table_ptr, t0, offset, length, PAGE: tl.constexpr, TILE: tl.conste
     """
     if PAGE >= TILE:
         return tl.load(table_ptr + t0 // PAGE, mask=t0 < length, other=0)
+    elif 2 * PAGE == TILE:
+        page = tl.load(table_ptr + t0 // PAGE, mask=t0 < length, other=0)
+        other = tl.load(table_ptr + t0 // PAGE + 1, mask=t0 + PAGE < length, other=0)
+        return tl.where(offset < PAGE, page, other)
     else:
         token = t0 + offset
         return tl.load(table_ptr + token // PAGE, mask=token < length, other=0)
@@ -83,6 +87,8 @@ def chunk_words(
     """
     chunk = 4 * BLOCK + tl.arange(0, 4) % (4 // J)
     words_ptr = codes_ptr + row * (CHUNKS * BITS) + (chunk * BITS)[None, :]
+    # a lane shall load one chunk, also where it could load four neighbours at once
+    words_ptr = tl.max_contiguous(words_ptr, [1, 1])
     if J == 1 and CHUNKS % 4 != 0:
         there = tl.broadcast_to((chunk < CHUNKS)[None, :], row.shape)
         return load_words(words_ptr, there, BITS)

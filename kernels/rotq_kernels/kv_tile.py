@@ -202,12 +202,6 @@ def over_columns(x, N: tl.constexpr):
 
 
 @triton.jit
-def per_query(x, J: tl.constexpr, N: tl.constexpr):
-    """(J N) to (N), by maxima."""
-    return tl.max(x.reshape(J, N), axis=0)
-
-
-@triton.jit
 def per_column(x, J: tl.constexpr, N: tl.constexpr):
     """(N) to (J N)."""
     return tl.broadcast_to(x[None, :], (J, N)).reshape(J * N)
