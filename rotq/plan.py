@@ -16,7 +16,7 @@ from rotq.report import Estimate, SiteEstimate
 IMPORTED_BYTES = 400_000_000
 """Resident memory of a process that has imported torch and transformers, as measured."""
 
-TUNED_POSITIONS = 64
+TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
 
 
@@ -149,9 +149,9 @@ def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> in
         return 0
     tokens = recipe.tuning.seq_len or recipe.calibration.seq_len
     hidden = (skeleton.num_blocks + 1) * tokens * skeleton.config.hidden_size * dtype.itemsize
-    weights = _numel_of(skeleton.blocks[0].parameters()) * (4 + 4 + 2 * dtype.itemsize)
+    weights = _numel_of(skeleton.blocks[0].parameters()) * (4 + 2 * dtype.itemsize)
     vocabulary = _embedding_numel(skeleton) // skeleton.config.hidden_size
-    logits = 5 * 4 * TUNED_POSITIONS * vocabulary
+    logits = 4 * 4 * TUNED_POSITIONS * vocabulary
     return hidden + weights + logits + _embedding_numel(skeleton) * dtype.itemsize
 
 

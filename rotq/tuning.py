@@ -4,8 +4,8 @@
 
 p: the original model on a calibration window, p^: the quantized one; v: what stays dense and is a
 vector (norm gains, biases). GPTQ minimizes the error of one layer at a time; this takes the part of
-the remaining error that a rescaling can undo, with the objective of KL-Top (OSTQuant, arXiv
-2501.13987, eq. 9) over the whole vocabulary. Adam, one window per step, linear warm-up and decay.
+the remaining error that a rescaling can undo, with the objective of OSTQuant (KL-Top, arXiv
+2501.13987) over the whole vocabulary. Adam, one window per step, linear warm-up and decay.
 
 Blocks are streamed here too: the forward pass keeps hidden states only, the backward pass runs each
 block again, and a block's weight exists while it is run. The original model is not run at all: its
@@ -17,26 +17,24 @@ Shape suffixes: B windows, T positions, D hidden size, N out features, G groups,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rotq.calibration.streams import Stream
-from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.job import OUTER, TUNING, Job, block_part, tuned_part
+from rotq.memory import trim_memory
 from rotq.models.skeleton import Skeleton
-from rotq.parts import packed_layers
-from rotq.plan import TUNED_POSITIONS, Plan
+from rotq.plan import Plan
 from rotq.precision import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import Progress
+from rotq.tunable import TunableBlock, TunableOuter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +64,17 @@ def tune(
         RotqError: the divergence is not finite; names the step.
     """
     job = setting.job
-    trained = [_Block(setting, index, block) for index, block in enumerate(blocks)]
-    outer = _Outer(setting)
+    trained = [
+        TunableBlock(
+            job.part(block_part(index)),
+            setting.plan,
+            setting.skeleton.block_name(index),
+            block,
+            setting.device,
+        )
+        for index, block in enumerate(blocks)
+    ]
+    outer = TunableOuter(job.part(OUTER), setting.skeleton, setting.device)
     divergences = _train(setting, trained, outer, ids, original)
     for index, block in enumerate(trained):
         save_tensors(job.part(tuned_part(block_part(index))), block.tuned())
@@ -95,8 +102,8 @@ def hollow(block: nn.Module) -> nn.Module:
 
 def _train(
     setting: Setting,
-    blocks: list[_Block],
-    outer: _Outer,
+    blocks: list[TunableBlock],
+    outer: TunableOuter,
     ids: Sequence[Tensor],
     original: Stream,
 ) -> list[float]:
@@ -127,7 +134,11 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _backward(
-    setting: Setting, blocks: list[_Block], outer: _Outer, ids_BT: Tensor, original_BTD: Tensor
+    setting: Setting,
+    blocks: list[TunableBlock],
+    outer: TunableOuter,
+    ids_BT: Tensor,
+    original_BTD: Tensor,
 ) -> float:
     """Gradients of one window's divergence, added to the changes; returns the divergence."""
     skeleton = setting.skeleton
@@ -137,6 +148,7 @@ def _backward(
         for index, block in enumerate(blocks):
             inputs.append(hidden_BTD)
             hidden_BTD = block.run(hidden_BTD, skeleton.block_kwargs(index, hidden_BTD))
+            trim_memory()
     divergence, slope_BTD = outer.divergence(hidden_BTD, original_BTD.to(setting.device))
     for index in reversed(range(len(blocks))):
         given_BTD = inputs.pop().requires_grad_()
@@ -144,124 +156,6 @@ def _backward(
         output_BTD.backward(slope_BTD)
         assert given_BTD.grad is not None, "the block's input reaches its output"
         slope_BTD = given_BTD.grad
+        del output_BTD
+        trim_memory()
     return divergence
-
-
-class _Vectors:
-    """Dense vectors of one part by full name, and the trained change of each."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.stored = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if tensor.ndim == 1 and tensor.is_floating_point()
-        }
-        self.changes = {name: _change(tensor) for name, tensor in self.stored.items()}
-
-    def current(self) -> dict[str, Tensor]:
-        """The vectors with their changes, in their own dtype."""
-        return {
-            name: (tensor.float() + _rms(tensor) * self.changes[name]).to(tensor.dtype)
-            for name, tensor in self.stored.items()
-        }
-
-
-class _Block:
-    """A finished block whose weights are functions of the trained changes."""
-
-    def __init__(self, setting: Setting, index: int, block: nn.Module) -> None:
-        self.file = setting.job.part(block_part(index))
-        self.prefix = setting.skeleton.block_name(index)
-        self.plan, self.device, self.block = setting.plan, setting.device, block
-        stored = self._stored()
-        self.vectors = _Vectors(stored)
-        self.scale_changes = {
-            name: _change(layer.weight_scale)
-            for name, layer in packed_layers(self.plan, stored).items()
-        }
-
-    def changes(self) -> Iterator[Tensor]:
-        """All that is trained."""
-        yield from self.vectors.changes.values()
-        yield from self.scale_changes.values()
-
-    def run(self, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The block's output with the changes as they are now."""
-        tensors = {
-            name.removeprefix(f"{self.prefix}."): tensor
-            for name, tensor in self._weights(hidden_BTD.dtype).items()
-        }
-        output = functional_call(self.block, tensors, (hidden_BTD,), kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    @torch.no_grad()
-    def tuned(self) -> dict[str, Tensor]:
-        """The part's tensors with the changes applied, as stored."""
-        stored = self._stored()
-        for name, change_NG in self.scale_changes.items():
-            scale_NG = stored[f"{name}.weight_scale"]
-            changed_NG = (scale_NG.float() * change_NG.exp()).to(scale_NG.dtype)
-            stored[f"{name}.weight_scale"] = changed_NG
-        return stored | self.vectors.current()
-
-    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        stored = self._stored()
-        weights: dict[str, Tensor] = {}
-        for name, layer in packed_layers(self.plan, stored).items():
-            for key in layer.state_dict():
-                del stored[f"{name}.{key}"]
-            quantized = layer.quantized()
-            levels_NGg = quantized.q_NK.float().unflatten(1, (quantized.scale_NG.shape[1], -1))
-            if quantized.zero_NG is not None:
-                levels_NGg -= quantized.zero_NG.float()[..., None]
-            scale_NG = quantized.scale_NG.float() * self.scale_changes[name].exp()
-            weights[f"{name}.weight"] = (levels_NGg * scale_NG[..., None]).flatten(1).to(dtype)
-        return stored | self.vectors.current() | weights
-
-    def _stored(self) -> dict[str, Tensor]:
-        entries = read_entries(self.file)
-        return {entry.name: read_tensor(entry).to(self.device) for entry in entries}
-
-
-class _Outer:
-    """What lies outside the blocks: the final norm is trained, embedding and head are not."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.skeleton, file = setting.skeleton, setting.job.part(OUTER)
-        device = setting.device
-        self.stored = {e.name: read_tensor(e).to(device) for e in read_entries(file)}
-        self.vectors = _Vectors(self.stored)
-
-    def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
-        """KL(original || quantized) in nats per token, and its slope at ``hidden_BTD``."""
-        total, positions = 0.0, hidden_BTD.shape[:2].numel()
-        slopes: list[Tensor] = []
-        chunks = zip(
-            hidden_BTD.split(TUNED_POSITIONS, dim=1),
-            original_BTD.split(TUNED_POSITIONS, dim=1),
-            strict=True,
-        )
-        for hidden_BCD, original_BCD in chunks:
-            with torch.no_grad():
-                log_p_BCV = self.skeleton.logits(self.stored, original_BCD).float().log_softmax(-1)
-            hidden_BCD = hidden_BCD.detach().requires_grad_()
-            logits_BCV = self.skeleton.logits(self.tensors(), hidden_BCD)
-            log_q_BCV = logits_BCV.float().log_softmax(-1)
-            divergence = (log_p_BCV.exp() * (log_p_BCV - log_q_BCV)).sum() / positions
-            divergence.backward()
-            total += divergence.item()
-            assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
-            slopes.append(hidden_BCD.grad)
-        return total, torch.cat(slopes, dim=1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By full name, with the changes as they are now."""
-        return self.stored | self.vectors.current()
-
-
-def _change(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=torch.float32, requires_grad=True)
-
-
-def _rms(tensor: Tensor) -> Tensor:
-    return tensor.float().square().mean().sqrt()

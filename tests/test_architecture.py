@@ -14,6 +14,7 @@ ARROWS: list[set[str]] = [
     {"cli"},
     {"pipeline"},
     {"finish", "tuning"},
+    {"tunable"},
     {"parts"},
     {"blocks", "probe"},
     {"plan", "job", "weighing"},

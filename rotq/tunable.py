@@ -1,0 +1,180 @@
+"""The parts of a finished job as functions of what is trained: scales, and vectors that stay dense.
+
+    W^ = (q - z) s e^u,     v^ = v + rms(v) u,      u = 0 before training
+
+Parts are read from the disk at each use, so that one block's weights are in memory at a time.
+Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, N out features,
+G groups, g columns of a group, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.source import read_tensor
+from rotq.layers import QuantLinear
+from rotq.models.skeleton import Skeleton
+from rotq.parts import packed_layers
+from rotq.plan import TUNED_POSITIONS, Plan
+
+
+class Vectors:
+    """Dense vectors of one part by full name, and the trained change of each."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.stored = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.ndim == 1 and tensor.is_floating_point()
+        }
+        self.changes = {name: _change(tensor) for name, tensor in self.stored.items()}
+
+    def current(self) -> dict[str, Tensor]:
+        """The vectors with their changes, in their own dtype."""
+        return {
+            name: (tensor.float() + _rms(tensor) * self.changes[name]).to(tensor.dtype)
+            for name, tensor in self.stored.items()
+        }
+
+
+class TunableBlock:
+    """A finished block whose weights are functions of the trained changes."""
+
+    def __init__(
+        self, part: Path, plan: Plan, prefix: str, block: nn.Module, device: torch.device
+    ) -> None:
+        """
+        Args:
+            part: From ``save_block``.
+            plan: Of the job.
+            prefix: The block's full name.
+            block: Its structure; its parameters may be on meta.
+            device: Where it is run.
+        """
+        self.part, self.plan, self.prefix = part, plan, prefix
+        self.block, self.device = block, device
+        stored = self._stored()
+        self.vectors = Vectors(stored)
+        self.scale_changes = {
+            name: _change(layer.weight_scale)
+            for name, layer in packed_layers(self.plan, stored).items()
+        }
+
+    def changes(self) -> Iterator[Tensor]:
+        """All that is trained."""
+        yield from self.vectors.changes.values()
+        yield from self.scale_changes.values()
+
+    def run(self, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The block's output with the changes as they are now."""
+        tensors = {
+            name.removeprefix(f"{self.prefix}."): tensor
+            for name, tensor in self._weights(hidden_BTD.dtype).items()
+        }
+        output = functional_call(self.block, tensors, (hidden_BTD,), kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def tuned(self) -> dict[str, Tensor]:
+        """The part's tensors with the changes applied, as stored."""
+        stored = self._stored()
+        for name, change_NG in self.scale_changes.items():
+            scale_NG = stored[f"{name}.weight_scale"]
+            changed_NG = (scale_NG.float() * change_NG.exp()).to(scale_NG.dtype)
+            stored[f"{name}.weight_scale"] = changed_NG
+        return stored | self.vectors.current()
+
+    def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        stored = self._stored()
+        weights: dict[str, Tensor] = {}
+        for name, layer in packed_layers(self.plan, stored).items():
+            for key in layer.state_dict():
+                del stored[f"{name}.{key}"]
+            scale_NG = layer.weight_scale.float() * self.scale_changes[name].exp()
+            weights[f"{name}.weight"] = _Weight.apply(scale_NG, layer, dtype)
+        return stored | self.vectors.current() | weights
+
+    def _stored(self) -> dict[str, Tensor]:
+        entries = read_entries(self.part)
+        return {entry.name: read_tensor(entry).to(self.device) for entry in entries}
+
+
+class _Weight(torch.autograd.Function):
+    """(q - z) s as a function of s alone; only the packed layer is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scale_NG: Tensor, layer: QuantLinear, dtype: torch.dtype) -> Tensor:
+        ctx.layer = layer
+        return (_levels(layer).mul_(scale_NG[..., None])).flatten(1).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        levels_NGg = _levels(ctx.layer)
+        return levels_NGg.mul_(slopes[0].view_as(levels_NGg)).sum(-1), None, None
+
+
+def _levels(layer: QuantLinear) -> Tensor:
+    """q - z, fp32 (N, G, columns of a group)."""
+    quantized = layer.quantized()
+    levels_NGg = quantized.q_NK.float().unflatten(1, (quantized.scale_NG.shape[1], -1))
+    if quantized.zero_NG is not None:
+        levels_NGg -= quantized.zero_NG.float()[..., None]
+    return levels_NGg
+
+
+class TunableOuter:
+    """What lies outside the blocks: the final norm is trained, embedding and head are not."""
+
+    def __init__(self, part: Path, skeleton: Skeleton, device: torch.device) -> None:
+        self.skeleton = skeleton
+        self.stored = {e.name: read_tensor(e).to(device) for e in read_entries(part)}
+        self.vectors = Vectors(self.stored)
+
+    def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
+        """KL(original || quantized) in nats per token, and its slope at ``hidden_BTD``."""
+        total, positions = 0.0, hidden_BTD.shape[:2].numel()
+        slopes: list[Tensor] = []
+        chunks = zip(
+            hidden_BTD.split(TUNED_POSITIONS, dim=1),
+            original_BTD.split(TUNED_POSITIONS, dim=1),
+            strict=True,
+        )
+        for hidden_BCD, original_BCD in chunks:
+            hidden_BCD = hidden_BCD.detach().requires_grad_()
+            logits_BCV = self.skeleton.logits(self.tensors(), hidden_BCD)
+            with torch.no_grad():
+                original_BCV = self.skeleton.logits(self.stored, original_BCD)
+                chunk, slope_BCV = _divergence(original_BCV, logits_BCV)
+            logits_BCV.backward((slope_BCV / positions).to(logits_BCV.dtype))
+            total += chunk / positions
+            assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
+            slopes.append(hidden_BCD.grad)
+        return total, torch.cat(slopes, dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By full name, with the changes as they are now."""
+        return self.stored | self.vectors.current()
+
+
+def _divergence(original_BCV: Tensor, logits_BCV: Tensor) -> tuple[float, Tensor]:
+    """KL(p || q) summed over positions, and its slope q - p at the logits; fp32."""
+    log_p_BCV = original_BCV.float().log_softmax(-1)
+    log_q_BCV = logits_BCV.float().log_softmax(-1)
+    p_BCV = log_p_BCV.exp()
+    total = p_BCV.mul(log_p_BCV.sub_(log_q_BCV)).sum().item()
+    return total, log_q_BCV.exp_().sub_(p_BCV)
+
+
+def _change(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.float32, requires_grad=True)
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    return tensor.float().square().mean().sqrt()
