@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotq_kernels.kv_format import DenseKV, KVPages, KVTransform, decode_norm
-from rotq_kernels.kv_levels import LevelReader, signs
+from rotq_kernels.kv_levels import level_reader, signs
 
 CHUNK = 6144
 """Packed tokens, of all KV heads together, whose levels are held at a time."""
@@ -151,8 +151,8 @@ class _History:
     def __init__(self, pages: KVPages, transform: KVTransform) -> None:
         form = pages.format
         self.pages, self.transform = pages, transform
-        self.keys = LevelReader(transform.key, form.k_bits, form.head_dim)
-        self.levels = LevelReader(transform.value, form.v_bits, form.head_dim)
+        self.keys = level_reader(transform.key, form.k_bits, form.head_dim)
+        self.levels = level_reader(transform.value, form.v_bits, form.head_dim)
 
     def open(self, page_J: list[int], length: int, start: int) -> None:
         """Go to a sequence: its pages, its tokens, the position of the first."""

@@ -11,6 +11,8 @@ chunks of 32, in the order of a look-up; W words of a token, C chunks of a token
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,22 @@ from rotq_kernels.layout import unpack_kv
 
 
 class LevelReader:
-    """What the codes of one side of one layer stand for."""
+    """What codes of a width and their levels stand for; see ``level_reader``.
 
-    def __init__(self, side: SideTransform, bits: int, head_dim: int) -> None:
+    Args:
+        levels: Of each head, or of all heads at once; none for more than TABLE_BITS bits.
+        bits: 2 to 8.
+        head_dim: D.
+    """
+
+    def __init__(self, levels: tuple[tuple[int, ...], ...], bits: int, head_dim: int) -> None:
         self.bits, self.head_dim = bits, head_dim
         self.width = -(-head_dim // 32) * 32
         self.order_E: Tensor | None = None
         if bits <= TABLE_BITS:
-            levels_HL = side.levels_HL
-            self.same = bool((levels_HL == levels_HL[:1]).all())
-            self.table = _tables(levels_HL[:1] if self.same else levels_HL, bits)
-            self.first_H11 = 65536 * torch.arange(len(levels_HL), dtype=torch.int32)[:, None, None]
+            self.same = len(levels) == 1
+            self.table = _tables(torch.tensor(levels), bits)
+            self.first_H11 = 65536 * torch.arange(len(levels), dtype=torch.int32)[:, None, None]
         if bits == 3:
             order_C32 = torch.arange(self.width).view(-1, 32)
             self.order_E = torch.cat((order_C32[:, :24].flatten(), order_C32[:, 24:].flatten()))
@@ -71,6 +78,15 @@ class LevelReader:
         return found.view(torch.int8).view(*words_HNW.shape[:2], -1)
 
 
+def level_reader(side: SideTransform, bits: int, head_dim: int) -> LevelReader:
+    """Of one side of a layer. Layers with the same levels, as a rule all, share one."""
+    levels = tuple(map(tuple, side.levels_HL.tolist()))
+    return _reader(levels[:1] if len(set(levels)) == 1 else levels, bits, head_dim)
+
+
+_reader = lru_cache(maxsize=8)(LevelReader)
+
+
 def signs(words_HNC: Tensor, head_dim: int) -> Tensor:
     """int8 (H, N, D): +1 where the bit is 1, else -1."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
@@ -88,8 +104,13 @@ def _spare_bits(words_HNW: Tensor) -> Tensor:
 
 
 def _tables(levels_HL: Tensor, bits: int) -> Tensor:
-    """What 16 bits of codes stand for, head after head: int32 of four int8, or int64 of eight."""
-    byte_HL = levels_HL.to(torch.int64) & 255
+    """What 16 bits of codes stand for, head after head: int32 of four int8, or int64 of eight.
+
+    Args:
+        levels_HL: int64, each in the range of int8.
+        bits: 2 to 4.
+    """
+    byte_HL = levels_HL & 255
     if bits == 2:
         byte_HL = _pairs(byte_HL, 8)
     # nibbles: bit 3 of a 3-bit code's belongs to another code

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kv_cases import side_of
 
-from rotq_kernels.kv_levels import LevelReader, signs
+from rotq_kernels.kv_levels import level_reader, signs
 from rotq_kernels.kv_side import side_levels
 from rotq_kernels.layout import pack_kv
 
@@ -14,12 +14,13 @@ from rotq_kernels.layout import pack_kv
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels_of_packed_codes(bits: int, head_dim: int, same: bool) -> None:
     side = side_of(3, head_dim, bits, seed=0)
+    side.levels_HL = side.levels_HL[:1].expand(3, -1)
     if not same and bits <= 4:
         side.levels_HL = side.levels_HL + torch.tensor([[0], [7], [-9]], dtype=torch.int8)
     generator = torch.Generator().manual_seed(1)
     codes_HND = torch.randint(2**bits, (3, 50, head_dim), generator=generator).to(torch.uint8)
     expected_HND = side_levels(codes_HND[None], side, bits)[0]
-    reader = LevelReader(side, bits, head_dim)
+    reader = level_reader(side, bits, head_dim)
     level_HNE = reader.read(pack_kv(codes_HND, bits), torch.float32)
     assert level_HNE.shape == (3, 50, reader.width)
     assert torch.equal(reader.natural(level_HNE), expected_HND)
@@ -34,3 +35,11 @@ def test_signs_of_packed_bits(head_dim: int) -> None:
     bits_HND = torch.randint(2, (2, 9, head_dim), generator=generator).to(torch.uint8)
     expected = 2 * bits_HND.to(torch.int8) - 1
     assert torch.equal(signs(pack_kv(bits_HND, 1), head_dim), expected)
+
+
+def test_layers_share_tables() -> None:
+    side, other = side_of(3, 64, 3, seed=0), side_of(3, 64, 3, seed=1)
+    assert level_reader(side, 3, 64) is level_reader(other, 3, 64)
+    assert level_reader(side, 3, 64) is not level_reader(other, 3, 80)
+    other.levels_HL = other.levels_HL + 1
+    assert level_reader(side, 3, 64) is not level_reader(other, 3, 64)

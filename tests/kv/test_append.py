@@ -36,6 +36,7 @@ def test_kinds() -> None:
         transform_of(FORM, 2, gain="norm"),
         replace(transform, inv_freq_R=2 * transform.inv_freq_R),
         replace(transform, rotary_scale=1.5),
+        replace(transform, key=replace(transform.key, gain="norm")),
         replace(transform, value=replace(transform.value, gain="norm")),
     ):
         assert number_of_kinds(transform, other, transform) == 2
