@@ -31,7 +31,7 @@ from torch import Tensor
 from rotq_kernels.kv_format import DenseKV, KVPages, KVTransform, decode_norm
 from rotq_kernels.kv_levels import level_reader, signs
 
-CHUNK = 6144
+CHUNK = 12288
 """Packed tokens, of all KV heads together, whose levels are held at a time."""
 
 SCORES = 1 << 22
