@@ -62,9 +62,10 @@ def report_version() -> str:
     return version
 
 
-def write_report(rows: dict[str, Row], *, complete: bool) -> None:
-    """Put rows on record; what was there is dropped if these are all."""
-    rows = dict(sorted((rows if complete else read_report() | rows).items()))
+def write_report(rows: dict[str, Row], names: set[str]) -> None:
+    """Put rows on record, next to those there that are still among ``names``."""
+    kept = {name: row for name, row in read_report().items() if name in names}
+    rows = dict(sorted((kept | rows).items()))
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
     text = f'{{\n "triton": "{triton.__version__}",\n "rows": {{\n{lines}\n }}\n}}\n'
     REPORT.write_text(text, encoding="utf-8")
