@@ -8,8 +8,9 @@ model's decoder tells the cache what each forward pass is about to add; see ``se
 also takes the attention mask away: what is visible follows from positions. All layers are packed,
 sliding ones with their window, whose pages are released when they leave it.
 
-What cannot be served is refused, not approximated: static or compiled caches, masks that hide
-cached tokens, positions with gaps, attention with softcaps or learned sinks, gradients.
+What cannot be served is refused, not approximated: masks that hide cached tokens, positions with
+gaps, attention with softcaps or learned sinks, layers that keep something else than keys and
+values, gradients.
 """
 
 from __future__ import annotations

@@ -86,15 +86,13 @@ class PackedLayer(CacheLayerMixin):
             value_states: (B, H, T, D).
 
         Raises:
-            RotqError: outside of a forward pass of the cache's model, twice in one, while
-                compiling or with gradients.
+            RotqError: outside of a forward pass of the cache's model, twice in one, or with
+                gradients.
         """
         if self.layout is None or self.visible is not None:
             raise RotqError(
                 "PackedCache was updated outside of a forward pass of the model it was made for"
             )
-        if torch.compiler.is_compiling():
-            raise RotqError("PackedCache cannot be compiled; it grows as it goes")
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RotqError("PackedCache is for inference; use torch.no_grad()")
         if not self.is_initialized:

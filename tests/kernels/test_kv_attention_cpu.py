@@ -156,8 +156,9 @@ def test_query_without_keys_gets_zeros() -> None:
     torch.testing.assert_close(found, case.oracle(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("group", [1, 3])
-def test_first_prefill_of_padded_sequences(group: int) -> None:
+def test_first_prefill_of_padded_sequences(group: int, window: int) -> None:
     """Nothing packed yet; padding on the left, in the middle, everywhere."""
     case = Case(transform_of(FORMATS["k3v3"], 2), group=group, tokens=9)
     case.length_B.zero_()
@@ -166,8 +167,8 @@ def test_first_prefill_of_padded_sequences(group: int) -> None:
     case.position_BT = (there_BT.cumsum(1) + 6).where(there_BT, -1).int()
     k_BHND, v_BHND = case.dense.k_BHND[:, :, 3:], case.dense.v_BHND[:, :, 3:]
     case.dense = DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=case.position_BT)
-    found = case.run()
-    torch.testing.assert_close(found, case.oracle(), rtol=1e-5, atol=1e-5)
+    found = case.run(window)
+    torch.testing.assert_close(found, case.oracle(window), rtol=1e-5, atol=1e-5)
     assert found.transpose(1, 2)[~there_BT].eq(0).all()
 
 
