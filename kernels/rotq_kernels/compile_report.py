@@ -22,8 +22,9 @@ not measured. The tests fail where a figure gets worse.
 
 - instr: instructions of the whole kernel; loop: those of its main loop, "-" where that was unrolled
 - instr/elem, int/elem, smem B/elem: lane-instructions of the main loop, those of the narrow pipe
-  (integers and selects; on gfx942 every VALU instruction), and bytes of shared memory that pass,
-  for each packed element (key, value or weight); "-" where the loop is over something else
+  (integers and selects; on gfx942 every VALU instruction), and bytes of shared memory that load
+  and store instructions pass (not what wgmma and tcgen05 read by themselves), for each packed
+  element (key, value or weight); "-" where the loop is over something else
 - spills: instructions that move registers to or from local memory
 - modelled roofline: share of the memory bandwidth of A100-80, H100 SXM, B200 or MI300X that the
   loop's instructions allow

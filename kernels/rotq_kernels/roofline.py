@@ -3,7 +3,8 @@
 Each SM gets its share of the memory's bandwidth, which is so many cache elements per clock. An
 element costs ``instructions`` lane-instructions, of which ``integer`` on the narrow pipe, and
 ``shared`` bytes of shared memory; each resource allows a rate, and the lowest one is compared
-with the memory's. Latency, bank conflicts and tensor cores are not modelled; expect 0.75 to 0.9
+with the memory's. Latency, bank conflicts and tensor cores (with what they read of shared memory
+by themselves) are not modelled; expect 0.75 to 0.9
 of what it says.
 """
 
