@@ -302,7 +302,8 @@ def _compile_case(
         "types": types | pointers | {"bias_ptr": "*bf16", "y_ptr": "*bf16"},
         "constants": constants,
         "divisible": ("N", "K", "stride_xm"),
-        "elements": block_n * block_k,
+        # the memory is the limit for few rows only
+        "elements": block_n * block_k if block_m <= 16 else None,
         "bits": bits + (16 + bits * zero) / 128,
         "num_warps": 1 if kernel is gemv_kernel else 4,
         **rest,

@@ -203,6 +203,11 @@ def test_far_positions() -> None:
     )
 
 
+def test_a_dense_token_alone_in_its_tile() -> None:
+    """Only the last query sees it, and the tile must not be skipped."""
+    check(make_case(FORMATS["k3v3"], lengths=(9, 3), T=33 - SINKS, dtype=torch.float32))
+
+
 def test_no_dense_tokens() -> None:
     out = check(replace(make_case(FORMATS["k3v3"], lengths=(30, 0)), dense=None))
     assert out[1].eq(0).all()
