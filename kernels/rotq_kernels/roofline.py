@@ -4,8 +4,7 @@ Each SM gets its share of the memory's bandwidth, which is so many cache element
 element costs ``instructions`` lane-instructions, of which ``integer`` on the narrow pipe, and
 ``shared`` bytes of shared memory; each resource allows a rate, and the lowest one is compared
 with the memory's. Latency, bank conflicts and tensor cores (with what they read of shared memory
-by themselves) are not modelled; expect 0.75 to 0.9
-of what it says.
+by themselves) are not modelled; expect 0.75 to 0.9 of what it says.
 """
 
 from dataclasses import dataclass
