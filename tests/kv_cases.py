@@ -20,7 +20,8 @@ def side_of(
         return torch.randn(*shape, generator=generator)
 
     turn_HDD = torch.linalg.qr(normal(num_heads, head_dim, head_dim)).Q
-    matrix_HDD = turn_HDD * torch.exp(0.3 * normal(num_heads, 1, head_dim))
+    stretch_HD = torch.exp(0.3 * normal(num_heads, head_dim))
+    matrix_HDD = turn_HDD * stretch_HD[:, None]
     if bits <= 4:
         positive = torch.tensor(LLOYD_MAX[bits])
         level_L = torch.cat([-positive.flip(0), positive])
@@ -35,7 +36,7 @@ def side_of(
         levels_HL = (level_L + outer_HL * level_L.sign()).to(torch.int8)
     return SideTransform(
         matrix_HDD=matrix_HDD,
-        inverse_HDD=torch.linalg.inv(matrix_HDD.double()).float(),
+        inverse_HDD=(turn_HDD / stretch_HD[:, None]).mT.contiguous(),
         mean_HD=mean * normal(num_heads, head_dim),
         levels_HL=levels_HL,
         thresholds_HL=threshold_L * wobble_H1,

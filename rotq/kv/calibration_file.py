@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.presets import KVSpec
-from rotq.kv.transform import inverse, recoded
+from rotq.kv.transform import recoded, stored_inverse
 from rotq.models.rotary import kv_shapes
 from rotq.ops import KVFormat, KVTransform, SideTransform
 
@@ -225,7 +225,7 @@ def _side(
     return SideTransform(
         gain=facts[f"{side}_gain"],
         search=search,
-        inverse_HDD=inverse(held["matrix_HDD"]),
+        inverse_HDD=stored_inverse(held["matrix_HDD"]),
         **held,
     )
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotq.inversion import inverse
+
 _SOURCE_SHRINK = 0.1
 _METRIC_SHRINK = 0.02
 _CODED_SHRINK = 0.05
@@ -42,7 +44,7 @@ def balanced_metric(C_HDD: Tensor, M_HDD: Tensor, *, alpha: float, beta: float) 
 
 def coded_metric(matrix_HDD: Tensor, M_HDD: Tensor) -> Tensor:
     """W = A^-T M A^-1, what an error of y = A x costs; of mean diagonal 1, fp64."""
-    inverse_HDD = torch.linalg.inv(matrix_HDD.double())
+    inverse_HDD = inverse(matrix_HDD.double())
     W_HDD = inverse_HDD.mT @ _shrunk(M_HDD, _CODED_SHRINK) @ inverse_HDD
     return W_HDD / _mean_eigenvalue(W_HDD)
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rotq.inversion import inverse
 from rotq.kv.codebook import Codebook, gaussian_codebook
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, Rotary
@@ -72,7 +73,7 @@ def side_transform(
     """
     return SideTransform(
         matrix_HDD=matrix_HDD.float().contiguous(),
-        inverse_HDD=inverse(matrix_HDD),
+        inverse_HDD=stored_inverse(matrix_HDD),
         mean_HD=mean_HD.float().contiguous(),
         levels_HL=torch.stack([book.levels_L for book in codebooks]),
         thresholds_HL=torch.stack([book.thresholds_E for book in codebooks]),
@@ -84,9 +85,9 @@ def side_transform(
     )
 
 
-def inverse(matrix_HDD: Tensor) -> Tensor:
+def stored_inverse(matrix_HDD: Tensor) -> Tensor:
     """fp32 inverse of A rounded to fp32, taken in fp64."""
-    return torch.linalg.inv(matrix_HDD.float().double()).float().contiguous()
+    return inverse(matrix_HDD.float().double()).float().contiguous()
 
 
 def centred_base(rms_H: Tensor, unit_H: Tensor) -> Tensor:

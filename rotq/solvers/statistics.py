@@ -78,9 +78,10 @@ def corrected_target(
         (N, K) fp32.
 
     Raises:
-        torch.linalg.LinAlgError: the damped H is singular.
+        torch.linalg.LinAlgError: the damped H is not positive definite.
     """
     damped_KK = hessian_KK.double()
     damped_KK.diagonal().add_(damping * damped_KK.diagonal().mean().clamp(min=1e-12))
-    change_KN = torch.linalg.solve(damped_KK, (weight_NK.double() @ cross_KK.double()).T)
+    factor_KK = torch.linalg.cholesky(damped_KK)
+    change_KN = torch.cholesky_solve((weight_NK.double() @ cross_KK.double()).T, factor_KK)
     return (weight_NK.double() + alpha * change_KN.T).float()

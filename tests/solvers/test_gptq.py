@@ -37,7 +37,7 @@ def slow_gptq(weight_NK: Tensor, hessian_KK: Tensor, scale_NG: Tensor, zero_NG: 
         scale_N, zero_N = scale_NG[:, g].double(), zero_NG[:, g].double()
         q_NK[:, k] = (w_NK[:, k] / scale_N + zero_N).round().clamp(grid.q_min, grid.q_max)
         error_N = w_NK[:, k] - (q_NK[:, k] - zero_N) * scale_N
-        inverse = torch.linalg.inv(hessian_KK[k:, k:].double())
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK[k:, k:].double()))
         w_NK[:, k:] -= error_N[:, None] * inverse[0] / inverse[0, 0]
     return q_NK
 
