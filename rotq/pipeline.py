@@ -28,7 +28,7 @@ from rotq.checkpoint.source import Source, describe_source, open_source, read_te
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
-from rotq.memory import release_memory
+from rotq.memory import release_memory, settled_objects
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.parts import restored_block, save_block
@@ -79,7 +79,8 @@ def quantize_model(
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
-            return _run(setup)
+            with settled_objects():
+                return _run(setup)
         except KeyboardInterrupt:
             raise Stopped(
                 f"stopped; finished blocks are kept in {job.folder}, "
@@ -131,15 +132,16 @@ def _set_up(
     """Everything that can be refused is refused here, before the first block."""
     started = time.monotonic()
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    # first, because tokenizing a text of some MB is what most memory is used for until then
+    windows = load_windows(
+        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    )
+    release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
-    windows = load_windows(
-        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-    )
-    release_memory()
     job.claim(
         {
             "recipe": recipe.to_dict(),
