@@ -1,4 +1,4 @@
-"""A pool of keys and values in the model's dtype, without sinks: what the packed one is held against.
+"""A pool of keys and values in the model's dtype, without sinks, to hold the packed one against.
 
 Shape suffixes: P pages, S tokens of a page, B rows, T columns, J pages of a row, N keys, M query
 heads, H KV heads, D head width.

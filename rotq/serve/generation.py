@@ -48,7 +48,7 @@ NOTHING = Piece(text="", picked=(), offsets=())
 
 @dataclass(kw_only=True, eq=False)
 class Generation:
-    """A prompt and its continuation. The engine's thread alone changes it, but for ``cancelled``."""
+    """A prompt and its continuation; all but ``cancelled`` is for the engine's thread to change."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -113,7 +113,7 @@ class Generation:
             finish = "length"
         if finish is not None and not self.text.stopped:
             rest = self.text.finish()
-            piece = joined(piece, rest)
+            piece = joined((piece, rest))
             # held back text may complete a stop string no more, but unfinished characters may
             finish = "stop" if self.text.stopped else finish
         return self.event(piece, finish=finish)
@@ -139,10 +139,10 @@ class Generation:
         )
 
 
-def joined(first: Piece, then: Piece) -> Piece:
-    """One piece of two."""
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """One piece of several."""
     return Piece(
-        text=first.text + then.text,
-        picked=first.picked + then.picked,
-        offsets=first.offsets + then.offsets,
+        text="".join(piece.text for piece in pieces),
+        picked=tuple(item for piece in pieces for item in piece.picked),
+        offsets=tuple(item for piece in pieces for item in piece.offsets),
     )

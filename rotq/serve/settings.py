@@ -47,12 +47,8 @@ def parse_size(text: str) -> int:
         ValueError: it is none of these.
     """
     units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    for unit, factor in units.items():
-        if text.endswith(unit):
-            number = text.removesuffix(unit)
-            break
-    else:
-        number, factor = text.removesuffix("B"), 1
+    unit = next((unit for unit in units if text.endswith(unit)), "B")
+    number, factor = text.removesuffix(unit), units.get(unit, 1)
     try:
         size = int(float(number) * factor)
     except (ValueError, OverflowError):
