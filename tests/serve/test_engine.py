@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_served import Listener, generation, running_engine, served_model
+from tiny_served import Listener, calibration_of, generation, running_engine, served_model
+from transformers import DynamicCache
 
 from rotq.errors import RotqError
+from rotq.kv.cache import PackedCache
 from rotq.serve.engine import Engine
 from rotq.serve.sampling import Picked, Sampling
 
@@ -84,6 +86,29 @@ def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype) -> No
         order = random.Random(1).sample(range(len(work)), len(work))
         assert together(engine, work, order) == wanted
         assert engine.stepper.rows == (1 if family == "mixtral" else 6)
+
+
+@pytest.mark.parametrize(("kv", "length"), [("dense", 200), ("k3v3", 60)])
+def test_tokens_are_those_of_generate(kv: str, length: int) -> None:
+    """transformers' own loop, with a dense cache and with ``PackedCache`` (a prompt of one pass)."""
+    model = served_model()
+    calibration = calibration_of(model, kv)
+    prompt = [2 + 7 * i % 256 for i in range(length)]
+    cache = (
+        DynamicCache(config=model.config)
+        if calibration is None
+        else PackedCache(model, calibration)
+    )
+    wanted = model.generate(
+        torch.tensor([prompt]),
+        past_key_values=cache,
+        max_new_tokens=30,
+        do_sample=False,
+        eos_token_id=None,
+    )[0, length:].tolist()
+    with running_engine(model, kv) as engine:
+        _, picked = one_by_one(engine, [(prompt, 30)])[0]
+    assert [item.token for item in picked] == wanted
 
 
 def test_company_changes_nothing_while_pages_are_short() -> None:
