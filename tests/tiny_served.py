@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 import uvicorn
-from tiny_models import CONFIGS, _LLAMA, _randomize
+from tiny_models import _LLAMA, CONFIGS, _randomize
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-import transformers
 
 from rotq.kv.calibrate import data_oblivious
 from rotq.kv.presets import preset

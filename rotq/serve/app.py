@@ -111,7 +111,7 @@ def _add_watching_routes(
     @app.get("/", response_class=HTMLResponse)
     async def root() -> HTMLResponse:
         """A page to try it."""
-        policy = "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+        policy = "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/health", responses={503: _ERRORS[503]})

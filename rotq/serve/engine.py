@@ -249,8 +249,8 @@ class Engine:
             pass
         if lease.pages:
             found = ledger.sinks + len(lease.pages) * ledger.page_size - sequence.count
-            whole = not sequence.count or found % ledger.page_size == 0
-            assert found >= 0 and whole, "a pass over a prompt did not end where a page ends"
+            whole = found >= 0 and (not sequence.count or found % ledger.page_size == 0)
+            assert whole, "a pass over a prompt did not end where a page ends"
             sequence.count += found
             sequence.cached += found
             self._reused += found

@@ -245,8 +245,8 @@ class Service:
                 400, "this model has no chat template; use /v1/completions", param="messages"
             )
         messages = [message.plain() for message in request.messages]
-        for message in messages:
-            _check_text(message["content"], "messages")
+        for plain in messages:
+            _check_text(plain["content"], "messages")
         try:
             with self._reading:
                 text: str = self._reader.apply_chat_template(
@@ -255,8 +255,8 @@ class Service:
         except Exception as fault:
             # a template is a program of the model's, and may refuse in its own words
             line = " ".join(str(fault).split())[:200]
-            message = f"the model's chat template refuses these messages: {line}"
-            raise Refusal(400, message, param="messages") from fault
+            reason = f"the model's chat template refuses these messages: {line}"
+            raise Refusal(400, reason, param="messages") from fault
         ids = self._encode(text, special=False)
         if not ids:
             raise Refusal(400, "the messages give this model no token", param="messages")

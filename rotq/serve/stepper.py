@@ -22,9 +22,6 @@ from torch import Tensor
 
 from rotq.kv.pool import PAGE_SIZE, Pool, Row
 
-_TRIED = 3
-"""Tokens that are tried in every row."""
-
 
 class Stepper:
     """Runs a model over the sequences of a pool.
@@ -109,14 +106,13 @@ def rows_that_agree(model: Any, rows: int) -> int:
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_TRIED if rows > 1 else 0):
-        token = int(torch.randint(vocabulary, (), generator=generator))
-        seen: Tensor | None = None
-        for place in range(rows):
-            ids_BT = torch.randint(vocabulary, (rows, 1), generator=generator)
-            ids_BT[place] = token
-            found_V = model(input_ids=ids_BT.to(model.device), use_cache=False).logits[place, 0]
-            if seen is not None and not torch.equal(found_V, seen):
-                return 1
-            seen = found_V
+    token = int(torch.randint(vocabulary, (), generator=generator))
+    seen: Tensor | None = None
+    for place in range(rows):
+        ids_BT = torch.randint(vocabulary, (rows, 1), generator=generator)
+        ids_BT[place] = token
+        found_V = model(input_ids=ids_BT.to(model.device), use_cache=False).logits[place, 0]
+        if seen is not None and not torch.equal(found_V, seen):
+            return 1
+        seen = found_V
     return rows
