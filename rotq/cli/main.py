@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from rotq import __version__
+from rotq.cli.bench import bench_group
 from rotq.cli.eval import eval_group
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.inspect import inspect
@@ -67,3 +68,4 @@ main.add_command(eval_group)
 main.add_command(inspect)
 main.add_command(calibrate_kv)
 main.add_command(serve_kv)
+main.add_command(bench_group)

@@ -1,6 +1,7 @@
 """HTTP: answers, errors in OpenAI's form, limits, and what happens when clients go away."""
 
 import asyncio
+import functools
 import json
 import socket
 import threading
@@ -21,6 +22,12 @@ from tiny_served import (
 JSON = {"content-type": "application/json"}
 
 
+@functools.cache
+def http() -> httpx.Client:
+    """One for all: making a client takes longer than a request."""
+    return httpx.Client(timeout=30)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running_server(served_model(), byte_tokenizer(), max_body=200_000) as running:
@@ -32,7 +39,7 @@ def post(
     server: Running, body: Any, path: str = "/v1/completions", **headers: str
 ) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps({"model": "tiny", **body}).encode()
-    return httpx.post(server.url + path, content=content, headers={**JSON, **headers}, timeout=30)
+    return http().post(server.url + path, content=content, headers={**JSON, **headers})
 
 
 def chat(server: Running, **body: Any) -> httpx.Response:
@@ -255,9 +262,9 @@ def test_bodies_that_are_no_request(server: Running, body: bytes) -> None:
 def test_unknown_things(server: Running) -> None:
     error = refused(post(server, {"prompt": "x", "model": "gpt"}), 404, "gpt", "tiny")
     assert error["code"] == "model_not_found"
-    refused(httpx.get(server.url + "/v1/models/other/one"), 404)
-    refused(httpx.get(server.url + "/v2/x"), 404)
-    refused(httpx.get(server.url + "/v1/completions"), 405)
+    refused(http().get(server.url + "/v1/models/other/one"), 404)
+    refused(http().get(server.url + "/v2/x"), 404)
+    refused(http().get(server.url + "/v1/completions"), 405)
     refused(post(server, {"prompt": "x"}, **{"content-type": "text/plain"}), 400)
 
 
@@ -273,16 +280,16 @@ def test_a_body_that_is_too_large(server: Running) -> None:
         for _ in range(40):
             yield b"x" * 10_000
 
-    response = httpx.post(server.url + "/v1/completions", content=chunks(), headers=JSON)
+    response = http().post(server.url + "/v1/completions", content=chunks(), headers=JSON)
     refused(response, 413)
 
 
 def test_models_health_and_numbers(server: Running) -> None:
-    assert [item["id"] for item in httpx.get(server.url + "/v1/models").json()["data"]] == ["tiny"]
-    assert httpx.get(server.url + "/v1/models/tiny").json()["object"] == "model"
-    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert [item["id"] for item in http().get(server.url + "/v1/models").json()["data"]] == ["tiny"]
+    assert http().get(server.url + "/v1/models/tiny").json()["object"] == "model"
+    assert http().get(server.url + "/health").json() == {"status": "ok"}
     post(server, {"prompt": "Hello", "max_tokens": 3, "ignore_eos": True})
-    text = httpx.get(server.url + "/metrics").text
+    text = http().get(server.url + "/metrics").text
     for name in (
         "rotq_generated_tokens_total",
         "rotq_time_to_first_token_seconds_count",
@@ -291,7 +298,7 @@ def test_models_health_and_numbers(server: Running) -> None:
         'rotq_http_responses_total{route="/v1/completions",status="200"}',
     ):
         assert name in text
-    stats = httpx.get(server.url + "/stats").json()
+    stats = http().get(server.url + "/stats").json()
     assert stats["cache_bytes_total"] <= 8 << 20
     assert stats["kv"] == "k3v3-oblivious"
     assert stats["calibrated"] is False
@@ -300,22 +307,24 @@ def test_models_health_and_numbers(server: Running) -> None:
 def test_an_api_key() -> None:
     with running_server(served_model(), byte_tokenizer(), api_key="s\u00e9cret") as server:
         for key in ("", "Bearer", "Bearer wrong", "s\u00e9cret"):
-            response = httpx.get(server.url + "/v1/models", headers={"authorization": key.encode()})
+            response = http().get(
+                server.url + "/v1/models", headers={"authorization": key.encode()}
+            )
             assert refused(response, 401)["code"] == "invalid_api_key"
         for path in ("/stats", "/metrics", "/v1/models"):
-            refused(httpx.get(server.url + path), 401)
+            refused(http().get(server.url + path), 401)
         for path in ("/", "/health"):
-            assert httpx.get(server.url + path).status_code == 200
+            assert http().get(server.url + path).status_code == 200
         right = {"authorization": "Bearer s\u00e9cret".encode()}
-        assert httpx.get(server.url + "/v1/models", headers=right).status_code == 200
+        assert http().get(server.url + "/v1/models", headers=right).status_code == 200
 
 
 def test_only_its_own_names() -> None:
     with running_server(served_model(), byte_tokenizer(), local=True) as server:
         port = server.url.rsplit(":", 1)[1]
-        assert httpx.get(server.url + "/health").status_code == 200
-        assert httpx.get(server.url + "/health", headers={"host": f"localhost:{port}"}).is_success
-        refused(httpx.get(server.url + "/health", headers={"host": "evil.example"}), 403)
+        assert http().get(server.url + "/health").status_code == 200
+        assert http().get(server.url + "/health", headers={"host": f"localhost:{port}"}).is_success
+        refused(http().get(server.url + "/health", headers={"host": "evil.example"}), 403)
 
 
 def test_past_the_bound_429() -> None:
@@ -342,7 +351,10 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> 
     raw = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(raw)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + raw)
         wait_until(lambda: engine.state().running == 1)
         before = engine.state().generated
@@ -375,7 +387,7 @@ def test_a_slow_reader_loses_nothing_and_delays_nobody(server: Running) -> None:
         "ignore_eos": True,
     }
     wanted = post(server, body).json()["choices"][0]["text"]
-    with httpx.stream(
+    with http().stream(
         "POST", server.url + "/v1/completions", json={**body, "stream": True}
     ) as slow:
         lines = slow.iter_lines()

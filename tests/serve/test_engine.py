@@ -90,7 +90,7 @@ def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize(("kv", "length"), [("dense", 200), ("k3v3", 60)])
 def test_tokens_are_those_of_generate(kv: str, length: int) -> None:
-    """transformers' own loop, with a dense cache and with ``PackedCache`` (a prompt of one pass)."""
+    """transformers' loop, with a dense cache and with ``PackedCache`` (a prompt of one pass)."""
     model = served_model()
     calibration = calibration_of(model, kv)
     prompt = [2 + 7 * i % 256 for i in range(length)]
