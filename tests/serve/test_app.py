@@ -28,6 +28,13 @@ def http() -> httpx.Client:
     return httpx.Client(timeout=30)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    http().close()
+    http.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running_server(served_model(), byte_tokenizer(), max_body=200_000) as running:

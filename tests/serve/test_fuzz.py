@@ -23,7 +23,6 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-HTTP = httpx.Client(timeout=20)
 FUZZ = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -36,6 +35,13 @@ def server() -> Iterator[Running]:
         yield running
         assert running.errors == []
         assert httpx.get(running.url + "/health").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    """One for all: making a client takes longer than a request."""
+    with httpx.Client(timeout=20) as client:
+        yield client
 
 
 def operations(server: Running) -> list[Any]:
@@ -113,10 +119,12 @@ FIELDS = [
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=4), st.binary(max_size=20))
-def test_any_json_and_any_bytes(server: Running, fields: dict[str, Any], noise: bytes) -> None:
+def test_any_json_and_any_bytes(
+    server: Running, http: httpx.Client, fields: dict[str, Any], noise: bytes
+) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 2, **fields}).encode()
     for content in (body, noise, body[: len(body) // 2] + noise):
-        response = HTTP.post(
+        response = http.post(
             server.url + "/v1/completions",
             content=content,
             headers={"content-type": "application/json"},
