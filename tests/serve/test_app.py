@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+import transformers
 from tiny_served import (
     Running,
     byte_tokenizer,
@@ -426,9 +428,10 @@ def test_failures_inside_stay_inside() -> None:
         server.errors.clear()
 
 
-def test_proteins() -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_proteins(name: str) -> None:
     """Amino acids in, amino acids out, by the same endpoint; no chat template, so no chat."""
-    model = served_model(vocab=24)
+    model = served_model(vocab=24) if name == "llama" else _protgpt2()
     with running_server(model, protein_tokenizer()) as server:
         body = {
             "prompt": "MKTAYIAKQR",
@@ -449,6 +452,13 @@ def test_proteins() -> None:
         logprobs = scored.json()["choices"][0]["logprobs"]
         assert "".join(logprobs["tokens"]) == "MKTAYIAKQR"
         refused(chat(server, messages=[{"role": "user", "content": "hi"}]), 400, "/v1/completions")
+
+
+def _protgpt2() -> Any:
+    """Learned positions instead of RoPE, as ProtGPT2 has them."""
+    config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=80)
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
 def test_turns_between_clients() -> None:
