@@ -9,8 +9,9 @@ from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.dense_pool import DensePool
 from rotq.kv.packed_pool import PackedPool
 from rotq.kv.pool import PAGE_SIZE, Pool
-from rotq.serve.engine import Engine, Observer
+from rotq.serve.engine import Engine
 from rotq.serve.ledger import Ledger
+from rotq.serve.observer import Observer
 from rotq.serve.settings import Settings
 from rotq.serve.stepper import Stepper, rows_that_agree
 

@@ -17,8 +17,9 @@ from typing import Any
 from rotq.errors import RotqError
 from rotq.kv.calibration_file import KVCalibration
 from rotq.serve.assembly import build_engine
-from rotq.serve.engine import Engine, Observer, State
+from rotq.serve.engine import Engine
 from rotq.serve.generation import Event, Generation
+from rotq.serve.observer import Observer, State
 from rotq.serve.sampling import Sampling
 from rotq.serve.settings import DENSE, Settings
 from rotq.serve.text import Decode

@@ -15,13 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from rotq.kv.pool import Cost, Row
 from rotq.serve.generation import Event, Failure, Generation
 from rotq.serve.ledger import Ledger
+from rotq.serve.observer import Observer, State
 from rotq.serve.sampling import describe
 from rotq.serve.stepper import Stepper
 from rotq.serve.waiting import WaitingRoom
@@ -31,47 +31,6 @@ _IDLE = 0.05
 
 _FAILURES = 3
 """Passes that may fail one after the other; then the engine is dead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """Of the engine, at one moment."""
-
-    running: int
-    waiting: int
-    tokens: int
-    """Whose keys and values are stored for running sequences."""
-    pages: int
-    """With something in them, kept ones included."""
-    pages_total: int
-    cache_bytes: int
-    """Of pages and sinks with something in them."""
-    cache_bytes_total: int
-    """Allocated."""
-    bits_per_element: float
-    """Of running sequences, unfilled parts of pages included; 0 if none runs."""
-    generated: int
-    """Tokens since the start."""
-    prompted: int
-    reused: int
-    """Prompt tokens found in pages of others."""
-    alive: bool
-
-
-class Observer:
-    """Is told what happens, by the engine's thread; does nothing."""
-
-    def first_token(self, seconds: float) -> None:
-        """Since a sequence came."""
-
-    def next_token(self, seconds: float) -> None:
-        """Since its token before."""
-
-    def retired(self, sequence: Generation, outcome: str, seconds: float) -> None:
-        """Since a sequence came."""
-
-    def failed(self, error: Exception) -> None:
-        """A forward pass did."""
 
 
 class Engine:

@@ -1,11 +1,9 @@
-"""Between requests and the engine: text to tokens, limits, submission, events back."""
+"""Between requests and the engine: limits, submission, events back."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -17,6 +15,7 @@ from rotq.serve.refusal import Refusal, of_failure
 from rotq.serve.sampling import Sampling
 from rotq.serve.schemas import ChatRequest, Common, CompletionRequest
 from rotq.serve.settings import Settings
+from rotq.serve.spelling import Spelling
 
 _DEFAULT_COMPLETION = 16
 """OpenAI's default of ``max_tokens`` for completions."""
@@ -91,10 +90,8 @@ class Service:
         settings: Settings,
     ) -> None:
         self.engine, self.name, self.settings = engine, name, settings
-        self.end_tokens, self.vocabulary = end_tokens, vocabulary
-        # encoding changes a tokenizer's state, so it has one of its own, and a lock
-        self._reader, self._speaker = tokenizer, copy.deepcopy(tokenizer)
-        self._reading = threading.Lock()
+        self.end_tokens = end_tokens
+        self.spelling = Spelling(tokenizer, vocabulary)
         self.draining = False
 
     async def complete(self, request: CompletionRequest, client: str) -> Call:
@@ -104,15 +101,18 @@ class Service:
             Refusal: the request cannot be served, or not now.
         """
         self._check_model(request.model)
-        prompts = await asyncio.to_thread(self._encode_prompts, request)
+        prompts = await asyncio.to_thread(self.spelling.prompts, request)
         top = request.logprobs
         writer = CompletionWriter(
-            model=self.name, read=self.read, top=top, prompt_lengths=[len(ids) for ids in prompts]
+            model=self.name,
+            read=self.spelling.read,
+            top=top,
+            prompt_lengths=[len(ids) for ids in prompts],
         )
         choices = request.n or 1
         if request.echo:
             texts = [
-                prompt if isinstance(prompt, str) else self.speak(prompt)
+                prompt if isinstance(prompt, str) else self.spelling.speak(prompt)
                 for prompt in request.prompts
             ]
             writer.echoed = [text for text in texts for _ in range(choices)]
@@ -129,24 +129,14 @@ class Service:
         self._check_model(request.model)
         if request.top_logprobs is not None and not request.logprobs:
             raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        ids = await asyncio.to_thread(self._encode_chat, request)
+        ids = await asyncio.to_thread(self.spelling.conversation, request)
         top = (request.top_logprobs or 0) if request.logprobs else None
-        writer = ChatWriter(model=self.name, read=self.read, top=top, prompt_lengths=[len(ids)])
+        writer = ChatWriter(
+            model=self.name, read=self.spelling.read, top=top, prompt_lengths=[len(ids)]
+        )
         room = self.engine.longest - len(ids)
         limit = request.limit or max(1, min(self.settings.default_max_tokens, room))
         return self._begin(request, writer, [ids], limit, top, client)
-
-    def read(self, token: int) -> str:
-        """A token's own text, special ones by their names."""
-        text: str = self._speaker.decode([token], skip_special_tokens=False)
-        return text
-
-    def speak(self, ids: Sequence[int]) -> str:
-        """Text of tokens, without special ones."""
-        text: str = self._speaker.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
@@ -190,7 +180,7 @@ class Service:
                     prompt=ids,
                     max_tokens=limit,
                     sampling=sampling,
-                    decode=self.speak,
+                    decode=self.spelling.speak,
                     emit=call.listen(index),
                     client=request.user or client,
                     index=index % (request.n or 1),
@@ -213,59 +203,5 @@ class Service:
                 400,
                 f"a prompt of {len(ids)} tokens and {limit} more are over this server's limit of "
                 f"{longest} tokens",
-                param="messages" if limit and not ids else None,
                 code="context_length_exceeded",
             )
-
-    def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        found: list[list[int]] = []
-        for prompt in request.prompts:
-            ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-            wrong = next((token for token in ids if token >= self.vocabulary), None)
-            if wrong is not None:
-                raise Refusal(
-                    400,
-                    f"token {wrong} is not among the model's {self.vocabulary}",
-                    param="prompt",
-                )
-            if not ids:
-                raise Refusal(400, "an empty prompt gives this model no token", param="prompt")
-            found.append(ids)
-        return found
-
-    def _encode(self, text: str, *, special: bool = True) -> list[int]:
-        _check_text(text, "prompt" if special else "messages")
-        with self._reading:
-            ids: list[int] = self._reader(text, add_special_tokens=special)["input_ids"]
-        return ids
-
-    def _encode_chat(self, request: ChatRequest) -> list[int]:
-        if not getattr(self._reader, "chat_template", None):
-            raise Refusal(
-                400, "this model has no chat template; use /v1/completions", param="messages"
-            )
-        messages = [message.plain() for message in request.messages]
-        for plain in messages:
-            _check_text(plain["content"], "messages")
-        try:
-            with self._reading:
-                text: str = self._reader.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-        except Exception as fault:
-            # a template is a program of the model's, and may refuse in its own words
-            line = " ".join(str(fault).split())[:200]
-            reason = f"the model's chat template refuses these messages: {line}"
-            raise Refusal(400, reason, param="messages") from fault
-        ids = self._encode(text, special=False)
-        if not ids:
-            raise Refusal(400, "the messages give this model no token", param="messages")
-        return ids
-
-
-def _check_text(text: str, param: str) -> None:
-    """JSON may hold half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refusal(400, "the text has lone surrogates, which are no characters", param=param)  # noqa: B904
