@@ -228,6 +228,7 @@ def test_a_short_soak() -> None:
 
 
 def test_the_soak_knows_what_is_wrong() -> None:
+    load_script("train_tiny")
     soak = load_script("soak_serve")
     tally = soak.Tally(answers={"x": {"a", "b"}}, problems=["lost"])
     stats = {"running": 1, "waiting": 0, "rss_warm": 100, "rss_end": 120}

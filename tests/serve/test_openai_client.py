@@ -1,6 +1,7 @@
 """The official client, unmodified: a tiny model always, SmolLM2 where its package is installed."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -31,8 +32,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-def client_of(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+@contextmanager
+def client_of(server: Running, key: str = "none") -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        yield client
 
 
 def check_everything(client: openai.OpenAI) -> str:
@@ -93,28 +96,28 @@ def check_errors(client: openai.OpenAI) -> None:
 
 
 def test_a_tiny_model(tiny: Running) -> None:
-    client = client_of(tiny)
-    check_everything(client)
-    check_errors(client)
-    extended = client.completions.create(
-        model="tiny", prompt="x", max_tokens=5, extra_body={"top_k": 1, "ignore_eos": True}
-    )
-    assert extended.usage is not None
-    assert extended.usage.completion_tokens == 5
-    with pytest.raises(openai.BadRequestError, match="at most 4 sequences"):
-        client.completions.create(model="tiny", prompt="x", n=5)
+    with client_of(tiny) as client:
+        check_everything(client)
+        check_errors(client)
+        extended = client.completions.create(
+            model="tiny", prompt="x", max_tokens=5, extra_body={"top_k": 1, "ignore_eos": True}
+        )
+        assert extended.usage is not None
+        assert extended.usage.completion_tokens == 5
+        with pytest.raises(openai.BadRequestError, match="at most 4 sequences"):
+            client.completions.create(model="tiny", prompt="x", n=5)
 
 
-def test_a_key(tiny: Running) -> None:
+def test_a_key() -> None:
     with running_server(served_model(), byte_tokenizer(), api_key="right") as server:
-        client = client_of(server)
-        with pytest.raises(openai.AuthenticationError):
+        with client_of(server) as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
-        assert client.with_options(api_key="right").models.list().data
+        with client_of(server, "right") as client:
+            assert client.models.list().data
 
 
 @pytest.mark.slow
 def test_smollm2(smollm2: Running) -> None:
-    client = client_of(smollm2)
-    assert "Paris" in check_everything(client)
-    check_errors(client)
+    with client_of(smollm2) as client:
+        assert "Paris" in check_everything(client)
+        check_errors(client)
