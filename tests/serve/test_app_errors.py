@@ -126,3 +126,18 @@ def test_failures_inside_stay_inside() -> None:
         assert "secret" not in refused(post(server, {"prompt": "x"}), 500)["message"]
         assert [type(error) for error in server.errors] == [RuntimeError, RuntimeError]
         server.errors.clear()
+
+
+def test_a_draining_server_takes_nothing_new() -> None:
+    with running_server(served_model(), byte_tokenizer()) as server:
+        server.served.service.draining = True
+        assert refused(post(server, {"prompt": "x"}), 503)["code"] == "shutting_down"
+        assert refused(http().get(server.url + "/health"), 503)["code"] == "draining"
+        assert http().get(server.url + "/stats").json()["draining"] is True
+
+
+def test_a_dead_engine_is_said() -> None:
+    with running_server(served_model(), byte_tokenizer()) as server:
+        server.served.engine.close()
+        refused(post(server, {"prompt": "x"}), 503)
+        assert refused(http().get(server.url + "/health"), 503)["code"] == "dead"

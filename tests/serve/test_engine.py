@@ -36,7 +36,7 @@ def mixed_work(number: int, *, seed: int = 0) -> Work:
         (
             base[: drawn.choice([0, 0, 70, 132, 200])]
             + [drawn.randrange(2, 258) for _ in range(drawn.randrange(1, 30))],
-            drawn.randrange(1, 24),
+            drawn.randrange(1, 18),
         )
         for _ in range(number)
     ]
@@ -77,7 +77,7 @@ def alone(model: Any, kv: str, work: Work) -> list[Told]:
 @pytest.mark.parametrize(("family", "kv", "dtype"), CASES)
 def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype) -> None:
     """Mixed lengths, admission and retirement all the time, prompts that share pages."""
-    model, work = served_model(family, dtype=dtype), mixed_work(24)
+    model, work = served_model(family, dtype=dtype), mixed_work(14)
     wanted = alone(model, kv, work)
     with running_engine(model, kv) as engine:
         assert together(engine, work) == wanted
@@ -113,7 +113,7 @@ def test_tokens_are_those_of_generate(kv: str, length: int) -> None:
 
 def test_company_changes_nothing_while_pages_are_short() -> None:
     """A pool of a few pages: sequences wait for each other, kept pages are overwritten."""
-    model, work = served_model(), mixed_work(24, seed=3)
+    model, work = served_model(), mixed_work(14, seed=3)
     wanted = alone(model, "k3v3", work)
     with running_engine(model, "k3v3", kv_memory=80_000) as engine:
         assert engine.ledger.pages.size < 10
