@@ -65,6 +65,7 @@ class Engine:
         self._prompts: deque[Generation] = deque()
         self._wake = threading.Event()
         self._stop = False
+        self._stop_with: Failure = "shutdown"
         self._failures = 0
         self._generated = self._prompted = self._reused = 0
         self._seconds = 1.0
@@ -126,8 +127,6 @@ class Engine:
             reused=self._reused,
             alive=self.alive,
         )
-
-    _stop_with: Failure = "shutdown"
 
     def _serve(self) -> None:
         while not self._stop:

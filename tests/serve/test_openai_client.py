@@ -7,9 +7,17 @@ from pathlib import Path
 import openai
 import pytest
 from tiny_jobs import load_script
-from tiny_served import Running, byte_tokenizer, running_server, served_model
+from tiny_served import (
+    Listener,
+    Running,
+    byte_tokenizer,
+    generation,
+    running_server,
+    served_model,
+)
 
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.serve.sampling import Picked
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -121,3 +129,24 @@ def test_smollm2(smollm2: Running) -> None:
     with client_of(smollm2) as client:
         assert "Paris" in check_everything(client)
         check_errors(client)
+
+
+@pytest.mark.slow
+def test_company_changes_nothing_on_smollm2(smollm2: Running) -> None:
+    """Bitwise, log probabilities included, on a model whose products are large."""
+    engine, ids = smollm2.served.engine, list(range(300, 420))
+    work = [ids[:5], ids[5:50], ids[:90], [*ids[:80], 7]]
+
+    def submit(prompt: list[int]) -> Listener:
+        listener = Listener()
+        assert engine.submit([generation(prompt, 6, listener)])
+        return listener
+
+    def picked(listener: Listener) -> list[Picked]:
+        assert listener.wait().finish == "length"
+        return [item for event in listener.events for item in event.piece.picked]
+
+    alone = [picked(submit(prompt)) for prompt in work]
+    together = [submit(prompt) for prompt in work]
+    assert [picked(listener) for listener in together] == alone
+    assert engine.stepper.rows == 8
