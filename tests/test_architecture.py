@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"pipeline"},
+    {"pipeline", "serve"},
     {"finish", "tuning"},
     {"tunable"},
     {"parts"},

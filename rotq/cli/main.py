@@ -8,12 +8,14 @@ from typing import NoReturn
 import click
 
 from rotq import __version__
+from rotq.cli.bench import bench_group
 from rotq.cli.eval import eval_group
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.inspect import inspect
 from rotq.cli.kv import calibrate_kv
 from rotq.cli.options import debug_wanted
 from rotq.cli.quantize import quantize
+from rotq.cli.serve_kv import serve_kv
 from rotq.errors import RotqError
 
 
@@ -53,7 +55,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rotq")
 def main() -> None:
-    """Rotate, quantize and evaluate language models.
+    """Rotate, quantize, evaluate and serve language models.
 
     Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a model, file or
     text is not as it must be, 2 wrong usage, 3 a self-check failed, 75 stopped and resumable.
@@ -65,3 +67,5 @@ eval_group.add_command(eval_kv)
 main.add_command(eval_group)
 main.add_command(inspect)
 main.add_command(calibrate_kv)
+main.add_command(serve_kv)
+main.add_command(bench_group)

@@ -12,7 +12,7 @@ Shape suffixes: B sequences, M query heads, T query tokens, N dense tokens, H KV
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ from rotq.ops import DenseKV, KVPages, KVTransform, packed_attention
 
 NAME = "rotq_packed"
 """In ``config._attn_implementation``."""
+
+
+class Readable(Protocol):
+    """What a handle carries: keys and values that the attention here can read."""
+
+    window: int
+
+    def attend(self, query_BMTD: Tensor, scale: float) -> Tensor:
+        """Attention of the fresh tokens."""
 
 
 @dataclass(kw_only=True)
@@ -61,10 +70,10 @@ class Visible:
 class PackedKV(torch.Tensor):
     """The handle: a tensor without content, (B, H, columns, D) in the model's dtype."""
 
-    visible: Visible
+    visible: Readable
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], like: Tensor, visible: Visible) -> PackedKV:
+    def __new__(cls, shape: tuple[int, ...], like: Tensor, visible: Readable) -> PackedKV:
         """A handle of ``shape``, with the dtype and on the device of ``like``."""
         handle: PackedKV = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device
@@ -111,7 +120,7 @@ def attention(
     return out_BMTD.transpose(1, 2).contiguous(), None
 
 
-def _check(module: nn.Module, visible: Visible, kwargs: dict[str, Any]) -> None:
+def _check(module: nn.Module, visible: Readable, kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if kwargs.get(name) is not None:
             raise RotqError(f"packed attention has no {name}; this model cannot use PackedCache")

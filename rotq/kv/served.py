@@ -54,12 +54,11 @@ def windows(config: Any) -> list[int]:
     return found
 
 
-def check_served(model: Any, calibration: KVCalibration) -> None:
-    """Refuse what a packed cache would serve wrongly.
+def check_decoder(model: Any) -> Any:
+    """Refuse models that are no causal decoders with plain attention; returns the text's config.
 
     Raises:
-        RotqError: the model is no causal decoder, its attention does what packed attention does
-            not, or the calibration is another model's.
+        RotqError: this is one.
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or not getattr(config, "is_causal", True):
@@ -67,6 +66,17 @@ def check_served(model: Any, calibration: KVCalibration) -> None:
     for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, name, None):
             raise RotqError(f"{config.model_type}: packed attention cannot do {name}")
+    return config
+
+
+def check_served(model: Any, calibration: KVCalibration) -> None:
+    """Refuse what a packed cache would serve wrongly.
+
+    Raises:
+        RotqError: the model is no causal decoder, its attention does what packed attention does
+            not, or the calibration is another model's.
+    """
+    config = check_decoder(model)
     if calibration.model_hash != hash_config(model.config):
         raise RotqError("the calibration was made for another model; run rotq calibrate-kv")
     if sorted(calibration.layers) != list(range(len(kv_shapes(config)))):

@@ -1,0 +1,108 @@
+"""``rotq bench``: speed and memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rotq.cli.options import model_options, output_options
+from rotq.cli.serving import checked_settings, find_calibration, load_on, serving_options
+
+
+@click.group("bench")
+def bench_group() -> None:
+    """Measure speed and memory."""
+
+
+@bench_group.command("serve")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--kv",
+    "names",
+    default="k3v3,dense",
+    show_default=True,
+    metavar="PRESET|dense[,...]",
+    help="Caches to measure, one after the other.",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=32, show_default=True, help="In all."
+)
+@click.option(
+    "--clients",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Requests under way at once.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Of the longest prompt; the shortest has half of them.",
+)
+@click.option(
+    "--output-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Of every answer.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
+@serving_options
+@model_options
+@output_options
+def bench_serve(
+    model: Path,
+    names: str,
+    requests: int,
+    clients: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    seed: int,
+    kv_calibration: Path | None,
+    kv_memory: str,
+    max_batch: int,
+    device: str,
+    as_json: bool,
+    dtype: str,
+    trust_remote_code: bool,
+) -> None:
+    """Throughput, latencies and cache bytes of rotq serve-kv's engine, for several caches.
+
+    Every cache gets the same requests and the same memory. --json prints one object for each
+    cache, a line each.
+
+    \b
+    rotq bench serve models/llama --kv k3v3,dense --kv-memory 64MiB --clients 32
+    """
+    settings = checked_settings(kv_memory=kv_memory, max_batch=max_batch, max_queue=clients)
+    chosen = [name.strip() for name in names.split(",")]
+    if len(set(chosen)) < len(chosen):
+        raise click.UsageError(f"--kv {names}: a cache is named twice")
+    loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    from rotq.serve.bench import Load, measure
+    from rotq.serve.settings import DENSE
+
+    caches = [
+        find_calibration(loaded, name, kv_calibration if name != DENSE else None) for name in chosen
+    ]
+    load = Load(
+        requests=requests,
+        clients=clients,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        seed=seed,
+    )
+    found = []
+    for calibration in caches:
+        found.append(measure(loaded, calibration, settings, load, tokenizer.decode).to_dict())
+        if as_json:
+            click.echo(json.dumps(found[-1]))
+    if not as_json:
+        from rotq.report.serve_tables import bench_table
+
+        click.echo(bench_table(found), nl=False)

@@ -1,0 +1,157 @@
+"""``rotq serve-kv``: an OpenAI-compatible server on the packed cache."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rotq.cli.options import debug_wanted, model_options, output_options
+from rotq.cli.serving import (
+    checked_settings,
+    find_calibration,
+    load_on,
+    require_packages,
+    serving_options,
+)
+
+KEY_VARIABLE = "ROTQ_API_KEY"
+
+
+@click.command("serve-kv")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--kv",
+    "name",
+    default="k3v3",
+    show_default=True,
+    metavar="PRESET|dense",
+    help="Scheme of the cache; dense is the model's own precision.",
+)
+@serving_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes any that is free.",
+)
+@click.option("--model-name", help="As clients call it; the folder's name if left out.")
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Sequences that wait; beyond it 429.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens of a sequence; 0 takes what the model and the cache allow.",
+)
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds of a request, queueing included.",
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running requests get after SIGTERM.",
+)
+@model_options
+@output_options
+def serve_kv(
+    model: Path,
+    name: str,
+    kv_calibration: Path | None,
+    kv_memory: str,
+    device: str,
+    host: str,
+    port: int,
+    model_name: str | None,
+    as_json: bool,
+    dtype: str,
+    trust_remote_code: bool,
+    **limits: Any,
+) -> None:
+    """Serve MODEL with OpenAI's API, its KV cache packed into a fixed number of bytes.
+
+    Prints one line when it takes requests: the address and what is served; with --json as an
+    object. If the environment has ROTQ_API_KEY, clients must send it as their API key. SIGTERM
+    lets what runs end, then exits with 0.
+
+    \b
+    rotq serve-kv models/llama --kv-calibration llama-kv.safetensors --kv-memory 4GiB
+    rotq serve-kv out/llama-w3 --kv k4v3 --port 8080
+    """
+    require_packages("fastapi", "uvicorn", "prometheus_client")
+    settings = checked_settings(kv_memory=kv_memory, **limits)
+    key = os.environ.get(KEY_VARIABLE) or None
+    local = _is_loopback(host)
+    if not local and key is None:
+        click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
+    loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    calibration = find_calibration(loaded, name, kv_calibration)
+
+    from rotq.serve.run import assemble, run
+
+    served = assemble(
+        loaded,
+        tokenizer,
+        calibration,
+        settings,
+        name=model_name or model.absolute().name,
+        api_key=key,
+        local=local,
+        on_error=_reporter(debug_wanted(click.get_current_context())),
+    )
+
+    def ready(port: int) -> None:
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        click.echo(_ready_line(address, served.facts, as_json))
+
+    run(served, host, port, settings, on_ready=ready)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"address": address, **facts})
+    return (
+        f"{facts['model']} at {address} - cache {facts['kv']}, "
+        f"{facts['page_bits_per_element']:.3f} bits per element, "
+        f"{facts['capacity_tokens']} tokens, {facts['max_batch']} sequences in passes of "
+        f"{facts['rows']}"
+    )
+
+
+def _reporter(debug: bool) -> Callable[[Exception], None]:
+    def report(error: Exception) -> None:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        click.echo(f"rotq: error: {line}", err=True)
+        if debug:
+            traceback.print_exception(error)
+
+    return report

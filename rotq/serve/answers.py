@@ -1,0 +1,219 @@
+"""Events of the engine as OpenAI's JSON objects: whole answers, and chunks of streams."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from rotq.serve.generation import Event, joined
+from rotq.serve.sampling import Picked
+from rotq.serve.text import Piece
+
+Read = Callable[[int], str]
+"""A token's own text."""
+
+
+@dataclass(kw_only=True)
+class Choice:
+    """What has come of one choice so far."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    finish: str | None = None
+    prompt: tuple[Picked, ...] | None = None
+    tokens: int = 0
+    cached: int = 0
+
+    def add(self, event: Event) -> None:
+        """Take an event."""
+        self.pieces.append(event.piece)
+        self.finish = event.finish or self.finish
+        self.prompt = event.prompt or self.prompt
+        self.count(event)
+
+    def count(self, event: Event) -> None:
+        """Take an event's numbers only."""
+        self.tokens, self.cached = event.completion_tokens, event.cached_tokens
+
+    @property
+    def piece(self) -> Piece:
+        """All of it."""
+        return joined(self.pieces)
+
+
+@dataclass(kw_only=True)
+class Writer:
+    """The objects of one request; subclasses know the endpoint."""
+
+    model: str
+    read: Read
+    top: int | None
+    """Likeliest tokens to report; None for no log probabilities."""
+    prompt_lengths: Sequence[int]
+    """Tokens of each prompt."""
+    identity: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    kind = ""
+    chunk_kind = ""
+    prefix = ""
+
+    def answer(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The whole."""
+        written = [self.choice(index, choice) for index, choice in enumerate(choices)]
+        return self._frame(self.kind, written) | {"usage": self.usage(choices)}
+
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
+        """A part of a stream."""
+        return self._frame(self.chunk_kind, [self.delta(index, event)])
+
+    def last_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The counts of a stream."""
+        return self._frame(self.chunk_kind, []) | {"usage": self.usage(choices)}
+
+    def usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Tokens of the request; a prompt counts once for all its choices."""
+        prompts = sum(self.prompt_lengths)
+        generated = sum(choice.tokens for choice in choices)
+        per_prompt = max(1, len(choices) // len(self.prompt_lengths))
+        cached = sum(choice.cached for choice in choices[::per_prompt])
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": generated,
+            "total_tokens": prompts + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first chunk of a choice, where there is one before any text."""
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """In a whole answer."""
+        raise NotImplementedError
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        """In a chunk."""
+        raise NotImplementedError
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.prefix}-{self.identity}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+@dataclass(kw_only=True)
+class CompletionWriter(Writer):
+    """``/v1/completions``."""
+
+    echoed: Sequence[str] | None = None
+    """Text of each choice's prompt, if it is part of the answer."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """In a whole answer."""
+        echoed, piece = self.echoed[index] if self.echoed else "", choice.piece
+        return {
+            "index": index,
+            "text": echoed + piece.text,
+            "logprobs": self._logprobs(piece, choice.prompt, len(echoed)),
+            "finish_reason": choice.finish,
+        }
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        """In a chunk; the echoed prompt is a chunk of its own."""
+        echoed = len(self.echoed[index]) if self.echoed else 0
+        return {
+            "index": index,
+            "text": event.piece.text,
+            "logprobs": self._logprobs(event.piece, event.prompt, echoed),
+            "finish_reason": event.finish,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The prompt, if it is echoed."""
+        if not self.echoed:
+            return None
+        return self._frame(self.kind, [self._plain(index, self.echoed[index])])
+
+    def _plain(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(
+        self, piece: Piece, prompt: tuple[Picked, ...] | None, echoed: int
+    ) -> dict[str, Any] | None:
+        if self.top is None:
+            return None
+        prompt = prompt or ()
+        picked = (*prompt, *piece.picked)
+        lengths = [len(self.read(item.token)) for item in prompt]
+        offsets = list(accumulate(lengths, initial=0))[:-1]
+        offsets += [echoed + offset for offset in piece.offsets]
+        tops = [
+            None if item.logprob is None else {self.read(token): value for token, value in item.top}
+            for item in picked
+        ]
+        return {
+            "tokens": [self.read(item.token) for item in picked],
+            "token_logprobs": [item.logprob for item in picked],
+            "top_logprobs": tops if self.top else None,
+            "text_offset": offsets,
+        }
+
+
+@dataclass(kw_only=True)
+class ChatWriter(Writer):
+    """``/v1/chat/completions``."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """In a whole answer."""
+        piece = choice.piece
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": choice.finish,
+        }
+
+    def delta(self, index: int, event: Event) -> dict[str, Any]:
+        """In a chunk."""
+        return {
+            "index": index,
+            "delta": {"content": event.piece.text} if event.piece.text else {},
+            "logprobs": self._logprobs(event.piece) if event.piece.picked else None,
+            "finish_reason": event.finish,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._frame(self.chunk_kind, [choice])
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self.top is None:
+            return None
+        content = [
+            self._entry(item.token, item.logprob)
+            | {"top_logprobs": [self._entry(token, value) for token, value in item.top]}
+            for item in piece.picked
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.read(token)
+        # a part of a character has no text, and no bytes that could be told
+        known = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}

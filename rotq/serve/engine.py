@@ -1,0 +1,288 @@
+"""Continuous batching: one thread admits sequences, runs them together and retires them.
+
+Each round: those who have gone or are late leave; the waiting are admitted while places and pages
+can be promised; one prompt, in turn, advances by one pass; all others decode one token. So a long
+prompt delays a running text by one pass, never by its length.
+
+Greedy output does not depend on what else is being served: see ``stepper`` for the shapes, and
+``ledger`` for why a shared page holds what would have been computed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from rotq.kv.pool import Cost, Row
+from rotq.serve.generation import Event, Failure, Generation
+from rotq.serve.ledger import Ledger
+from rotq.serve.observer import Observer, State
+from rotq.serve.sampling import describe
+from rotq.serve.stepper import Stepper
+from rotq.serve.waiting import WaitingRoom
+
+_IDLE = 0.05
+"""Seconds between looks at deadlines while nothing runs."""
+
+_FAILURES = 3
+"""Passes that may fail one after the other; then the engine is dead."""
+
+
+class Engine:
+    """Serves sequences until it is closed.
+
+    Args:
+        stepper: Of the model.
+        ledger: Of its pool.
+        cost: Of the pool's pages.
+        longest: Tokens that a sequence may have.
+        max_batch: Sequences that run together.
+        max_queue: Sequences that wait.
+        observer: See there.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        ledger: Ledger,
+        cost: Cost,
+        *,
+        longest: int,
+        max_batch: int,
+        max_queue: int,
+        observer: Observer | None = None,
+    ) -> None:
+        self.stepper, self.ledger, self.cost = stepper, ledger, cost
+        self.longest, self.max_batch = longest, max_batch
+        self.waiting = WaitingRoom(max_queue)
+        self.observer = observer or Observer()
+        self._running: list[Generation] = []
+        self._prompts: deque[Generation] = deque()
+        self._wake = threading.Event()
+        self._stop = False
+        self._stop_with: Failure = "shutdown"
+        self._failures = 0
+        self._generated = self._prompted = self._reused = 0
+        self._seconds = 1.0
+        self._thread = threading.Thread(target=self._serve, name="rotq-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def submit(self, sequences: Sequence[Generation]) -> bool:
+        """Queue all sequences of a request; False if the queue is full or the engine stops."""
+        if not self.alive or not self.waiting.enter(sequences):
+            return False
+        self._wake.set()
+        return True
+
+    def retry_after(self) -> int:
+        """Seconds after which a place in the queue may be free, an estimate."""
+        seconds = self._seconds * len(self.waiting) / self.max_batch
+        return min(60, max(1, math.ceil(seconds)))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves."""
+        return self._thread.is_alive() and not self._stop
+
+    def idle(self) -> bool:
+        """Nothing runs or waits."""
+        return not self._running and not len(self.waiting)
+
+    def close(self, failure: Failure = "shutdown") -> None:
+        """End what runs and waits, and the thread."""
+        self.waiting.close()
+        self._stop_with = failure
+        self._stop = True
+        self._wake.set()
+        self._thread.join()
+
+    def state(self) -> State:
+        """A snapshot; any thread may ask, the numbers need not be of the very same moment."""
+        ledger, running = self.ledger, list(self._running)
+        tokens = sum(sequence.count for sequence in running)
+        leases = [lease for item in running if (lease := item.lease) is not None]
+        held = {page for lease in leases for page in list(lease.pages)}
+        first = {lease.sink for lease in leases if lease.sink is not None}
+        size = len(held) * self.cost.page + len(first) * self.cost.sinks
+        filled = ledger.pages.filled * self.cost.page + ledger.first.filled * self.cost.sinks
+        return State(
+            running=len(running),
+            waiting=len(self.waiting),
+            tokens=tokens,
+            pages=ledger.pages.filled,
+            pages_total=ledger.pages.size,
+            cache_bytes=filled,
+            cache_bytes_total=self.stepper.pool.nbytes,
+            bits_per_element=8 * size / (tokens * self.cost.elements) if tokens else 0.0,
+            generated=self._generated,
+            prompted=self._prompted,
+            reused=self._reused,
+            alive=self.alive,
+        )
+
+    def _serve(self) -> None:
+        while not self._stop:
+            try:
+                self._sweep()
+                self._admit()
+                if not self._prefill() | self._decode():
+                    self._wake.wait(_IDLE if len(self.waiting) else None)
+                    self._wake.clear()
+                    continue
+                self._failures = 0
+            except Exception as error:
+                self._recover(error)
+        for sequence in [*self._running, *self.waiting.leave(lambda _: True)]:
+            self._fail(sequence, self._stop_with)
+
+    def _recover(self, error: Exception) -> None:
+        """A pass failed: what was running is lost, what waits is not, and pages are not trusted."""
+        self.observer.failed(error)
+        for sequence in list(self._running):
+            self._fail(sequence, "internal")
+        ledger = self.ledger
+        self.ledger = Ledger(
+            num_pages=ledger.pages.size,
+            num_sinks=ledger.first.size,
+            page_size=ledger.page_size,
+            sinks=ledger.sinks,
+        )
+        self._failures += 1
+        if self._failures >= _FAILURES:
+            self.waiting.close()
+            self._stop_with, self._stop = "internal", True
+
+    def _sweep(self) -> None:
+        """Let go of who has gone and who is late."""
+        now = time.monotonic()
+
+        def over(sequence: Generation) -> bool:
+            return sequence.cancelled or now > sequence.deadline
+
+        for sequence in [*filter(over, self._running), *self.waiting.leave(over)]:
+            self._fail(sequence, "cancelled" if sequence.cancelled else "timeout")
+
+    def _admit(self) -> None:
+        while len(self._running) < self.max_batch:
+            sequence = self.waiting.admit(self._lease)
+            if sequence is None:
+                return
+            self._running.append(sequence)
+            self._prompts.append(sequence)
+
+    def _lease(self, sequence: Generation) -> bool:
+        if sequence.keys is None:
+            # prompt tokens whose logits are wanted must be computed
+            reuse = not sequence.prompt_logprobs
+            sequence.keys = self.ledger.keys(sequence.prompt) if reuse else []
+        sequence.lease = self.ledger.admit(sequence.keys, sequence.total)
+        return sequence.lease is not None
+
+    def _prefill(self) -> bool:
+        """One pass over one prompt; whether there was one."""
+        while self._prompts:
+            sequence = self._prompts.popleft()
+            if sequence.lease is None:
+                continue
+            self._take_over(sequence)
+            self._pass_over(sequence)
+            if sequence.prefilling:
+                self._prompts.append(sequence)
+            return True
+        return False
+
+    def _take_over(self, sequence: Generation) -> None:
+        """What others have computed of its prompt, until now."""
+        lease, ledger = sequence.lease, self.ledger
+        assert lease is not None
+        while ledger.reuse(lease):
+            pass
+        if lease.pages:
+            found = ledger.sinks + len(lease.pages) * ledger.page_size - sequence.count
+            whole = found >= 0 and (not sequence.count or found % ledger.page_size == 0)
+            assert whole, "a pass over a prompt did not end where a page ends"
+            sequence.count += found
+            sequence.cached += found
+            self._reused += found
+
+    def _pass_over(self, sequence: Generation) -> None:
+        assert sequence.lease is not None
+        end = self.stepper.pass_end(sequence.count, len(sequence.prompt))
+        self.ledger.extend(sequence.lease, end)
+        ids = sequence.prompt[sequence.count : end]
+        wanted = sequence.prompt_logprobs
+        logits = self.stepper.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
+        if wanted:
+            self._describe(sequence, end, logits)
+        self._prompted += len(ids)
+        sequence.count = end
+        self.ledger.publish(sequence.lease, end)
+        if not sequence.prefilling:
+            self._choose(sequence, logits[-1])
+
+    def _describe(self, sequence: Generation, end: int, logits: Tensor) -> None:
+        """Log probabilities of the tokens after those of the pass, as far as they are prompt."""
+        if not sequence.described:
+            sequence.described.append(describe(sequence.prompt[0], logits[0], None))
+        following = sequence.prompt[sequence.count + 1 : end + 1]
+        number = sequence.sampling.logprobs or 0
+        for token, logits_V in zip(following, logits, strict=False):
+            sequence.described.append(describe(token, logits_V, number))
+
+    def _decode(self) -> bool:
+        """One token for everyone whose prompt is done; whether there was anyone."""
+        ready = [sequence for sequence in self._running if not sequence.prefilling]
+        for first in range(0, len(ready), self.stepper.rows):
+            group = ready[first : first + self.stepper.rows]
+            for sequence, logits_V in zip(group, self._step(group), strict=True):
+                sequence.count += 1
+                self._choose(sequence, logits_V)
+        return bool(ready)
+
+    def _step(self, group: Sequence[Generation]) -> Iterator[Tensor]:
+        rows: list[Row] = []
+        for sequence in group:
+            assert sequence.lease is not None
+            self.ledger.extend(sequence.lease, sequence.count + 1)
+            rows.append(sequence.row(1))
+        logits_BV = self.stepper.decode([item.generated[-1] for item in group], rows)
+        return iter(logits_BV)
+
+    def _choose(self, sequence: Generation, logits_V: Tensor) -> None:
+        now = time.monotonic()
+        if sequence.max_tokens == 0:
+            self._retire(sequence, sequence.event(finish="length"))
+            return
+        event = sequence.accept(sequence.sampler.pick(logits_V))
+        self._generated += 1
+        if len(sequence.generated) == 1:
+            self.observer.first_token(now - sequence.created)
+        else:
+            self.observer.next_token(now - sequence.last_emitted)
+        sequence.last_emitted = now
+        if event.last:
+            self._retire(sequence, event)
+        elif event.piece.text or event.piece.picked or event.prompt:
+            sequence.emit(event)
+
+    def _fail(self, sequence: Generation, failure: Failure) -> None:
+        self._retire(sequence, sequence.event(failure=failure))
+
+    def _retire(self, sequence: Generation, event: Event) -> None:
+        if sequence.lease is not None:
+            self.ledger.release(sequence.lease)
+            sequence.lease = None
+            self._running.remove(sequence)
+        seconds = time.monotonic() - sequence.created
+        if event.finish:
+            self._seconds += 0.1 * (seconds - self._seconds)
+        self.observer.retired(sequence, event.finish or event.failure or "", seconds)
+        sequence.emit(event)

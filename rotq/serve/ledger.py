@@ -1,0 +1,200 @@
+"""Who holds which page: reservations, sharing of equal prompt pages, and what is kept for later.
+
+A sequence is admitted if the pages for all tokens that it may ever have can be promised to it, so
+no running sequence waits for memory, is thrown out or starts anew. Pages are taken one by one, as
+tokens come; a page of a prompt that was met before is shared, and takes nothing.
+
+A page's key is the hash of the whole prompt up to its end. The keys and values of a token depend
+on what is before it and on how the prompt is cut into passes (within a pass tokens see each other
+whole, earlier ones packed). Passes end where pages end, so equal prompts are cut alike, and a
+shared page holds the very bits that would have been computed. Pages of generated tokens are not
+shared: they were computed token by token, a prompt's are not.
+
+When its last holder goes, a published page stays until its place is needed, the one that was left
+longest ago first. Only the engine's thread calls this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class Shelf:
+    """Numbered places that are free, held by someone, or kept for who asks for their key.
+
+    Args:
+        size: Places.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free = list(range(size - 1, -1, -1))
+        self._holders = [0] * size
+        self._key_of: dict[int, bytes] = {}
+        self._place_of: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Places that nobody holds."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def filled(self) -> int:
+        """Places with something in them, held or kept."""
+        return self.size - len(self._free)
+
+    def take(self) -> int:
+        """A place for something new."""
+        if not self._free:
+            oldest, _ = self._idle.popitem(last=False)
+            del self._place_of[self._key_of.pop(oldest)]
+            self._free.append(oldest)
+        place = self._free.pop()
+        self._holders[place] = 1
+        return place
+
+    def find(self, key: bytes) -> int | None:
+        """Hold the place of a key, if there is one."""
+        place = self._place_of.get(key)
+        if place is not None:
+            self._idle.pop(place, None)
+            self._holders[place] += 1
+        return place
+
+    def publish(self, place: int, key: bytes) -> None:
+        """Let others find a place; nothing if the key is known or the place has one."""
+        if key not in self._place_of and place not in self._key_of:
+            self._key_of[place] = key
+            self._place_of[key] = place
+
+    def release(self, place: int) -> None:
+        """Stop holding it."""
+        self._holders[place] -= 1
+        if self._holders[place]:
+            return
+        if place in self._key_of:
+            self._idle[place] = None
+        else:
+            self._free.append(place)
+
+
+@dataclass(kw_only=True)
+class Lease:
+    """What one sequence holds."""
+
+    keys: list[bytes]
+    """Of the pages that its prompt fills, but for the last token of the prompt."""
+    promised: int
+    """Pages that it may still take."""
+    pages: list[int] = field(default_factory=list)
+    sink: int | None = None
+
+
+class Ledger:
+    """Pages and sinks of a pool.
+
+    Args:
+        num_pages: Of the pool.
+        num_sinks: Sequences whose sinks it can hold.
+        page_size: Tokens of a page.
+        sinks: Tokens before the first page.
+    """
+
+    def __init__(self, *, num_pages: int, num_sinks: int, page_size: int, sinks: int) -> None:
+        self.page_size, self.sinks = page_size, sinks
+        self.pages = Shelf(num_pages)
+        self.first = Shelf(num_sinks)
+        self._promised = 0
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages of a sequence of so many tokens."""
+        return max(0, -(-(tokens - self.sinks) // self.page_size))
+
+    def keys(self, prompt: Sequence[int]) -> list[bytes]:
+        """Of full pages of a prompt before its last token, whose logits somebody wants."""
+        keys, key, start = [], b"", 0
+        for end in range(self.sinks + self.page_size, len(prompt), self.page_size):
+            tokens = array("q", prompt[start:end]).tobytes()
+            key, start = hashlib.blake2b(key + tokens, digest_size=32).digest(), end
+            keys.append(key)
+        return keys
+
+    def admit(self, keys: list[bytes], tokens: int) -> Lease | None:
+        """Promise a sequence all it may need; None while that is not possible.
+
+        Args:
+            keys: See ``keys``; none to take over nothing.
+            tokens: At most so many, the prompt included.
+        """
+        lease = Lease(keys=keys, promised=self.pages_for(tokens))
+        self._promised += lease.promised
+        while self.reuse(lease):
+            pass
+        if lease.sink is None and self.sinks:
+            lease.sink = self.first.take() if self.first.available else None
+        if self._promised > self.pages.available or (self.sinks and lease.sink is None):
+            self.release(lease)
+            return None
+        return lease
+
+    def reuse(self, lease: Lease) -> bool:
+        """Take over the next page of the prompt, if somebody has computed it."""
+        index = len(lease.pages)
+        if index >= len(lease.keys):
+            return False
+        key = lease.keys[index]
+        if self.sinks and index == 0:
+            return self._reuse_first(lease, key)
+        return self._hold(lease, self.pages.find(key))
+
+    def _reuse_first(self, lease: Lease, key: bytes) -> bool:
+        """The first page goes with its sinks."""
+        sink = self.first.find(key)
+        page = self.pages.find(key) if sink is not None else None
+        if sink is not None and page is None:
+            self.first.release(sink)
+        elif sink is not None:
+            if lease.sink is not None:
+                self.first.release(lease.sink)
+            lease.sink = sink
+        return self._hold(lease, page)
+
+    def _hold(self, lease: Lease, page: int | None) -> bool:
+        if page is None:
+            return False
+        self._promised -= 1
+        lease.promised -= 1
+        lease.pages.append(page)
+        return True
+
+    def extend(self, lease: Lease, tokens: int) -> None:
+        """Take pages until there are enough for so many tokens."""
+        while len(lease.pages) < self.pages_for(tokens):
+            assert lease.promised > 0, "a sequence outgrew its promise"
+            self._promised -= 1
+            lease.promised -= 1
+            lease.pages.append(self.pages.take())
+
+    def publish(self, lease: Lease, tokens: int) -> None:
+        """Let others find the prompt pages that the first ``tokens`` tokens have filled."""
+        full = min(len(lease.keys), max(0, tokens - self.sinks) // self.page_size)
+        for index in range(full):
+            self.pages.publish(lease.pages[index], lease.keys[index])
+        if full and lease.sink is not None:
+            self.first.publish(lease.sink, lease.keys[0])
+
+    def release(self, lease: Lease) -> None:
+        """Give everything back; the end of a prompt is given up before its beginning."""
+        self._promised -= lease.promised
+        lease.promised = 0
+        for page in reversed(lease.pages):
+            self.pages.release(page)
+        lease.pages = []
+        if lease.sink is not None:
+            self.first.release(lease.sink)
+            lease.sink = None

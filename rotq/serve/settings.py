@@ -1,0 +1,58 @@
+"""What a server is to do, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DENSE = "dense"
+"""In place of a preset's name: keys and values in the model's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Limits of a server."""
+
+    kv_memory: int = 1 << 30
+    """Bytes of the cache, allocated at start."""
+    max_batch: int = 32
+    """Sequences that run together."""
+    max_queue: int = 128
+    """Sequences that wait."""
+    max_length: int = 0
+    """Tokens of a sequence; 0 takes what the model and the cache allow."""
+    default_max_tokens: int = 256
+    """Of a chat answer whose request does not say."""
+    request_timeout: float = 300.0
+    """Seconds from a request's arrival to its end."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests get after SIGTERM."""
+    max_body: int = 4 << 20
+    """Bytes of a request."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_memory", "max_batch", "default_max_tokens", "max_body"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("max_queue", "max_length", "drain_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.request_timeout > 0:
+            raise ValueError(f"request_timeout must be positive, got {self.request_timeout}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``512MiB``, ``1.5GiB``, ``4GB`` or a plain number.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = next((unit for unit in units if text.endswith(unit)), "B")
+    number, factor = text.removesuffix(unit), units.get(unit, 1)
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a size such as 512MiB, 4GB or 1000000") from None
+    if size < 1:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size

@@ -1,0 +1,237 @@
+"""`rotq serve-kv` as a process, with real checkpoints; `rotq bench serve`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+from tiny_checkpoints import W4, write_checkpoint
+from tiny_jobs import load_script
+from tiny_served import byte_tokenizer, served_model
+
+from rotq.cli.main import main
+from rotq.kv.calibrate import data_oblivious
+from rotq.kv.presets import preset
+from rotq.serve.settings import Settings, parse_size
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    served_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+class Process:
+    """A server of its own."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "rotq", "serve-kv", str(folder), "--port", "0", "--json"]
+        self.process = subprocess.Popen(
+            [*command, "--kv-memory", "2MiB", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr and self.process.stderr.read()
+        self.facts: dict[str, Any] = json.loads(line)
+        self.url = self.facts["address"]
+
+    def ask(self, **body: Any) -> httpx.Response:
+        asked = {"model": self.facts["model"], "prompt": "Hello", "temperature": 0, **body}
+        return httpx.post(f"{self.url}/v1/completions", json=asked, timeout=60)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Exit code and what was said on stderr."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Process]:
+    process = Process(folder, *arguments, **environment)
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.process.communicate()
+
+
+def test_it_serves_and_drains(folder: Path) -> None:
+    with serving(folder) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.facts["model"] == "tiny"
+        assert server.ask(max_tokens=3).is_success
+        found: list[httpx.Response] = []
+        body = {"max_tokens": 400, "ignore_eos": True}
+        thread = threading.Thread(target=lambda: found.append(server.ask(**body)))
+        thread.start()
+        while httpx.get(f"{server.url}/stats").json()["running"] == 0:
+            time.sleep(0.01)
+        code, said = server.end()
+        thread.join()
+        assert code == 0
+        assert found[0].json()["usage"]["completion_tokens"] == 400
+        assert "constants that need no data" in said
+        assert "Traceback" not in said
+
+
+def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
+    with serving(folder, "--drain-timeout", "0.2") as server:
+        found: list[httpx.Response] = []
+        body = {"max_tokens": 600, "ignore_eos": True, "n": 16}
+        threads = [threading.Thread(target=lambda: found.append(server.ask(**body)))]
+        threads[0].start()
+        while httpx.get(f"{server.url}/stats").json()["running"] == 0:
+            time.sleep(0.01)
+        code, said = server.end(signal.SIGINT)
+        threads[0].join()
+        assert code == 0
+        assert found[0].status_code == 503
+        assert found[0].json()["error"]["code"] == "shutting_down"
+        assert "Traceback" not in said
+
+
+def test_a_key_from_the_environment_and_another_name(folder: Path) -> None:
+    with serving(folder, "--model-name", "other", "--kv", "dense", ROTQ_API_KEY="right") as server:
+        assert server.facts["model"] == "other"
+        assert server.facts["kv"] == "dense"
+        assert server.ask().status_code == 401
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])
+def test_packed_checkpoints(tmp_path: Path, format: str) -> None:
+    """Its greedy text is that of the dense model with the same weights."""
+    from tiny_served import Listener, generation
+
+    from rotq.checkpoint.load import load_model
+    from rotq.serve.assembly import build_engine
+
+    written = write_checkpoint(tmp_path, grids=(W4,), format=format)
+    found = []
+    for model in (load_model(written.path), written.dense):
+        calibration = data_oblivious(model.config, preset("k3v3"))
+        engine = build_engine(model, calibration, Settings(kv_memory=1 << 20, max_batch=2))
+        engine.start()
+        listener = Listener()
+        engine.submit([generation([5, 6, 7], 20, listener)])
+        listener.wait()
+        engine.close()
+        found.append([item.token for event in listener.events for item in event.piece.picked])
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--kv", "k9"], 2, ["k9"]),
+        (["--kv", "k3v3,k4v3"], 2, ["one scheme"]),
+        (["--kv-memory", "much"], 2, ["much"]),
+        (["--kv-memory", "1KiB"], 1, ["hold no page"]),
+        (["--max-length", "9999"], 1, ["9999", "640"]),
+        (["--kv", "turboesm"], 1, ["--kv-calibration"]),
+        (["--kv", "dense", "--kv-calibration", "x"], 2, ["no calibration"]),
+        (["--kv-calibration", "missing"], 1, ["missing"]),
+        (["--host", "300.1.1.1", "--port", "0"], 1, ["300.1.1.1"]),
+        (["--device", "cuda"], 1, ["cuda"]),
+        (["--request-timeout", "0"], 2, ["request-timeout"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_wrong_usage(folder: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    result = run("serve-kv", folder, *arguments)
+    assert result.exit_code == code, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("rotq: error: ")
+    assert all(word in result.stderr for word in words)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = run("serve-kv", tmp_path / "no")
+    assert result.exit_code == 1
+    assert "does not exist" in result.stderr
+
+
+def test_a_missing_package_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    result = run("serve-kv", folder)
+    assert result.exit_code == 1
+    assert "pip install 'rotq[serve]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1GiB", 1 << 30),
+        ("1.5MiB", 3 << 19),
+        ("4GB", 4 * 10**9),
+        ("10KB", 10**4),
+        ("77", 77),
+        ("77B", 77),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", "1TiB", "nan", "inf", "1e999"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="size"):
+        parse_size(text)
+
+
+def test_bench(folder: Path) -> None:
+    load = ["--requests", "3", "--clients", "2", "--prompt-tokens", "20", "--output-tokens", "4"]
+    result = run("bench", "serve", folder, *load, "--kv-memory", "1MiB", "--json")
+    assert result.exit_code == 0, result.stderr
+    packed, dense = (json.loads(line) for line in result.stdout.splitlines())
+    assert (packed["kv"], dense["kv"]) == ("k3v3-oblivious", "dense")
+    assert packed["load"]["requests"] == 3
+    assert packed["capacity_tokens"] > dense["capacity_tokens"]
+    result = run("bench", "serve", folder, *load, "--kv", "dense", "--kv-memory", "1MiB")
+    assert "between tokens, ms" in result.stdout
+    assert run("bench", "serve", folder, "--kv", "dense,dense").exit_code == 2
+
+
+def test_a_short_soak() -> None:
+    """The script of the long one; see docs/serving.md for what that found."""
+    command = [sys.executable, str(ROOT / "scripts" / "soak_serve.py")]
+    command += ["--seconds", "4", "--clients", "24", "--queue", "6", "--growth", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["problems"] == []
+    assert found["outcomes"]["stream"] > 0
+    assert found["outcomes"]["429"] > 0
+
+
+def test_the_soak_knows_what_is_wrong() -> None:
+    load_script("train_tiny")
+    soak = load_script("soak_serve")
+    tally = soak.Tally(answers={"x": {"a", "b"}}, problems=["lost"])
+    stats = {"running": 1, "waiting": 0, "rss_warm": 100, "rss_end": 120}
+    assert len(soak.judge(tally, stats, exit_code=1, growth=0.05)) == 5
+    clean = {"running": 0, "waiting": 0, "rss_warm": 100, "rss_end": 104}
+    assert soak.judge(soak.Tally(answers={"x": {"a"}}), clean, exit_code=0, growth=0.05) == []
