@@ -169,7 +169,7 @@ def _rotate_online(block: nn.Module, path: str, seed: int) -> None:
     linear = cast(nn.Linear, block.get_submodule(path))
     weight_NK = _parameter(linear)
     signs_K = random_signs(linear.in_features, seed).to(weight_NK.device)
-    weight_NK.copy_(fast_hadamard(weight_NK.double() * signs_K))
+    weight_NK.copy_(fast_hadamard(weight_NK.double(), signs_n=signs_K))
     parent, _, leaf = path.rpartition(".")
     setattr(block.get_submodule(parent), leaf, OnlineLinear.wrap(linear, signs_K=signs_K))
 
