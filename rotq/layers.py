@@ -75,6 +75,11 @@ class OnlineLinear(nn.Linear):
         return F.linear(self.prepare_input(input), self.weight, self.bias)
 
 
+def prepared_input(linear: nn.Module, x: Tensor) -> Tensor:
+    """What the weight of a dense layer multiplies, given its input."""
+    return linear.prepare_input(x) if isinstance(linear, OnlineLinear) else x
+
+
 class QuantLinear(nn.Module):
     """A linear layer that keeps its weight packed.
 

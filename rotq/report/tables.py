@@ -6,6 +6,7 @@ The only place that formats numbers. Sizes in MB and GB are 10^6 and 10^9 bytes.
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
         worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
         rows.append(("effective sample", worth))
     rows.append(("rotation", rotation_line(report.rotation)))
+    if report.flatness:
+        rows.append(("max/rms of inputs", flatness_line(report.flatness)))
     if report.tuning:
         before, after = report.tuning["kl_first_quarter"], report.tuning["kl_last_quarter"]
         trained = f"{report.tuning['steps']} steps, KL {before:.3g} to {after:.3g} in training"
@@ -146,6 +149,21 @@ def quantization_line(config: dict[str, Any] | None) -> str:
     ignored = config.get("ignore") or []
     kept = f"{len(ignored)} modules kept" if ignored else ""
     return ", ".join(part for part in (*parts, *kinds, kept) if part)
+
+
+def flatness_line(flatness: dict[str, dict[str, dict[str, float | None]]]) -> str:
+    """max/rms of each kind of site, median over blocks, before and after the rotations."""
+    kinds: dict[str, list[dict[str, dict[str, float | None]]]] = {}
+    for name, change in flatness.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(change)
+    parts = []
+    for kind, changes in kinds.items():
+        before, after = (
+            statistics.median(change[when]["max_over_rms"] or 0.0 for change in changes)
+            for when in ("before", "after")
+        )
+        parts.append(f"{kind} {before:.1f} to {after:.1f}")
+    return ", ".join(parts)
 
 
 def runtime_line(config: dict[str, Any]) -> str:
