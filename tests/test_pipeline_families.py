@@ -143,6 +143,16 @@ def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
     assert (loaded(ids_BT, use_cache=False).logits - rounded_BTV).abs().max() > 1e-2
 
 
+def test_w4a8_in_compressed_tensors(tmp_path: Path) -> None:
+    model = make_checkpoint("qwen3", tmp_path / "model")
+    grids = {"weights.symmetric": True, "weights.group_size": 16, "activations.bits": 8}
+    run(model, tmp_path / "out", **grids, activations__symmetric=True, rotation__value="hadamard")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours = load_model(tmp_path / "out")
+    ids_BT = torch.arange(1, 25)[None]
+    assert torch.equal(theirs(ids_BT).logits, ours(ids_BT).logits)
+
+
 def test_flatness_is_reported_where_it_matters(tmp_path: Path) -> None:
     model = make_checkpoint("llama", tmp_path / "model")
     more = {"weights.group_size": 16, "calibration.flatness_tokens": 60}

@@ -58,7 +58,7 @@ def hadamard_reference(
 ) -> torch.Tensor:
     """The definition as K (m + p_1 + p_2 + ...) products a row, p = p_1 p_2 ..., in fp32.
 
-    Also for fp64, in fp64. Serves CPU tensors, and is differentiable in ``x_RK``.
+    Also for fp64, in fp64. Differentiable in ``x_RK``.
     """
     y = x_RK if x_RK.dtype == torch.float64 else x_RK.float()
     if signs_K is not None:
@@ -74,6 +74,18 @@ def hadamard_reference(
         y = factor.T @ y if rest > 1 else y.squeeze(-1) @ factor
         done *= f
     return y.reshape(R, K).to(x_RK.dtype)
+
+
+def hadamard_cpu(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The reference with fp32 products that are fp32, whatever precision torch is set to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return hadamard_reference(x_RK, core_MM, signs_K)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _factors(core_MM: torch.Tensor, K: int) -> list[torch.Tensor]:
@@ -205,7 +217,7 @@ def _core_blocks(M: int) -> dict[str, int]:
 _op = torch.library.custom_op(
     "rotq::hadamard", hadamard_triton, mutates_args=(), device_types="cuda"
 )
-_op.register_kernel("cpu")(hadamard_reference)
+_op.register_kernel("cpu")(hadamard_cpu)
 
 
 @_op.register_fake

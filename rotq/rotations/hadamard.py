@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from rotq import ops
-from rotq.precision import matmul_precision
 
 MAX_CORE = 1024
 """Largest core that is built; it is multiplied as a dense matrix."""
@@ -75,7 +74,8 @@ def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None
 
     A product with the core and with Sylvester matrices of at most 32: n (m + 32 a / 5) products a
     row instead of n^2. On a CUDA device a kernel does it, unless a gradient is wanted, or fp64.
-    Differentiable in ``x``.
+    Differentiable in ``x``; fp32 products are exact ones except in a differentiated call, where
+    torch's setting holds.
 
     Args:
         x: (..., K) with K a multiple of n, floating point; fp16 and bf16 are summed in fp32.
@@ -94,11 +94,10 @@ def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None
     core_mm = _core(core_order(n)).to(x.device)
     signs_n = None if signs_n is None else signs_n.to(device=x.device, dtype=torch.int8)
     rows = x.reshape(x.numel() // n, n)
-    exact = x.dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled())
-    if x.is_cuda and not exact:
-        return ops.hadamard(rows, core_mm, signs_n).reshape(x.shape)
-    with matmul_precision("highest"):
-        return ops.hadamard_reference(rows, core_mm, signs_n).reshape(x.shape)
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    plain = x.dtype == torch.float64 or differentiated
+    transform = ops.hadamard_reference if plain else ops.hadamard
+    return transform(rows, core_mm, signs_n).reshape(x.shape)
 
 
 def random_signs(n: int, seed: int) -> Tensor:

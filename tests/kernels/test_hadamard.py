@@ -104,6 +104,18 @@ def test_several_programs_along_runs_and_core() -> None:
     assert_no_worse(hadamard_triton(x_RK, core_of(688), signs_of(688)), x_RK, signs_of(688))
 
 
+def test_products_are_fp32_whatever_torch_is_set_to() -> None:
+    x_RK = rows(8, 576, torch.float32)
+    expected = hadamard(x_RK, core_of(576))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(hadamard(x_RK, core_of(576)), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_no_rows() -> None:
     for transform in (hadamard_triton, hadamard_reference):
         assert transform(rows(0, 48, torch.float32), core_of(48)).shape == (0, 48)
@@ -146,7 +158,7 @@ def test_runs_that_no_program_holds_are_refused(monkeypatch: pytest.MonkeyPatch)
         hadamard_triton(rows(1, 64, torch.float32), core_of(64))
 
 
-def test_fast_hadamard_takes_the_operator_on_cuda_only_without_gradient(
+def test_fast_hadamard_takes_the_operator_without_gradient_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from rotq.rotations.hadamard import fast_hadamard
@@ -163,7 +175,6 @@ def test_fast_hadamard_takes_the_operator_on_cuda_only_without_gradient(
 
     monkeypatch.setattr("rotq.ops.hadamard", operator)
     monkeypatch.setattr("rotq.ops.hadamard_reference", reference)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     fast_hadamard(torch.zeros(2, 48))
     fast_hadamard(torch.zeros(2, 48).requires_grad_())
     fast_hadamard(torch.zeros(2, 48).double())
