@@ -30,7 +30,7 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.flatness import Change, FlatnessMeter
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
-from rotq.memory import release_memory
+from rotq.memory import release_memory, settled_objects
 from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
@@ -82,7 +82,8 @@ def quantize_model(
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
-            return _run(setup)
+            with settled_objects():
+                return _run(setup)
         except KeyboardInterrupt:
             raise Stopped(
                 f"stopped; finished blocks are kept in {job.folder}, "
@@ -134,15 +135,16 @@ def _set_up(
     """Everything that can be refused is refused here, before the first block."""
     started = time.monotonic()
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    # first, because tokenizing a text of some MB is what most memory is used for until then
+    windows = load_windows(
+        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    )
+    release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
-    windows = load_windows(
-        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-    )
-    release_memory()
     job.claim(
         {
             "recipe": recipe.to_dict(),
@@ -198,13 +200,7 @@ def _run(setup: _Setup) -> JobReport:
     for index in range(skeleton.num_blocks):
         started = time.monotonic()
         progress.block_started(index, skeleton.num_blocks)
-        exact = skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
-        flatness: dict[str, Change] = {}
-        plain = copy.deepcopy(exact).to(setup.dtype) if meter is not None else None
-        original = probe.rotate_block(index, exact).to(setup.dtype)
-        if meter is not None and plain is not None:
-            flatness = meter.measure(index, plain, original)
-        del plain
+        original, flatness = _rotated(setup, probe, meter, index)
         if job.finished(block_part(index)):
             part = job.part(block_part(index))
             finished = restored_block(part, skeleton, index, original, setup.plan, setup.device)
@@ -226,6 +222,18 @@ def _run(setup: _Setup) -> JobReport:
         assert streams is not None, "a job that tunes needs data"
         _tune(setup, structure, streams, probe)
     return finish(_made(setup, probe))
+
+
+def _rotated(
+    setup: _Setup, probe: Probe, meter: FlatnessMeter | None, index: int
+) -> tuple[nn.Module, dict[str, Change]]:
+    """The original block in the model's dtype, rotated; and what that did to its inputs."""
+    exact = setup.skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
+    if meter is None:
+        return probe.rotate_block(index, exact).to(setup.dtype), {}
+    plain = copy.deepcopy(exact).to(setup.dtype)
+    original = probe.rotate_block(index, exact).to(setup.dtype)
+    return original, meter.measure(index, plain, original)
 
 
 def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:
