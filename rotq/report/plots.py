@@ -58,6 +58,7 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
         axes[0, column].set_title(kind)
         axes[-1, column].set_xlabel("block")
     axes[0, 0].legend(frameon=False)
+    figure.align_ylabels()
     figure.suptitle("Inputs of linear layers, before and after the rotations")
     file = folder / "flatness.png"
     try:
@@ -75,6 +76,12 @@ def _series(flatness: Changes, kind: str, field: str) -> dict[str, list[float | 
 
 def _draw(axes: Axes, series: dict[str, list[float | None]], scale: Any) -> None:
     axes.set_yscale(scale)
+    if scale == "log":
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for when, values in series.items():
         known = [(block, value) for block, value in enumerate(values) if value is not None]
         if known:
