@@ -14,13 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.cli.main import main
-from rotq.kv.calibrate import data_oblivious
+from rotq.kv.calibrate import calibrate, data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.settings import Settings, parse_size
 
@@ -211,6 +212,23 @@ def test_bench(folder: Path) -> None:
     result = run("bench", "serve", folder, *load, "--kv", "dense", "--kv-memory", "1MiB")
     assert "between tokens, ms" in result.stdout
     assert run("bench", "serve", folder, "--kv", "dense,dense").exit_code == 2
+
+
+def test_a_calibration_file_serves_other_bits_and_no_other_scheme(
+    folder: Path, tmp_path: Path
+) -> None:
+    ids = torch.randint(2, 258, (2, 64), generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "kv.safetensors"
+    calibrate(served_model(), ids, preset("k3v3")).save(file)
+    load = ["--requests", "1", "--prompt-tokens", "90", "--output-tokens", "3", "--json"]
+    command = ["bench", "serve", folder, *load, "--kv-calibration", file, "--kv-memory", "1MiB"]
+    result = run(*command, "--kv", "k4v3,dense")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert [json.loads(line)["kv"] for line in result.stdout.splitlines()] == ["k4v3", "dense"]
+    result = run("serve-kv", folder, "--kv", "turboesm", "--kv-calibration", file)
+    assert result.exit_code == 1
+    assert "does not serve turboesm" in result.stderr
 
 
 def test_a_short_soak() -> None:
