@@ -3,5 +3,5 @@
 One thread, the engine's, owns the model and the pool of pages; the asyncio side checks requests,
 turns text to tokens and events to JSON, and talks to the engine by a queue and callbacks. Read in
 this order: ``ledger`` (who holds which page), ``stepper`` (forward passes of fixed shape),
-``sequence``, ``engine``, then ``schemas``, ``app`` and ``run``.
+``generation`` (one sequence), ``engine``, then ``schemas``, ``app`` and ``run``.
 """

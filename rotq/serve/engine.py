@@ -22,7 +22,7 @@ from rotq.kv.pool import Cost, Row
 from rotq.serve.generation import Event, Failure, Generation
 from rotq.serve.ledger import Ledger
 from rotq.serve.observer import Observer, State
-from rotq.serve.sampling import describe
+from rotq.serve.prompts import pass_over, take_over
 from rotq.serve.stepper import Stepper
 from rotq.serve.waiting import WaitingRoom
 
@@ -192,50 +192,15 @@ class Engine:
             sequence = self._prompts.popleft()
             if sequence.lease is None:
                 continue
-            self._take_over(sequence)
-            self._pass_over(sequence)
+            self._reused += take_over(sequence, self.ledger)
+            computed, logits = pass_over(sequence, self.ledger, self.stepper)
+            self._prompted += computed
             if sequence.prefilling:
                 self._prompts.append(sequence)
+            else:
+                self._choose(sequence, logits[-1])
             return True
         return False
-
-    def _take_over(self, sequence: Generation) -> None:
-        """What others have computed of its prompt, until now."""
-        lease, ledger = sequence.lease, self.ledger
-        assert lease is not None
-        while ledger.reuse(lease):
-            pass
-        if lease.pages:
-            found = ledger.sinks + len(lease.pages) * ledger.page_size - sequence.count
-            whole = found >= 0 and (not sequence.count or found % ledger.page_size == 0)
-            assert whole, "a pass over a prompt did not end where a page ends"
-            sequence.count += found
-            sequence.cached += found
-            self._reused += found
-
-    def _pass_over(self, sequence: Generation) -> None:
-        assert sequence.lease is not None
-        end = self.stepper.pass_end(sequence.count, len(sequence.prompt))
-        self.ledger.extend(sequence.lease, end)
-        ids = sequence.prompt[sequence.count : end]
-        wanted = sequence.prompt_logprobs
-        logits = self.stepper.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
-        if wanted:
-            self._describe(sequence, end, logits)
-        self._prompted += len(ids)
-        sequence.count = end
-        self.ledger.publish(sequence.lease, end)
-        if not sequence.prefilling:
-            self._choose(sequence, logits[-1])
-
-    def _describe(self, sequence: Generation, end: int, logits: Tensor) -> None:
-        """Log probabilities of the tokens after those of the pass, as far as they are prompt."""
-        if not sequence.described:
-            sequence.described.append(describe(sequence.prompt[0], logits[0], None))
-        following = sequence.prompt[sequence.count + 1 : end + 1]
-        number = sequence.sampling.logprobs or 0
-        for token, logits_V in zip(following, logits, strict=False):
-            sequence.described.append(describe(token, logits_V, number))
 
     def _decode(self) -> bool:
         """One token for everyone whose prompt is done; whether there was anyone."""

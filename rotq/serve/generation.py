@@ -112,10 +112,7 @@ class Generation:
         elif len(self.generated) >= self.max_tokens:
             finish = "length"
         if finish is not None and not self.text.stopped:
-            rest = self.text.finish()
-            piece = joined((piece, rest))
-            # held back text may complete a stop string no more, but unfinished characters may
-            finish = "stop" if self.text.stopped else finish
+            piece = joined((piece, self.text.finish()))
         return self.event(piece, finish=finish)
 
     def event(

@@ -14,13 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.cli.main import main
-from rotq.kv.calibrate import data_oblivious
+from rotq.kv.calibrate import calibrate, data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.settings import Settings, parse_size
 
@@ -58,9 +59,9 @@ class Process:
         self.facts: dict[str, Any] = json.loads(line)
         self.url = self.facts["address"]
 
-    def ask(self, **body: Any) -> httpx.Response:
+    def ask(self, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         asked = {"model": self.facts["model"], "prompt": "Hello", "temperature": 0, **body}
-        return httpx.post(f"{self.url}/v1/completions", json=asked, timeout=60)
+        return httpx.post(f"{self.url}/v1/completions", json=asked, headers=headers, timeout=60)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Exit code and what was said on stderr."""
@@ -80,15 +81,19 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Proce
 
 
 def test_it_serves_and_drains(folder: Path) -> None:
-    with serving(folder) as server:
+    """On the loopback, under another name, with a key from the environment."""
+    with serving(folder, "--model-name", "other", ROTQ_API_KEY="right") as server:
         assert server.url.startswith("http://127.0.0.1:")
-        assert server.facts["model"] == "tiny"
-        assert server.ask(max_tokens=3).is_success
+        assert server.facts["model"] == "other"
+        assert server.facts["kv"] == "k3v3-oblivious"
+        assert server.ask().status_code == 401
+        key = {"authorization": "Bearer right"}
+        assert server.ask(key, max_tokens=3).is_success
         found: list[httpx.Response] = []
         body = {"max_tokens": 400, "ignore_eos": True}
-        thread = threading.Thread(target=lambda: found.append(server.ask(**body)))
+        thread = threading.Thread(target=lambda: found.append(server.ask(key, **body)))
         thread.start()
-        while httpx.get(f"{server.url}/stats").json()["running"] == 0:
+        while httpx.get(f"{server.url}/stats", headers=key).json()["running"] == 0:
             time.sleep(0.01)
         code, said = server.end()
         thread.join()
@@ -99,7 +104,8 @@ def test_it_serves_and_drains(folder: Path) -> None:
 
 
 def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
-    with serving(folder, "--drain-timeout", "0.2") as server:
+    with serving(folder, "--drain-timeout", "0.2", "--kv", "dense") as server:
+        assert server.facts["kv"] == "dense"
         found: list[httpx.Response] = []
         body = {"max_tokens": 600, "ignore_eos": True, "n": 16}
         threads = [threading.Thread(target=lambda: found.append(server.ask(**body)))]
@@ -112,13 +118,6 @@ def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
         assert found[0].status_code == 503
         assert found[0].json()["error"]["code"] == "shutting_down"
         assert "Traceback" not in said
-
-
-def test_a_key_from_the_environment_and_another_name(folder: Path) -> None:
-    with serving(folder, "--model-name", "other", "--kv", "dense", ROTQ_API_KEY="right") as server:
-        assert server.facts["model"] == "other"
-        assert server.facts["kv"] == "dense"
-        assert server.ask().status_code == 401
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])
@@ -213,6 +212,23 @@ def test_bench(folder: Path) -> None:
     result = run("bench", "serve", folder, *load, "--kv", "dense", "--kv-memory", "1MiB")
     assert "between tokens, ms" in result.stdout
     assert run("bench", "serve", folder, "--kv", "dense,dense").exit_code == 2
+
+
+def test_a_calibration_file_serves_other_bits_and_no_other_scheme(
+    folder: Path, tmp_path: Path
+) -> None:
+    ids = torch.randint(2, 258, (2, 64), generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "kv.safetensors"
+    calibrate(served_model(), ids, preset("k3v3")).save(file)
+    load = ["--requests", "1", "--prompt-tokens", "90", "--output-tokens", "3", "--json"]
+    command = ["bench", "serve", folder, *load, "--kv-calibration", file, "--kv-memory", "1MiB"]
+    result = run(*command, "--kv", "k4v3,dense")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert [json.loads(line)["kv"] for line in result.stdout.splitlines()] == ["k4v3", "dense"]
+    result = run("serve-kv", folder, "--kv", "turboesm", "--kv-calibration", file)
+    assert result.exit_code == 1
+    assert "does not serve turboesm" in result.stderr
 
 
 def test_a_short_soak() -> None:

@@ -55,6 +55,9 @@ def test_echo_scores_the_prompt(server: Running) -> None:
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["text_offset"][:2] == [0, 1]
     assert found["finish_reason"] == "length"
+    longer = post(server, {**body, "max_tokens": 2, "ignore_eos": True}).json()["choices"][0]
+    assert longer["text"].startswith("H\u00e9llo")
+    assert longer["logprobs"]["text_offset"][6] == 5
 
 
 def test_echo_in_a_stream(server: Running) -> None:

@@ -1,0 +1,54 @@
+"""Reading a prompt: what others have computed of it, and one pass over what is left.
+
+Shape suffixes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rotq.serve.generation import Generation
+from rotq.serve.ledger import Ledger
+from rotq.serve.sampling import describe
+from rotq.serve.stepper import Stepper
+
+
+def take_over(sequence: Generation, ledger: Ledger) -> int:
+    """Take the pages of its prompt that others have computed until now; tokens found."""
+    lease = sequence.lease
+    assert lease is not None
+    while ledger.reuse(lease):
+        pass
+    if not lease.pages:
+        return 0
+    found = ledger.sinks + len(lease.pages) * ledger.page_size - sequence.count
+    whole = found >= 0 and (not sequence.count or found % ledger.page_size == 0)
+    assert whole, "a pass over a prompt did not end where a page ends"
+    sequence.count += found
+    sequence.cached += found
+    return found
+
+
+def pass_over(sequence: Generation, ledger: Ledger, stepper: Stepper) -> tuple[int, Tensor]:
+    """Compute the next tokens of its prompt; how many, and logits of which the last are last."""
+    assert sequence.lease is not None
+    end = stepper.pass_end(sequence.count, len(sequence.prompt))
+    ledger.extend(sequence.lease, end)
+    ids = sequence.prompt[sequence.count : end]
+    wanted = sequence.prompt_logprobs
+    logits = stepper.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
+    if wanted:
+        _describe(sequence, end, logits)
+    sequence.count = end
+    ledger.publish(sequence.lease, end)
+    return len(ids), logits
+
+
+def _describe(sequence: Generation, end: int, logits: Tensor) -> None:
+    """Log probabilities of the tokens after those of the pass, as far as they are prompt."""
+    if not sequence.described:
+        sequence.described.append(describe(sequence.prompt[0], logits[0], None))
+    following = sequence.prompt[sequence.count + 1 : end + 1]
+    number = sequence.sampling.logprobs or 0
+    for token, logits_V in zip(following, logits, strict=False):
+        sequence.described.append(describe(token, logits_V, number))
