@@ -132,7 +132,7 @@ def _set_up(
     started = time.monotonic()
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.renamed(skeleton.adapter.renames)
+    source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
