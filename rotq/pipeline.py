@@ -137,7 +137,9 @@ def _set_up(
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
     windows = load_windows(
-        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        recipe.calibration,
+        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
+        masked=skeleton.masked,
     )
     release_memory()
     job.claim(
@@ -150,7 +152,7 @@ def _set_up(
             "versions": versions(),
         }
     )
-    for note in plan.notes:
+    for note in filter(None, (*plan.notes, windows.note)):
         progress.message(note)
     return _Setup(
         source=source,
@@ -180,7 +182,7 @@ def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
 def _run(setup: _Setup) -> JobReport:
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
-    probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
+    probe = Probe(skeleton, setup.basis, setup.windows.first_BT)
     streams = _start(setup, quantizer, probe)
     release_memory()
     structure: list[nn.Module] = []
@@ -224,7 +226,7 @@ def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Pr
             device=setup.device,
             progress=setup.progress,
         )
-        tune(setting, structure, streams.ids, streams.original.hidden)
+        tune(setting, structure, streams.batches, streams.original.hidden)
     probe.restart_quantized()
     for index, block in enumerate(structure):
         part = job.latest(block_part(index))
@@ -245,26 +247,30 @@ def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | 
     fused.pop(f"{skeleton.adapter.head}.weight", None)
     if not quantizer.needs_data:
         return None
-    calibration = setup.recipe.calibration
-    ids = setup.windows.ids_BT.split(calibration.batch_size)
-    shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
-    tracks = [_track(setup, shapes, "quantized")]
+    tracks = [_track(setup, "quantized")]
     if setup.recipe.needs_original:
-        tracks.append(_track(setup, shapes, "original"))
-    for batch, ids_BT in enumerate(ids):
-        hidden_BTD = skeleton.embed(fused, ids_BT)
+        tracks.append(_track(setup, "original"))
+    for number, batch in enumerate(setup.windows.batches):
+        hidden_BTD = skeleton.embed(fused, batch.ids_BT, batch.mask_BT)
         for track in tracks:
-            track.hidden[batch] = hidden_BTD
-    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None, ids=ids)
+            track.hidden[number] = hidden_BTD
+    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None)
 
 
-def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
+def _track(setup: _Setup, name: str) -> Track:
+    batches = setup.windows.batches
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
         files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
-    hidden = Stream.empty(shapes, setup.dtype, files[0])
-    attended = [torch.Size((*shape[:2], _attended(setup.skeleton))) for shape in shapes]
-    return Track(hidden, Stream.empty(attended, setup.dtype, files[1]))
+    hidden, attended = (
+        Stream.empty(
+            [torch.Size((*batch.ids_BT.shape, width)) for batch in batches], setup.dtype, file
+        )
+        for width, file in zip(
+            (setup.skeleton.config.hidden_size, _attended(setup.skeleton)), files, strict=True
+        )
+    )
+    return Track(hidden, attended, batches)
 
 
 def _attended(skeleton: Skeleton) -> int:

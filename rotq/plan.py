@@ -37,8 +37,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
 
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
-            ``auto`` (names the layer and the legal sizes), or no layer is left to quantize.
+            ``auto`` (names the layer and the legal sizes), no layer is left to quantize, or the
+            format cannot hold the family.
     """
+    if skeleton.adapter.transposed and recipe.output.format != "rotq":
+        raise ValueError(
+            f"{skeleton.adapter.family}'s layers are Conv1D, for which compressed-tensors has no "
+            "name; set output.format=rotq"
+        )
     grids: dict[str, Grid] = {}
     shapes: dict[str, tuple[int, int]] = {}
     notes: list[str] = []

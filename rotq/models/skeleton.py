@@ -134,7 +134,7 @@ class Skeleton:
         for name in (target for target, _ in self._ties() if target not in present):
             del wanted[name]
         buffers = dict(self.model.named_buffers())
-        outer = {}
+        outer: dict[str, Tensor] = {}
         for name in wanted.keys() & buffers.keys():
             like = wanted.pop(name)
             loaded = {name: buffers[name].clone()}

@@ -143,7 +143,8 @@ def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
 def _describe_down(config: Any) -> str:
     names = ("intermediate_size", "n_inner", "moe_intermediate_size")
     # GPT-2 leaves n_inner open
-    sizes = {getattr(config, name, None) for name in names} - {None} or {4 * config.hidden_size}
+    given = [getattr(config, name, None) for name in names]
+    sizes: set[int] = {size for size in given if size} or {4 * config.hidden_size}
     try:
         for size in sizes:
             core_order(size)

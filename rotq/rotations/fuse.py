@@ -10,9 +10,10 @@ of the norm in front of a reader, and per KV head h an R2:
     o, columns of each query head in group h:  W <- W R2_h
     R4: down         W   <- W D H, its input is multiplied by D H online
 
-RMSNorm without gain commutes with R1, which is why g has to be folded first; what LayerNorm takes
-besides is in ``layernorm``. All products are taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406, whose names R1, R2, R4 are
-used. Unlike QuaRot's code the embedding is not centred: that changes an RMSNorm model.)
+RMSNorm without gain commutes with R1, which is why g has to be folded first; what LayerNorm needs
+besides is in ``layernorm``. All products are taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant,
+arXiv 2405.16406, whose names R1, R2, R4 are used. Unlike QuaRot's code the embedding is not
+centred: that changes an RMSNorm model.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
 """
@@ -134,7 +135,9 @@ def _fold_norm(
 ) -> None:
     norm = block.get_submodule(norm_path)
     if isinstance(norm, nn.LayerNorm):
-        fold_layer_norm(norm, [block.get_submodule(path) for path in readers], R_DD)
+        fold_layer_norm(
+            norm, [cast(nn.Linear, block.get_submodule(path)) for path in readers], R_DD
+        )
         return
     gain_D = offset + _parameter(norm).double()
     for path in readers:

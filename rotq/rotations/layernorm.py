@@ -42,7 +42,7 @@ def leave_ones_alone(R_DD: Tensor) -> Tensor:
     return R_DD - 2 * torch.outer(R_DD @ w_D, w_D)
 
 
-def fold_layer_norm(norm: nn.LayerNorm, readers: Sequence[nn.Module], R_DD: Tensor) -> None:
+def fold_layer_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear], R_DD: Tensor) -> None:
     """Move gain and bias of a LayerNorm into its readers, in place; their inputs are not rotated.
 
     Args:

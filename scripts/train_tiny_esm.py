@@ -1,0 +1,226 @@
+"""Train a small ESM-2 and a small causal protein model: real, if small, where no hub is reachable.
+
+    python scripts/train_tiny_esm.py out/tiny-plm --fasta proteins.fasta
+
+OUT gets ``esm`` (EsmForMaskedLM: rotary, LayerNorm, token dropout, tied head), ``causal``
+(LlamaForCausalLM with the same vocabulary), ``calibration.fasta`` and ``heldout.fasta``. Weights,
+split and batches come from fixed seeds, and one thread does the arithmetic, so one machine makes
+the same bytes each time.
+
+Split: two sequences belong to one cluster if their sketches, the 16 least hashes of their 7-mers,
+meet; clusters are joined transitively (single linkage), and whole clusters are held out. Homologues
+of a held-out protein that share 7-mers are therefore not trained on.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    EsmConfig,
+    EsmForMaskedLM,
+    EsmTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.esm.configuration_esm import get_default_vocab_list
+
+from rotq.calibration.batches import Batch, padded
+from rotq.calibration.fasta import AMBIGUOUS, Record, read_fasta
+from rotq.calibration.residues import ResidueCodec
+
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+}
+SEQ_LEN = 128
+BATCH = 32
+LEARNING_RATE = 2e-3
+KMER, SKETCH = 7, 16
+HELD_OUT = 0.03
+"""Share of the sequences that is held out."""
+SHORTEST = 40
+"""Residues of the shortest sequence that is used."""
+
+
+def split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """(training, held out) by cluster; the largest clusters are trained on."""
+    parents = list(range(len(records)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    owner: dict[int, int] = {}
+    for index, record in enumerate(records):
+        for value in sketch(record.sequence):
+            parents[root(index)] = root(owner.setdefault(value, index))
+    clusters: dict[int, list[int]] = {}
+    for index in range(len(records)):
+        clusters.setdefault(root(index), []).append(index)
+    order = sorted(clusters.values(), key=lambda members: (len(members), _digest(str(members[0]))))
+    held: set[int] = set()
+    for members in order:
+        if len(held) < HELD_OUT * len(records):
+            held |= set(members)
+    training = [record for index, record in enumerate(records) if index not in held]
+    return training, [records[index] for index in sorted(held)]
+
+
+def sketch(sequence: str) -> list[int]:
+    """The least hashes of its k-mers."""
+    kmers = {sequence[start : start + KMER] for start in range(len(sequence) - KMER + 1)}
+    return sorted(map(_digest, kmers))[:SKETCH]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def usable(record: Record) -> bool:
+    """Long enough, and without unknown residues."""
+    return len(record.sequence) >= SHORTEST and not AMBIGUOUS & set(record.sequence)
+
+
+def make_tokenizer(folder: Path) -> EsmTokenizer:
+    """ESM-2's own vocabulary of 33 tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(get_default_vocab_list()), encoding="utf-8")
+    return EsmTokenizer(str(file))
+
+
+def make_models(codec: ResidueCodec) -> dict[str, PreTrainedModel]:
+    """Untrained, with seeded weights."""
+    tokenizer = codec.tokenizer
+    shared = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": codec.pad_id}
+    esm = EsmConfig(
+        **shared,
+        mask_token_id=codec.mask_id,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        emb_layer_norm_before=False,
+        layer_norm_eps=1e-5,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )
+    causal = LlamaConfig(
+        **shared,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return {"esm": EsmForMaskedLM(esm), "causal": LlamaForCausalLM(causal)}
+
+
+def draw(records: Sequence[Record], codec: ResidueCodec, generator: torch.Generator) -> Batch:
+    """One batch of random pieces of random sequences."""
+    room = SEQ_LEN - codec.num_special
+    windows = []
+    for index in torch.randint(0, len(records), (BATCH,), generator=generator).tolist():
+        sequence = records[index].sequence
+        start = int(torch.randint(0, max(1, len(sequence) - room + 1), (), generator=generator))
+        windows.append(codec.encode(sequence[start : start + room]))
+    return padded(windows, codec.pad_id, frozenset(codec.around[0] + codec.around[1]))
+
+
+def masked_loss(
+    model: PreTrainedModel, batch: Batch, codec: ResidueCodec, generator: torch.Generator
+) -> Tensor:
+    """15 % of the residues are asked for: 80 % of them masked, 10 % random, 10 % as they are."""
+    residues = torch.tensor(sorted(codec.scored))
+    shape = batch.ids_BT.shape
+    chosen_BT = torch.isin(batch.ids_BT, residues) & (torch.rand(shape, generator=generator) < 0.15)
+    kind_BT = torch.rand(shape, generator=generator)
+    other_BT = residues[torch.randint(0, len(residues), shape, generator=generator)]
+    input_BT = torch.where(chosen_BT & (kind_BT < 0.8), codec.mask_id, batch.ids_BT)
+    input_BT = torch.where(chosen_BT & (kind_BT >= 0.9), other_BT, input_BT)
+    mask_BT = torch.ones_like(input_BT) if batch.mask_BT is None else batch.mask_BT
+    logits_BTV = model(input_ids=input_BT, attention_mask=mask_BT).logits
+    return F.cross_entropy(logits_BTV[chosen_BT], batch.ids_BT[chosen_BT])
+
+
+def causal_loss(
+    model: PreTrainedModel, batch: Batch, codec: ResidueCodec, generator: torch.Generator
+) -> Tensor:
+    """Each next token, padding left out."""
+    label_BT = batch.ids_BT
+    if batch.mask_BT is not None:
+        label_BT = label_BT.masked_fill(batch.mask_BT == 0, -100)
+    return model(input_ids=batch.ids_BT, labels=label_BT).loss
+
+
+LOSSES = {"esm": masked_loss, "causal": causal_loss}
+
+
+def train(
+    kind: str, model: PreTrainedModel, records: Sequence[Record], codec: ResidueCodec, steps: int
+) -> list[float]:
+    """AdamW with linear warm-up and decay; the loss in nats per token at each step."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    warmup = max(1, steps // 10)
+    losses = []
+    model.train()
+    for step in range(steps):
+        share = min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
+        loss = LOSSES[kind](model, draw(records, codec, generator), codec, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:
+            print(f"{kind}: step {step + 1}, loss {sum(losses[-50:]) / 50:.3f}", flush=True)
+    model.eval()
+    return losses
+
+
+def write_fasta(path: Path, records: Sequence[Record]) -> None:
+    """Sequences under their names."""
+    lines = (f">{record.name} {record.description}\n{record.sequence}\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def make_tiny_plm(folder: Path, fasta: Path, steps: int) -> dict[str, list[float]]:
+    """Split, train, save; returns the losses of both models."""
+    records = [record for record in read_fasta(fasta).records if usable(record)]
+    training, held_out = split(records)
+    print(f"{len(training)} sequences to train on, {len(held_out)} held out")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    losses = {}
+    codec = ResidueCodec(make_tokenizer(folder / "esm"))
+    for kind, model in make_models(codec).items():
+        losses[kind] = train(kind, model, training, codec, steps)
+        model.save_pretrained(folder / kind)
+        make_tokenizer(folder / kind).save_pretrained(folder / kind)
+    torch.set_num_threads(num_threads)
+    write_fasta(folder / "calibration.fasta", training[:1024])
+    write_fasta(folder / "heldout.fasta", held_out)
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--fasta", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=600)
+    arguments = parser.parse_args()
+    make_tiny_plm(arguments.folder, arguments.fasta, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
