@@ -39,7 +39,7 @@ _ENCODER = {
 }
 _ESM = {
     **_ENCODER,
-    "mask_token_id": 96,
+    "mask_token_id": 32,
     "position_embedding_type": "rotary",
     "token_dropout": True,
     "emb_layer_norm_before": False,
