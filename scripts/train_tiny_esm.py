@@ -14,6 +14,7 @@ of a held-out protein that share 7-mers are therefore not trained on.
 
 import argparse
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from transformers.models.esm.configuration_esm import get_default_vocab_list
 from rotq.calibration.batches import Batch, padded
 from rotq.calibration.fasta import AMBIGUOUS, Record, read_fasta
 from rotq.calibration.residues import ResidueCodec
+from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.evaluation.perplexity import summed_nll, window_logits
+from rotq.evaluation.pseudo_perplexity import PLLProtocol, evaluate_pll
 
 SIZES = {
     "hidden_size": 192,
@@ -213,13 +217,57 @@ def make_tiny_plm(folder: Path, fasta: Path, steps: int) -> dict[str, list[float
     return losses
 
 
+def shuffled(records: Sequence[Record], generator: torch.Generator) -> list[Record]:
+    """The same residues in random order."""
+    return [
+        Record(
+            name=record.name,
+            sequence="".join(
+                record.sequence[index]
+                for index in torch.randperm(len(record.sequence), generator=generator).tolist()
+            ),
+        )
+        for record in records
+    ]
+
+
+def sanity(folder: Path) -> dict[str, tuple[float, float]]:
+    """(pseudo-)perplexity of held-out proteins, and of the same with their residues shuffled."""
+    records = read_fasta(folder / "heldout.fasta").records[:32]
+    others = shuffled(records, torch.Generator().manual_seed(0))
+    codec = ResidueCodec(load_tokenizer(folder / "esm"))
+    protocol = PLLProtocol(max_length=256, positions=16)
+    esm, causal = (load_model(folder / kind) for kind in ("esm", "causal"))
+    return {
+        "esm": tuple(
+            evaluate_pll(esm, some, codec, protocol=protocol).masked for some in (records, others)
+        ),
+        "causal": tuple(perplexity(causal, some, codec) for some in (records, others)),
+    }
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, records: Sequence[Record], codec: ResidueCodec) -> float:
+    """Of the first 256 residues of each protein and what ends it."""
+    nll, tokens = 0.0, 0
+    for record in records:
+        ids_T = torch.tensor(codec.encode(record.sequence[:256]))
+        nll += summed_nll(window_logits(model, ids_T)[:-1], ids_T[1:])
+        tokens += len(ids_T) - 1
+    return math.exp(nll / tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fasta", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    make_tiny_plm(arguments.folder, arguments.fasta, arguments.steps)
+    losses = make_tiny_plm(arguments.folder, arguments.fasta, arguments.steps)
+    for kind, (real, random) in sanity(arguments.folder).items():
+        first, last = (sum(part) / len(part) for part in (losses[kind][:20], losses[kind][-20:]))
+        print(f"{kind}: loss {first:.3f} to {last:.3f} nats; ", end="")
+        print(f"held-out perplexity {real:.2f}, shuffled {random:.2f}")
 
 
 if __name__ == "__main__":

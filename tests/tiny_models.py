@@ -92,12 +92,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "esm": ("EsmConfig", _ESM),
+    "esm-wide": ("EsmConfig", {**_ESM, "hidden_size": 64, "num_hidden_layers": 3}),
     "esm-untied": ("EsmConfig", {**_ESM, "tie_word_embeddings": False}),
     "esmc": ("EsmcConfig", {**_ENCODER, "mask_token_id": 96}),
     "bert": ("BertConfig", _ENCODER),
 }
 LAYER_NORM = ("gpt2", "esm", "esm-untied", "esmc")
-MASKED = ("esm", "esm-untied", "esmc", "bert")
+MASKED = ("esm", "esm-wide", "esm-untied", "esmc", "bert")
 POST_NORMS = ("gemma3", "bert")
 """Families whose residual stream cannot be rotated."""
 

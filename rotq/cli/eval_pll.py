@@ -14,7 +14,6 @@ from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.calibration.fasta import Record
-    from rotq.calibration.residues import ResidueCodec
     from rotq.evaluation.pseudo_perplexity import PLLProtocol
     from rotq.evaluation.representations import OriginalBasis
 

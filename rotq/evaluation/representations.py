@@ -82,7 +82,7 @@ def compare_representations(
     cosine, residues = 0.0, 0
     overlaps: list[float] = []
     correlations: list[float] = []
-    first, last = (len(part) for part in codec.around)
+    first = len(codec.around[0])
     for sequence in sequences:
         batch = padded([codec.encode(sequence)], codec.pad_id, frozenset())
         ours_MD, theirs_MD = (

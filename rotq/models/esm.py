@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.models.esm import modeling_esm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 
 ADAPTER = Adapter(
@@ -58,3 +60,26 @@ def exact_rotary() -> Iterator[None]:
         yield
     finally:
         modeling_esm.apply_rotary_pos_emb = before
+
+
+@contextmanager
+def as_decoder(model: Any) -> Iterator[None]:
+    """Let an ESM-2 attend to the left only, and let its attention know its layer.
+
+    What a cache needs: keys and values of a token must not change when others follow. It was
+    trained on both sides, so this is a way to run the network, not a language model.
+
+    Raises:
+        RotqError: the model is no ESM-2 with rotary positions.
+    """
+    config = model.config
+    if config.model_type != "esm" or config.position_embedding_type != "rotary":
+        raise RotqError(f"{type(model).__name__} is no ESM-2 with rotary positions")
+    attentions = [m for m in model.modules() if isinstance(m, modeling_esm.EsmSelfAttention)]
+    for index, attention in enumerate(attentions):
+        attention.layer_idx, attention.is_causal = index, True
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.layer_idx, attention.is_causal = None, False

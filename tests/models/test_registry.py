@@ -24,6 +24,7 @@ FAMILIES = {
     "qwen3-moe-mixed": "Qwen3-MoE",
     "gpt2": "GPT-2",
     "esm": "ESM-2",
+    "esm-wide": "ESM-2",
     "esm-untied": "ESM-2",
     "esmc": "ESM-C",
     "bert": "BERT",
