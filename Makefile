@@ -3,7 +3,7 @@ BIN := .venv/bin
 SMOLLM2 := models/smollm2
 ANTIBERTY := models/antiberty
 
-.PHONY: help setup fmt lint type test regress demo demo-plm ci
+.PHONY: help setup fmt lint type test regress compile demo demo-plm ci
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,9 @@ test: setup  ## run all tests
 
 regress: setup  ## presets on small models, against the figures on record
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/regress.py
+
+compile: setup  ## compile every kernel for every target, and compare with kernels/COMPILE.md
+	$(BIN)/python -m rotq_kernels.compile_check
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

@@ -28,9 +28,10 @@ from rotq.checkpoint.source import Source, describe_source, open_source, read_te
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
-from rotq.memory import release_memory
+from rotq.memory import release_memory, settled_objects
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import is_masked
 from rotq.parts import restored_block, save_block
 from rotq.plan import Plan, make_estimate, make_plan
 from rotq.probe import Probe
@@ -79,7 +80,8 @@ def quantize_model(
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
-            return _run(setup)
+            with settled_objects():
+                return _run(setup)
         except KeyboardInterrupt:
             raise Stopped(
                 f"stopped; finished blocks are kept in {job.folder}, "
@@ -131,17 +133,18 @@ def _set_up(
     """Everything that can be refused is refused here, before the first block."""
     started = time.monotonic()
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    # first, because tokenizing a text of some MB is what most memory is used for until then
+    windows = load_windows(
+        recipe.calibration,
+        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
+        masked=is_masked(source.config),
+    )
+    release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
-    windows = load_windows(
-        recipe.calibration,
-        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
-        masked=skeleton.masked,
-    )
-    release_memory()
     job.claim(
         {
             "recipe": recipe.to_dict(),

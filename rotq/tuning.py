@@ -37,6 +37,8 @@ from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.tunable import TunableBlock, TunableOuter
 
+_BLOCKS_PER_TRIM = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -142,6 +144,12 @@ def _windows(setting: Setting, batches: Sequence[Batch]) -> list[tuple[int, tupl
     ]
 
 
+def _trim_now_and_then(index: int) -> None:
+    # giving memory back takes as long as a block's products; blocks use what others have freed
+    if index % _BLOCKS_PER_TRIM == 0:
+        trim_memory()
+
+
 def _schedule(step: int, steps: int) -> float:
     """Four steps of linear warm-up, then linear decay to 2 %."""
     return min(1.0, (step + 1) / 4) * max(0.02, 1 - step / steps)
@@ -162,7 +170,7 @@ def _backward(
         for index, block in enumerate(blocks):
             inputs.append(hidden_BTD)
             hidden_BTD = block.run(hidden_BTD, skeleton.block_kwargs(index, hidden_BTD))
-            trim_memory()
+            _trim_now_and_then(index)
     divergence, slope_BTD = outer.divergence(hidden_BTD, original_BTD.to(setting.device))
     for index in reversed(range(len(blocks))):
         given_BTD = inputs.pop().requires_grad_()
@@ -171,5 +179,5 @@ def _backward(
         assert given_BTD.grad is not None, "the block's input reaches its output"
         slope_BTD = given_BTD.grad
         del output_BTD
-        trim_memory()
+        _trim_now_and_then(index)
     return divergence
