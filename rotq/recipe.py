@@ -77,8 +77,36 @@ class Rotation:
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
+    attention: Literal["none", "hadamard"] = "none"
+    """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
     seed: int = 0
     """Seed of the random signs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What the quantized linear layers read, rounded at run time with a scale per token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves activations as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, _codes_or_off(self.bits), "2 to 8, or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys (behind RoPE) and values, rounded at run time with a scale per head and token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves keys and values as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, _codes_or_off(self.bits), "2 to 8, or 16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +243,8 @@ class Recipe:
     """Equal to the name of its file."""
     weights: Weights = field(default_factory=Weights)
     rotation: Rotation = field(default_factory=Rotation)
+    activations: Activations = field(default_factory=Activations)
+    kv_cache: KVCache = field(default_factory=KVCache)
     calibration: Calibration = field(default_factory=Calibration)
     importance: Importance = field(default_factory=Importance)
     solver: Solver = field(default_factory=Solver)
@@ -222,9 +252,22 @@ class Recipe:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
-        if self.rotation.down != "none" and self.output.format != "rotq":
+        if self.output.format == "rotq":
+            return
+        for key, wanted in (
+            ("rotation.down", self.rotation.down != "none"),
+            ("rotation.attention", self.rotation.attention != "none"),
+            ("kv_cache.bits", self.kv_cache.bits != 16),
+        ):
+            if wanted:
+                raise ValueError(
+                    f"{key} is applied at run time, which only output.format=rotq can express"
+                )
+        if self.activations.bits != 16 and not self.weights.symmetric:
             raise ValueError(
-                "rotation.down is applied at run time, which only output.format=rotq can express"
+                "activations.bits: other loaders of compressed-tensors drop the rounding of "
+                "activations where weights have zero points; set weights.symmetric=true or "
+                "output.format=rotq"
             )
 
     @property
@@ -324,6 +367,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{name}: {value!r} is not {allowed}")
+
+
+def _codes_or_off(bits: int) -> bool:
+    return 2 <= bits <= 8 or bits == 16
 
 
 def _plain(value: Any) -> Any:

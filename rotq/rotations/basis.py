@@ -2,6 +2,7 @@
 
     R1  residual stream, one (D, D) matrix                  fused
     R2  value heads, one (K, K) matrix per KV head          fused
+    R3  queries and keys behind RoPE, Hadamard              online
     R4  input of the MLP's last linear, Hadamard            online
 
 Shape suffixes: D hidden size, H KV heads, K head size.
@@ -33,6 +34,8 @@ class Basis:
     """R1, fp64; None leaves the residual stream and the norm gains alone."""
     value: tuple[Tensor, ...] | None = None
     """R2, per layer (H, K, K) fp64."""
+    attention: str | None = None
+    """R3: kind of the online transform; it has no signs."""
     down: str | None = None
     """R4: kind of the online transform."""
     down_seed: int = 0
@@ -43,11 +46,15 @@ class Basis:
     @property
     def is_identity(self) -> bool:
         """Nothing is changed."""
-        return self.residual_DD is None and self.value is None and self.down is None
+        fused = self.residual_DD is not None or self.value is not None
+        return not fused and self.attention is None and self.down is None
 
     def checksum(self) -> str:
-        """sha256 over the matrices' entries rounded to 2^-40, and R4's kind and seed."""
-        digest = hashlib.sha256(f"{self.down} {self.down_seed}".encode())
+        """sha256 over the matrices' entries rounded to 2^-40, the online kinds and R4's seed."""
+        online = f"{self.down} {self.down_seed}"
+        if self.attention is not None:
+            online += f" {self.attention}"
+        digest = hashlib.sha256(online.encode())
         for name, matrix in (("residual", self.residual_DD), *enumerate(self.value or ())):
             if matrix is not None:
                 digest.update(f"{name} {tuple(matrix.shape)}".encode())
@@ -69,7 +76,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     """
     _check_allowed(rotation, adapter, config)
     description = {}
-    residual, value, down = None, None, None
+    residual, value, attention, down = None, None, None, None
     if rotation.residual != "none":
         residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
         description["residual"] = describe(rotation.residual, config.hidden_size)
@@ -88,12 +95,16 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
             for layer in range(config.num_hidden_layers)
         )
         description["value"] = describe(rotation.value, size)
+    if rotation.attention != "none":
+        attention = rotation.attention
+        description["attention"] = _describe_online("attention", {head_dim(config)})
     if rotation.down != "none":
         down = rotation.down
-        description["down"] = _describe_down(config)
+        description["down"] = _describe_online("down", mlp_widths(config))
     return Basis(
         residual_DD=residual,
         value=value,
+        attention=attention,
         down=down,
         down_seed=derive_seed(rotation.seed, "down"),
         description=description,
@@ -112,6 +123,13 @@ def num_value_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
+def mlp_widths(config: Any) -> set[int]:
+    """Features that the last linear of an MLP reads; GPT-2 may leave its own open."""
+    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
+    given = [getattr(config, name, None) for name in names]
+    return {size for size in given if size} or {4 * config.hidden_size}
+
+
 def derive_seed(seed: int, *parts: int | str) -> int:
     """A seed of its own for each use, below 2^63."""
     digest = hashlib.sha256(" ".join(map(str, (seed, *parts))).encode()).digest()
@@ -123,6 +141,7 @@ def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
     for key, obstacle in (
         ("residual", adapter.residual_obstacle(config)),
         ("value", None if adapter.value_rotation else unknown),
+        ("attention", None if adapter.attention else unknown),
         ("down", None if adapter.down_rotation else unknown),
     ):
         kind = getattr(rotation, key)
@@ -140,14 +159,10 @@ def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
         raise RotqError(f"rotation.{key}={kind}: {error}") from None
 
 
-def _describe_down(config: Any) -> str:
-    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
-    # GPT-2 leaves n_inner open
-    given = [getattr(config, name, None) for name in names]
-    sizes: set[int] = {size for size in given if size} or {4 * config.hidden_size}
+def _describe_online(key: str, sizes: set[int]) -> str:
     try:
         for size in sizes:
             core_order(size)
     except ValueError as error:
-        raise RotqError(f"rotation.down=hadamard: {error}; set rotation.down=none") from None
+        raise RotqError(f"rotation.{key}=hadamard: {error}; set rotation.{key}=none") from None
     return ", ".join(describe("hadamard", size) for size in sorted(sizes))

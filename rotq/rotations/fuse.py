@@ -8,11 +8,12 @@ of the norm in front of a reader, and per KV head h an R2:
     writers          W   <- R1^T W,  b <- b R1      o, down
     v, head h        W_h <- R2_h^T W_h,  b_h <- b_h R2_h
     o, columns of each query head in group h:  W <- W R2_h
+    R3: nothing; queries and keys are multiplied by H online
     R4: down         W   <- W D H, its input is multiplied by D H online
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; what LayerNorm needs
 besides is in ``layernorm``. All products are taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant,
-arXiv 2405.16406, whose names R1, R2, R4 are used. Unlike QuaRot's code the embedding is not
+arXiv 2405.16406, whose names R1 to R4 are used. Unlike QuaRot's code the embedding is not
 centred: that changes an RMSNorm model.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
@@ -29,7 +30,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rotq.layers import RotatedLinear
+from rotq.heads import OnlineHeads
+from rotq.layers import OnlineLinear
+from rotq.models.online_attention import set_heads
 from rotq.rotations.basis import Basis
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 from rotq.rotations.layernorm import fold_final_bias, fold_layer_norm
@@ -43,10 +46,10 @@ _ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
-    """Fuse R1, R2 and R4 into one block, in place.
+    """Fuse R1, R2 and R4 into one block, in place, and let its attention apply R3.
 
     Weights keep their dtype; pass an fp64 block to have them unrounded. With R4 the down
-    projections become RotatedLinear. An identity basis changes nothing.
+    projections become OnlineLinear. An identity basis changes nothing.
 
     Args:
         layer_index: Which of the basis' value matrices are this block's.
@@ -66,6 +69,8 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
         _rotate_heads(
             value, block.get_submodule(adapter.attention_output), basis.value[layer_index]
         )
+    if basis.attention is not None:
+        set_heads(block.get_submodule(adapter.attention), OnlineHeads(rotated=True))
     if basis.down is not None:
         for path in adapter.mlp_writers(block):
             _rotate_online(block, path, basis.down_seed)
@@ -180,9 +185,9 @@ def _rotate_online(block: nn.Module, path: str, seed: int) -> None:
     linear = cast(nn.Linear, block.get_submodule(path))
     weight_NK = _parameter(linear)
     signs_K = random_signs(linear.in_features, seed).to(weight_NK.device)
-    weight_NK.copy_(fast_hadamard(weight_NK.double() * signs_K))
+    weight_NK.copy_(fast_hadamard(weight_NK.double(), signs_n=signs_K))
     parent, _, leaf = path.rpartition(".")
-    setattr(block.get_submodule(parent), leaf, RotatedLinear.wrap(linear, signs_K))
+    setattr(block.get_submodule(parent), leaf, OnlineLinear.wrap(linear, signs_K=signs_K))
 
 
 def _rotate_rows(rows_VD: Tensor, R_DD: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
-from rotq.layers import QuantLinear, RotatedLinear
+from rotq.heads import OnlineHeads
+from rotq.layers import OnlineLinear, QuantLinear
 
 FORMATS = ["compressed-tensors", "rotq"]
 GRIDS = {"W4 groups": W4, "W4 symmetric": W4_SYMMETRIC, "W3 per channel": W3_CHANNEL}
@@ -82,7 +84,7 @@ def test_online_rotation(tmp_path: Path, packed: bool) -> None:
     written = write_checkpoint(tmp_path, format="rotq", online=True)
     model = load_model(written.path, packed=packed)
     down = model.model.layers[0].mlp.down_proj
-    assert isinstance(down, QuantLinear if packed else RotatedLinear)
+    assert isinstance(down, QuantLinear if packed else OnlineLinear)
     assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
     assert torch.equal(logits(model), logits(written.dense))
 
@@ -95,6 +97,43 @@ def test_families(tmp_path: Path, family: str, format: str) -> None:
     if format == "rotq":
         model = AutoModelForCausalLM.from_pretrained(written.path).eval()
         assert torch.equal(logits(model), logits(written.dense))
+
+
+A4 = ActivationGrid(bits=4, symmetric=False)
+A8 = ActivationGrid(bits=8, symmetric=True)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.parametrize("family", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
+def test_inputs_and_heads_are_rounded(tmp_path: Path, family: str, packed: bool) -> None:
+    heads = OnlineHeads(rotated=True, grid=A4)
+    written = write_checkpoint(tmp_path, family, format="rotq", online=True, inputs=A4, heads=heads)
+    model = load_model(written.path, packed=packed)
+    assert torch.equal(logits(model), logits(written.dense))
+    down = next(m for n, m in model.named_modules() if n.endswith("down_proj"))
+    assert down.input_grid == A4
+    down.input_grid = None
+    assert not torch.equal(logits(model), logits(written.dense))
+    plain = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert torch.equal(logits(plain), logits(written.dense))
+
+
+@pytest.mark.parametrize("inputs", [A4, A8], ids=str)
+@pytest.mark.parametrize("grids", [(W4_SYMMETRIC,), (W4_SYMMETRIC, W8)], ids=str)
+def test_transformers_rounds_inputs_as_rotq(
+    tmp_path: Path, grids: tuple[Grid, ...], inputs: ActivationGrid
+) -> None:
+    """The grids are those of compressed-tensors, bit by bit in fp32."""
+    written = write_checkpoint(tmp_path, grids=grids, inputs=inputs)
+    theirs = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert torch.equal(logits(theirs), logits(written.dense))
+    assert torch.equal(logits(load_model(written.path)), logits(written.dense))
+
+
+def test_rounded_heads_need_sdpa(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", heads=OnlineHeads(grid=A4))
+    with pytest.raises(RotqError, match="LlamaForCausalLM uses eager attention"):
+        AutoModelForCausalLM.from_pretrained(written.path, attn_implementation="eager")
 
 
 def test_dense_from_packed(tmp_path: Path) -> None:
@@ -189,11 +228,17 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 2, "quant_method": "rotq"}, "rotq format 2"),
+        ({"version": 3, "quant_method": "rotq"}, "rotq format 3"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
         ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
+        ({"attention": {"rotation": "dct"}}, "rotation of heads dct"),
+        ({"attention": {"kv_cache": {"dynamic": False}}}, "rotq runs dynamic int per token"),
+        (
+            {"attention": {"kv_cache": {"dynamic": True, "strategy": "token", "num_bits": 4}}},
+            "kv_cache of quantization_config is not valid",
+        ),
         (
             {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
             "transform R4",

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_ids, tiny_model
 
-from rotq.layers import RotatedLinear
+from rotq.layers import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.esm import exact_rotary
+from rotq.models.online_attention import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, build_basis, head_dim, num_value_heads
@@ -22,6 +23,8 @@ ROTATIONS = {
     "R2": Rotation(value="hadamard"),
     "R2-dct": Rotation(value="dct"),
     "R4": Rotation(down="hadamard"),
+    "R3": Rotation(attention="hadamard"),
+    "R2-R3-R4": Rotation(value="hadamard", attention="hadamard", down="hadamard"),
     "R1-R2-R4": Rotation(residual="hadamard", value="dct", down="hadamard", seed=7),
 }
 
@@ -53,6 +56,8 @@ def test_logits_stay(name, key):
     source = MemorySource(tiny_model(name))
     skeleton = Skeleton.open(source)
     basis = build_basis(ROTATIONS[key], skeleton.adapter, skeleton.config)
+    if basis.attention:
+        use_online_attention(skeleton.model)
     ids_BT = random_ids(2, 11)
     before = forward(skeleton, source, ids_BT, Basis())
     after = forward(skeleton, source, ids_BT, basis)
@@ -167,7 +172,7 @@ def test_down_rotation_replaces_every_down_projection():
     for index, block in enumerate((plain, mixture)):
         fuse_block(block, skeleton.adapter, basis, index)
     downs = [plain.mlp.down_proj, *(expert.down_proj for expert in mixture.mlp.experts)]
-    assert all(type(down) is RotatedLinear for down in downs)
+    assert all(type(down) is OnlineLinear for down in downs)
     assert [down.in_features for down in downs] == [80, 24, 24, 24, 24]
     assert torch.equal(downs[1].input_signs, downs[2].input_signs)
     # the same paths, so that everything downstream finds them
