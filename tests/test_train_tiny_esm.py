@@ -27,23 +27,50 @@ def script() -> Any:
 
 
 def patterned(number: int) -> list[str]:
-    """Proteins with something to learn: L follows A, D follows K."""
+    """One family, by a common end, with something to learn: L follows A, D follows K."""
     found = sequences(number, shortest=45, longest=70)
-    return [sequence.replace("A", "AL").replace("K", "KD") for sequence in found]
+    return [sequence.replace("A", "AL").replace("K", "KD") + "WWHWWMWWCWW" for sequence in found]
 
 
-def test_relatives_are_on_one_side(script: Any) -> None:
-    families = sequences(60, shortest=60, longest=60)
-    records = [
-        Record(name=f"{family}-{member}", sequence=families[family][member : 50 + member])
-        for family in range(60)
-        for member in range(1 + family % 3)
-    ]
+def relatives(script: Any, members: int) -> list[Record]:
+    """Two families: pieces of two ancestors, each with its own changes, and some strangers."""
+    records = []
+    generator = torch.Generator().manual_seed(0)
+    for family, ancestor in enumerate(sequences(2, shortest=120, longest=120)):
+        for member in range(members):
+            letters = list(ancestor)
+            for place in torch.randint(0, 120, (3 * member,), generator=generator).tolist():
+                letters[place] = "ACDEFGHIKLMNPQRSTVWY"[place % 20]
+            records.append(Record(name=f"{family}-{member}", sequence="".join(letters)))
+    strangers = sequences(5, shortest=100, longest=100, seed=9)
+    return records + [Record(name=f"stranger-{n}", sequence=s) for n, s in enumerate(strangers)]
+
+
+def names(sides: Any) -> set[str]:
+    return {record.name[:8] for side in sides for record in side}
+
+
+def test_families_and_what_is_held_out_of_them(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "FAMILIES", 2)
+    records = relatives(script, 12)
+    found = sorted(script.families(records), key=len)
+    assert [len(family) for family in found] == [1, 1, 1, 1, 1, 12, 12]
     training, held_out = script.split(records)
-    assert len(training) + len(held_out) == len(records)
-    assert len(held_out) >= script.HELD_OUT * len(records)
-    sides = [{record.name.split("-")[0] for record in side} for side in (training, held_out)]
-    assert not sides[0] & sides[1]
+    assert len(training) + len(held_out) == 24
+    assert 2 <= len(held_out) <= 8
+    assert not {record.name for record in training} & {record.name for record in held_out}
+    known = set().union(*(script.kmers(record.sequence) for record in training))
+    for record in held_out:
+        own = script.kmers(record.sequence)
+        assert len(own & known) <= script.KNOWN * len(own)
+    # families whose median is long, and those that are chains rather than families, are not taken
+    monkeypatch.setattr(script, "MEDIAN_LENGTH", 110)
+    assert names(script.split(records)) == {"stranger"}
+    monkeypatch.setattr(script, "MEDIAN_LENGTH", 300)
+    monkeypatch.setattr(script, "LARGEST", 5)
+    assert names(script.split(records)) == {"stranger"}
 
 
 def test_short_and_ambiguous_sequences_are_left_out(script: Any) -> None:
@@ -68,7 +95,7 @@ def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> Non
     weights = [(tmp_path / x / "esm" / "model.safetensors").read_bytes() for x in "bc"]
     assert weights[0] == weights[1]
     held_out = read_fasta(tmp_path / "a" / "heldout.fasta").records
-    assert 0 < len(held_out) < 6
+    assert 0 < len(held_out) <= 16
 
 
 def test_sanity_tells_proteins_from_shuffled_ones(script: Any, tmp_path: Path) -> None:

@@ -92,13 +92,14 @@ PADDED = Batch(
 @pytest.mark.parametrize("scaling", ["minmax", "quantile", "sink"])
 def test_padding_has_no_weight_and_special_tokens_do_not_set_the_range(scaling):
     importance = Importance(strategy="attention", scaling=scaling)
-    score_BT = torch.tensor([[90.0, 1, 2, 3, 4, 80], [70, 1, 2, 60, 1e6, -1e6]])
+    score_BT = torch.tensor([[90.0, 1, 2, 3, 4, -80], [70, 1, 2, 60, 1e6, -1e6]])
     weight_BT = token_weights(score_BT, importance, PADDED)
     torch.testing.assert_close(weight_BT.sum(1), torch.tensor([6.0, 4.0]))
     assert weight_BT[1, 4:].tolist() == [0, 0]
     assert torch.equal(weight_BT[:, 0], weight_BT.amax(1))
     # residues 1 to 4 fill the range: the least of them is at the floor
     assert weight_BT[0, 1] / weight_BT[0, 0] == pytest.approx(0.1, abs=0.02)
+    assert weight_BT[0, 5] == weight_BT[0, 0]
     moved_BT = score_BT + torch.tensor([[1e3, 0, 0, 0, 0, 1e3], [1e3, 0, 0, 1e3, 5, 5]])
     torch.testing.assert_close(token_weights(moved_BT, importance, PADDED), weight_BT)
 
