@@ -296,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fasta", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     losses = make_tiny_plm(arguments.folder, arguments.fasta, arguments.steps)
     for kind, (real, random) in sanity(arguments.folder).items():
