@@ -50,7 +50,7 @@ SEQ_LEN = 128
 BATCH = 16
 LEARNING_RATE = 3e-3
 KMER, SKETCH = 7, 16
-FAMILIES = 8
+FAMILIES = 2
 LARGEST, MEDIAN_LENGTH = 500, 300
 """Members of a family at the most (more are chained together, not related); residues."""
 HELD_OUT, KNOWN = 0.25, 0.5
