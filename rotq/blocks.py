@@ -114,7 +114,8 @@ class BlockQuantizer:
         with matmul_precision(self.recipe.calibration.precision):
             for batch, hidden_BTD in enumerate(track.hidden):
                 hidden_BTD = hidden_BTD.to(self.device)
-                kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+                mask_BT = track.batches[batch].mask_on(self.device)
+                kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
                 with self._replayed(block, track, batch):
                     track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
         track.forget()
@@ -159,7 +160,7 @@ class BlockQuantizer:
             calibrating(original),
             calibrating(working),
         ):
-            for batch in range(len(streams.ids)):
+            for batch, tokens in enumerate(streams.batches):
                 names = firsts.values()
                 seen, _ = self._inputs(index, working, streams.quantized, batch, names, settled)
                 targets: dict[str, Tensor] = {}
@@ -170,12 +171,18 @@ class BlockQuantizer:
                     if output_BTD is not None:
                         streams.original.hidden[batch] = output_BTD
                 weight_M = None if weights is None else weights[batch].flatten()
+                counted_M = tokens.real_M
                 for name, first in firsts.items():
                     if name not in moments:
                         cross = streams.original is not None
                         features = seen[first].shape[-1]
                         moments[name] = Moments(features, cross=cross, device=self.device)
-                    moments[name].add(seen[first], targets.get(first), weight_M)
+                    target_MK = targets.get(first)
+                    moments[name].add(
+                        _rows(seen[first], counted_M),
+                        None if target_MK is None else _rows(target_MK, counted_M),
+                        None if weight_M is None else _rows(weight_M, counted_M),
+                    )
         if last and streams.original is not None:
             streams.original.forget()
         return moments
@@ -203,7 +210,8 @@ class BlockQuantizer:
         What the attention's output projection is given is remembered once it is settled.
         """
         hidden_BTD = track.hidden[batch].to(self.device)
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        mask_BT = track.batches[batch].mask_on(self.device)
+        kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
         output_projection = self.skeleton.adapter.attention_output
         new = settled and track.attention(batch) is None
         wanted = {*names, output_projection} if new else set(names)
@@ -265,6 +273,11 @@ class BlockQuantizer:
             seconds=seconds,
             bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
         )
+
+
+def _rows(tensor: Tensor, counted_M: Tensor | None) -> Tensor:
+    """The rows that are no padding."""
+    return tensor if counted_M is None else tensor[counted_M.to(tensor.device)]
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -144,7 +144,7 @@ def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobR
         data={
             "source": made.windows.source,
             "sha256": made.windows.sha256,
-            "tokens": made.windows.ids_BT.numel(),
+            "tokens": made.windows.num_tokens,
         },
         versions=made.versions,
         layers=layers,

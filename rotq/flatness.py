@@ -19,6 +19,7 @@ Shape suffixes: B windows, T positions, D hidden size, M tokens, K features.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class FlatnessMeter:
     def __init__(
         self,
         skeleton: Skeleton,
-        ids_BT: Tensor,
+        windows: Iterable[Tensor],
         *,
         num_tokens: int,
         device: torch.device,
@@ -60,23 +61,28 @@ class FlatnessMeter:
     ) -> None:
         """
         Args:
-            ids_BT: The calibration windows, from the first of which the sample is taken.
+            windows: The calibration windows, (1, T) each, from the first of which the sample is
+                taken.
             num_tokens: Of the sample, rounded up to whole windows.
             precision: Of fp32 products in the forward passes.
         """
         self.skeleton, self.device, self.precision = skeleton, device, precision
-        num_windows = -(-num_tokens // ids_BT.shape[1])
-        self.ids_BT = ids_BT[:num_windows]
+        self.sample: list[Tensor] = []
+        for ids_BT in windows:
+            self.sample.append(ids_BT)
+            num_tokens -= ids_BT.numel()
+            if num_tokens <= 0:
+                break
 
     @torch.no_grad()
     def start(self, original: dict[str, Tensor]) -> None:
         """Embed the sample with the model's own tensors outside the blocks."""
-        self._before_BTD = self.skeleton.embed(original, self.ids_BT)
+        self._before = [self.skeleton.embed(original, ids_BT) for ids_BT in self.sample]
 
     @torch.no_grad()
     def start_transformed(self, fused: dict[str, Tensor]) -> None:
         """Embed the sample with the transformed tensors outside the blocks."""
-        self._after_BTD = self.skeleton.embed(fused, self.ids_BT)
+        self._after = [self.skeleton.embed(fused, ids_BT) for ids_BT in self.sample]
 
     @torch.no_grad()
     def measure(self, index: int, before: nn.Module, after: nn.Module) -> dict[str, Change]:
@@ -87,26 +93,33 @@ class FlatnessMeter:
             before: As the model has it.
             after: Transformed. Both are run on the sample, in the dtype of the embeddings.
         """
-        first, self._before_BTD = self._figures(index, before, self._before_BTD)
-        second, self._after_BTD = self._figures(index, after, self._after_BTD)
+        first, self._before = self._figures(index, before, self._before)
+        second, self._after = self._figures(index, after, self._after)
         return {name: Change(before=first[name], after=second[name]) for name in first}
 
     def _figures(
-        self, index: int, block: nn.Module, hidden_BTD: Tensor
-    ) -> tuple[dict[str, Flatness], Tensor]:
+        self, index: int, block: nn.Module, hidden: Sequence[Tensor]
+    ) -> tuple[dict[str, Flatness], list[Tensor]]:
         linears: dict[str, str] = {}
         for site in self.skeleton.adapter.sites(block):
             linears.setdefault(site.name.split(".")[0], site.linears[0])
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        seen: dict[str, list[Tensor]] = {name: [] for name in linears.values()}
+        outputs: list[Tensor] = []
         with matmul_precision(self.precision), calibrating(block):
-            seen, output_BTD = capture_inputs(
-                block, linears.values(), hidden_BTD.to(self.device), kwargs, to_the_end=True
-            )
-        assert output_BTD is not None, "the block was run to its end"
+            for hidden_BTD in hidden:
+                hidden_BTD = hidden_BTD.to(self.device)
+                kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+                inputs, output_BTD = capture_inputs(
+                    block, seen, hidden_BTD, kwargs, to_the_end=True
+                )
+                assert output_BTD is not None, "the block was run to its end"
+                outputs.append(output_BTD)
+                for name, x_MK in inputs.items():
+                    seen[name].append(x_MK)
         return {
-            kind: flatness(prepared_input(block.get_submodule(name), seen[name]))
+            kind: flatness(prepared_input(block.get_submodule(name), torch.cat(seen[name])))
             for kind, name in linears.items()
-        }, output_BTD
+        }, outputs
 
 
 def flatness(x_MK: Tensor) -> Flatness:

@@ -34,6 +34,7 @@ from rotq.memory import release_memory, settled_objects
 from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import is_masked
 from rotq.parts import restored_block, save_block
 from rotq.plan import Plan, make_estimate, make_plan
 from rotq.probe import Probe
@@ -137,11 +138,13 @@ def _set_up(
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
     # first, because tokenizing a text of some MB is what most memory is used for until then
     windows = load_windows(
-        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        recipe.calibration,
+        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
+        masked=is_masked(source.config),
     )
     release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.renamed(skeleton.adapter.renames)
+    source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
@@ -155,7 +158,7 @@ def _set_up(
             "versions": versions(),
         }
     )
-    for note in plan.notes:
+    for note in filter(None, (*plan.notes, windows.note)):
         progress.message(note)
     return _Setup(
         source=source,
@@ -192,7 +195,7 @@ def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
 def _run(setup: _Setup) -> JobReport:
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
-    probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
+    probe = Probe(skeleton, setup.basis, setup.windows.first_BT)
     meter = _meter(setup)
     streams = _start(setup, quantizer, probe, meter)
     release_memory()
@@ -249,7 +252,7 @@ def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Pr
             device=setup.device,
             progress=setup.progress,
         )
-        tune(setting, structure, streams.ids, streams.original.hidden)
+        tune(setting, structure, streams.batches, streams.original.hidden)
     probe.restart_quantized()
     for index, block in enumerate(structure):
         part = job.latest(block_part(index))
@@ -264,7 +267,7 @@ def _meter(setup: _Setup) -> FlatnessMeter | None:
         return None
     return FlatnessMeter(
         setup.skeleton,
-        setup.windows.ids_BT,
+        setup.windows.each(),
         num_tokens=calibration.flatness_tokens,
         device=setup.device,
         precision=calibration.precision,
@@ -291,26 +294,30 @@ def _start(
     fused.pop(f"{skeleton.adapter.head}.weight", None)
     if not quantizer.needs_data:
         return None
-    calibration = setup.recipe.calibration
-    ids = setup.windows.ids_BT.split(calibration.batch_size)
-    shapes = [torch.Size((*batch_BT.shape, skeleton.config.hidden_size)) for batch_BT in ids]
-    tracks = [_track(setup, shapes, "quantized")]
+    tracks = [_track(setup, "quantized")]
     if setup.recipe.needs_original:
-        tracks.append(_track(setup, shapes, "original"))
-    for batch, ids_BT in enumerate(ids):
-        hidden_BTD = skeleton.embed(fused, ids_BT)
+        tracks.append(_track(setup, "original"))
+    for number, batch in enumerate(setup.windows.batches):
+        hidden_BTD = skeleton.embed(fused, batch.ids_BT, batch.mask_BT)
         for track in tracks:
-            track.hidden[batch] = hidden_BTD
-    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None, ids=ids)
+            track.hidden[number] = hidden_BTD
+    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None)
 
 
-def _track(setup: _Setup, shapes: list[torch.Size], name: str) -> Track:
+def _track(setup: _Setup, name: str) -> Track:
+    batches = setup.windows.batches
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
         files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
-    hidden = Stream.empty(shapes, setup.dtype, files[0])
-    attended = [torch.Size((*shape[:2], _attended(setup.skeleton))) for shape in shapes]
-    return Track(hidden, Stream.empty(attended, setup.dtype, files[1]))
+    hidden, attended = (
+        Stream.empty(
+            [torch.Size((*batch.ids_BT.shape, width)) for batch in batches], setup.dtype, file
+        )
+        for width, file in zip(
+            (setup.skeleton.config.hidden_size, _attended(setup.skeleton)), files, strict=True
+        )
+    )
+    return Track(hidden, attended, batches)
 
 
 def _attended(skeleton: Skeleton) -> int:

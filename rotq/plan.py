@@ -70,8 +70,13 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
             ``auto`` (names the layer and the legal sizes), no layer is left to quantize, or the
-            output format cannot hold what is rounded at run time.
+            output format cannot hold the family or what is rounded at run time.
     """
+    if skeleton.adapter.transposed and recipe.output.format != "rotq":
+        raise ValueError(
+            f"{skeleton.adapter.family}'s layers are Conv1D, for which compressed-tensors has no "
+            "name; set output.format=rotq"
+        )
     inputs = activation_grid(recipe.activations)
     if inputs is not None and recipe.output.format != "rotq" and has_experts(skeleton):
         raise ValueError(

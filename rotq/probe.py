@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
+from rotq.models.esm import exact_rotary
 from rotq.models.skeleton import Skeleton
 from rotq.precision import matmul_precision
 from rotq.rotations.basis import Basis
@@ -108,7 +109,7 @@ class Probe:
             return self.skeleton.logits(outer, self.quantized_BTD)
 
     def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
-        with exact_norms(block):
+        with exact_norms(block), exact_rotary():
             return run_block(block, hidden_BTD, self.skeleton.block_kwargs(index, hidden_BTD))
 
     def _in_basis(self, hidden_BTD: Tensor) -> Tensor:
@@ -118,9 +119,11 @@ class Probe:
     def _sampled(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
         adapter = self.skeleton.adapter
         vocabulary = {f"{path}.weight" for path in (adapter.embedding, adapter.head)}
+        size = len(outer[f"{adapter.embedding}.weight"])
         sampled = {}
         for name, tensor in outer.items():
-            if name in vocabulary:
+            # biases of the head too, which no other vector is as long as
+            if name in vocabulary or tensor.shape == (size,):
                 tensor = tensor[:: -(-len(tensor) // VOCABULARY_ROWS)]
             exact = tensor.is_floating_point()
             sampled[name] = tensor.to(torch.float64, copy=True) if exact else tensor

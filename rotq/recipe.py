@@ -115,6 +115,8 @@ class Calibration:
 
     source: str = "pydoc"
     """A .txt, .jsonl or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    masked: float = 0.15
+    """Share of residues that a masked language model of proteins finds masked."""
     num_samples: int = 64
     """Windows drawn."""
     seq_len: int = 1024
@@ -135,6 +137,7 @@ class Calibration:
         for name in ("num_samples", "seq_len", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _check("flatness_tokens", self.flatness_tokens, self.flatness_tokens >= 0, "0 or more")
+        _check("masked", self.masked, 0 <= self.masked < 1, "0 or more, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,8 @@ class Tuning:
     learning_rate: float = 0.003
     """Relative change of a scale, or of a vector against its rms, per step."""
     seq_len: int = 0
-    """Tokens from the start of a window that are trained on; 0 takes the window."""
+    """Tokens from the start of a window that are trained on; 0 takes the window. Masked language
+    models, which see both sides, are always given the window."""
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, self.steps >= 0, "0 or more")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rotq.calibration.batches import Batch
 from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
@@ -52,14 +53,14 @@ class Setting:
 
 
 def tune(
-    setting: Setting, blocks: Sequence[nn.Module], ids: Sequence[Tensor], original: Stream
+    setting: Setting, blocks: Sequence[nn.Module], batches: Sequence[Batch], original: Stream
 ) -> None:
     """Train, and write every part of the job anew with what was found; codes are copied.
 
     Args:
         setting: All of its parts are finished.
         blocks: From ``hollow``, one per block of the model.
-        ids: (B, T) calibration tokens of each batch.
+        batches: The calibration tokens.
         original: (B, T, D) outputs of the original model's last block, batch by batch.
 
     Raises:
@@ -77,7 +78,7 @@ def tune(
         for index, block in enumerate(blocks)
     ]
     outer = TunableOuter(job.part(OUTER), setting.skeleton, setting.device)
-    divergences = _train(setting, trained, outer, ids, original)
+    divergences = _train(setting, trained, outer, batches, original)
     for index, block in enumerate(trained):
         save_tensors(job.part(tuned_part(block_part(index))), block.tuned())
     save_tensors(job.part(tuned_part(OUTER)), outer.tensors())
@@ -106,28 +107,41 @@ def _train(
     setting: Setting,
     blocks: list[TunableBlock],
     outer: TunableOuter,
-    ids: Sequence[Tensor],
+    batches: Sequence[Batch],
     original: Stream,
 ) -> list[float]:
     tuning = setting.recipe.tuning
     changes = [*outer.vectors.changes.values(), *(c for block in blocks for c in block.changes())]
     optimizer = torch.optim.Adam(changes, lr=tuning.learning_rate, betas=(0.9, 0.95))
-    windows = [(batch, row) for batch, ids_BT in enumerate(ids) for row in range(len(ids_BT))]
+    windows = _windows(setting, batches)
     divergences: list[float] = []
     with matmul_precision(setting.recipe.calibration.precision), torch.enable_grad():
         for step in range(tuning.steps):
-            batch, row = windows[step % len(windows)]
-            part = (slice(row, row + 1), slice(tuning.seq_len or None))
+            batch, part = windows[step % len(windows)]
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning.steps)
             optimizer.zero_grad()
-            divergence = _backward(setting, blocks, outer, ids[batch][part], original[batch][part])
+            ids_BT = batches[batch].ids_BT[part]
+            divergence = _backward(setting, blocks, outer, ids_BT, original[batch][part])
             if not divergence < float("inf"):
                 raise RotqError(f"tuning: the divergence is {divergence} at step {step + 1}")
             optimizer.step()
             divergences.append(divergence)
             setting.progress.tuning_step(step, tuning.steps, divergence)
     return divergences
+
+
+def _windows(setting: Setting, batches: Sequence[Batch]) -> list[tuple[int, tuple[slice, slice]]]:
+    """Number of the batch, and the part of it, for every window; padding is cut off.
+
+    A model that sees both sides must be given the window that the original was given.
+    """
+    longest = 0 if setting.skeleton.masked else setting.recipe.tuning.seq_len
+    return [
+        (number, (slice(row, row + 1), slice(min(length, longest or length))))
+        for number, batch in enumerate(batches)
+        for row, length in enumerate(batch.lengths())
+    ]
 
 
 def _trim_now_and_then(index: int) -> None:

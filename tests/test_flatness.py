@@ -116,9 +116,9 @@ def test_the_meter_follows_both_models(family: str) -> None:
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     ids_BT = random_ids(6, 16)
     meter = FlatnessMeter(
-        skeleton, ids_BT, num_tokens=40, device=torch.device("cpu"), precision="highest"
+        skeleton, ids_BT.split(1), num_tokens=40, device=torch.device("cpu"), precision="highest"
     )
-    assert meter.ids_BT.shape == (3, 16)
+    assert torch.equal(torch.cat(meter.sample), ids_BT[:3])
     outer = skeleton.load_outer(source, dtype=torch.float64)
     meter.start(outer)
     meter.start_transformed(fuse_outer(outer, skeleton.adapter, basis))
@@ -146,7 +146,11 @@ def test_the_identity_changes_nothing() -> None:
     skeleton, source = Skeleton.open(MemorySource(model)), MemorySource(model)
     use_online_attention(skeleton.model)
     meter = FlatnessMeter(
-        skeleton, random_ids(2, 16), num_tokens=32, device=torch.device("cpu"), precision="highest"
+        skeleton,
+        random_ids(2, 16).split(1),
+        num_tokens=32,
+        device=torch.device("cpu"),
+        precision="highest",
     )
     outer = skeleton.load_outer(source, dtype=torch.float64)
     meter.start(outer)

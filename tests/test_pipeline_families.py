@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, tiny_model
+from tiny_models import CONFIGS, POST_NORMS, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -96,14 +96,16 @@ def run(model: Path, output: Path, **changes: Any) -> JobReport:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_family_rotated_and_reloaded(name: str, tmp_path: Path) -> None:
     model = make_checkpoint(name, tmp_path / "model")
-    residual = "none" if name == "gemma3" else "hadamard"
-    report = run(model, tmp_path / "out", **STRONG, rotation__residual=residual)
+    residual = "none" if name in POST_NORMS else "hadamard"
+    format = "rotq" if name == "gpt2" else "compressed-tensors"
+    more = {"rotation.residual": residual, "output.format": format}
+    report = run(model, tmp_path / "out", **STRONG, **more)
     assert report.rotation["largest_relative_difference"] < 1e-11
     linears = [module for module in report.layers if module.bits == 3]
     assert len(linears) == len(report.layers) > 0
     assert all(0 < layer.relative_error < 0.5 for layer in report.layers)
     config = read_json(tmp_path / "out" / "config.json")
-    assert config["tie_word_embeddings"] is (name == "gemma3")
+    assert config.get("tie_word_embeddings", True) is (name in POST_NORMS)
     assert not (tmp_path / "out.partial").exists()
 
 

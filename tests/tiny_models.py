@@ -28,6 +28,23 @@ _LLAMA = {
     "pad_token_id": 0,
 }
 _MOE = {"num_experts_per_tok": 2}
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_ESM = {
+    **_ENCODER,
+    "mask_token_id": 32,
+    "position_embedding_type": "rotary",
+    "token_dropout": True,
+    "emb_layer_norm_before": False,
+    "layer_norm_eps": 1e-5,
+}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -61,16 +78,39 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 48,
+            "n_inner": 80,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "esm": ("EsmConfig", _ESM),
+    "esm-wide": ("EsmConfig", {**_ESM, "hidden_size": 64, "num_hidden_layers": 3}),
+    "esm-untied": ("EsmConfig", {**_ESM, "tie_word_embeddings": False}),
+    "esmc": ("EsmcConfig", {**_ENCODER, "mask_token_id": 96}),
+    "bert": ("BertConfig", _ENCODER),
 }
+LAYER_NORM = ("gpt2", "esm", "esm-untied", "esmc")
+MASKED = ("esm", "esm-wide", "esm-untied", "esmc", "bert")
+POST_NORMS = ("gemma3", "bert")
+"""Families whose residual stream cannot be rotated."""
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """A random model of ``CONFIGS``, in eval mode, with sdpa attention and plain experts."""
     config_class, changes = CONFIGS[name]
-    config = getattr(transformers, config_class)(**{**_LLAMA, **changes})
+    shared = _LLAMA if "vocab_size" not in changes else {}
+    config = getattr(transformers, config_class)(**{**shared, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(
+        model = _auto_class(name).from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
         )
         _randomize(model)
@@ -78,6 +118,11 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def _auto_class(name: str) -> Any:
+    masked = name in MASKED
+    return transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -92,10 +137,12 @@ class MemorySource:
     def __init__(self, model: Any) -> None:
         self.config = model.config
         self.tensors: dict[str, Tensor] = {}
-        tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+        tied = model._tied_weights_keys if model.config.tie_word_embeddings else {}
         for name, tensor in model.state_dict().items():
-            if name != tied:
-                self.tensors |= _as_stored(name, tensor)
+            if name not in tied:
+                # as Source.renamed() gives Conv1D weights: (out, in)
+                is_conv = re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)
+                self.tensors |= _as_stored(name, tensor.T if is_conv else tensor)
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -106,7 +153,7 @@ class MemorySource:
 
 def _randomize(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if re.search(r"norm\.weight$", name):
+        if re.search(r"(?i)(norm(_after)?|ln_\w)\.weight$", name):
             is_offset = "Gemma" in type(model).__name__
             nn.init.uniform_(parameter, -0.5 if is_offset else 0.5, 0.5 if is_offset else 1.5)
         elif name.endswith(".bias"):

@@ -76,11 +76,12 @@ def replayed(
     Args:
         block: Its attention returns (output, attention weights), as transformers' do.
         path: Of the attention in the block.
-        output_projection: Path of the layer that the attention ends with.
+        output_projection: Path of the layer that the attention ends with, or that reads it.
         attention_BTK: What that layer reads.
     """
     module, last = block.get_submodule(path), block.get_submodule(output_projection)
-    module.forward = lambda *args, **kwargs: (last(attention_BTK), None)
+    inside = output_projection.startswith(f"{path}.")
+    module.forward = lambda *_, **__: (last(attention_BTK) if inside else attention_BTK, None)
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ Weights: r = floor + (1 - floor) (score - low) / (high - low), clamped, to the p
 by the window's mean so that every window keeps the same mass. low and high are the window's minimum
 and maximum (minmax), its 1 % and 99 % quantiles (quantile), or minimum and maximum of the tokens
 below the 99 % quantile (sink): one attention sink would otherwise push all others to the floor.
+Padding has weight 0 and is not looked at. Special tokens, the sinks of protein models, keep
+weight 1 and leave low and high to the others.
 Shape suffixes: B windows, T positions, D hidden size, H heads, d head size.
 """
 
@@ -22,33 +24,47 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rotq.calibration.batches import Batch
 from rotq.recipe import Importance
 
 QUERY_BLOCK = 128
 
 
-def token_weights(score_BT: Tensor, importance: Importance) -> Tensor:
-    """Scale scores to weights with mean 1 in every window; (B, T) fp32.
+def token_weights(score_BT: Tensor, importance: Importance, batch: Batch | None = None) -> Tensor:
+    """Scale scores to weights with mean 1 over the tokens of every window; (B, T) fp32.
 
     A window whose scores are all equal gets all ones.
+
+    Args:
+        batch: Where padding and special tokens are; None where there are none.
     """
     score_BT = score_BT.float()
-    low_B1, high_B1 = _range(score_BT, importance.scaling)
+    mask_BT = special_BT = None
+    if batch is not None:
+        mask_BT, special_BT = batch.mask_BT, batch.special_BT
+    ranked_BT = torch.ones_like(score_BT, dtype=torch.bool)
+    real_BT = ranked_BT if mask_BT is None else mask_BT.to(score_BT.device).bool()
+    if special_BT is not None:
+        ranked_BT = ~special_BT.to(score_BT.device)
+    low_B1, high_B1 = _range(score_BT, ranked_BT & real_BT, importance.scaling)
     unit_BT = ((score_BT - low_B1) / (high_B1 - low_B1).clamp(min=1e-30)).clamp(0, 1)
-    unit_BT = torch.where(high_B1 > low_B1, unit_BT, 1.0)
+    unit_BT = torch.where(ranked_BT & (high_B1 > low_B1), unit_BT, 1.0)
     weight_BT = (importance.floor + (1 - importance.floor) * unit_BT) ** importance.power
-    return weight_BT / weight_BT.mean(-1, keepdim=True)
+    weight_BT = weight_BT * real_BT
+    return weight_BT / (weight_BT.sum(-1, keepdim=True) / real_BT.sum(-1, keepdim=True))
 
 
-def _range(score_BT: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+def _range(score_BT: Tensor, ranked_BT: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    low_B1 = score_BT.masked_fill(~ranked_BT, torch.inf).amin(-1, keepdim=True)
     if scaling == "minmax":
-        return score_BT.amin(-1, keepdim=True), score_BT.amax(-1, keepdim=True)
-    top_B1 = score_BT.quantile(0.99, dim=-1, keepdim=True)
+        return low_B1, score_BT.masked_fill(~ranked_BT, -torch.inf).amax(-1, keepdim=True)
+    known_BT = score_BT.masked_fill(~ranked_BT, torch.nan)
+    top_B1 = known_BT.nanquantile(0.99, dim=-1, keepdim=True)
     if scaling == "quantile":
-        return score_BT.quantile(0.01, dim=-1, keepdim=True), top_B1
+        return known_BT.nanquantile(0.01, dim=-1, keepdim=True), top_B1
     if scaling == "sink":
-        kept_BT = torch.where(score_BT <= top_B1, score_BT, -torch.inf)
-        return score_BT.amin(-1, keepdim=True), kept_BT.amax(-1, keepdim=True)
+        kept_BT = torch.where(known_BT <= top_B1, score_BT, -torch.inf)
+        return low_B1, kept_BT.amax(-1, keepdim=True)
     raise ValueError(f"unknown scaling {scaling!r}; known: minmax, quantile, sink")
 
 
@@ -88,7 +104,13 @@ def frequency_score(ids_BT: Tensor, counts_V: Tensor) -> Tensor:
 
 
 def attention_received(
-    query_BHTd: Tensor, key_BHTd: Tensor, *, scale: float, mask: Tensor | None, causal: bool
+    query_BHTd: Tensor,
+    key_BHTd: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    real_BT: Tensor | None = None,
 ) -> Tensor:
     """Attention mass each key receives, per query that can see it; (B, T) fp32, summed over heads.
 
@@ -100,6 +122,7 @@ def attention_received(
         scale: Of the dot products.
         mask: Boolean (True is seen) or additive, broadcast to (B, H, T, T); None is none.
         causal: Apply the causal mask; use with ``mask=None``.
+        real_BT: True where a query counts; others are padding.
     """
     B, H, T, _ = query_BHTd.shape
     key_BHTd = key_BHTd.repeat_interleave(H // key_BHTd.shape[1], dim=1)
@@ -115,6 +138,8 @@ def attention_received(
             visible = visible & (part if part.dtype == torch.bool else part > -1e4)
         elif causal:
             visible = visible & (position_T[None, :] <= position_T[rows, None])
+        if real_BT is not None:
+            visible = visible & real_BT[:, None, rows, None]
         logits = logits.masked_fill(~visible, -torch.inf)
         attention = logits.softmax(-1).nan_to_num(0.0)  # a fully masked row attends to nothing
         received_BT += attention.sum((1, 2))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rotq.calibration.batches import Batch
 from rotq.errors import RotqError
 
 
@@ -81,8 +82,9 @@ class Track:
     reads is remembered, and later passes over the block replay it instead of computing it again.
     """
 
-    def __init__(self, hidden: Stream, attention: Stream) -> None:
+    def __init__(self, hidden: Stream, attention: Stream, batches: Sequence[Batch]) -> None:
         self.hidden, self._attention = hidden, attention
+        self.batches = batches
         self._remembered: set[int] = set()
 
     def remember(self, batch: int, attention_BTK: Tensor) -> None:
@@ -107,5 +109,8 @@ class Streams:
     """Through the partly quantized model."""
     original: Track | None
     """Through the original model; None where nothing needs it: no target correction."""
-    ids: Sequence[Tensor]
-    """(B, T) tokens of each batch."""
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """The tokens."""
+        return self.quantized.batches

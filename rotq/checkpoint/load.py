@@ -24,7 +24,7 @@ def load_model(
     trust_remote_code: bool = False,
     packed: bool = True,
 ) -> PreTrainedModel:
-    """Load a causal language model, in eval mode.
+    """Load a language model with its head, causal or masked, in eval mode.
 
     Args:
         path: Folder of a dense, rotq or compressed-tensors (``pack-quantized``) checkpoint, a
@@ -108,12 +108,13 @@ def _as_rotq(path: Path, config: Any) -> bool:
 def _from_pretrained(path: Path, *, strict: bool, **options: Any) -> PreTrainedModel:
     import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+
+    from rotq.models.task import auto_class
 
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(options["config"]).from_pretrained(
             path, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:

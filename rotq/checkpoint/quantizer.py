@@ -62,9 +62,11 @@ class RotqHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise RotqError("a rotq checkpoint is loaded from its safetensors files")
         from rotq.models.experts import unfuse_experts
+        from rotq.models.gpt2 import linearize
         from rotq.models.registry import adapter_for
 
         unfuse_experts(model)
+        linearize(model)
         self.renames = adapter_for(model).renames
         entries = _entries(checkpoint_files, self.renames)
         scheme = self.quantization_config.scheme()
@@ -126,6 +128,8 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             raise RotqError(f"{name}: {error}") from error
         _check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
+        # GPT-2 would draw the weights of its linears anew, and finds none
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def put_online_heads(model: Any, heads: OnlineHeads) -> None:

@@ -45,6 +45,8 @@ class Source:
     config: PretrainedConfig
     entries: dict[str, Entry]
     """By our name of the tensor."""
+    transposed: str = ""
+    """Regular expression of the names whose tensors are stored as (in, out)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +68,7 @@ class Source:
         return sorted(self.entries)
 
     def load(self, name: str) -> Tensor:
-        """Copy a tensor out of its file; stored dtype and shape, on the CPU.
+        """Copy a tensor out of its file; stored dtype, on the CPU.
 
         Raises:
             RotqError: no such tensor, the file is truncated, or a value is NaN or infinite.
@@ -76,14 +78,17 @@ class Source:
         tensor = read_tensor(self.entries[name])
         if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
             raise RotqError(f"{self.entries[name].file}: {name} holds NaN or infinite values")
+        if self.transposed and re.search(self.transposed, name):
+            tensor = tensor.T.contiguous()
         return tensor
 
-    def renamed(self, renames: Iterable[tuple[str, str]]) -> Source:
+    def renamed(self, renames: Iterable[tuple[str, str]], transposed: str = "") -> Source:
         """The same checkpoint under other tensor names.
 
         Args:
             renames: Pairs of a regular expression and its replacement, as for ``re.sub``, applied
                 in order.
+            transposed: Regular expression of new names; ``load`` transposes what they name.
 
         Raises:
             RotqError: two tensors end up with one name.
@@ -97,7 +102,7 @@ class Source:
             if new in entries:
                 raise RotqError(f"{entries[new].name} and {name} would both be read as {new}")
             entries[new] = entry
-        return dataclasses.replace(self, entries=entries)
+        return dataclasses.replace(self, entries=entries, transposed=transposed)
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name for one of our tensors, also for one made of its weight.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rotq.cli.options import model_options, output_options
+from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.evaluation.perplexity import Evaluation, Protocol
@@ -110,6 +111,8 @@ def measure(
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.evaluation.perplexity import evaluate
 
+    for path in filter(None, (checkpoint, reference)):
+        check_causal(path, trust_remote_code=trust_remote_code)
     content = read_text(text, split="test")
     ids_N = tokenize(content, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
     protocol.cut(ids_N)  # a text that is too short fails before a model is loaded
@@ -125,6 +128,22 @@ def measure(
         reference=models[1] if reference is not None else None,
         on_window=_show_window if sys.stderr.isatty() else None,
     )
+
+
+def check_causal(path: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a model that predicts no next token.
+
+    Raises:
+        RotqError: it fills in masks.
+    """
+    from rotq.checkpoint.gguf import find_gguf
+    from rotq.checkpoint.source import load_config
+    from rotq.models.task import is_masked
+
+    if not path.exists() or find_gguf(path) is not None:
+        return
+    if is_masked(load_config(path, trust_remote_code=trust_remote_code)):
+        raise RotqError(f"{path} is a masked language model; score it with rotq eval pll")
 
 
 def _show_window(done: int, total: int) -> None:

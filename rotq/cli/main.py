@@ -11,6 +11,7 @@ from rotq import __version__
 from rotq.cli.bench import bench_group
 from rotq.cli.eval import eval_group
 from rotq.cli.eval_kv import eval_kv
+from rotq.cli.eval_pll import eval_pll
 from rotq.cli.inspect import inspect
 from rotq.cli.kv import calibrate_kv
 from rotq.cli.options import debug_wanted
@@ -64,6 +65,7 @@ def main() -> None:
 
 main.add_command(quantize)
 eval_group.add_command(eval_kv)
+eval_group.add_command(eval_pll)
 main.add_command(eval_group)
 main.add_command(inspect)
 main.add_command(calibrate_kv)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from rotq.cli.eval import measure
+from rotq.cli.eval import check_causal, measure
 from rotq.cli.options import model_options, output_options, recipe_options
 from rotq.errors import Stopped
 from rotq.recipe import Recipe
@@ -82,6 +82,8 @@ def quantize(
         return
     if output is None:
         raise click.UsageError("Missing option '-o'")
+    if eval_text is not None:
+        check_causal(model, trust_remote_code=job["trust_remote_code"])
     report = _run(model, recipe, output, **job)
     if eval_text is not None:
         report = _evaluate(report, model, output, eval_text, eval_windows, job)

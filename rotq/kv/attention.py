@@ -104,9 +104,14 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query (B, M, T, D) to (B, T, M, D), no weights.
 
+    A model that knows no cache, as ESM, hands one on to its attention among the keywords.
+
     Raises:
         RotqError: the model asks for what packed attention does not do.
     """
+    cache = kwargs.pop("past_key_values", None)
+    if cache is not None and not isinstance(key, PackedKV):
+        key, value = cache.update(key, value, module.layer_idx)
     if not isinstance(key, PackedKV):
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         result: tuple[Tensor, Tensor | None] = sdpa(

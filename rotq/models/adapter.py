@@ -1,6 +1,6 @@
 """What rotq has to know of a model family: module paths, norm convention, tensor names.
 
-An adapter is data. Everything that differs between decoder families is a field of it; masks,
+An adapter is data. Everything that differs between families is a field of it; masks,
 position embeddings and embedding scales are not, because the model's own forward computes them
 (see skeleton.py). A path left empty means that the family has no such module.
 """
@@ -8,6 +8,7 @@ position embeddings and embedding scales are not, because the model's own forwar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,13 @@ class Adapter:
     final_norm: str = "model.norm"
     """Norm between the residual stream and the head."""
     head: str = "lm_head"
-    """Linear that reads the final norm."""
+    """Linear that gives the logits; a tied one takes the embedding's tensor."""
+    head_reader: str = ""
+    """Linear that reads the final norm, where it is not the head itself."""
+    other_writers: tuple[str, ...] = ()
+    """Embeddings of something else than tokens that are added to the residual stream."""
+    tied_biases: tuple[tuple[str, str], ...] = ()
+    """(tensor, the tensor it is tied to) where the head is tied to the embedding."""
 
     attention_norm: str = "input_layernorm"
     """In the block: the norm that q, k and v read."""
@@ -49,7 +56,7 @@ class Adapter:
     value: str = "self_attn.v_proj"
     attention_output: str = "self_attn.o_proj"
     mlp: str = "mlp"
-    """The MLP, or the mixture of experts in its place."""
+    """The MLP, or the mixture of experts in its place; empty if its linears are the block's."""
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     """In the MLP or one expert: linears that read its input."""
     mlp_output: str = "down_proj"
@@ -59,26 +66,46 @@ class Adapter:
     router: str = ""
     """In the block: the module whose ``weight`` scores the experts."""
 
+    layer_norm: bool = False
+    """Norms subtract the mean, so that R1 has to leave the all-ones direction alone."""
     norm_offset: float = 0.0
     """A norm's gain is ``norm_offset + weight``: 1 for Gemma."""
     residual_rotation: bool = True
     """Writers add to the residual stream directly (no norm in between), so R1 can be fused."""
+    residual_needs: tuple[tuple[str, object], ...] = ()
+    """(configuration key, value it must have) for R1."""
     value_rotation: bool = True
-    """v_proj and o_proj are known, so R2 can be fused."""
+    """v_proj and o_proj are known, so R2 can be fused; values are the last rows of ``value``."""
     down_rotation: bool = True
     """The last linear of the MLP is known, so R4 can be applied before it."""
     renames: tuple[tuple[str, str], ...] = ()
     """(regular expression, replacement) from checkpoint tensor names to module names."""
+    transposed: str = ""
+    """Regular expression of the weights that a checkpoint stores as (in, out), for Conv1D."""
 
     @property
     def attention(self) -> str:
         """In the block: the module that holds q, k, v and o; empty if they are not in one."""
         return self.query.rpartition(".")[0]
 
+    @property
+    def attention_readers(self) -> tuple[str, ...]:
+        """Query, key and value; one path where they are rows of one linear."""
+        return tuple(dict.fromkeys((self.query, self.key, self.value)))
+
+    def residual_obstacle(self, config: Any) -> str | None:
+        """Why R1 cannot be fused into a model of this configuration; None where it can."""
+        if not self.residual_rotation:
+            return "a norm lies between what is written and the residual stream"
+        for key, wanted in self.residual_needs:
+            if (getattr(config, key, None) or False) != wanted:
+                return f"it needs {key}={wanted}, the model has {getattr(config, key, None)}"
+        return None
+
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
         """The block's quantizable linears by shared input, in execution order."""
         attention = (
-            Site(name="qkv", linears=(self.query, self.key, self.value)),
+            Site(name="qkv", linears=self.attention_readers),
             Site(name="o", linears=(self.attention_output,)),
         )
         gate_up = Site(name="gate_up", linears=self.mlp_readers(block))
@@ -90,11 +117,11 @@ class Adapter:
 
     def mlp_readers(self, block: nn.Module) -> tuple[str, ...]:
         """Paths of the linears that read the MLP norm, of all experts; the router is not one."""
-        return tuple(f"{mlp}.{name}" for mlp in self._mlps(block) for name in self.mlp_inputs)
+        return tuple(_join(mlp, name) for mlp in self._mlps(block) for name in self.mlp_inputs)
 
     def mlp_writers(self, block: nn.Module) -> tuple[str, ...]:
         """Paths of the linears that write the MLP's output: one, or one per expert."""
-        return tuple(f"{mlp}.{self.mlp_output}" for mlp in self._mlps(block))
+        return tuple(_join(mlp, self.mlp_output) for mlp in self._mlps(block))
 
     def routers(self, block: nn.Module) -> tuple[str, ...]:
         """Path of the router, if this block is a mixture of experts."""
@@ -110,6 +137,10 @@ class Adapter:
         experts = block.get_submodule(self.experts)
         assert isinstance(experts, nn.ModuleList), "experts are unfused before anything else"
         return tuple(f"{self.experts}.{e}" for e in range(len(experts)))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _has_submodule(module: nn.Module, path: str) -> bool:

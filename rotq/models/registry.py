@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rotq.errors import RotqError
-from rotq.models import gemma3, llama, mixtral, qwen2, qwen3, qwen3_moe
+from rotq.models import bert, esm, esmc, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe
 from rotq.models.adapter import Adapter, Site
+from rotq.models.task import architectures
 
-_FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe)
+_FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe, gpt2, esm, esmc, bert)
 
 ADAPTERS: dict[str, Adapter] = {
     architecture: module.ADAPTER
@@ -27,26 +27,26 @@ def find_adapter(config: Any) -> Adapter:
 
     Args:
         config: transformers' configuration. Its ``architectures`` decide; where they are absent,
-            the causal language model of its ``model_type`` does.
+            the language model of its ``model_type`` does.
 
     Raises:
         RotqError: none is known; names the supported families and what works without one.
     """
-    names = _architectures(config)
+    names = architectures(config)
     for name in names:
         if name in ADAPTERS:
             return ADAPTERS[name]
     families = ", ".join(sorted({adapter.family for adapter in ADAPTERS.values()}))
     raise RotqError(
         f"no adapter for {' or '.join(names) or config.model_type}; rotation is supported for "
-        f"{families}. Other decoders can be quantized without it (rotation.residual=none, "
+        f"{families}. Other models can be quantized without it (rotation.residual=none, "
         "rotation.value=none, rotation.attention=none, rotation.down=none, kv_cache.bits=16)"
     )
 
 
 def adapter_for(model: nn.Module) -> Adapter:
     """The family's adapter, or the generic one, which allows no rotation."""
-    if any(name in ADAPTERS for name in _architectures(model.config)):
+    if any(name in ADAPTERS for name in architectures(model.config)):
         return find_adapter(model.config)
     return generic_adapter(model)
 
@@ -110,13 +110,6 @@ class GenericAdapter(Adapter):
     def has_experts(self, block: nn.Module) -> bool:
         """Unknown, hence treated as no."""
         return False
-
-
-def _architectures(config: Any) -> list[str]:
-    names = list(getattr(config, "architectures", None) or [])
-    if not names and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    return names
 
 
 def _path(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rotq.errors import RotqError
 
 HALF_SPLIT = {
+    "esm",
     "gemma2",
     "gemma3_text",
     "llama",
@@ -110,7 +111,11 @@ def rotaries(config: Any) -> list[Rotary | None]:
     num_layers = config.num_hidden_layers
     if config.model_type not in HALF_SPLIT:
         return [None] * num_layers
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:  # ESM-2's configuration is older than the dictionary
+        if config.position_embedding_type != "rotary":
+            return [None] * num_layers
+        parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
     if "rope_type" in parameters:
         return [_rotary(config, parameters, None)] * num_layers
     by_type = {kind: _rotary(config, found, kind) for kind, found in parameters.items() if found}

@@ -23,12 +23,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.experts import unfuse_experts
+from rotq.models.gpt2 import linearize
 from rotq.models.registry import adapter_for
+from rotq.models.task import auto_class, is_masked
 from rotq.models.tensors import TensorSource, load_tensors
 
 _KEPT_SHAPES = 4
@@ -38,7 +39,7 @@ BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
 
 
 class Skeleton:
-    """A decoder's structure, and its parts with weights on request.
+    """A language model's structure, and its parts with weights on request.
 
     ``model`` is the model on meta; ``adapter`` knows its family; ``tied`` says that the head takes
     the embedding's tensor unless it is given one of its own.
@@ -50,24 +51,25 @@ class Skeleton:
         self.model = model.eval().requires_grad_(False)
         self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
         self.tied = bool(getattr(config, "tie_word_embeddings", False)) and bool(adapter.head)
+        self.masked = is_masked(config)
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
     def open(cls, source: TensorSource, *, trust_remote_code: bool = False) -> Self:
-        """Build the model of ``source.config`` without weights, experts unfused.
+        """Build the model of ``source.config`` without weights, experts unfused, no Conv1D.
 
         Attention is what transformers prefers for the family: sdpa where it has it, else eager.
 
         Raises:
-            RotqError: transformers has no causal language model for the configuration, or the
-                list of blocks of an unknown family cannot be found.
+            RotqError: transformers has no language model for the configuration, or the list of
+                blocks of an unknown family cannot be found.
         """
         config = copy.deepcopy(source.config)
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(config).from_config(
                     config,
                     dtype=torch.float32,
                     trust_remote_code=trust_remote_code,
@@ -77,6 +79,7 @@ class Skeleton:
         adapter = adapter_for(model)
         if adapter.experts:
             unfuse_experts(model)
+        linearize(model)
         return cls(model.config, adapter, model)
 
     @property
@@ -117,23 +120,28 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> dict[str, Tensor]:
-        """Every tensor outside the blocks by full name; a tied head is left out.
+        """Every tensor outside the blocks by full name; what is tied is left out.
 
         A checkpoint that says it is tied but stores a head that differs from the embedding is
-        taken at its tensors, as transformers does: the head is returned.
+        taken at its tensors, as transformers does: the head is returned. Buffers keep their dtype,
+        and have the model's own values where the checkpoint has none.
 
         Raises:
             RotqError: a tensor is missing or has another shape than the configuration says.
         """
-        inside = f"{self.adapter.blocks}."
-        wanted = {
-            name: like
-            for name, like in self.model.state_dict().items()
-            if not name.startswith(inside)
-        }
-        if self.tied and self._head_name not in set(source.names()):
-            del wanted[self._head_name]
-        outer = load_tensors(source, wanted, device=device, dtype=dtype)
+        present = set(source.names())
+        wanted = self._outer_tensors()
+        for name in (target for target, _ in self._ties() if target not in present):
+            del wanted[name]
+        buffers = dict(self.model.named_buffers())
+        outer: dict[str, Tensor] = {}
+        for name in wanted.keys() & buffers.keys():
+            like = wanted.pop(name)
+            loaded = {name: buffers[name].clone()}
+            if name in present:
+                loaded = load_tensors(source, {name: like}, device=device, dtype=like.dtype)
+            outer |= loaded
+        outer |= load_tensors(source, wanted, device=device, dtype=dtype)
         if self.tied and self._head_name in outer:
             embedding_VD = outer[f"{self.adapter.embedding}.weight"]
             if torch.equal(outer[self._head_name], embedding_VD):
@@ -141,15 +149,21 @@ class Skeleton:
         return outer
 
     @torch.no_grad()
-    def embed(self, outer: dict[str, Tensor], ids_BT: Tensor) -> Tensor:
-        """What the first block is given for these tokens, (B, T, D), in the dtype of ``outer``."""
+    def embed(
+        self, outer: dict[str, Tensor], ids_BT: Tensor, attention_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """What the first block is given for these tokens, (B, T, D), in the dtype of ``outer``.
+
+        Args:
+            attention_mask_BT: 1 where a token is, 0 where padding is.
+        """
 
         def stop_at_first(_: int, hidden_BTD: Tensor, __: dict[str, Any]) -> Tensor:
             raise _Stop(hidden_BTD)
 
         with self._blocks_replaced(stop_at_first):
             try:
-                self._call(outer, input_ids=ids_BT)
+                self._call(outer, input_ids=ids_BT, attention_mask=attention_mask_BT)
             except _Stop as stop:
                 return stop.hidden_BTD
         raise AssertionError("the model's forward did not reach its first block")
@@ -194,7 +208,7 @@ class Skeleton:
             return hidden_BTD if index == last else given_BTD
 
         with self._blocks_replaced(put_in):
-            output = self._call(outer, inputs_embeds=hidden_BTD)
+            output = self._call(outer, **self._stand_in(hidden_BTD))
         return cast(Tensor, output.logits)
 
     def _record(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None) -> list[dict[str, Any]]:
@@ -215,12 +229,31 @@ class Skeleton:
             try:
                 self._call(
                     self._zeros(hidden_BTD),
-                    inputs_embeds=hidden_BTD,
+                    **self._stand_in(hidden_BTD),
                     attention_mask=attention_mask_BT,
                 )
             except _Stop:
                 return recorded
         raise AssertionError("the model's forward did not reach its last block")
+
+    def _stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
+        """Inputs of a run in which only shape, dtype and device of what is embedded matter."""
+        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+            return {"inputs_embeds": hidden_BTD}
+        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
+        return {"input_ids": ids_BT}
+
+    def _outer_tensors(self) -> dict[str, Tensor]:
+        inside = f"{self.adapter.blocks}."
+        state = self.model.state_dict()
+        return {name: like for name, like in state.items() if not name.startswith(inside)}
+
+    def _ties(self) -> list[tuple[str, str]]:
+        """(tensor, the tensor it takes unless it has one of its own)."""
+        if not self.tied:
+            return []
+        embedding = f"{self.adapter.embedding}.weight"
+        return [(self._head_name, embedding), *self.adapter.tied_biases]
 
     def _zeros(self, like: Tensor) -> dict[str, Tensor]:
         # in place of the outer tensors where their values do not matter; no memory behind them
@@ -233,8 +266,7 @@ class Skeleton:
 
     def _call(self, outer: dict[str, Tensor], **inputs: Tensor | None) -> Any:
         tensors = dict(outer)
-        if self.tied and self._head_name not in outer:
-            tensors[self._head_name] = outer[f"{self.adapter.embedding}.weight"]
+        tensors |= {name: outer[to] for name, to in self._ties() if name not in outer}
         given = next(value for value in inputs.values() if value is not None)
         tensors |= {
             name: buffer.to(given.device)

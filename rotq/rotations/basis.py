@@ -20,6 +20,7 @@ from torch import Tensor
 from rotq.errors import RotqError
 from rotq.recipe import Rotation
 from rotq.rotations.hadamard import core_order, describe, orthogonal
+from rotq.rotations.layernorm import leave_ones_alone
 
 if TYPE_CHECKING:
     from rotq.models.adapter import Adapter
@@ -73,19 +74,22 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         RotqError: the family does not allow a rotation, or a basis of the wanted kind does not
             exist for a size of this model; names the alternative.
     """
-    _check_allowed(rotation, adapter)
+    _check_allowed(rotation, adapter, config)
     description = {}
     residual, value, attention, down = None, None, None, None
     if rotation.residual != "none":
         residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
         description["residual"] = describe(rotation.residual, config.hidden_size)
+        if adapter.layer_norm:
+            residual = leave_ones_alone(residual)
+            description["residual"] += ", all-ones direction kept"
     if rotation.value != "none":
         size = head_dim(config)
         value = tuple(
             torch.stack(
                 [
                     _draw("value", rotation.value, size, derive_seed(rotation.seed, layer, head))
-                    for head in range(config.num_key_value_heads)
+                    for head in range(num_value_heads(config))
                 ]
             )
             for layer in range(config.num_hidden_layers)
@@ -96,8 +100,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         description["attention"] = _describe_online("attention", {head_dim(config)})
     if rotation.down != "none":
         down = rotation.down
-        sizes = {config.intermediate_size, getattr(config, "moe_intermediate_size", None)}
-        description["down"] = _describe_online("down", sizes - {None})
+        description["down"] = _describe_online("down", mlp_widths(config))
     return Basis(
         residual_DD=residual,
         value=value,
@@ -115,24 +118,37 @@ def head_dim(config: Any) -> int:
     )
 
 
+def num_value_heads(config: Any) -> int:
+    """KV heads; as many as query heads where the configuration does not know the difference."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def mlp_widths(config: Any) -> set[int]:
+    """Features that the last linear of an MLP reads; GPT-2 may leave its own open."""
+    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
+    given = [getattr(config, name, None) for name in names]
+    return {size for size in given if size} or {4 * config.hidden_size}
+
+
 def derive_seed(seed: int, *parts: int | str) -> int:
     """A seed of its own for each use, below 2^63."""
     digest = hashlib.sha256(" ".join(map(str, (seed, *parts))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _check_allowed(rotation: Rotation, adapter: Adapter) -> None:
-    for key, allowed in (
-        ("residual", adapter.residual_rotation),
-        ("value", adapter.value_rotation),
-        ("attention", bool(adapter.attention)),
-        ("down", adapter.down_rotation),
+def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
+    unknown = "its modules are not known"
+    for key, obstacle in (
+        ("residual", adapter.residual_obstacle(config)),
+        ("value", None if adapter.value_rotation else unknown),
+        ("attention", None if adapter.attention else unknown),
+        ("down", None if adapter.down_rotation else unknown),
     ):
         kind = getattr(rotation, key)
-        if kind != "none" and not allowed:
+        if kind != "none" and obstacle is not None:
             raise RotqError(
                 f"rotation.{key}={kind} is not possible for {adapter.family} models "
-                f"({', '.join(adapter.architectures)}); set rotation.{key}=none"
+                f"({', '.join(adapter.architectures)}): {obstacle}; set rotation.{key}=none"
             )
 
 

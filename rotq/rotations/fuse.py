@@ -11,9 +11,10 @@ of the norm in front of a reader, and per KV head h an R2:
     R3: nothing; queries and keys are multiplied by H online
     R4: down         W   <- W D H, its input is multiplied by D H online
 
-RMSNorm without gain commutes with R1, which is why g has to be folded first. All products are
-taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406, whose names R1 to R4 are
-used. Unlike QuaRot's code the embedding is not centred: that changes an RMSNorm model.)
+RMSNorm without gain commutes with R1, which is why g has to be folded first; what LayerNorm needs
+besides is in ``layernorm``. All products are taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant,
+arXiv 2405.16406, whose names R1 to R4 are used. Unlike QuaRot's code the embedding is not
+centred: that changes an RMSNorm model.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
 """
@@ -34,6 +35,7 @@ from rotq.layers import OnlineLinear
 from rotq.models.online_attention import set_heads
 from rotq.rotations.basis import Basis
 from rotq.rotations.hadamard import fast_hadamard, random_signs
+from rotq.rotations.layernorm import fold_final_bias, fold_layer_norm
 
 if TYPE_CHECKING:
     from rotq.models.adapter import Adapter
@@ -53,11 +55,11 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
         layer_index: Which of the basis' value matrices are this block's.
     """
     if basis.residual_DD is not None:
-        readers = (adapter.query, adapter.key, adapter.value)
-        _fold_norm(block, adapter.attention_norm, readers, adapter.norm_offset)
-        mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
-        _fold_norm(block, adapter.mlp_norm, mlp_readers, adapter.norm_offset)
         R_DD = basis.residual_DD
+        readers = adapter.attention_readers
+        _fold_norm(block, adapter.attention_norm, readers, adapter.norm_offset, R_DD)
+        mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
+        _fold_norm(block, adapter.mlp_norm, mlp_readers, adapter.norm_offset, R_DD)
         for path in (*readers, *mlp_readers):
             _rotate_input(block.get_submodule(path), R_DD)
         for path in (adapter.attention_output, *adapter.mlp_writers(block)):
@@ -80,7 +82,8 @@ def fuse_outer(
 ) -> dict[str, Tensor]:
     """Fuse R1 into the tensors outside the blocks; the input dict is kept.
 
-    A tied head becomes a tensor of its own, because only the head takes the final norm's gain.
+    A tied head becomes a tensor of its own, because only the head takes the final norm's gain; if
+    something lies between final norm and head, the head keeps the embedding as it was.
 
     Args:
         outer: By full name; the head may be missing if it is tied to the embedding.
@@ -92,16 +95,21 @@ def fuse_outer(
     fused = dict(outer)
     if basis.residual_DD is None:
         return fused
-    embedding, head, norm = (
-        f"{path}.weight" for path in (adapter.embedding, adapter.head, adapter.final_norm)
+    R_DD = basis.residual_DD
+    reader_path = adapter.head_reader or adapter.head
+    embedding, head, norm, reader = (
+        f"{path}.weight"
+        for path in (adapter.embedding, adapter.head, adapter.final_norm, reader_path)
     )
     gain_D = adapter.norm_offset + outer[norm].double()
-    head_VD = outer.get(head)
-    if head_VD is None or not in_place:
-        head_VD = outer.get(head, outer[embedding]).clone()
-    embedding_VD = outer[embedding] if in_place else outer[embedding].clone()
-    fused[head] = _rotate_rows(head_VD, gain_D[:, None] * basis.residual_DD.to(gain_D.device))
-    fused[embedding] = _rotate_rows(embedding_VD, basis.residual_DD)
+    if adapter.layer_norm:
+        fused |= fold_final_bias(outer, adapter.final_norm, reader_path, R_DD)
+    if head not in outer or (reader == head and not in_place):
+        fused[head] = outer.get(head, outer[embedding]).clone()
+    reader_VD = fused[reader] if in_place or reader == head else outer[reader].clone()
+    fused[reader] = _rotate_rows(reader_VD, gain_D[:, None] * R_DD.to(gain_D.device))
+    for name in (embedding, *(f"{path}.weight" for path in adapter.other_writers)):
+        fused[name] = _rotate_rows(outer[name] if in_place else outer[name].clone(), R_DD)
     fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
     return fused
 
@@ -127,9 +135,15 @@ def exact_norms(module: nn.Module) -> Iterator[None]:
             del norm.forward
 
 
-def _fold_norm(block: nn.Module, norm_path: str, readers: tuple[str, ...], offset: float) -> None:
+def _fold_norm(
+    block: nn.Module, norm_path: str, readers: tuple[str, ...], offset: float, R_DD: Tensor
+) -> None:
     norm = block.get_submodule(norm_path)
-    assert getattr(norm, "bias", None) is None, "norms with a bias have their own folding"
+    if isinstance(norm, nn.LayerNorm):
+        fold_layer_norm(
+            norm, [cast(nn.Linear, block.get_submodule(path)) for path in readers], R_DD
+        )
+        return
     gain_D = offset + _parameter(norm).double()
     for path in readers:
         weight_NK = _parameter(block.get_submodule(path))
@@ -153,12 +167,14 @@ def _rotate_output(linear: nn.Module, R_NN: Tensor) -> None:
 
 def _rotate_heads(value: nn.Module, output: nn.Module, R_Hdd: Tensor) -> None:
     H, d, _ = R_Hdd.shape
-    value_NK, output_NK = _parameter(value), _parameter(output)
+    # the values are the last rows where q, k and v are one layer
+    value_NK, output_NK = _parameter(value)[-H * d :], _parameter(output)
     R_Hdd = R_Hdd.to(value_NK.device)
     rotated_HdK = R_Hdd.mT @ value_NK.double().view(H, d, -1)  # [H, d, d] @ [H, d, K]
     value_NK.copy_(rotated_HdK.view_as(value_NK))
     bias_N = getattr(value, "bias", None)
     if bias_N is not None:
+        bias_N = bias_N[-H * d :]
         bias_N.copy_((bias_N.double().view(H, 1, d) @ R_Hdd).view_as(bias_N))
     # the query heads of one KV head lie next to each other: [N, H, heads per group, d] @ [H, d, d]
     columns = output_NK.double().view(len(output_NK), H, -1, d)

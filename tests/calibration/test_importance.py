@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rotq.calibration.batches import Batch
 from rotq.calibration.importance import (
     attention_received,
     frequency_score,
@@ -79,3 +80,43 @@ def test_attention_received_equals_dense_softmax(masking):
     logits = query @ key.repeat_interleave(2, 1).mT * 0.3
     dense = logits.masked_fill(~visible, -torch.inf).softmax(-1).sum((1, 2))
     torch.testing.assert_close(actual, dense / visible.sum((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+PADDED = Batch(
+    ids_BT=torch.zeros(2, 6, dtype=torch.int64),
+    mask_BT=torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
+    special_BT=torch.tensor([[True, *[False] * 4, True], [True, False, False, True, False, False]]),
+)
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "quantile", "sink"])
+def test_padding_has_no_weight_and_special_tokens_do_not_set_the_range(scaling):
+    importance = Importance(strategy="attention", scaling=scaling)
+    score_BT = torch.tensor([[90.0, 1, 2, 3, 4, -80], [70, 1, 2, 60, 1e6, -1e6]])
+    weight_BT = token_weights(score_BT, importance, PADDED)
+    torch.testing.assert_close(weight_BT.sum(1), torch.tensor([6.0, 4.0]))
+    assert weight_BT[1, 4:].tolist() == [0, 0]
+    assert torch.equal(weight_BT[:, 0], weight_BT.amax(1))
+    # residues 1 to 4 fill the range: the least of them is at the floor
+    assert weight_BT[0, 1] / weight_BT[0, 0] == pytest.approx(0.1, abs=0.02)
+    assert weight_BT[0, 5] == weight_BT[0, 0]
+    moved_BT = score_BT + torch.tensor([[1e3, 0, 0, 0, 0, 1e3], [1e3, 0, 0, 1e3, 5, 5]])
+    torch.testing.assert_close(token_weights(moved_BT, importance, PADDED), weight_BT)
+
+
+def test_without_padding_the_batch_changes_nothing():
+    score_BT = torch.rand(2, 6)
+    plain = token_weights(score_BT, Importance(strategy="attention"))
+    batch = Batch(ids_BT=PADDED.ids_BT)
+    assert torch.equal(token_weights(score_BT, Importance(strategy="attention"), batch), plain)
+
+
+def test_padded_queries_give_no_attention():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 6, 8, generator=generator) for _ in range(2))
+    mask = torch.tensor([True] * 4 + [False] * 2).view(1, 1, 1, 6)
+    how = {"scale": 0.3, "causal": False}
+    whole = attention_received(query, key, mask=mask, real_BT=mask.view(1, 6), **how)
+    alone = attention_received(query[:, :, :4], key[:, :, :4], mask=None, **how)
+    torch.testing.assert_close(whole[:, :4], alone)
+    assert not whole[:, 4:].any()

@@ -8,6 +8,7 @@ from torch import nn
 
 from rotq.errors import RotqError
 from rotq.models.experts import calibrating, unfuse_experts
+from rotq.models.gpt2 import linearize
 from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
 
 FAMILIES = {
@@ -21,6 +22,12 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "qwen3-moe": "Qwen3-MoE",
     "qwen3-moe-mixed": "Qwen3-MoE",
+    "gpt2": "GPT-2",
+    "esm": "ESM-2",
+    "esm-wide": "ESM-2",
+    "esm-untied": "ESM-2",
+    "esmc": "ESM-C",
+    "bert": "BERT",
 }
 
 
@@ -41,7 +48,7 @@ def test_every_architecture_exists_in_transformers():
 
 def test_unknown_family_names_the_known_and_the_way_out():
     with pytest.raises(
-        RotqError, match=r"no adapter for GPTNeoXForCausalLM.*Gemma 3, Llama, "
+        RotqError, match=r"no adapter for GPTNeoXForCausalLM.*GPT-2, Gemma 3, Llama, "
     ) as e:
         find_adapter(transformers.GPTNeoXConfig())
     assert "rotation.residual=none" in str(e.value)
@@ -52,6 +59,7 @@ def test_unknown_family_names_the_known_and_the_way_out():
 def test_sites_hold_every_linear_once_and_share_their_input(name):
     model = tiny_model(name)
     unfuse_experts(model)
+    linearize(model)
     adapter = adapter_for(model)
     inputs, order = {}, []
     for number, block in enumerate(model.get_submodule(adapter.blocks)):

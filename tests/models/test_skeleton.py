@@ -11,7 +11,7 @@ from rotq.models.skeleton import Skeleton
 
 def run_by_blocks(skeleton, source, ids_BT, mask_BT=None, dtype=torch.float64):
     outer = skeleton.load_outer(source, dtype=dtype)
-    hidden_BTD = skeleton.embed(outer, ids_BT)
+    hidden_BTD = skeleton.embed(outer, ids_BT, mask_BT)
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, source, device="cpu", dtype=dtype)
         hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD, mask_BT))
@@ -28,7 +28,9 @@ def test_blocks_one_by_one_are_the_model(name, dtype):
     assert torch.equal(logits, model(ids_BT).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma3", "mixtral", "gpt2", "esm", "esmc", "bert"]
+)
 def test_padding_mask(name):
     model = tiny_model(name)
     source = MemorySource(model)

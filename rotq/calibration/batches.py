@@ -1,0 +1,83 @@
+"""Windows of different lengths in batches of like length, padded on the right.
+
+Shape suffixes: B windows, T positions, M tokens of a batch, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Windows that are run together."""
+
+    ids_BT: Tensor
+    """int64."""
+    mask_BT: Tensor | None = None
+    """int64, 1 where a token is and 0 where padding is; None where nothing is padded."""
+    special_BT: Tensor | None = None
+    """bool, tokens that stand for no part of the text, as <cls>; None where there are none."""
+
+    @property
+    def real_M(self) -> Tensor | None:
+        """bool, what is not padding, as one row; None where nothing is padded."""
+        return None if self.mask_BT is None else self.mask_BT.flatten().bool()
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())
+
+    def lengths(self) -> list[int]:
+        """Tokens of each window."""
+        if self.mask_BT is None:
+            return [self.ids_BT.shape[1]] * len(self.ids_BT)
+        lengths: list[int] = self.mask_BT.sum(1).tolist()
+        return lengths
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """The mask where the block is."""
+        return None if self.mask_BT is None else self.mask_BT.to(device)
+
+
+def in_order_of_length(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Indices, longest first; equal lengths in the order given."""
+    return sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+
+
+def bucketed(
+    sequences: Sequence[Sequence[int]], batch_size: int, pad_id: int, special: frozenset[int]
+) -> list[Batch]:
+    """Batches of windows of like length, the longest first.
+
+    Args:
+        sequences: Token ids of each window.
+        batch_size: Windows of a batch; the last one may have fewer.
+        pad_id: Fills up to the longest of a batch.
+        special: Ids of tokens that stand for no part of the text.
+    """
+    order = in_order_of_length(sequences)
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [padded([sequences[index] for index in group], pad_id, special) for group in groups]
+
+
+def padded(sequences: Sequence[Sequence[int]], pad_id: int, special: frozenset[int]) -> Batch:
+    """One batch of the windows as they come; arguments as for ``bucketed``."""
+    longest = max(map(len, sequences))
+    rows = [[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences]
+    ids_BT = torch.tensor(rows, dtype=torch.int64)
+    length_B1 = torch.tensor([[len(ids)] for ids in sequences])
+    mask_BT = (torch.arange(longest) < length_B1).long()
+    special_BT = None
+    if special:
+        special_BT = torch.isin(ids_BT, torch.tensor(sorted(special))) & mask_BT.bool()
+    return Batch(
+        ids_BT=ids_BT,
+        mask_BT=None if bool(mask_BT.all()) else mask_BT,
+        special_BT=special_BT,
+    )

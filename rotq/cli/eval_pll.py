@@ -1,0 +1,182 @@
+"""``rotq eval pll``: pseudo-perplexity of a masked language model of proteins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rotq.cli.kv import load, show
+from rotq.cli.options import model_options, output_options
+from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    from rotq.calibration.fasta import Record
+    from rotq.evaluation.pseudo_perplexity import PLLProtocol
+    from rotq.evaluation.representations import OriginalBasis
+
+
+@click.command("pll")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--fasta", type=click.Path(path_type=Path), help="Proteins to score, plain or gzip.")
+@click.option(
+    "--groups",
+    is_flag=True,
+    help="Score rotq's own four groups: short peptides, transmembrane helices, active sites, "
+    "disordered regions.",
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Original model to compare with."
+)
+@click.option(
+    "--sequences",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Taken from the start of the file; 0 takes all.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Residues; longer sequences are cut.",
+)
+@click.option(
+    "--positions",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Residues masked in each sequence, drawn at random; 0 takes all.",
+)
+@click.option(
+    "--representations",
+    is_flag=True,
+    help="Compare last hidden states and contact maps with the reference's too.",
+)
+@model_options
+@output_options
+def eval_pll(
+    checkpoint: Path,
+    fasta: Path | None,
+    groups: bool,
+    reference: Path | None,
+    sequences: int,
+    max_length: int,
+    positions: int,
+    representations: bool,
+    dtype: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Pseudo-perplexity and masked-token accuracy of CHECKPOINT on proteins.
+
+    Each residue is masked in turn and its probability taken; next to it stands the figure of one
+    pass without a mask. Special tokens, padding and ambiguous residues are not scored.
+
+    \b
+    rotq eval pll out/esm-w4 --fasta heldout.fasta --reference models/esm
+    rotq eval pll out/esm-w4 --groups --reference models/esm --representations
+    """
+    if (fasta is None) == (not groups):
+        raise click.UsageError("give either --fasta or --groups")
+    if representations and reference is None:
+        raise click.UsageError("--representations compares with --reference, which is missing")
+    from rotq.evaluation.pseudo_perplexity import PLLProtocol
+
+    found = measure_pll(
+        checkpoint,
+        _records(fasta),
+        PLLProtocol(sequences=sequences, max_length=max_length, positions=positions),
+        reference=reference,
+        representations=representations,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    from rotq.report.protein_tables import pll_table
+
+    click.echo(pll_table(found), nl=False)
+
+
+def measure_pll(
+    checkpoint: Path,
+    groups: dict[str, list[Record]],
+    protocol: PLLProtocol,
+    *,
+    reference: Path | None = None,
+    representations: bool = False,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Load a checkpoint and its reference, and score both on each group of sequences.
+
+    Raises:
+        RotqError: a model cannot be read, fills in no masks, or does not read residues.
+    """
+    from rotq.calibration.residues import ResidueCodec
+    from rotq.evaluation.pseudo_perplexity import evaluate_pll
+    from rotq.evaluation.representations import compare_representations
+    from rotq.models.task import is_masked
+
+    models, codecs = [], []
+    for path in (checkpoint, reference):
+        if path is None:
+            continue
+        model, tokenizer = load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        if not is_masked(model.config):
+            raise RotqError(f"{path} is no masked language model; use rotq eval ppl")
+        models.append(model)
+        codecs.append(ResidueCodec(tokenizer))
+    found: dict[str, dict[str, Any]] = {}
+    for name, records in groups.items():
+        scored = evaluate_pll(
+            models[0],
+            records,
+            codecs[0],
+            protocol=protocol,
+            reference=models[1] if reference is not None else None,
+            on_batch=show(f"{name}: pass"),
+        )
+        found[name] = scored.to_dict()
+        if representations:
+            agreement = compare_representations(
+                models[0],
+                models[1],
+                protocol.cut(records),
+                codecs[0],
+                basis=_basis(checkpoint, models[0], models[1]),
+            )
+            found[name] |= agreement.to_dict()
+    return found
+
+
+def _records(fasta: Path | None) -> dict[str, list[Record]]:
+    from rotq.calibration.fasta import read_fasta
+    from rotq.evaluation.groups import load_groups
+
+    if fasta is None:
+        return load_groups()
+    return {fasta.name: list(read_fasta(fasta).records)}
+
+
+def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
+    """What the checkpoint's recipe did to the hidden states; None where it left them alone."""
+    from rotq.evaluation.representations import OriginalBasis
+    from rotq.models.registry import adapter_for
+    from rotq.recipe import load_recipe
+    from rotq.rotations.basis import build_basis
+
+    file = checkpoint / "rotq_recipe.yaml"
+    if not file.is_file():
+        return None
+    adapter = adapter_for(model)
+    R_DD = build_basis(load_recipe(file, {}).rotation, adapter, model.config).residual_DD
+    if R_DD is None:
+        return None
+    norm = reference.get_submodule(adapter.final_norm)
+    return OriginalBasis(R_DD=R_DD, gain_D=norm.weight, added_D=norm.bias)

@@ -1,0 +1,25 @@
+"""The sequences that come with rotq, by kind of protein, as TurboESM groups its own.
+
+``protein_groups.fasta`` says where they are from, ``scripts/make_protein_groups.py`` how they were
+picked. They show where a model is hurt; they are too few to rank methods by.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+from rotq.calibration.fasta import Record, parse_fasta
+
+FILE = "protein_groups.fasta"
+
+
+def load_groups() -> dict[str, list[Record]]:
+    """Records by group, in the order of the file."""
+    data = files("rotq.evaluation").joinpath(FILE).read_bytes()
+    groups: dict[str, list[Record]] = {}
+    for record in parse_fasta(FILE, data).records:
+        named = re.search(r"group=(\S+)", record.description)
+        assert named is not None, f"{record.name} is in no group"
+        groups.setdefault(named[1], []).append(record)
+    return groups

@@ -1,0 +1,236 @@
+"""Pseudo-perplexity of a masked language model on proteins, and what it costs to quantize it.
+
+    masked      exp(-mean_i log p(x_i | x without i)): one forward pass for each scored residue
+    one pass    exp(-mean_i log p(x_i | x)): nothing is masked, one pass for each sequence. It sees
+                the answer, so it is low; it shows differences, and compares with nothing else
+    accuracy    share of masked residues whose most likely token is the residue
+    KL, top-1   of a reference to the model, at the masked residues; as in ``divergence``
+
+Only residues are scored: no special tokens, no padding, no X, B, Z or J, nothing unknown to the
+vocabulary. (Salazar et al., arXiv 1910.14659.)
+
+Shape suffixes: B rows of a batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotq.calibration.batches import Batch, padded
+from rotq.calibration.fasta import Record
+from rotq.calibration.residues import ResidueCodec
+from rotq.errors import RotqError
+from rotq.evaluation.divergence import Divergence, compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLLProtocol:
+    """What is scored."""
+
+    sequences: int = 32
+    """Taken from the start of a file; 0 takes all."""
+    max_length: int = 512
+    """Residues; of a longer sequence the first ones are taken."""
+    positions: int = 0
+    """Masked residues of a sequence, drawn at random; 0 takes all."""
+    batch_tokens: int = 8192
+    """Of a forward pass, padding included; a single row may have more."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 0), ("max_length", 1), ("positions", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} is not {least} or more")
+
+    def cut(self, records: Sequence[Record]) -> list[str]:
+        """The sequences that are scored, as far as they are."""
+        wanted = records[: self.sequences or None]
+        return [record.sequence[: self.max_length] for record in wanted]
+
+    def describe(self, records: Sequence[Record]) -> str:
+        """One line that names the protocol."""
+        cut = sum(len(record.sequence) > self.max_length for record in records)
+        masked = f"{self.positions} residues masked" if self.positions else "each residue masked"
+        return (
+            f"{masked} one at a time in each of {len(records)} sequences"
+            + (f", {cut} of them cut to {self.max_length} residues" if cut else "")
+            + "; ambiguous residues not scored"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PLLEvaluation:
+    """Figures of one model on one set of sequences."""
+
+    masked: float
+    one_pass: float
+    accuracy: float
+    kl: float | None
+    """Nats per masked residue; None without a reference, as all that follow."""
+    top1: float | None
+    reference_masked: float | None
+    reference_one_pass: float | None
+    reference_accuracy: float | None
+    sequences: int
+    residues: int
+    """Masked, one at a time."""
+    protocol: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One sequence, and the positions that are scored in it."""
+
+    ids: list[int]
+    positions: list[int]
+    targets: list[int]
+
+
+@dataclass
+class _Sums:
+    """Over scored positions."""
+
+    nll: float = 0.0
+    correct: int = 0
+    positions: int = 0
+
+    def add(self, logits_MV: Tensor, target_M: Tensor) -> None:
+        log_p_MV = logits_MV.float().log_softmax(-1)
+        self.nll -= float(log_p_MV.gather(1, target_M[:, None]).double().sum())
+        self.correct += int((logits_MV.argmax(-1) == target_M).sum())
+        self.positions += len(target_M)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll / self.positions, 700.0))
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.positions
+
+
+@torch.inference_mode()
+def evaluate_pll(
+    model: Any,
+    records: Sequence[Record],
+    codec: ResidueCodec,
+    *,
+    protocol: PLLProtocol,
+    reference: Any = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> PLLEvaluation:
+    """Score proteins with a masked language model.
+
+    Args:
+        model: Of transformers, on any device.
+        records: What ``protocol`` takes its sequences from.
+        codec: Of the model's tokenizer.
+        reference: The model to compare with; same vocabulary.
+        on_batch: Called with forward passes done and in all.
+
+    Raises:
+        RotqError: no residue to score, vocabularies differ, a token id outside the vocabulary, or
+            logits that are not finite.
+    """
+    taken = list(records[: protocol.sequences or None])
+    whole = [_whole_row(sequence, codec) for sequence in protocol.cut(taken)]
+    if not any(row.positions for row in whole):
+        raise RotqError("there is no residue to score")
+    generator = torch.Generator().manual_seed(protocol.seed)
+    masked = [one for row in whole for one in _masked_rows(row, codec, protocol, generator)]
+    models = [model] if reference is None else [model, reference]
+    sums = {kind: [_Sums() for _ in models] for kind in ("masked", "one pass")}
+    divergence = Divergence()
+    passes = [("one pass", rows) for rows in _batches([r for r in whole if r.positions], protocol)]
+    passes += [("masked", rows) for rows in _batches(masked, protocol)]
+    for done, (kind, rows) in enumerate(passes):
+        target_M = torch.tensor([target for row in rows for target in row.targets])
+        found = [_scored_logits(each, rows, codec) for each in models]
+        for total, logits_MV in zip(sums[kind], found, strict=True):
+            total.add(logits_MV, target_M.to(logits_MV.device))
+        if reference is not None and kind == "masked":
+            divergence += compare(found[1].to(found[0].device), found[0], chunk=len(target_M))
+        if on_batch is not None:
+            on_batch(done + 1, len(passes))
+    ours, theirs = ([sums[kind][i] for kind in sums] for i in (0, len(models) - 1))
+    alone = reference is None
+    return PLLEvaluation(
+        masked=ours[0].perplexity,
+        one_pass=ours[1].perplexity,
+        accuracy=ours[0].accuracy,
+        kl=None if alone else divergence.kl,
+        top1=None if alone else divergence.top1,
+        reference_masked=None if alone else theirs[0].perplexity,
+        reference_one_pass=None if alone else theirs[1].perplexity,
+        reference_accuracy=None if alone else theirs[0].accuracy,
+        sequences=len(taken),
+        residues=ours[0].positions,
+        protocol=protocol.describe(taken),
+    )
+
+
+def run_batch(model: Any, batch: Batch, **options: Any) -> Any:
+    """The output of a masked language model for a batch, padding masked.
+
+    Raises:
+        RotqError: a token id outside the embedding, or logits that are not finite.
+    """
+    embedding = model.get_input_embeddings().weight
+    if int(batch.ids_BT.max()) >= len(embedding):
+        raise RotqError(
+            f"token id {int(batch.ids_BT.max())} is outside the model's {len(embedding)} "
+            "embeddings; is the tokenizer the model's own?"
+        )
+    device = torch.device("cpu") if embedding.is_meta else embedding.device
+    mask_BT = batch.mask_on(device)
+    output = model(input_ids=batch.ids_BT.to(device), attention_mask=mask_BT, **options)
+    if not bool(torch.isfinite(output.logits).all()):
+        raise RotqError("the model's logits are not finite")
+    return output
+
+
+def _scored_logits(model: Any, rows: Sequence[_Row], codec: ResidueCodec) -> Tensor:
+    """(scored positions of all rows, V)."""
+    batch = padded([row.ids for row in rows], codec.pad_id, frozenset())
+    logits_BTV: Tensor = run_batch(model, batch).logits
+    return torch.cat([logits_BTV[b, row.positions] for b, row in enumerate(rows)])
+
+
+def _whole_row(sequence: str, codec: ResidueCodec) -> _Row:
+    ids = codec.encode(sequence)
+    places = range(len(codec.around[0]), len(ids) - len(codec.around[1]))
+    scored = [place for place in places if ids[place] in codec.scored]
+    return _Row(ids=ids, positions=scored, targets=[ids[place] for place in scored])
+
+
+def _masked_rows(
+    row: _Row, codec: ResidueCodec, protocol: PLLProtocol, generator: torch.Generator
+) -> Iterator[_Row]:
+    places = row.positions
+    if protocol.positions and protocol.positions < len(places):
+        order = torch.randperm(len(places), generator=generator)[: protocol.positions]
+        places = [places[index] for index in order.sort().values.tolist()]
+    for place in places:
+        ids = [*row.ids[:place], codec.mask_id, *row.ids[place + 1 :]]
+        yield _Row(ids=ids, positions=[place], targets=[row.ids[place]])
+
+
+def _batches(rows: Sequence[_Row], protocol: PLLProtocol) -> list[list[_Row]]:
+    """Rows of like length, as many as ``batch_tokens`` holds."""
+    found: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        full = not found or (len(found[-1]) + 1) * len(found[-1][0].ids) > protocol.batch_tokens
+        if full:
+            found.append([])
+        found[-1].append(row)
+    return found

@@ -1,0 +1,85 @@
+"""ESM-2 and ESM-1b, masked language models of proteins.
+
+Norms before each branch, biases everywhere, rotary positions, and a head that is dense, GELU,
+LayerNorm and a decoder tied to the embedding. Zeroed <mask> embeddings and the scale of token
+dropout are linear in each token, and the contact head reads attention maps only, so rotations
+leave them as they are. ESM-1b normalizes its embeddings with a gain before the first block, which
+R1 cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.models.esm import modeling_esm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from rotq.errors import RotqError
+from rotq.models.adapter import Adapter
+
+ADAPTER = Adapter(
+    family="ESM-2",
+    architectures=("EsmForMaskedLM",),
+    embedding="esm.embeddings.word_embeddings",
+    blocks="esm.encoder.layer",
+    final_norm="esm.encoder.emb_layer_norm_after",
+    head="lm_head.decoder",
+    head_reader="lm_head.dense",
+    layer_norm=True,
+    attention_norm="attention.LayerNorm",
+    mlp_norm="LayerNorm",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    mlp="",
+    mlp_inputs=("intermediate.dense",),
+    mlp_output="output.dense",
+    residual_needs=(("emb_layer_norm_before", False), ("position_embedding_type", "rotary")),
+    # frequencies are stored once per layer and read once; transformers 5.23 writes the asterisk,
+    # and the norms' names of 2018
+    renames=(
+        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+        (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        (
+            r"^esm\.encoder\.layer\.(\*|0)\.attention\.self\.rotary_embeddings\.inv_freq$",
+            "esm.rotary_embeddings.inv_freq",
+        ),
+    ),
+)
+
+
+@contextmanager
+def exact_rotary() -> Iterator[None]:
+    """Turn queries and keys in their own dtype: transformers' ESM casts them to fp32 for that."""
+    before = modeling_esm.apply_rotary_pos_emb
+    modeling_esm.apply_rotary_pos_emb = apply_rotary_pos_emb
+    try:
+        yield
+    finally:
+        modeling_esm.apply_rotary_pos_emb = before
+
+
+@contextmanager
+def as_decoder(model: Any) -> Iterator[None]:
+    """Let an ESM-2 attend to the left only, and let its attention know its layer.
+
+    What a cache needs: keys and values of a token must not change when others follow. It was
+    trained on both sides, so this is a way to run the network, not a language model.
+
+    Raises:
+        RotqError: the model is no ESM-2 with rotary positions.
+    """
+    config = model.config
+    if config.model_type != "esm" or config.position_embedding_type != "rotary":
+        raise RotqError(f"{type(model).__name__} is no ESM-2 with rotary positions")
+    attentions = [m for m in model.modules() if isinstance(m, modeling_esm.EsmSelfAttention)]
+    for index, attention in enumerate(attentions):
+        attention.layer_idx, attention.is_causal = index, True
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.layer_idx, attention.is_causal = None, False

@@ -1,0 +1,33 @@
+"""Tables of ``rotq eval pll``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rotq.report.tables import _table, _text, facts
+
+_COLUMNS = (
+    ("pseudo-ppl", "masked", "{:.4f}"),
+    ("reference", "reference_masked", "{:.4f}"),
+    ("one pass", "one_pass", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("reference", "reference_accuracy", "{:.2%}"),
+    ("KL", "kl", "{:.5f}"),
+    ("top-1", "top1", "{:.2%}"),
+    ("embedding cosine", "embedding_cosine", "{:.5f}"),
+    ("contacts", "contact_overlap", "{:.2%}"),
+)
+"""Header, key, format; a column without a figure in any row is left out."""
+
+
+def pll_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row for each group of sequences, and the protocol."""
+    rows = list(groups.values())
+    columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in rows)]
+    table = _table("group", "residues", *(header for header, _, _ in columns))
+    for name, row in groups.items():
+        cells = ["-" if row.get(key) is None else form.format(row[key]) for _, key, form in columns]
+        table.add_row(name, str(row["residues"]), *cells)
+    protocols = ((name, row["protocol"]) for name, row in groups.items())
+    return f"{_text(table)}\n{facts(protocols)}"

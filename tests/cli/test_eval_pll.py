@@ -1,0 +1,111 @@
+"""``rotq eval pll`` and how the other commands meet masked language models."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_models import tiny_model
+from tiny_proteins import esm_tokenizer, sequences, write_fasta
+
+import rotq.finish
+from rotq.cli.main import main
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="rotq")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    folder = tmp_path_factory.mktemp("esm")
+    tiny_model("esm", dtype=torch.float32).save_pretrained(folder)
+    esm_tokenizer(folder).save_pretrained(folder)
+    write_fasta(folder / "p.fasta", sequences(12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        # a fresh process takes seconds; it is tested in tests/checkpoint/test_reload.py
+        patch.setattr(rotq.finish, "check_reload", lambda *_, **__: None)
+        yield quantized_folder(model)
+
+
+def quantized_folder(model: Path) -> Path:
+    small = ["--num-samples", "8", "--seq-len", "32", "--set", "weights.group_size=16"]
+    turned = ["--set", "rotation.residual=hadamard", "--set", "weights.bits=8"]
+    calibration = ["--calibration", model / "p.fasta"]
+    done = run("quantize", model, *small, *turned, *calibration, "-o", model / "out")
+    assert done.exit_code == 0, done.output
+    assert "12 sequences" in done.stderr
+    return model / "out"
+
+
+def test_figures_as_json(model: Path, quantized: Path) -> None:
+    arguments = ["--fasta", model / "p.fasta", "--reference", model, "--json", "--sequences", "3"]
+    done = run("eval", "pll", quantized, *arguments, "--representations")
+    assert done.exit_code == 0, done.output
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    figures = found["p.fasta"]
+    assert figures["sequences"] == 3
+    assert figures["masked"] == pytest.approx(figures["reference_masked"], rel=0.02)
+    assert 0 < figures["kl"] < 0.01
+    # the rotation is taken back before embeddings are compared
+    assert figures["embedding_cosine"] > 0.999
+    assert figures["contact_correlation"] > 0.99
+
+
+def test_groups_as_a_table(model: Path) -> None:
+    done = run("eval", "pll", model, "--groups", "--positions", "2")
+    assert done.exit_code == 0, done.output
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    assert {"short-peptide", "transmembrane", "active-site", "disordered"} <= set(rows)
+    assert "reference" not in done.stdout
+    assert "2 residues masked one at a time in each of 8 sequences" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "give either --fasta or --groups"),
+        (["--groups", "--fasta", "p.fasta"], 2, "give either --fasta or --groups"),
+        (["--groups", "--representations"], 2, "--representations compares with --reference"),
+        (["--fasta", "missing.fasta"], 1, "cannot read missing.fasta: No such file"),
+    ],
+)
+def test_wrong_use(model: Path, arguments: list[str], code: int, message: str) -> None:
+    done = run("eval", "pll", model, *arguments)
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_masked_and_causal_models_are_sent_to_their_commands(model: Path, tmp_path: Path) -> None:
+    done = run("eval", "ppl", model, "--text", "pydoc-test")
+    assert done.exit_code == 1
+    assert "is a masked language model; score it with rotq eval pll" in done.stderr
+    out = tmp_path / "out"
+    done = run("quantize", model, "-o", out, "--eval-text", "pydoc-test")
+    assert done.exit_code == 1
+    assert "score it with rotq eval pll" in done.stderr
+    assert not out.exists()
+    import torch
+
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "llama")
+    esm_tokenizer(tmp_path / "llama").save_pretrained(tmp_path / "llama")
+    done = run("eval", "pll", tmp_path / "llama", "--groups")
+    assert done.exit_code == 1
+    assert "is no masked language model; use rotq eval ppl" in done.stderr
+
+
+def test_a_protein_model_wants_proteins(model: Path, tmp_path: Path) -> None:
+    small = ["--set", "weights.group_size=16"]
+    done = run("quantize", model, "-o", tmp_path / "out", "--calibration", "pydoc", *small)
+    assert done.exit_code == 1
+    assert "the model reads proteins, so calibration.source must be a FASTA file" in done.stderr

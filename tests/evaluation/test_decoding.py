@@ -1,0 +1,38 @@
+"""Figures of decoding ESM-2 with caches."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_proteins import esm_tokenizer, sequences
+
+from rotq.calibration.residues import ResidueCodec
+from rotq.evaluation.decoding import baselines, evaluate_decoding
+from rotq.kv.calibrate import calibrate
+from rotq.kv.esm_cache import EsmPackedCache
+from rotq.kv.presets import preset
+from rotq.models.esm import as_decoder
+
+
+def test_rows(tmp_path):
+    model = tiny_model("esm-wide", dtype=torch.float32)
+    codec = ResidueCodec(esm_tokenizer(tmp_path))
+    ids_BT = torch.randint(4, 24, (8, 48), generator=torch.Generator().manual_seed(1))
+    with as_decoder(model):
+        constants = {name: calibrate(model, ids_BT, preset(name)) for name in ("k3v3", "k8v3")}
+    caches = {
+        name: lambda found=found: EsmPackedCache(model, found) for name, found in constants.items()
+    }
+    found = sequences(2, shortest=20, longest=30)
+    rows = evaluate_decoding(model, found, codec, caches | baselines(3))
+    by_name = {row.cache: row for row in rows}
+    assert list(by_name) == ["dense", "k3v3", "k8v3", "int8"]
+    dense = by_name["dense"]
+    assert dense.cosine == pytest.approx(1)
+    assert (dense.ratio, dense.bits_per_element) == (1, 32)
+    assert dense.tokens == sum(len(sequence) + 1 for sequence in found)
+    assert dense.bytes == max(len(s) + 2 for s in found) * 2 * 3 * 64 * 4
+    cosines = [by_name[name].cosine for name in ("k3v3", "k8v3", "int8", "dense")]
+    assert cosines == sorted(cosines)
+    assert by_name["int8"].bits_per_element == pytest.approx(9)
+    assert by_name["k3v3"].worst_cosine <= by_name["k3v3"].cosine < 0.9999
+    assert by_name["k3v3"].ratio != 1
