@@ -1,18 +1,23 @@
 """Fusing a basis into a model's weights, without changing its function.
 
 Activations are rows, a linear layer is y = x W^T + b. With R1 on the residual stream, g the gain
-of the norm in front of a reader, and per KV head h an R2:
+of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` holds:
 
     embedding        E   <- E R1
-    readers          W   <- W diag(g) R1            q, k, v, gate, up, router, head;  g <- 1
+    readers          W   <- W diag(g) R1 diag(S)    q, k, v, gate, up, router, head;  g <- 1 / S
     writers          W   <- R1^T W,  b <- b R1      o, down
-    v, head h        W_h <- R2_h^T W_h,  b_h <- b_h R2_h
-    o, columns of each query head in group h:  W <- W R2_h
-    R4: down         W   <- W D H, its input is multiplied by D H online
+    v, head h        W_h <- R2_h^T diag(1/S_h) W_h,  b_h <- b_h diag(1/S_h) R2_h
+    o, columns of each query head in group h:  W <- W diag(S_h) R2_h
+    q, k, head h     W_h <- diag(1/S_h) W_h,  W_h <- diag(S_h) W_h, biases too; behind a norm on
+                     the heads its gain is divided or multiplied instead
+    up               W   <- diag(1/S) W,  b <- b diag(1/S)
+    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online
 
-RMSNorm without gain commutes with R1, which is why g has to be folded first. All products are
-taken in fp64. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406, whose names R1, R2, R4 are
-used. Unlike QuaRot's code the embedding is not centred: that changes an RMSNorm model.)
+RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
+and is divided by S. The order of factors matters: S of a norm stands behind R1, S of values before
+R2, S of up before D H. All products are taken in the basis' dtype, fp64 in a job. (QuaRot, arXiv
+2404.00456; SpinQuant, arXiv 2405.16406, whose names R1, R2, R4 are used; OSTQuant, arXiv
+2501.13987, for S. Unlike QuaRot's code the embedding is not centred: that changes an RMSNorm model.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
 """
@@ -21,15 +26,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from rotq.layers import RotatedLinear
-from rotq.rotations.basis import Basis
+from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 
 if TYPE_CHECKING:
@@ -41,32 +47,200 @@ _ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
-    """Fuse R1, R2 and R4 into one block, in place.
+    """Fuse a basis into one block, in place.
 
     Weights keep their dtype; pass an fp64 block to have them unrounded. With R4 the down
     projections become RotatedLinear. An identity basis changes nothing.
 
     Args:
-        layer_index: Which of the basis' value matrices are this block's.
+        layer_index: Which of the basis' value matrices and scales are this block's.
     """
+    parameters = dict(block.named_parameters())
+    for name, tensor in fused_tensors(block, parameters, adapter, basis, layer_index):
+        parameters[name].copy_(tensor)
+    rotate_online(block, adapter, basis)
+
+
+@torch.no_grad()
+def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
+    """Let down projections rotate their input if the basis has an R4; weights stay as they are."""
+    if basis.down is None:
+        return
+    for path in adapter.mlp_writers(block):
+        linear = cast(nn.Linear, block.get_submodule(path))
+        signs_K = random_signs(linear.in_features, basis.down_seed).to(linear.weight.device)
+        parent, _, leaf = path.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, RotatedLinear.wrap(linear, signs_K))
+
+
+def fused_tensors(
+    block: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: Adapter,
+    basis: Basis,
+    layer_index: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a block that a basis changes, with the basis fused, one at a time.
+
+    Differentiable in the basis. A consumer may overwrite each of ``tensors`` as it comes.
+
+    Args:
+        block: Its structure; its parameters may be on meta.
+        tensors: The original parameters by path inside the block; cast to the basis' dtype.
+
+    Yields:
+        Path and tensor of the basis' dtype.
+    """
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    attention_readers = (adapter.query, adapter.key, adapter.value)
+    mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
+    norms = (
+        (adapter.attention_norm, attention_readers, scales.qkv_D),
+        (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
+    )
+    changes: dict[str, _Change] = {}
+    for norm, readers, scale_D in norms:
+        gain_D = None
+        if basis.residual_DD is not None:
+            gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
+        for path in readers:
+            changes[path] = _Change(reads=_Map(gain_D, basis.residual_DD, scale_D))
+    for path in (adapter.attention_output, *adapter.mlp_writers(block)):
+        changes[path] = _Change(writes=_Map(matrix=basis.residual_DD))
+    _add_heads(changes, adapter, basis, scales, layer_index)
+    _add_up(changes, block, adapter, basis, scales)
+    for path, change in changes.items():
+        yield from change.fused(path, tensors)
+    for norm, _, scale_D in norms:
+        yield from _fused_norm(f"{norm}.weight", tensors, adapter.norm_offset, basis, scale_D)
+    if adapter.query_norm and scales.query_key_HK is not None:
+        for norm, factor_K in (
+            (adapter.query_norm, 1 / scales.query_key_HK[0]),
+            (adapter.key_norm, scales.query_key_HK[0]),
+        ):
+            gain_K = tensors[f"{norm}.weight"].to(factor_K)
+            offset = adapter.norm_offset
+            yield f"{norm}.weight", (offset + gain_K) * factor_K - offset
+
+
+@dataclass(frozen=True)
+class _Map:
+    """x -> (x diag(before) M) diag(after) over the last axis; what is None is left out."""
+
+    before: Tensor | None = None
+    matrix: Tensor | None = None
+    """(K, K), or (H, d, d) for runs of heads that share a matrix."""
+    after: Tensor | None = None
+    online: bool = False
+    """M is an orthonormal Hadamard matrix."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.before is not None:
+            x = x * self.before.to(x.device)
+        if self.online:
+            x = fast_hadamard(x)
+        if self.matrix is not None and self.matrix.ndim == 3:
+            H, d, _ = self.matrix.shape
+            # the query heads of one KV head lie next to each other
+            heads = x.reshape(*x.shape[:-1], H, -1, d)  # [..., H, heads per group, d] @ [H, d, d]
+            x = (heads @ self.matrix.to(x.device)).reshape(x.shape)
+        elif self.matrix is not None:
+            x = x @ self.matrix.to(x.device)
+        return x if self.after is None else x * self.after.to(x.device)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its factors; None for the identity."""
+        given = (t for t in (self.before, self.matrix, self.after) if t is not None)
+        return next((tensor.dtype for tensor in given), None)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How a linear layer is rewritten: what it reads and what it writes are mapped."""
+
+    reads: _Map = _Map()
+    writes: _Map = _Map()
+
+    def fused(self, path: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The weight, and the bias where there is one, if they change."""
+        dtype = self.reads.dtype or self.writes.dtype
+        if dtype is None:
+            return
+        weight_NK = tensors[f"{path}.weight"].to(dtype)
+        if self.reads.dtype is not None:
+            weight_NK = self.reads(weight_NK)
+        if self.writes.dtype is not None:
+            weight_NK = self.writes(weight_NK.T).T
+        yield f"{path}.weight", weight_NK
+        bias_N = tensors.get(f"{path}.bias")
+        if bias_N is not None and self.writes.dtype is not None:
+            yield f"{path}.bias", self.writes(bias_N.to(dtype))
+
+
+def _add_heads(
+    changes: dict[str, _Change], adapter: Adapter, basis: Basis, scales: Scales, layer_index: int
+) -> None:
+    """R2, S of values, and S of queries and keys where no norm stands behind them."""
+    R_Hdd = None if basis.value is None else basis.value[layer_index]
+    if R_Hdd is not None or scales.value_HK is not None:
+        output, value = adapter.attention_output, adapter.value
+        S_HK = scales.value_HK
+        divide = None if S_HK is None else 1 / S_HK.flatten()
+        changes[value] = _Change(changes[value].reads, _Map(divide, R_Hdd))
+        heads = _Heads(S_HK, R_Hdd)
+        changes[output] = _Change(heads, changes[output].writes)
+    if scales.query_key_HK is not None and not adapter.query_norm:
+        query, key = adapter.query, adapter.key
+        S_HK = scales.query_key_HK
+        changes[query] = _Change(changes[query].reads, _Heads(1 / S_HK, None))
+        changes[key] = _Change(changes[key].reads, _Heads(S_HK, None))
+
+
+class _Heads(_Map):
+    """A map whose first factor has one row per KV head, repeated over the heads that share it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.before is None:
+            return super().__call__(x)
+        H, d = self.before.shape
+        repeated_HGd = self.before[:, None].expand(H, x.shape[-1] // (H * d), d)
+        return _Map(repeated_HGd.reshape(-1), self.matrix)(x)
+
+
+def _add_up(
+    changes: dict[str, _Change], block: nn.Module, adapter: Adapter, basis: Basis, scales: Scales
+) -> None:
+    """S between up and down, and R4's signs and Hadamard behind it; R4 is all that down reads."""
+    ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
+    for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        factors = None if scales.up_EI is None else scales.up_EI[expert]
+        if factors is not None:
+            changes[up] = _Change(changes[up].reads, _Map(1 / factors))
+        if basis.down is not None:
+            size = cast(nn.Linear, block.get_submodule(down)).in_features
+            signs = random_signs(size, basis.down_seed).to(basis.dtype)
+            factors = signs if factors is None else signs.to(factors.device) * factors
+        if factors is not None:
+            reads = _Map(factors, online=basis.down is not None)
+            changes[down] = _Change(reads, changes[down].writes)
+
+
+def _fused_norm(
+    name: str, tensors: Mapping[str, Tensor], offset: float, basis: Basis, scale_D: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The gain 1 / S where R1 moved the old one into the readers, g / S where it stays."""
+    if basis.residual_DD is None and scale_D is None:
+        return
+    weight_D = tensors[name]
     if basis.residual_DD is not None:
-        readers = (adapter.query, adapter.key, adapter.value)
-        _fold_norm(block, adapter.attention_norm, readers, adapter.norm_offset)
-        mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
-        _fold_norm(block, adapter.mlp_norm, mlp_readers, adapter.norm_offset)
-        R_DD = basis.residual_DD
-        for path in (*readers, *mlp_readers):
-            _rotate_input(block.get_submodule(path), R_DD)
-        for path in (adapter.attention_output, *adapter.mlp_writers(block)):
-            _rotate_output(block.get_submodule(path), R_DD)
-    if basis.value is not None:
-        value = block.get_submodule(adapter.value)
-        _rotate_heads(
-            value, block.get_submodule(adapter.attention_output), basis.value[layer_index]
-        )
-    if basis.down is not None:
-        for path in adapter.mlp_writers(block):
-            _rotate_online(block, path, basis.down_seed)
+        gain_D = torch.ones_like(weight_D, dtype=basis.residual_DD.dtype)
+    else:
+        assert scale_D is not None
+        gain_D = offset + weight_D.to(scale_D.dtype)
+    if scale_D is not None:
+        gain_D = gain_D / scale_D.to(gain_D.device)
+    yield name, gain_D - offset
 
 
 @torch.no_grad()
@@ -120,53 +294,6 @@ def exact_norms(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             del norm.forward
-
-
-def _fold_norm(block: nn.Module, norm_path: str, readers: tuple[str, ...], offset: float) -> None:
-    norm = block.get_submodule(norm_path)
-    assert getattr(norm, "bias", None) is None, "norms with a bias have their own folding"
-    gain_D = offset + _parameter(norm).double()
-    for path in readers:
-        weight_NK = _parameter(block.get_submodule(path))
-        weight_NK.copy_(weight_NK.double() * gain_D)
-    _parameter(norm).fill_(1 - offset)
-
-
-def _rotate_input(linear: nn.Module, R_KK: Tensor) -> None:
-    weight_NK = _parameter(linear)
-    weight_NK.copy_(weight_NK.double() @ R_KK.to(weight_NK.device))
-
-
-def _rotate_output(linear: nn.Module, R_NN: Tensor) -> None:
-    weight_NK = _parameter(linear)
-    R_NN = R_NN.to(weight_NK.device)
-    weight_NK.copy_(R_NN.T @ weight_NK.double())
-    bias_N = getattr(linear, "bias", None)
-    if bias_N is not None:
-        bias_N.copy_(bias_N.double() @ R_NN)
-
-
-def _rotate_heads(value: nn.Module, output: nn.Module, R_Hdd: Tensor) -> None:
-    H, d, _ = R_Hdd.shape
-    value_NK, output_NK = _parameter(value), _parameter(output)
-    R_Hdd = R_Hdd.to(value_NK.device)
-    rotated_HdK = R_Hdd.mT @ value_NK.double().view(H, d, -1)  # [H, d, d] @ [H, d, K]
-    value_NK.copy_(rotated_HdK.view_as(value_NK))
-    bias_N = getattr(value, "bias", None)
-    if bias_N is not None:
-        bias_N.copy_((bias_N.double().view(H, 1, d) @ R_Hdd).view_as(bias_N))
-    # the query heads of one KV head lie next to each other: [N, H, heads per group, d] @ [H, d, d]
-    columns = output_NK.double().view(len(output_NK), H, -1, d)
-    output_NK.copy_((columns @ R_Hdd).reshape_as(output_NK))
-
-
-def _rotate_online(block: nn.Module, path: str, seed: int) -> None:
-    linear = cast(nn.Linear, block.get_submodule(path))
-    weight_NK = _parameter(linear)
-    signs_K = random_signs(linear.in_features, seed).to(weight_NK.device)
-    weight_NK.copy_(fast_hadamard(weight_NK.double() * signs_K))
-    parent, _, leaf = path.rpartition(".")
-    setattr(block.get_submodule(parent), leaf, RotatedLinear.wrap(linear, signs_K))
 
 
 def _rotate_rows(rows_VD: Tensor, R_DD: Tensor) -> Tensor:
