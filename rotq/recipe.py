@@ -77,8 +77,36 @@ class Rotation:
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
+    attention: Literal["none", "hadamard"] = "none"
+    """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
     seed: int = 0
     """Seed of the random signs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What the quantized linear layers read, rounded at run time with a scale per token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves activations as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, _codes_or_off(self.bits), "2 to 8, or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys (behind RoPE) and values, rounded at run time with a scale per head and token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves keys and values as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, _codes_or_off(self.bits), "2 to 8, or 16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +202,49 @@ class Solver:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How the rotations are found, and scalings between layers with them."""
+
+    method: Literal["fixed", "optrot", "learned", "auto"] = "fixed"
+    """As drawn; by the weights' fourth powers, without data (OptRot, arXiv 2512.24124); trained
+    through the model with rounding faked (OSTQuant, arXiv 2501.13987); or the best by ``judge``."""
+    scalings: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
+    """Of ``learned``: between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
+    parametrization: Literal["cayley", "qr", "householder"] = "cayley"
+    """Of orthogonal matrices in training."""
+    objective: Literal["kl_top", "cross_entropy"] = "kl_top"
+    """KL on the likely tokens of the original model, or the text itself (SpinQuant)."""
+    top_k: int = 1000
+    """Likely tokens per position."""
+    steps: int = 64
+    """Steps of Adam; ``learned`` takes one window per step, ``optrot`` all weights."""
+    angle: float = 0.02
+    """Rms angle in radians that a step turns a matrix by, at most."""
+    scale_rate: float = 0.02
+    """Relative change of a scale per step, at most."""
+    seq_len: int = 0
+    """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
+    save_every: int = 16
+    """Steps between two states on the disk that a stopped job continues from."""
+    candidates: tuple[Literal["none", "hadamard", "optrot", "learned"], ...] = (
+        "none",
+        "hadamard",
+        "optrot",
+    )
+    """Of ``auto``."""
+    judge: Literal["proxy", "kl"] = "proxy"
+    """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "steps", "save_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("angle", "scale_rate"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
+        _check("candidates", self.candidates, bool(self.candidates), "one or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """After all blocks: train scales, norm gains and biases on the KL to the original model."""
 
@@ -211,6 +282,9 @@ class Recipe:
     """Equal to the name of its file."""
     weights: Weights = field(default_factory=Weights)
     rotation: Rotation = field(default_factory=Rotation)
+    transform: Transform = field(default_factory=Transform)
+    activations: Activations = field(default_factory=Activations)
+    kv_cache: KVCache = field(default_factory=KVCache)
     calibration: Calibration = field(default_factory=Calibration)
     importance: Importance = field(default_factory=Importance)
     solver: Solver = field(default_factory=Solver)
@@ -218,10 +292,17 @@ class Recipe:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
-        if self.rotation.down != "none" and self.output.format != "rotq":
-            raise ValueError(
-                "rotation.down is applied at run time, which only output.format=rotq can express"
-            )
+        if self.output.format == "rotq":
+            return
+        for key, wanted in (
+            ("rotation.down", self.rotation.down != "none"),
+            ("rotation.attention", self.rotation.attention != "none"),
+            ("kv_cache.bits", self.kv_cache.bits != 16),
+        ):
+            if wanted:
+                raise ValueError(
+                    f"{key} is applied at run time, which only output.format=rotq can express"
+                )
 
     @property
     def needs_original(self) -> bool:
@@ -320,6 +401,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"{name}: {value!r} is not {allowed}")
+
+
+def _codes_or_off(bits: int) -> bool:
+    return 2 <= bits <= 8 or bits == 16
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Transforms found by optimization: parameters, fake-quantized student, teacher, training, choice."""
