@@ -71,7 +71,14 @@ def test_layer_overrides() -> None:
         ({"solver": {"damping": 0}}, "solver.damping: 0.0 is not above 0"),
         ({"solver": {"target_correction": 2}}, "solver.target_correction: 2.0 is not 0 to 1"),
         ({"calibration": {"num_samples": 0}}, "calibration.num_samples: 0 is not at least 1"),
-        ({"rotation": {"down": "hadamard"}}, "only output.format=rotq can express"),
+        ({"rotation": {"down": "hadamard"}}, "rotation.down is applied at run time, which only"),
+        ({"rotation": {"attention": "hadamard"}}, "rotation.attention is applied at run time"),
+        ({"rotation": {"attention": "dct"}}, "rotation.attention: 'dct' is not one of none, had"),
+        ({"kv_cache": {"bits": 4}}, "kv_cache.bits is applied at run time, which only output.f"),
+        ({"kv_cache": {"bits": 9}}, "kv_cache.bits: 9 is not 2 to 8, or 16"),
+        ({"activations": {"bits": 1}}, "activations.bits: 1 is not 2 to 8, or 16"),
+        ({"activations": {"bits": 15}}, "activations.bits: 15 is not 2 to 8, or 16"),
+        ({"activations": {"symmetric": 1}}, "activations.symmetric: expected bool, got 1"),
     ],
 )
 def test_refusals_name_the_key(values: dict[str, Any], message: str) -> None:
