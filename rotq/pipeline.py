@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis, build_basis
 from rotq.rotations.fuse import fuse_outer
+from rotq.transform.find import Setting as BasisSetting
+from rotq.transform.find import find_basis
 from rotq.tuning import Setting, hollow, tune
 
 
@@ -178,6 +180,7 @@ def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
 
 
 def _run(setup: _Setup) -> JobReport:
+    setup = replace(setup, basis=_find_basis(setup))
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
     probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
@@ -209,6 +212,22 @@ def _run(setup: _Setup) -> JobReport:
         assert streams is not None, "a job that tunes needs data"
         _tune(setup, structure, streams, probe)
     return finish(_made(setup, probe))
+
+
+def _find_basis(setup: _Setup) -> Basis:
+    """What the recipe's ``transform`` makes of the bases it draws."""
+    setting = BasisSetting(
+        job=setup.job,
+        skeleton=setup.skeleton,
+        source=setup.source,
+        plan=setup.plan,
+        recipe=setup.recipe,
+        windows=setup.windows.ids_BT.split(1),
+        device=setup.device,
+        dtype=setup.dtype,
+        progress=setup.progress,
+    )
+    return find_basis(setting, setup.basis)
 
 
 def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:

@@ -1,4 +1,4 @@
-"""Rounding with a gradient that knows the scale: y = s (rint(x / s + z) - z), s from the range of x.
+"""Rounding with a gradient that knows the scale: y = s (rint(x / s + z) - z), s from x's range.
 
     dL/dx = dL/dy + (dL/ds) ds/dx,    dL/ds = sum_k dL/dy_k (y_k - x_k) / s
 

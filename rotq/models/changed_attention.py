@@ -29,9 +29,7 @@ def changed_attention(block: nn.Module, change: Change) -> Iterator[None]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
     ) -> tuple[Tensor, Tensor | None]:
-        result: tuple[Tensor, Tensor | None] = sdpa(
-            module, *change(query, key, value), mask, **kw
-        )
+        result: tuple[Tensor, Tensor | None] = sdpa(module, *change(query, key, value), mask, **kw)
         return result
 
     AttentionInterface.register(NAME, attention)

@@ -17,7 +17,7 @@ RMSNorm without gain commutes with R1, which is why g has to be folded first; wi
 and is divided by S. The order of factors matters: S of a norm stands behind R1, S of values before
 R2, S of up before D H. All products are taken in the basis' dtype, fp64 in a job. (QuaRot, arXiv
 2404.00456; SpinQuant, arXiv 2405.16406, whose names R1, R2, R4 are used; OSTQuant, arXiv
-2501.13987, for S. Unlike QuaRot's code the embedding is not centred: that changes an RMSNorm model.)
+2501.13987, for S. Unlike QuaRot's code the embedding is not centred: that changes the function.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
 """
@@ -28,7 +28,6 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -98,19 +97,18 @@ def fused_tensors(
         (adapter.attention_norm, attention_readers, scales.qkv_D),
         (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
     )
-    changes: dict[str, _Change] = {}
+    reads: dict[str, _Map] = {}
     for norm, readers, scale_D in norms:
         gain_D = None
         if basis.residual_DD is not None:
             gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
-        for path in readers:
-            changes[path] = _Change(reads=_Map(gain_D, basis.residual_DD, scale_D))
-    for path in (adapter.attention_output, *adapter.mlp_writers(block)):
-        changes[path] = _Change(writes=_Map(matrix=basis.residual_DD))
-    _add_heads(changes, adapter, basis, scales, layer_index)
-    _add_up(changes, block, adapter, basis, scales)
-    for path, change in changes.items():
-        yield from change.fused(path, tensors)
+        reads |= dict.fromkeys(readers, _Map(gain_D, basis.residual_DD, scale_D))
+    writers = (adapter.attention_output, *adapter.mlp_writers(block))
+    writes = dict.fromkeys(writers, _Map(matrix=basis.residual_DD))
+    _add_heads(reads, writes, adapter, basis, scales, layer_index)
+    _add_up(reads, writes, block, adapter, basis, scales)
+    for path in dict.fromkeys((*reads, *writes)):
+        yield from _fused_linear(path, tensors, reads.get(path, _Map()), writes.get(path, _Map()))
     for norm, _, scale_D in norms:
         yield from _fused_norm(f"{norm}.weight", tensors, adapter.norm_offset, basis, scale_D)
     if adapter.query_norm and scales.query_key_HK is not None:
@@ -118,112 +116,116 @@ def fused_tensors(
             (adapter.query_norm, 1 / scales.query_key_HK[0]),
             (adapter.key_norm, scales.query_key_HK[0]),
         ):
-            gain_K = tensors[f"{norm}.weight"].to(factor_K)
-            offset = adapter.norm_offset
-            yield f"{norm}.weight", (offset + gain_K) * factor_K - offset
+            gain_K = adapter.norm_offset + tensors[f"{norm}.weight"].to(factor_K.dtype)
+            yield f"{norm}.weight", gain_K * factor_K.to(gain_K.device) - adapter.norm_offset
 
 
-@dataclass(frozen=True)
 class _Map:
-    """x -> (x diag(before) M) diag(after) over the last axis; what is None is left out."""
+    """x -> x diag(before) M diag(after) over the last axis; what is None is left out.
 
-    before: Tensor | None = None
-    matrix: Tensor | None = None
-    """(K, K), or (H, d, d) for runs of heads that share a matrix."""
-    after: Tensor | None = None
-    online: bool = False
-    """M is an orthonormal Hadamard matrix."""
+    M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads of
+    one KV head lie next to each other.
+    """
+
+    def __init__(
+        self,
+        before: Tensor | None = None,
+        matrix: Tensor | None = None,
+        after: Tensor | None = None,
+        *,
+        online: bool = False,
+    ) -> None:
+        self.before, self.matrix, self.after = before, matrix, after
+        self.online = online
+        """M is an orthonormal Hadamard matrix."""
+        given = [tensor for tensor in (before, matrix, after) if tensor is not None]
+        self.dtype = given[0].dtype if given else None
+
+    @functools.cached_property
+    def folded(self) -> Tensor:
+        """diag(before) M diag(after), (K, K) or (H, d, d)."""
+        assert self.matrix is not None
+        folded = self.matrix if self.before is None else self.before[..., None] * self.matrix
+        return folded if self.after is None else folded * self.after
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.before is not None:
-            x = x * self.before.to(x.device)
-        if self.online:
-            x = fast_hadamard(x)
-        if self.matrix is not None and self.matrix.ndim == 3:
-            H, d, _ = self.matrix.shape
-            # the query heads of one KV head lie next to each other
-            heads = x.reshape(*x.shape[:-1], H, -1, d)  # [..., H, heads per group, d] @ [H, d, d]
-            x = (heads @ self.matrix.to(x.device)).reshape(x.shape)
-        elif self.matrix is not None:
-            x = x @ self.matrix.to(x.device)
-        return x if self.after is None else x * self.after.to(x.device)
+        if self.matrix is None or self.online:
+            for factor in (self.before, self.after):
+                if factor is not None:
+                    x = _times(x, factor.to(x.device))
+            return fast_hadamard(x) if self.online else x
+        folded = self.folded.to(x.device)
+        if folded.ndim == 2:
+            return x @ folded
+        H, d, _ = folded.shape
+        heads = x.reshape(*x.shape[:-1], H, -1, d)  # [..., H, heads per group, d] @ [H, d, d]
+        return (heads @ folded).reshape(x.shape)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of its factors; None for the identity."""
-        given = (t for t in (self.before, self.matrix, self.after) if t is not None)
-        return next((tensor.dtype for tensor in given), None)
+    def on_rows(self, weight_NK: Tensor) -> Tensor:
+        """The map of what a layer writes: it acts on the weight's first axis."""
+        if self.matrix is not None and self.matrix.ndim == 2 and not self.online:
+            return self.folded.to(weight_NK.device).T @ weight_NK
+        return self(weight_NK.T).T
 
 
-@dataclass(frozen=True)
-class _Change:
-    """How a linear layer is rewritten: what it reads and what it writes are mapped."""
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply features by factors, (K,) or (H, d) repeated over the heads of a group."""
+    if factor.ndim == 1:
+        return x * factor
+    H, d = factor.shape
+    return (x.reshape(*x.shape[:-1], H, -1, d) * factor[:, None]).reshape(x.shape)
 
-    reads: _Map = _Map()
-    writes: _Map = _Map()
 
-    def fused(self, path: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The weight, and the bias where there is one, if they change."""
-        dtype = self.reads.dtype or self.writes.dtype
-        if dtype is None:
-            return
-        weight_NK = tensors[f"{path}.weight"].to(dtype)
-        if self.reads.dtype is not None:
-            weight_NK = self.reads(weight_NK)
-        if self.writes.dtype is not None:
-            weight_NK = self.writes(weight_NK.T).T
-        yield f"{path}.weight", weight_NK
-        bias_N = tensors.get(f"{path}.bias")
-        if bias_N is not None and self.writes.dtype is not None:
-            yield f"{path}.bias", self.writes(bias_N.to(dtype))
+def _fused_linear(
+    path: str, tensors: Mapping[str, Tensor], reads: _Map, writes: _Map
+) -> Iterator[tuple[str, Tensor]]:
+    """The weight, and the bias where there is one, if they change."""
+    dtype = reads.dtype or writes.dtype
+    if dtype is None:
+        return
+    yield f"{path}.weight", writes.on_rows(reads(tensors[f"{path}.weight"].to(dtype)))
+    bias_N = tensors.get(f"{path}.bias")
+    if bias_N is not None and writes.dtype is not None:
+        yield f"{path}.bias", writes(bias_N.to(dtype))
 
 
 def _add_heads(
-    changes: dict[str, _Change], adapter: Adapter, basis: Basis, scales: Scales, layer_index: int
+    reads: dict[str, _Map],
+    writes: dict[str, _Map],
+    adapter: Adapter,
+    basis: Basis,
+    scales: Scales,
+    layer_index: int,
 ) -> None:
     """R2, S of values, and S of queries and keys where no norm stands behind them."""
     R_Hdd = None if basis.value is None else basis.value[layer_index]
-    if R_Hdd is not None or scales.value_HK is not None:
-        output, value = adapter.attention_output, adapter.value
-        S_HK = scales.value_HK
-        divide = None if S_HK is None else 1 / S_HK.flatten()
-        changes[value] = _Change(changes[value].reads, _Map(divide, R_Hdd))
-        heads = _Heads(S_HK, R_Hdd)
-        changes[output] = _Change(heads, changes[output].writes)
+    S_HK = scales.value_HK
+    writes[adapter.value] = _Map(None if S_HK is None else 1 / S_HK, R_Hdd)
+    reads[adapter.attention_output] = _Map(S_HK, R_Hdd)
     if scales.query_key_HK is not None and not adapter.query_norm:
-        query, key = adapter.query, adapter.key
-        S_HK = scales.query_key_HK
-        changes[query] = _Change(changes[query].reads, _Heads(1 / S_HK, None))
-        changes[key] = _Change(changes[key].reads, _Heads(S_HK, None))
-
-
-class _Heads(_Map):
-    """A map whose first factor has one row per KV head, repeated over the heads that share it."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.before is None:
-            return super().__call__(x)
-        H, d = self.before.shape
-        repeated_HGd = self.before[:, None].expand(H, x.shape[-1] // (H * d), d)
-        return _Map(repeated_HGd.reshape(-1), self.matrix)(x)
+        writes[adapter.query] = _Map(1 / scales.query_key_HK)
+        writes[adapter.key] = _Map(scales.query_key_HK)
 
 
 def _add_up(
-    changes: dict[str, _Change], block: nn.Module, adapter: Adapter, basis: Basis, scales: Scales
+    reads: dict[str, _Map],
+    writes: dict[str, _Map],
+    block: nn.Module,
+    adapter: Adapter,
+    basis: Basis,
+    scales: Scales,
 ) -> None:
-    """S between up and down, and R4's signs and Hadamard behind it; R4 is all that down reads."""
+    """S between up and down, and R4's signs and Hadamard behind it."""
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
-        factors = None if scales.up_EI is None else scales.up_EI[expert]
-        if factors is not None:
-            changes[up] = _Change(changes[up].reads, _Map(1 / factors))
+        factors_I = None if scales.up_EI is None else scales.up_EI[expert]
+        if factors_I is not None:
+            writes[up] = _Map(1 / factors_I)
         if basis.down is not None:
             size = cast(nn.Linear, block.get_submodule(down)).in_features
-            signs = random_signs(size, basis.down_seed).to(basis.dtype)
-            factors = signs if factors is None else signs.to(factors.device) * factors
-        if factors is not None:
-            reads = _Map(factors, online=basis.down is not None)
-            changes[down] = _Change(reads, changes[down].writes)
+            signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
+            factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
+        reads[down] = _Map(factors_I, online=basis.down is not None)
 
 
 def _fused_norm(
@@ -273,6 +275,12 @@ def fuse_outer(
     fused[embedding] = _rotate_rows(embedding_VD, basis.residual_DD)
     fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
     return fused
+
+
+def in_basis(hidden_BTD: Tensor, basis: Basis) -> Tensor:
+    """Hidden states of the original model as the fused one has them, in their dtype."""
+    R_DD = basis.residual_DD
+    return hidden_BTD if R_DD is None else hidden_BTD @ R_DD.to(hidden_BTD)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Transforms found by optimization: parameters, fake-quantized student, teacher, training, choice."""
+"""Transforms found by optimization: parameters, student, teacher, training, choice."""

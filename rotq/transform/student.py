@@ -2,9 +2,9 @@
 
 A block is loaded, fused and rounded each time it is run, so that one block is in memory at a time.
 What is rounded follows the recipe: what the linear layers read (per token), keys and values (per
-head and token), and the weights where activations stay as they are. Where activations are rounded
-the weights are not: GPTQ makes up for most of their error afterwards (SpinQuant, arXiv 2405.16406,
-section 4.3).
+head and token), and the weights if ``rounds_weights``. Where activations are rounded in training
+the weights are better left alone: GPTQ makes up for most of their error afterwards (SpinQuant,
+arXiv 2405.16406, section 4.3).
 
 Shape suffixes: B windows, T positions, D hidden size, N out features, K in features.
 """
@@ -44,11 +44,7 @@ class Student:
     plan: Plan
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def rounds_weights(self) -> bool:
-        """Weights are rounded in training if nothing else is."""
-        return self.recipe.activations.bits == 16
+    rounds_weights: bool
 
     def runs(self, basis: Basis, like_BTD: Tensor) -> list[functools.partial[Tensor]]:
         """Functions of hidden states, one per block, for inputs of this shape."""
@@ -99,6 +95,25 @@ class Student:
         if chosen.bits == 16:
             return None
         return ActivationGrid(bits=chosen.bits, symmetric=chosen.symmetric)
+
+    def first_not_finite(
+        self, index: int, basis: Basis, kwargs: dict[str, Any], hidden_BTD: Tensor
+    ) -> str:
+        """Full name of the first linear layer of a block that gives a NaN or an infinity."""
+        block, tensors = self.fused_block(index, basis)
+        found: list[str] = []
+
+        def look(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+            if not torch.isfinite(output).all():
+                found.append(name)
+
+        for site in self.skeleton.adapter.sites(block):
+            for path in site.linears:
+                hook = functools.partial(look, path)
+                block.get_submodule(path).register_forward_hook(hook)
+        with self._attention(block):
+            functional_call(block, tensors, (hidden_BTD,), kwargs)
+        return ".".join([self.skeleton.block_name(index), *found[:1]])
 
     def _attention(self, block: nn.Module) -> AbstractContextManager[None]:
         chosen = self.recipe.kv_cache

@@ -6,8 +6,8 @@ most likely tokens of the original model, and both distributions over the whole 
     loss = mean_t sum_{j in I} p_j (log p_j - log q_j),
     d loss / d logit_j = (m q_j - p_j 1[j in I]) / T,     m = sum_{j in I} p_j
 
-log p_j of I is all that is kept of the original model. Cross-entropy to the text's own tokens is the
-case of one token with p = 1.
+log p_j of I is all that is kept of the original model. Cross-entropy to the text's own tokens is
+the case of one token with p = 1.
 
 Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, V vocabulary,
 k likely tokens.
