@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Streams, Track
 from rotq.formats.integer import Grid, Quantized
+from rotq.layers import OnlineLinear
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
@@ -39,7 +40,7 @@ class Outcome:
     """What became of one block."""
 
     block: nn.Module
-    """Dense, with the rounded weights in the model's dtype."""
+    """Dense, with the rounded weights in the model's dtype; rounds at run time as planned."""
     quantized: Mapping[str, Quantized]
     """By path inside the block."""
     layers: tuple[LayerResult, ...]
@@ -78,6 +79,7 @@ class BlockQuantizer:
             streams: None if ``needs_data`` is false.
         """
         working = copy.deepcopy(original)
+        self.plan.round_online(working, self.skeleton.block_name(index), self.skeleton.adapter)
         weights = None if streams is None else self.weigher.weights(index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
@@ -196,7 +198,10 @@ class BlockQuantizer:
         *,
         to_the_end: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Inputs of the named layers; remembers the output projection's once it is settled."""
+        """What the named layers' weights multiply, and the block's output if it was run whole.
+
+        What the attention's output projection is given is remembered once it is settled.
+        """
         hidden_BTD = track.hidden[batch].to(self.device)
         kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
         output_projection = self.skeleton.adapter.attention_output
@@ -208,7 +213,7 @@ class BlockQuantizer:
             )
         if new:
             track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
-        return seen, output_BTD
+        return {name: _prepared(block, name, seen[name]) for name in names}, output_BTD
 
     def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
         attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
@@ -265,6 +270,11 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
     return module
+
+
+def _prepared(block: nn.Module, name: str, x_MK: Tensor) -> Tensor:
+    linear = _linear(block, name)
+    return linear.prepare_input(x_MK) if isinstance(linear, OnlineLinear) else x_MK
 
 
 def _stacks(

@@ -22,6 +22,7 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
+from rotq.heads import OnlineHeads
 from rotq.job import OUTER, TRANSFORM, TUNING, Job, block_part
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan, has_experts
@@ -103,7 +104,14 @@ def _quantization(made: Made) -> dict[str, Any]:
             prefix = made.skeleton.block_name(index)
             writers = made.skeleton.adapter.mlp_writers(block)
             online |= {f"{prefix}.{path}": made.recipe.rotation.down for path in writers}
-    return quantization_config(made.plan.grids, linears, made.recipe.output.format, online)
+    return quantization_config(
+        made.plan.grids,
+        linears,
+        made.recipe.output.format,
+        online,
+        inputs=made.plan.inputs,
+        heads=OnlineHeads(rotated=made.recipe.rotation.attention != "none", grid=made.plan.kv),
+    )
 
 
 def _notes(made: Made, quantization: dict[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Linear layers that run on packed weights, and linear layers whose input is rotated online.
+"""Linear layers that run on packed weights, and linear layers that change their input online.
 
-    QuantLinear:    y = r(x) W^T + b,   W = (q - z) * s, from its codes at each call
-    RotatedLinear:  y = r(x) W^T + b,   W dense
-    r(x) = (x * signs) H,               H orthonormal Hadamard; the identity without signs
+    QuantLinear:   y = p(x) W^T + b,   W = (q - z) * s, from its codes at each call
+    OnlineLinear:  y = p(x) W^T + b,   W dense
+    p(x) = Q((x * signs) H),           H orthonormal Hadamard, left out without signs;
+                                       Q rounds each token, left out without a grid
 
 Buffers of a QuantLinear have the names and dtypes they have in the checkpoint.
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid, Quantized
 from rotq.ops import pack, packed_linear, packed_words, unpack
 from rotq.rotations.hadamard import fast_hadamard
@@ -26,45 +28,52 @@ def rotate_input(x: Tensor, signs_K: Tensor) -> Tensor:
     return fast_hadamard(wide * signs_K.to(wide.dtype), len(signs_K)).to(x.dtype)
 
 
-class RotatedLinear(nn.Linear):
-    """A linear layer whose weight was rotated on the input side; it rotates its input to match."""
+def prepare_input(x: Tensor, signs_K: Tensor | None, grid: ActivationGrid | None) -> Tensor:
+    """p(x) of the module's docstring; shape and dtype of ``x``."""
+    if signs_K is not None:
+        x = rotate_input(x, signs_K)
+    return x if grid is None else fake_quantize(x, grid)
 
-    input_signs: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        signs_K = torch.ones(in_features, dtype=torch.int8, device=device)
-        self.register_buffer("input_signs", signs_K)
+class OnlineLinear(nn.Linear):
+    """A dense linear layer that rotates its input, as its weight was, or rounds it, or both."""
+
+    input_signs: Tensor | None
+    input_grid: ActivationGrid | None
 
     @classmethod
-    def wrap(cls, linear: nn.Linear, signs_K: Tensor) -> RotatedLinear:
-        """Take over the weight and bias of ``linear``, which is already rotated by ``signs_K``.
+    def wrap(
+        cls,
+        linear: nn.Linear,
+        *,
+        signs_K: Tensor | None = None,
+        input_grid: ActivationGrid | None = None,
+    ) -> OnlineLinear:
+        """Take over the weight and bias of ``linear``.
 
         Args:
-            linear: Its parameters are shared, not copied.
-            signs_K: +1 and -1, any dtype.
+            linear: Its parameters are shared, not copied. Of an OnlineLinear the rotation is kept.
+            signs_K: +1 and -1, any dtype: the weight was rotated with them on its input side.
+            input_grid: What inputs are rounded to.
         """
-        rotated = cls(
+        online = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
         )
-        rotated.weight, rotated.bias = linear.weight, linear.bias
-        rotated.input_signs = signs_K.to(device=linear.weight.device, dtype=torch.int8)
-        return rotated.train(linear.training)
+        online.weight, online.bias = linear.weight, linear.bias
+        if isinstance(linear, OnlineLinear) and signs_K is None:
+            signs_K = linear.input_signs
+        if signs_K is not None:
+            signs_K = signs_K.to(device=linear.weight.device, dtype=torch.int8)
+        online.register_buffer("input_signs", signs_K)
+        online.input_grid = input_grid
+        return online.train(linear.training)
 
-    def rotate_input(self, x: Tensor) -> Tensor:
+    def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return rotate_input(x, self.input_signs)
+        return prepare_input(x, self.input_signs, self.input_grid)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.rotate_input(input), self.weight, self.bias)
+        return F.linear(self.prepare_input(input), self.weight, self.bias)
 
 
 class QuantLinear(nn.Module):
@@ -89,6 +98,7 @@ class QuantLinear(nn.Module):
         *,
         bias: bool = False,
         rotated: bool = False,
+        input_grid: ActivationGrid | None = None,
         scale_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -98,11 +108,13 @@ class QuantLinear(nn.Module):
         Args:
             grid: Its group size must divide ``in_features``.
             rotated: Rotate the input online, by ``input_signs``.
+            input_grid: What inputs are rounded to at run time; None leaves them.
             scale_dtype: As stored.
             dtype: Of the bias.
         """
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        self.input_grid = input_grid
         groups = in_features // grid.columns_per_group(in_features)
         self._allocate(
             "weight_packed", (out_features, packed_words(in_features, grid.bits)), device
@@ -125,12 +137,17 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, quantized: Quantized, bias_N: Tensor | None = None, signs_K: Tensor | None = None
+        cls,
+        quantized: Quantized,
+        bias_N: Tensor | None = None,
+        signs_K: Tensor | None = None,
+        input_grid: ActivationGrid | None = None,
     ) -> QuantLinear:
         """Pack ``quantized``; the bias is shared, not copied.
 
         Args:
             signs_K: +1 and -1 of the online rotation that the weight already carries.
+            input_grid: What inputs are rounded to at run time; None leaves them.
         """
         N, K = quantized.q_NK.shape
         layer = cls(
@@ -139,6 +156,7 @@ class QuantLinear(nn.Module):
             quantized.grid,
             bias=bias_N is not None,
             rotated=signs_K is not None,
+            input_grid=input_grid,
             scale_dtype=quantized.scale_NG.dtype,
             device="meta",
         )
@@ -172,14 +190,16 @@ class QuantLinear(nn.Module):
         linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         if self.bias is not None:
             linear.bias = self.bias
-        return linear if self.input_signs is None else RotatedLinear.wrap(linear, self.input_signs)
+        if self.input_signs is None and self.input_grid is None:
+            return linear
+        return OnlineLinear.wrap(linear, signs_K=self.input_signs, input_grid=self.input_grid)
 
-    def rotate_input(self, x: Tensor) -> Tensor:
+    def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return x if self.input_signs is None else rotate_input(x, self.input_signs)
+        return prepare_input(x, self.input_signs, self.input_grid)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.rotate_input(input)
+        x = self.prepare_input(input)
         if not x.is_cuda or x.dtype == torch.float64:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
         return packed_linear(
@@ -192,7 +212,10 @@ class QuantLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+        inputs = "" if self.input_grid is None else f", inputs {self.input_grid}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}{inputs}"
+        )
 
     def _allocate(
         self, name: str, shape: tuple[int, int], device: torch.device | str | None

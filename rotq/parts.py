@@ -61,6 +61,7 @@ def restored_block(
     prefix = skeleton.block_name(index)
     tensors = {entry.name: read_tensor(entry) for entry in read_entries(part)}
     restored = copy.deepcopy(block)
+    plan.round_online(restored, prefix, skeleton.adapter)
     dtype = next(block.parameters()).dtype
     state = {
         f"{name}.weight": layer.dequantize(dtype)

@@ -29,6 +29,7 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
 from rotq.memory import release_memory
+from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.parts import restored_block, save_block
@@ -171,12 +172,19 @@ def _set_up(
 
 
 def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
-    """The recipe's bases; an unknown family with a rotation is refused by naming the known ones."""
+    """The recipe's bases, and attention that can do what they and the KV cache need at run time.
+
+    An unknown family that would need either is refused by naming the known ones.
+    """
     rotation = recipe.rotation
-    rotated = {rotation.residual, rotation.value, rotation.down} != {"none"}
-    if rotated and isinstance(skeleton.adapter, GenericAdapter):
+    kinds = {rotation.residual, rotation.value, rotation.attention, rotation.down}
+    rounded = recipe.kv_cache.bits != 16
+    if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
         find_adapter(skeleton.config)
-    return build_basis(rotation, skeleton.adapter, skeleton.config)
+    basis = build_basis(rotation, skeleton.adapter, skeleton.config)
+    if basis.attention is not None or rounded:
+        use_online_attention(skeleton.model)
+    return basis
 
 
 def _run(setup: _Setup) -> JobReport:

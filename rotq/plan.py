@@ -2,15 +2,19 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from rotq.checkpoint.export import stored_scale_dtype
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.layers import OnlineLinear
+from rotq.models.adapter import Adapter
+from rotq.models.online_attention import heads_of, set_heads
 from rotq.models.skeleton import Skeleton
-from rotq.recipe import Recipe, Weights
+from rotq.recipe import Activations, KVCache, Recipe, Weights
 from rotq.report import Estimate, SiteEstimate
 
 IMPORTED_BYTES = 400_000_000
@@ -30,6 +34,34 @@ class Plan:
     scale_dtype: torch.dtype
     """Of stored scales: the recipe's, or the model's where the format's loaders need it."""
     notes: tuple[str, ...]
+    inputs: ActivationGrid | None = None
+    """What planned layers round their inputs to at run time; None leaves them."""
+    kv: ActivationGrid | None = None
+    """What keys and values are rounded to at run time; None leaves them."""
+
+    def round_online(self, block: nn.Module, prefix: str, adapter: Adapter) -> None:
+        """Let a dense block round at run time what the finished checkpoint will round; in place.
+
+        Args:
+            block: Again is harmless.
+            prefix: Its full name.
+        """
+        if self.inputs is not None:
+            full = [name for name in self.grids if name.startswith(f"{prefix}.")]
+            for name in (name.removeprefix(f"{prefix}.") for name in full):
+                linear = block.get_submodule(name)
+                assert isinstance(linear, nn.Linear), f"{name} is planned, so it is a linear layer"
+                block.set_submodule(name, OnlineLinear.wrap(linear, input_grid=self.inputs))
+        if self.kv is not None:
+            attention = block.get_submodule(adapter.attention)
+            set_heads(attention, replace(heads_of(attention), grid=self.kv))
+
+
+def activation_grid(section: Activations | KVCache) -> ActivationGrid | None:
+    """What the recipe's section rounds to; None where it is off."""
+    if section.bits == 16:
+        return None
+    return ActivationGrid(bits=section.bits, symmetric=section.symmetric)
 
 
 def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
@@ -66,7 +98,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         notes.append(
             f"scales are stored as {str(stored).removeprefix('torch.')}: other loaders need them so"
         )
-    return Plan(grids=grids, shapes=shapes, scale_dtype=stored, notes=tuple(notes))
+    return Plan(
+        grids=grids,
+        shapes=shapes,
+        scale_dtype=stored,
+        notes=tuple(notes),
+        inputs=activation_grid(recipe.activations),
+        kv=activation_grid(recipe.kv_cache),
+    )
 
 
 def has_experts(skeleton: Skeleton) -> bool:

@@ -22,7 +22,7 @@ ARROWS: list[set[str]] = [
     {"report"},
     {"rotations.fuse", "kv"},
     {"models", "calibration"},
-    {"layers"},
+    {"layers", "heads"},
     {"solvers", "rotations"},
     {"formats", "recipe", "precision", "memory", "inversion"},
     {"ops"},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.formats.integer import Grid
-from rotq.layers import QuantLinear, RotatedLinear, rotate_input
+from rotq.layers import OnlineLinear, QuantLinear, rotate_input
 from rotq.ops import packed_linear
 from rotq.rotations.hadamard import hadamard, random_signs
 
@@ -98,7 +98,7 @@ def test_rotated_weight_and_input_cancel() -> None:
     x = random_input(48, torch.float64)
     expected = linear(x)
     linear.weight.data = rotate_input(linear.weight.data, signs_K)
-    rotated = RotatedLinear.wrap(linear, signs_K)
+    rotated = OnlineLinear.wrap(linear, signs_K=signs_K)
     assert rotated.weight is linear.weight
     assert rotated.bias is linear.bias
     torch.testing.assert_close(rotated(x), expected, rtol=0, atol=1e-12)
@@ -114,9 +114,9 @@ def test_packed_rotated_layer() -> None:
     expected = F.linear(rotate_input(x, signs_K), quantized.dequantize())
     assert torch.equal(layer(x), expected)
     dense = layer.dense(torch.float32)
-    assert isinstance(dense, RotatedLinear)
+    assert isinstance(dense, OnlineLinear)
     assert torch.equal(dense(x), expected)
-    assert torch.equal(dense.rotate_input(x), layer.rotate_input(x))
+    assert torch.equal(dense.prepare_input(x), layer.prepare_input(x))
 
 
 def test_group_size_must_divide() -> None:
@@ -142,7 +142,7 @@ def test_on_a_gpu_the_codes_are_multiplied(grid: Grid, monkeypatch: pytest.Monke
     with FakeTensorMode():
         layer = QuantLinear(48, 20, grid, bias=True, device="cuda")
         # stands for the rotation, which copies a matrix to the device
-        monkeypatch.setattr(layer, "rotate_input", torch.abs)
+        monkeypatch.setattr(layer, "prepare_input", torch.abs)
         x = torch.empty(2, 5, 48, dtype=torch.bfloat16, device="cuda")
         with Calls() as calls:
             y = layer(x)

@@ -1,5 +1,6 @@
 """Every family through the whole pipeline: same function rotated, same logits reloaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import rotq.finish
 import rotq.pipeline
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
-from rotq.errors import CheckFailed, RotqError
+from rotq.errors import CheckFailed, RotqError, Stopped
+from rotq.heads import UNTOUCHED
 from rotq.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report import JobReport
@@ -67,6 +69,24 @@ def make_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
+def make_olmo2(folder: Path) -> Path:
+    """A family that rotq has no adapter for."""
+    make_checkpoint("llama", folder)
+    config = transformers.Olmo2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    transformers.Olmo2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def run(model: Path, output: Path, **changes: Any) -> JobReport:
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     values = {**DATA, "calibration.source": str(model / "text.txt"), **dotted}
@@ -93,6 +113,82 @@ def test_online_rotation_in_the_rotq_format(name: str, tmp_path: Path) -> None:
     down = {"rotation.down": "hadamard", "output.format": "rotq"}
     report = run(model, tmp_path / "out", **STRONG, **down)
     assert report.rotation["largest_relative_difference"] < 1e-11
+
+
+A4KV4 = {
+    "rotation.down": "hadamard",
+    "rotation.attention": "hadamard",
+    "activations.bits": 4,
+    "kv_cache.bits": 4,
+    "output.format": "rotq",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "model")
+    report = run(model, tmp_path / "out", **STRONG, **A4KV4)
+    assert report.rotation["largest_relative_difference"] < 1e-11
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    rounding = {"dynamic": True, "num_bits": 4, "strategy": "token", "symmetric": False}
+    assert config["attention"] == {"rotation": "hadamard", "kv_cache": rounding | {"type": "int"}}
+    assert {g["input_activations"]["num_bits"] for g in config["config_groups"].values()} == {4}
+    loaded = load_model(tmp_path / "out")
+    ids_BT = torch.arange(1, 25)[None]
+    rounded_BTV = loaded(ids_BT, use_cache=False).logits
+    for module in loaded.modules():
+        if hasattr(module, "online_heads"):
+            module.online_heads = UNTOUCHED
+    assert (loaded(ids_BT, use_cache=False).logits - rounded_BTV).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe-mixed"])
+def test_solver_and_tuning_see_rounded_inputs(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(name, tmp_path / "model")
+    more = {**STRONG, "tuning.steps": 2, "output.format": "rotq"}
+    plain = run(model, tmp_path / "plain", **more)
+    rounded = run(model, tmp_path / "rounded", **more, activations__bits=3)
+    assert plain.layers[0].loss != rounded.layers[0].loss
+    assert rounded.tuning["kl_first_quarter"] > 1.2 * plain.tuning["kl_first_quarter"]
+
+
+def test_stopped_job_with_rounding_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    run(model, tmp_path / "whole", **STRONG, **A4KV4)
+    save_block, saved = rotq.pipeline.save_block, []
+
+    def stop_after_the_first(*arguments: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(1)
+        save_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotq.pipeline, "save_block", stop_after_the_first)
+        with pytest.raises(Stopped):
+            run(model, tmp_path / "out", **STRONG, **A4KV4)
+    with pytest.raises(RotqError, match="a job with another recipe"):
+        run(model, tmp_path / "out", **STRONG, **{**A4KV4, "kv_cache.bits": 3})
+    run(model, tmp_path / "out", **STRONG, **A4KV4)
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+def test_heads_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
+    model = make_olmo2(tmp_path / "model")
+    values = {"weights__group_size": 16, "output__format": "rotq"}
+    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*Llama.*kv_cache\.bits=16"):
+        run(model, tmp_path / "out", **values, kv_cache__bits=4)
+
+
+def test_heads_without_a_hadamard_are_refused(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    config = read_json(model / "config.json") | {"head_dim": 18}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RotqError, match=r"rotation\.attention=hadamard: .*order 18.*=none"):
+        run(model, tmp_path / "out", rotation__attention="hadamard", output__format="rotq")
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
@@ -138,19 +234,7 @@ def test_mixed_precision_and_kept_layers(tmp_path: Path) -> None:
 
 
 def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
-    config = transformers.Olmo2Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    transformers.Olmo2ForCausalLM(config).save_pretrained(model)
+    model = make_olmo2(tmp_path / "model")
     with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*Llama.*rotation\.residual=none"):
         run(model, tmp_path / "out", rotation__residual="hadamard", weights__group_size=16)
     report = run(model, tmp_path / "out", weights__group_size=16)

@@ -19,7 +19,7 @@ from rotq.checkpoint.export import (
 from rotq.checkpoint.shards import assemble, save_tensors
 from rotq.checkpoint.source import open_source
 from rotq.formats.integer import Grid, Quantized
-from rotq.layers import RotatedLinear
+from rotq.layers import OnlineLinear
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
 from rotq.rotations.hadamard import random_signs
@@ -98,7 +98,7 @@ def write_checkpoint(
         if online and name.endswith("down_proj"):
             signs_K = random_signs(K, seed=number)
             rotated[name] = "hadamard"
-            model.set_submodule(name, RotatedLinear.wrap(linear, signs_K))
+            model.set_submodule(name, OnlineLinear.wrap(linear, signs_K=signs_K))
         tensors |= packed_tensors(name, quantized, signs_K)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rotq.layers import RotatedLinear
-
 
 class _Seen(Exception):  # noqa: N818 - not an error
     """All wanted inputs were seen: the rest of the block need not run."""
@@ -33,7 +31,7 @@ def capture_inputs(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Inputs of the named linear layers for one batch; then the rest of the block is not run.
 
-    A ``RotatedLinear`` is seen behind its online rotation: what its weight multiplies.
+    They are what the layers are given: an ``OnlineLinear`` has yet to rotate and round them.
 
     Args:
         block: Not modified.
@@ -50,8 +48,7 @@ def capture_inputs(
     wanted = set(names)
 
     def see_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = module.rotate_input(args[0]) if isinstance(module, RotatedLinear) else args[0]
-        seen[name] = inputs.flatten(0, -2)
+        seen[name] = args[0].flatten(0, -2)
         if len(seen) == len(wanted) and not to_the_end:
             raise _Seen
 

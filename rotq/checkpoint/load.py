@@ -96,7 +96,7 @@ def _as_rotq(path: Path, config: Any) -> bool:
     from rotq.checkpoint.quantizer import register
 
     register()
-    kept = ("config_groups", "ignore", "format", "online")
+    kept = ("config_groups", "ignore", "format", "online", "attention")
     config.quantization_config = {
         "quant_method": "rotq",
         "version": ROTQ_VERSION,

@@ -22,6 +22,7 @@ from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.checkpoint.source import torch_dtype
 from rotq.errors import RotqError
+from rotq.heads import UNTOUCHED, OnlineHeads
 from rotq.layers import QuantLinear
 
 METHOD = "rotq"
@@ -66,7 +67,9 @@ class RotqHfQuantizer(HfQuantizer):
         unfuse_experts(model)
         self.renames = adapter_for(model).renames
         entries = _entries(checkpoint_files, self.renames)
-        put_quant_linears(model, self.quantization_config.scheme(), entries)
+        scheme = self.quantization_config.scheme()
+        put_quant_linears(model, scheme, entries)
+        put_online_heads(model, scheme.heads)
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -101,8 +104,8 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
     """
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:
-        grid = scheme.grid(name)
-        if grid is None:
+        group = scheme.group(name)
+        if group is None:
             continue
         scale = entries.get(f"{name}.weight_scale")
         if scale is None or f"{name}.weight_packed" not in entries:
@@ -111,9 +114,10 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             layer = QuantLinear(
                 linear.in_features,
                 linear.out_features,
-                grid,
+                group.grid,
                 bias=linear.bias is not None,
                 rotated=scheme.is_rotated(name),
+                input_grid=group.input_grid,
                 scale_dtype=torch_dtype(scale.dtype),
                 dtype=linear.weight.dtype,
                 device="meta",
@@ -122,6 +126,23 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             raise RotqError(f"{name}: {error}") from error
         _check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
+
+
+def put_online_heads(model: Any, heads: OnlineHeads) -> None:
+    """Let every attention of the model rotate and round its heads.
+
+    Raises:
+        RotqError: the family's attention is not known, or another one than sdpa is wanted.
+    """
+    from rotq.models.online_attention import set_heads, use_online_attention
+    from rotq.models.registry import find_adapter
+
+    if heads == UNTOUCHED:
+        return
+    adapter = find_adapter(model.config)
+    use_online_attention(model)
+    for block in model.get_submodule(adapter.blocks):
+        set_heads(block.get_submodule(adapter.attention), heads)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:

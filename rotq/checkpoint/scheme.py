@@ -1,11 +1,15 @@
 """Which layers of a checkpoint are quantized, and how: ``quantization_config`` read and written.
 
-The fields are those of compressed-tensors 0.20 (``pack-quantized``, weights only); the rotq
-format has the same ones, and ``online`` for rotations at run time.
+The fields are those of compressed-tensors 0.20 (``pack-quantized``); the rotq format has the same
+ones, and two for what heads and inputs go through at run time.
 
-    targets   "Linear" (every linear layer), "re:..." (matched from the start of the name), or a
-              full module name; full names win over patterns, patterns over "Linear"
-    ignore    the same, taken out
+    targets            "Linear" (every linear layer), "re:..." (matched from the start of the name),
+                       or a full module name; full names win over patterns, patterns over "Linear"
+    ignore             the same, taken out
+    input_activations  what the layers' inputs are rounded to: dynamic, per token
+    online             kind of rotation to the targets whose input is rotated, before it is rounded
+    attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
+                       to, dynamic, per head and token
 """
 
 from __future__ import annotations
@@ -16,35 +20,54 @@ from dataclasses import dataclass
 from typing import Any
 
 from rotq.errors import RotqError
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.heads import UNTOUCHED, OnlineHeads
 
 CT_VERSION = "0.20.0"
-ROTQ_VERSION = 1
+ROTQ_VERSION = 2
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs."""
 METHODS = ("compressed-tensors", "rotq")
 ONLINE_KINDS = ("hadamard",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """The reading side: grid and online rotation by layer name."""
+class Group:
+    """Layers that are quantized alike."""
 
-    groups: tuple[tuple[tuple[str, ...], Grid], ...]
-    """(targets, grid)."""
+    targets: tuple[str, ...]
+    grid: Grid
+    input_grid: ActivationGrid | None
+    """What their inputs are rounded to at run time; None leaves them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """The reading side: grids and online rotation by layer name, and what attention does."""
+
+    groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     online: Mapping[str, tuple[str, ...]]
     """Kind of rotation to the targets it is applied before."""
+    heads: OnlineHeads = UNTOUCHED
+    """What every attention does at run time."""
 
     def grid(self, name: str) -> Grid | None:
         """The grid of the linear layer ``name``; None where it is not quantized."""
+        group = self.group(name)
+        return None if group is None else group.grid
+
+    def group(self, name: str) -> Group | None:
+        """The group of the linear layer ``name``; None where it is not quantized."""
         if any(_rank(target, name) is not None for target in self.ignore):
             return None
         ranked = [
             (rank, number)
-            for number, (targets, _) in enumerate(self.groups)
-            for target in targets
+            for number, group in enumerate(self.groups)
+            for target in group.targets
             if (rank := _rank(target, name)) is not None
         ]
-        return self.groups[min(ranked)[1]][1] if ranked else None
+        return self.groups[min(ranked)[1]] if ranked else None
 
     def is_rotated(self, name: str) -> bool:
         """The input of ``name`` is rotated at run time."""
@@ -56,15 +79,15 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     """Read a ``quantization_config``.
 
     Raises:
-        RotqError: another method, or something that rotq cannot run: quantized activations or
-            caches, float weights, columns in another order, online transforms of
-            compressed-tensors.
+        RotqError: another method, or something that rotq cannot run: activations with stored
+            scales, caches quantized by compressed-tensors, float weights, columns in another
+            order, online transforms of compressed-tensors.
     """
     method = config.get("quant_method")
     if method not in METHODS:
         raise RotqError(f"quantized with {method}; rotq reads {' and '.join(METHODS)}")
-    if method == "rotq" and config.get("version") != ROTQ_VERSION:
-        raise RotqError(f"rotq format {config.get('version')}; this rotq reads {ROTQ_VERSION}")
+    if method == "rotq" and config.get("version") not in range(1, ROTQ_VERSION + 1):
+        raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to {ROTQ_VERSION}")
     _refuse_transforms(config)
     if config.get("kv_cache_scheme"):
         raise RotqError("the checkpoint quantizes the KV cache, which rotq cannot run")
@@ -76,11 +99,11 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
             raise RotqError(f"unknown online rotation {kind}; known: {', '.join(ONLINE_KINDS)}")
     return Scheme(
         groups=tuple(
-            (tuple(group["targets"]), _read_grid(name, group, config.get("format")))
-            for name, group in groups.items()
+            _read_group(name, group, config.get("format")) for name, group in groups.items()
         ),
         ignore=tuple(config.get("ignore") or ()),
         online={kind: tuple(targets) for kind, targets in (config.get("online") or {}).items()},
+        heads=_read_heads(config.get("attention") or {}),
     )
 
 
@@ -89,6 +112,9 @@ def quantization_config(
     kept: Sequence[str],
     format: str,
     online: Mapping[str, str] | None = None,
+    *,
+    inputs: ActivationGrid | None = None,
+    heads: OnlineHeads = UNTOUCHED,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -98,6 +124,8 @@ def quantization_config(
             in ``layers`` or here.
         format: ``compressed-tensors`` or ``rotq``.
         online: Full name of a layer to the kind of rotation of its input; only for ``rotq``.
+        inputs: What the inputs of ``layers`` are rounded to at run time.
+        heads: What every attention does at run time; only for ``rotq``.
 
     Returns:
         One config group where all grids are equal, with the target ``Linear``; else a group per
@@ -109,12 +137,13 @@ def quantization_config(
         it at all (``transformers_obstacle``).
 
     Raises:
-        ValueError: no layers, unknown format, or ``online`` in a format that cannot express it.
+        ValueError: no layers, unknown format, or ``online`` or ``heads`` in a format that cannot
+            express it.
     """
     if format not in METHODS or not layers:
         raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
-    if online and format != "rotq":
-        raise ValueError(f"online rotations cannot be expressed in {format}")
+    if (online or heads != UNTOUCHED) and format != "rotq":
+        raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in layers.items():
         by_grid.setdefault(grid, []).append(name)
@@ -124,7 +153,7 @@ def quantization_config(
         targets = [["Linear"]]
     config: dict[str, Any] = {
         "config_groups": {
-            f"group_{number}": _group(grid, group)
+            f"group_{number}": _group(grid, group, inputs)
             for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
         },
         "format": "pack-quantized",
@@ -135,7 +164,10 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return {**config, "version": ROTQ_VERSION, "online": _online(online or {}, everything)}
+        config["online"] = _online(online or {}, everything)
+        if heads == UNTOUCHED:
+            return {**config, "version": 1}
+        return {**config, "version": 2, "attention": _attention(heads)}
     unused: dict[str, Any] = {
         "moe_sparsity_config": None,
         "sparsity_config": {},
@@ -172,7 +204,26 @@ def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, l
     return {kind: _targets(names, everything) for kind, names in sorted(by_kind.items())}
 
 
-def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
+def _attention(heads: OnlineHeads) -> dict[str, Any]:
+    return {
+        "rotation": "hadamard" if heads.rotated else None,
+        "kv_cache": _dynamic(heads.grid),
+    }
+
+
+def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    return {
+        "dynamic": True,
+        "num_bits": grid.bits,
+        "strategy": "token",
+        "symmetric": grid.symmetric,
+        "type": "int",
+    }
+
+
+def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dict[str, Any]:
     weights = {
         "dynamic": False,
         "group_size": None if grid.group_size == -1 else grid.group_size,
@@ -183,7 +234,7 @@ def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
     }
     return {
         "format": "pack-quantized",
-        "input_activations": None,
+        "input_activations": _dynamic(inputs),
         "output_activations": None,
         "targets": targets,
         "weights": weights,
@@ -218,10 +269,42 @@ def _rank(target: str, name: str) -> int | None:
     return 2 if target == "Linear" else None
 
 
+def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
+    rotation = attention.get("rotation")
+    if rotation not in (None, *ONLINE_KINDS):
+        raise RotqError(f"unknown rotation of heads {rotation}; known: {', '.join(ONLINE_KINDS)}")
+    grid = _read_dynamic("attention.kv_cache", attention.get("kv_cache"))
+    return OnlineHeads(rotated=rotation is not None, grid=grid)
+
+
+def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Group:
+    return Group(
+        targets=tuple(group["targets"]),
+        grid=_read_grid(name, group, format),
+        input_grid=_read_dynamic(f"{name}.input_activations", group.get("input_activations")),
+    )
+
+
+def _read_dynamic(name: str, args: Mapping[str, Any] | None) -> ActivationGrid | None:
+    """A grid of activations; only integers with scales found per token are run here."""
+    if not args:
+        return None
+    found = (args.get("type", "int"), args.get("dynamic"), args.get("strategy"))
+    if found != ("int", True, "token"):
+        raise RotqError(
+            f"{name} is {found[0]}, dynamic {found[1]}, with scales per {found[2]}; "
+            "rotq runs dynamic int per token"
+        )
+    try:
+        return ActivationGrid(bits=args["num_bits"], symmetric=args["symmetric"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RotqError(f"{name} of quantization_config is not valid: {error}") from error
+
+
 def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
     weights = group.get("weights") or {}
-    if group.get("input_activations") or group.get("output_activations"):
-        raise RotqError(f"{name} quantizes activations, which rotq cannot run")
+    if group.get("output_activations"):
+        raise RotqError(f"{name} quantizes the outputs of layers, which rotq cannot run")
     stored = group.get("format") or format
     if stored != "pack-quantized" or weights.get("type") != "int":
         raise RotqError(

@@ -1,7 +1,8 @@
 """See queries and keys as the attention of any family does: after norms and rotary embedding.
 
 transformers dispatches attention by name (``config._attn_implementation``); a block that runs under
-``observed_attention`` computes what sdpa computes and reports how much attention each token got.
+``observed_attention`` computes what it does without (sdpa, on heads that may be rotated and rounded
+online) and reports how much attention each token got.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rotq.models.online_attention import heads_of
 
 NAME = "rotq_observed"
 
@@ -34,6 +37,7 @@ def observed_attention(block: nn.Module, observer: Observer) -> Iterator[None]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
     ) -> tuple[Tensor, Tensor | None]:
         scale = kw.get("scaling")
+        query, key, value = heads_of(module).apply(query, key, value)
         observer(
             query,
             key,

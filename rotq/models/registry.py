@@ -39,8 +39,8 @@ def find_adapter(config: Any) -> Adapter:
     families = ", ".join(sorted({adapter.family for adapter in ADAPTERS.values()}))
     raise RotqError(
         f"no adapter for {' or '.join(names) or config.model_type}; rotation is supported for "
-        f"{families}. Other decoders can be quantized without it "
-        "(rotation.residual=none, rotation.value=none, rotation.down=none)"
+        f"{families}. Other decoders can be quantized without it (rotation.residual=none, "
+        "rotation.value=none, rotation.attention=none, rotation.down=none, kv_cache.bits=16)"
     )
 
 

@@ -2,6 +2,7 @@
 
     R1  residual stream, one (D, D) matrix                  fused
     R2  value heads, one (K, K) matrix per KV head          fused
+    R3  queries and keys behind RoPE, Hadamard              online
     R4  input of the MLP's last linear, Hadamard            online
     S   positive factors between layers, see ``Scales``     fused
 
@@ -71,6 +72,8 @@ class Basis:
     """R1, fp64; None leaves the residual stream and the norm gains alone."""
     value: tuple[Tensor, ...] | None = None
     """R2, per layer (H, K, K) fp64."""
+    attention: str | None = None
+    """R3: kind of the online transform; it has no signs."""
     down: str | None = None
     """R4: kind of the online transform."""
     down_seed: int = 0
@@ -83,7 +86,7 @@ class Basis:
     @property
     def is_identity(self) -> bool:
         """Nothing is changed."""
-        return not self.tensors() and self.down is None
+        return not self.tensors() and self.attention is None and self.down is None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every matrix and vector by name: residual, value.LAYER, LAYER.scales.NAME."""
@@ -118,8 +121,11 @@ class Basis:
         return next((tensor.dtype for tensor in self.tensors().values()), torch.float64)
 
     def checksum(self) -> str:
-        """sha256 over all entries rounded to 2^-40, and R4's kind and seed."""
-        digest = hashlib.sha256(f"{self.down} {self.down_seed}".encode())
+        """sha256 over all entries rounded to 2^-40, the online kinds and R4's seed."""
+        online = f"{self.down} {self.down_seed}"
+        if self.attention is not None:
+            online += f" {self.attention}"
+        digest = hashlib.sha256(online.encode())
         for name, tensor in self.tensors().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update((tensor * 2.0**40).round().long().numpy().tobytes())
@@ -140,7 +146,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     """
     _check_allowed(rotation, adapter)
     description = {}
-    residual, value, down = None, None, None
+    residual, value, attention, down = None, None, None, None
     if rotation.residual != "none":
         residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
         description["residual"] = describe(rotation.residual, config.hidden_size)
@@ -156,12 +162,17 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
             for layer in range(config.num_hidden_layers)
         )
         description["value"] = describe(rotation.value, size)
+    if rotation.attention != "none":
+        attention = rotation.attention
+        description["attention"] = _describe_online("attention", {head_dim(config)})
     if rotation.down != "none":
         down = rotation.down
-        description["down"] = _describe_down(config)
+        sizes = {config.intermediate_size, getattr(config, "moe_intermediate_size", None)}
+        description["down"] = _describe_online("down", sizes - {None})
     return Basis(
         residual_DD=residual,
         value=value,
+        attention=attention,
         down=down,
         down_seed=derive_seed(rotation.seed, "down"),
         description=description,
@@ -185,6 +196,7 @@ def _check_allowed(rotation: Rotation, adapter: Adapter) -> None:
     for key, allowed in (
         ("residual", adapter.residual_rotation),
         ("value", adapter.value_rotation),
+        ("attention", bool(adapter.attention)),
         ("down", adapter.down_rotation),
     ):
         kind = getattr(rotation, key)
@@ -202,11 +214,10 @@ def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
         raise RotqError(f"rotation.{key}={kind}: {error}") from None
 
 
-def _describe_down(config: Any) -> str:
-    sizes = {config.intermediate_size, getattr(config, "moe_intermediate_size", None)} - {None}
+def _describe_online(key: str, sizes: set[int]) -> str:
     try:
         for size in sizes:
             core_order(size)
     except ValueError as error:
-        raise RotqError(f"rotation.down=hadamard: {error}; set rotation.down=none") from None
+        raise RotqError(f"rotation.{key}=hadamard: {error}; set rotation.{key}=none") from None
     return ", ".join(describe("hadamard", size) for size in sorted(sizes))

@@ -11,12 +11,13 @@ of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` hol
     q, k, head h     W_h <- diag(1/S_h) W_h,  W_h <- diag(S_h) W_h, biases too; behind a norm on
                      the heads its gain is divided or multiplied instead
     up               W   <- diag(1/S) W,  b <- b diag(1/S)
+    R3: nothing; queries and keys are multiplied by H online
     R4: down         W   <- W diag(S) D H, its input is multiplied by D H online
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
 and is divided by S. The order of factors matters: S of a norm stands behind R1, S of values before
 R2, S of up before D H. All products are taken in the basis' dtype, fp64 in a job. (QuaRot, arXiv
-2404.00456; SpinQuant, arXiv 2405.16406, whose names R1, R2, R4 are used; OSTQuant, arXiv
+2404.00456; SpinQuant, arXiv 2405.16406, whose names R1 to R4 are used; OSTQuant, arXiv
 2501.13987, for S. Unlike QuaRot's code the embedding is not centred: that changes the function.)
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size.
@@ -33,7 +34,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rotq.layers import RotatedLinear
+from rotq.heads import OnlineHeads
+from rotq.layers import OnlineLinear
+from rotq.models.online_attention import set_heads
 from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 
@@ -46,10 +49,10 @@ _ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
-    """Fuse a basis into one block, in place.
+    """Fuse a basis into one block, in place, and let its attention apply R3.
 
     Weights keep their dtype; pass an fp64 block to have them unrounded. With R4 the down
-    projections become RotatedLinear. An identity basis changes nothing.
+    projections become OnlineLinear. An identity basis changes nothing.
 
     Args:
         layer_index: Which of the basis' value matrices and scales are this block's.
@@ -62,14 +65,16 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
 
 @torch.no_grad()
 def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
-    """Let down projections rotate their input if the basis has an R4; weights stay as they are."""
+    """Apply R3 and R4 from now on, where the basis has them; weights stay as they are."""
+    if basis.attention is not None:
+        set_heads(block.get_submodule(adapter.attention), OnlineHeads(rotated=True))
     if basis.down is None:
         return
     for path in adapter.mlp_writers(block):
         linear = cast(nn.Linear, block.get_submodule(path))
         signs_K = random_signs(linear.in_features, basis.down_seed).to(linear.weight.device)
         parent, _, leaf = path.rpartition(".")
-        setattr(block.get_submodule(parent), leaf, RotatedLinear.wrap(linear, signs_K))
+        setattr(block.get_submodule(parent), leaf, OnlineLinear.wrap(linear, signs_K=signs_K))
 
 
 def fused_tensors(

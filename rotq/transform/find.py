@@ -69,11 +69,10 @@ class Setting:
         return Student(
             skeleton=self.skeleton,
             source=self.source,
-            recipe=self.recipe,
             plan=self.plan,
             device=self.device,
             dtype=self.dtype,
-            rounds_weights=self.recipe.activations.bits == 16,
+            rounds_weights=self.plan.inputs is None,
         )
 
 
@@ -180,7 +179,7 @@ def _scores(setting: Setting, bases: Mapping[str, Basis]) -> dict[str, float]:
             skeleton=setting.skeleton,
             source=setting.source,
             plan=setting.plan,
-            activations=setting.student.activation_grid,
+            activations=setting.plan.inputs,
             damping=setting.recipe.solver.damping,
             device=setting.device,
         )

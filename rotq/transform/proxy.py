@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rotq.calibration.capture import capture_inputs, run_block
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.layers import OnlineLinear
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
@@ -85,6 +86,9 @@ class Judge:
             for hidden_BTD, given in batches:
                 seen, _ = capture_inputs(block, [first for first, _ in sites], hidden_BTD, given)
                 for first, x_MK in seen.items():
+                    linear = block.get_submodule(first)
+                    if isinstance(linear, OnlineLinear):
+                        x_MK = linear.prepare_input(x_MK)
                     if first not in moments:
                         moments[first] = Moments(x_MK.shape[1], cross=False, device=self.device)
                     moments[first].add(x_MK, None, None)

@@ -5,7 +5,7 @@
 Blocks are streamed, see ``rotq.streamed``; R1's and R2's gradients are summed over blocks before
 they go through the parametrization. OSTQuant (arXiv 2501.13987) with these differences: factors are
 fused by the function that fuses them into the result, and the range of what is rounded is
-differentiated (``round_through``).
+differentiated (``fake_quantize``).
 
 Shape suffixes: B windows, T positions, D hidden size.
 """

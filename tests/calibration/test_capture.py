@@ -6,7 +6,8 @@ from torch import nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Stream
-from rotq.layers import RotatedLinear
+from rotq.formats.activations import ActivationGrid
+from rotq.layers import OnlineLinear
 from rotq.rotations.hadamard import random_signs
 
 
@@ -79,16 +80,12 @@ def test_no_hook_stays_behind():
     assert not block.second._forward_pre_hooks
 
 
-def test_rotated_layers_are_seen_behind_their_rotation():
+def test_online_layers_are_seen_before_they_rotate_and_round():
     block, hidden_BTD = Block(), torch.randn(1, 5, 4)
-    block.second = RotatedLinear.wrap(block.second, random_signs(8, seed=3))
+    grid = ActivationGrid(bits=2, symmetric=False)
+    block.second = OnlineLinear.wrap(block.second, signs_K=random_signs(8, 3), input_grid=grid)
     seen, _ = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
-    inner = block.first(hidden_BTD.view(5, 4)).relu()
-    assert not torch.allclose(seen["second"], inner)
-    torch.testing.assert_close(seen["second"].norm(dim=-1), inner.norm(dim=-1))
-    torch.testing.assert_close(
-        seen["second"] @ block.second.weight.T + block.second.bias, block.second(inner)
-    )
+    torch.testing.assert_close(seen["second"], block.first(hidden_BTD.view(5, 4)).relu())
 
 
 def test_streams_in_memory_and_in_a_file_hold_the_same(tmp_path):

@@ -17,7 +17,7 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
-from rotq.layers import QuantLinear, RotatedLinear
+from rotq.layers import OnlineLinear, QuantLinear
 
 FORMATS = ["compressed-tensors", "rotq"]
 GRIDS = {"W4 groups": W4, "W4 symmetric": W4_SYMMETRIC, "W3 per channel": W3_CHANNEL}
@@ -82,7 +82,7 @@ def test_online_rotation(tmp_path: Path, packed: bool) -> None:
     written = write_checkpoint(tmp_path, format="rotq", online=True)
     model = load_model(written.path, packed=packed)
     down = model.model.layers[0].mlp.down_proj
-    assert isinstance(down, QuantLinear if packed else RotatedLinear)
+    assert isinstance(down, QuantLinear if packed else OnlineLinear)
     assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
     assert torch.equal(logits(model), logits(written.dense))
 
@@ -189,7 +189,7 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 2, "quant_method": "rotq"}, "rotq format 2"),
+        ({"version": 3, "quant_method": "rotq"}, "rotq format 3"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),

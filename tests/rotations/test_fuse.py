@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
-from rotq.layers import RotatedLinear
+from rotq.layers import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
@@ -163,7 +163,7 @@ def test_down_rotation_replaces_every_down_projection():
     for index, block in enumerate((plain, mixture)):
         fuse_block(block, skeleton.adapter, basis, index)
     downs = [plain.mlp.down_proj, *(expert.down_proj for expert in mixture.mlp.experts)]
-    assert all(type(down) is RotatedLinear for down in downs)
+    assert all(type(down) is OnlineLinear for down in downs)
     assert [down.in_features for down in downs] == [80, 24, 24, 24, 24]
     assert torch.equal(downs[1].input_signs, downs[2].input_signs)
     # the same paths, so that everything downstream finds them

@@ -126,7 +126,7 @@ def test_scales_of_up_stand_before_the_hadamard():
     block = skeleton.load_block(0, source, device="cpu", dtype=torch.float64)
     original = block.mlp.down_proj.weight.clone()
     fuse_block(block, skeleton.adapter, basis, 0)
-    hadamard_KK = block.mlp.down_proj.rotate_input(torch.eye(80, dtype=torch.float64))
+    hadamard_KK = block.mlp.down_proj.prepare_input(torch.eye(80, dtype=torch.float64))
     torch.testing.assert_close(
         block.mlp.down_proj.weight,
         original @ torch.diag(scales[0].up_EI[0]) @ hadamard_KK,

@@ -1,0 +1,79 @@
+"""Attention that rotates and rounds its heads at run time (see ``rotq.heads``), in any family.
+
+transformers dispatches attention by name (``config._attn_implementation``). What an attention
+module is to do is an attribute of it; a module without the attribute computes what sdpa computes.
+Keys come from a cache as they went in, so that rounding them at each step is rounding them once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rotq.errors import RotqError
+from rotq.heads import UNTOUCHED, OnlineHeads
+
+NAME = "rotq_online"
+"""In ``config._attn_implementation``."""
+
+ATTRIBUTE = "online_heads"
+
+_ROUNDING = (NAME, "rotq_observed")
+"""Attentions that do what ``heads_of`` says."""
+
+
+def heads_of(module: nn.Module) -> OnlineHeads:
+    """What ``set_heads`` gave an attention module; nothing to do where it gave none."""
+    return cast(OnlineHeads, getattr(module, ATTRIBUTE, UNTOUCHED))
+
+
+def set_heads(attention: nn.Module, heads: OnlineHeads) -> None:
+    """Let ``attention`` do this from now on; its model must ``use_online_attention``."""
+    if not hasattr(attention, ATTRIBUTE):
+        attention.register_forward_pre_hook(_check_dispatch)
+    setattr(attention, ATTRIBUTE, heads)
+
+
+def use_online_attention(model: Any) -> None:
+    """Direct a model's attention here; where no heads are set it computes what it did before.
+
+    Args:
+        model: Of transformers; with sdpa attention, parameters may be on meta.
+
+    Raises:
+        RotqError: another attention is wanted, or the model does not dispatch by name.
+    """
+    wanted = model.config._attn_implementation
+    name = type(model).__name__
+    if wanted not in ("sdpa", NAME):
+        raise RotqError(
+            f"{name} uses {wanted} attention; rotating or rounding heads at run time works with "
+            "sdpa attention only"
+        )
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise RotqError(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
+) -> tuple[Tensor, Tensor | None]:
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    heads = heads_of(module).apply(query, key, value)
+    return cast(tuple[Tensor, Tensor | None], sdpa(module, *heads, mask, **kw))
+
+
+def _check_dispatch(module: nn.Module, _: Any) -> None:
+    """Another attention would leave keys and values alone without a word; R3 it may leave out."""
+    used = cast(Any, module.config)._attn_implementation
+    if heads_of(module).grid is not None and used not in _ROUNDING:
+        raise RotqError(
+            f"the model rounds its keys and values (kv_cache.bits), which {used} attention does not"
+        )
