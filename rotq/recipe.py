@@ -209,7 +209,9 @@ class Transform:
     """As drawn; by the weights' fourth powers, without data (OptRot, arXiv 2512.24124); trained
     through the model with rounding faked (OSTQuant, arXiv 2501.13987); or the best by ``judge``."""
     scalings: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
-    """Of ``learned``: between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
+    """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
+    balance: tuple[Literal["residual", "qkv", "gate_up", "value", "query_key", "up"], ...] = ()
+    """Of the scalings, and R1 (``residual``): what starts at its closed form instead of at one."""
     parametrization: Literal["cayley", "qr", "householder"] = "cayley"
     """Of orthogonal matrices in training."""
     objective: Literal["kl_top", "cross_entropy"] = "kl_top"
@@ -241,6 +243,8 @@ class Transform:
         for name in ("angle", "scale_rate"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
+        started = set(self.balance) - {"residual"}
+        _check("balance", self.balance, started <= set(self.scalings), "among the scalings")
         _check("candidates", self.candidates, bool(self.candidates), "one or more")
 
 

@@ -128,7 +128,7 @@ def fused_tensors(
 class _Map:
     """x -> x diag(before) M diag(after) over the last axis; what is None is left out.
 
-    M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads of
+    M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads
     one KV head lie next to each other.
     """
 
@@ -329,9 +329,13 @@ def _epsilon(norm: nn.Module) -> float:
     raise ValueError(f"{type(norm).__name__} has neither variance_epsilon nor eps")
 
 
+def normalized(norm: nn.Module, x_ND: Tensor) -> Tensor:
+    """What an RMSNorm makes of its input before the gain, in the input's dtype."""
+    return x_ND * torch.rsqrt(x_ND.pow(2).mean(-1, keepdim=True) + _epsilon(norm))
+
+
 def _exact_norm(norm: nn.Module, offset: float, x_ND: Tensor) -> Tensor:
-    scale_N1 = torch.rsqrt(x_ND.pow(2).mean(-1, keepdim=True) + _epsilon(norm))
-    return x_ND * scale_N1 * (offset + _parameter(norm).to(x_ND.dtype))
+    return normalized(norm, x_ND) * (offset + _parameter(norm).to(x_ND.dtype))
 
 
 def _gain_offset(norm: nn.Module) -> float:

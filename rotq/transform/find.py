@@ -29,6 +29,7 @@ from rotq.recipe import Recipe, Transform
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
 from rotq.transform import optrot, through_model
+from rotq.transform.balance import Balancer
 from rotq.transform.parameters import Parameters, movement
 from rotq.transform.proxy import Judge
 from rotq.transform.student import Student
@@ -88,7 +89,7 @@ def find_basis(setting: Setting, drawn: Basis) -> Basis:
             scaling.
     """
     job, method = setting.job, setting.options.method
-    if method == "fixed":
+    if method == "fixed" and not setting.options.scalings:
         return drawn
     if job.finished(TRANSFORM):
         return _restored(job, drawn)
@@ -127,8 +128,15 @@ def _as_drawn(setting: Setting, drawn: Basis) -> Found:
     return drawn, {}
 
 
+def _balanced(setting: Setting, drawn: Basis) -> Found:
+    """R1 and scales in closed form."""
+    start = _start(setting, drawn)
+    basis = _parameters(setting, *start, scaled=setting.options.scalings).finished()
+    return basis, movement(drawn, basis)
+
+
 def _optrot(setting: Setting, drawn: Basis) -> Found:
-    parameters = _parameters(setting, drawn, scaled=())
+    parameters = _parameters(setting, drawn, {}, scaled=())
     backward = functools.partial(
         optrot.backward, setting.skeleton, setting.source, parameters, device=setting.device
     )
@@ -136,7 +144,8 @@ def _optrot(setting: Setting, drawn: Basis) -> Found:
 
 
 def _learned(setting: Setting, drawn: Basis) -> Found:
-    parameters = _parameters(setting, drawn, scaled=setting.options.scalings)
+    start = _start(setting, drawn)
+    parameters = _parameters(setting, *start, scaled=setting.options.scalings)
     windows = _training_windows(setting)[: setting.options.steps]
     lessons = _lessons(setting, windows)
 
@@ -150,6 +159,7 @@ def _learned(setting: Setting, drawn: Basis) -> Found:
 CANDIDATES: Mapping[str, Callable[[Setting, Basis], Found]] = {
     "none": _none,
     "hadamard": _as_drawn,
+    "fixed": _balanced,
     "optrot": _optrot,
     "learned": _learned,
 }
@@ -183,11 +193,7 @@ def _scores(setting: Setting, bases: Mapping[str, Basis]) -> dict[str, float]:
             damping=setting.recipe.solver.damping,
             device=setting.device,
         )
-        embedded = [
-            setting.skeleton.embed(setting.outer, ids_BT.to(setting.device)).float()
-            for ids_BT in _training_windows(setting)
-        ]
-        return judge.scores(bases, embedded)
+        return judge.scores(bases, [hidden_BTD.float() for hidden_BTD in _embedded(setting)])
     lessons = _lessons(setting, setting.windows[-JUDGED_WINDOWS:])
     student = replace(setting.student, rounds_weights=True)
     return {
@@ -203,6 +209,13 @@ def _training_windows(setting: Setting) -> Sequence[Tensor]:
     return [ids_BT[:, : options.seq_len or None] for ids_BT in windows]
 
 
+def _embedded(setting: Setting) -> list[Tensor]:
+    return [
+        setting.skeleton.embed(setting.outer, ids_BT.to(setting.device))
+        for ids_BT in _training_windows(setting)
+    ]
+
+
 def _lessons(setting: Setting, windows: Sequence[Tensor]) -> list[Lesson]:
     if setting.options.objective == "cross_entropy":
         targets = [next_tokens(ids_BT[0]) for ids_BT in windows]
@@ -214,11 +227,30 @@ def _lessons(setting: Setting, windows: Sequence[Tensor]) -> list[Lesson]:
     ]
 
 
-def _parameters(setting: Setting, drawn: Basis, scaled: Sequence[str]) -> Parameters:
+def _start(setting: Setting, drawn: Basis) -> tuple[Basis, dict[str, Tensor]]:
+    """Where training starts: the closed form of what the recipe balances, else as drawn."""
+    balance = setting.options.balance
+    if not balance:
+        return drawn, {}
+    balancer = Balancer(
+        skeleton=setting.skeleton, source=setting.source, device=setting.device, dtype=setting.dtype
+    )
+    squares = balancer.measure(_embedded(setting))
+    if "residual" in balance and drawn.residual_DD is not None:
+        R_DD = balancer.residual(squares, setting.recipe.rotation.seed)
+        drawn = drawn.with_tensors({**drawn.tensors(), "residual": R_DD})
+    scaled = [name for name in balance if name != "residual"]
+    return drawn, balancer.scales(squares, drawn, scaled)
+
+
+def _parameters(
+    setting: Setting, start: Basis, factors: Mapping[str, Tensor], scaled: Sequence[str]
+) -> Parameters:
     return Parameters(
-        drawn,
+        start,
         setting.skeleton,
         scaled=scaled,
+        factors=factors,
         parametrization=setting.options.parametrization,
         device=setting.device,
     )

@@ -5,7 +5,7 @@ Shape suffixes: D hidden size, L layers, H KV heads, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Parameters:
         skeleton: Skeleton,
         *,
         scaled: Sequence[str],
+        factors: Mapping[str, Tensor],
         parametrization: str,
         device: torch.device,
     ) -> None:
@@ -32,6 +33,7 @@ class Parameters:
         Args:
             start: Its matrices are trained, R4 stays.
             scaled: Names of scalings that are trained.
+            factors: Free factors that do not start at one, by name (``LAYER.scales.NAME``).
             parametrization: Key of ``PARAMETRIZATIONS``.
 
         Raises:
@@ -47,10 +49,14 @@ class Parameters:
         if start.value is not None:
             self.value = build(torch.stack(start.value).to(device))
         self.logs = {
-            f"{layer}.scales.{name}": torch.zeros(scaling.shape, device=device, requires_grad=True)
+            f"{layer}.scales.{name}": torch.zeros(scaling.shape, device=device)
             for layer, named in enumerate(self.scalings)
             for name, scaling in named.items()
         }
+        for name, log in self.logs.items():
+            if name in factors:
+                log.copy_(factors[name].log())
+            log.requires_grad_()
 
     def rotations(self) -> dict[str, Tensor]:
         """Free parameters of the matrices by name."""

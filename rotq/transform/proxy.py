@@ -2,7 +2,7 @@
 
 Per linear layer and token, as a share of its output's energy tr(W H W^T):
 
-    weights       sum_n s_n^2 / 12  sum_k 1 / U_kk^2,   H^-1 = U^T U (damped): GPTQ's loss
+    weights       sum_n s_n^2 / 12  sum_k 1 / U_kk^2,   H^-1 = U^T U (damped)
     activations   mean_t s_t^2 / 12  sum_nk w_nk^2
 
 s_n is the step of a weight row's grid, s_t that of a token; an error uniform in a step has a twelfth
