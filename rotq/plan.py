@@ -69,8 +69,15 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
 
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
-            ``auto`` (names the layer and the legal sizes), or no layer is left to quantize.
+            ``auto`` (names the layer and the legal sizes), no layer is left to quantize, or the
+            output format cannot hold what is rounded at run time.
     """
+    inputs = activation_grid(recipe.activations)
+    if inputs is not None and recipe.output.format != "rotq" and has_experts(skeleton):
+        raise ValueError(
+            "activations.bits: other loaders of compressed-tensors drop the rounding of what "
+            "experts read; set output.format=rotq"
+        )
     grids: dict[str, Grid] = {}
     shapes: dict[str, tuple[int, int]] = {}
     notes: list[str] = []
@@ -103,7 +110,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         shapes=shapes,
         scale_dtype=stored,
         notes=tuple(notes),
-        inputs=activation_grid(recipe.activations),
+        inputs=inputs,
         kv=activation_grid(recipe.kv_cache),
     )
 

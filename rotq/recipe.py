@@ -307,6 +307,12 @@ class Recipe:
                 raise ValueError(
                     f"{key} is applied at run time, which only output.format=rotq can express"
                 )
+        if self.activations.bits != 16 and not self.weights.symmetric:
+            raise ValueError(
+                "activations.bits: other loaders of compressed-tensors drop the rounding of "
+                "activations where weights have zero points; set weights.symmetric=true or "
+                "output.format=rotq"
+            )
 
     @property
     def needs_original(self) -> bool:

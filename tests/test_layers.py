@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
 from rotq.layers import OnlineLinear, QuantLinear, rotate_input
 from rotq.ops import packed_linear
@@ -72,6 +73,24 @@ def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, b
     empty.load_state_dict(packed.state_dict())
     x = random_input(40)
     assert torch.equal(empty(x), packed(x))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
+    grid = ActivationGrid(bits=3, symmetric=False)
+    signs_K = random_signs(40, 0) if rotated else None
+    quantized = random_quantized(20, 40, W4)
+    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K, input_grid=grid)
+    x = random_input(40)
+    turned = rotate_input(x, signs_K) if signs_K is not None else x
+    expected = F.linear(fake_quantize(turned, grid), quantized.dequantize())
+    assert torch.equal(layer(x), expected)
+    dense = layer.dense(torch.float32)
+    assert isinstance(dense, OnlineLinear)
+    assert torch.equal(dense(x), expected)
+    # wrapping it again keeps the rotation
+    other = OnlineLinear.wrap(dense, input_grid=ActivationGrid(bits=8, symmetric=True))
+    assert torch.equal(other.prepare_input(x), fake_quantize(turned, other.input_grid))
 
 
 def test_nothing_dense_is_kept() -> None:

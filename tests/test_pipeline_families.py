@@ -131,7 +131,8 @@ def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
     assert report.rotation["largest_relative_difference"] < 1e-11
     config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     rounding = {"dynamic": True, "num_bits": 4, "strategy": "token", "symmetric": False}
-    assert config["attention"] == {"rotation": "hadamard", "kv_cache": rounding | {"type": "int"}}
+    rounding |= {"group_size": None, "type": "int"}
+    assert config["attention"] == {"rotation": "hadamard", "kv_cache": rounding}
     assert {g["input_activations"]["num_bits"] for g in config["config_groups"].values()} == {4}
     loaded = load_model(tmp_path / "out")
     ids_BT = torch.arange(1, 25)[None]

@@ -19,6 +19,7 @@ from rotq.report.tables import (
     inspection_table,
     job_table,
     recipe_line,
+    runtime_line,
 )
 
 EVALUATION = {
@@ -122,6 +123,21 @@ def test_recipe_line() -> None:
     assert recipe_line(values) == (
         "mine: 4 bits, group 128, asymmetric, gptq, rotated residual+down"
     )
+
+
+def test_runtime_line() -> None:
+    rounding = {"num_bits": 4, "symmetric": False}
+    config = {
+        "config_groups": {"group_0": {"input_activations": {"num_bits": 8, "symmetric": True}}},
+        "online": {"hadamard": ["a", "b"]},
+        "attention": {"rotation": "hadamard", "kv_cache": rounding},
+    }
+    assert runtime_line(config) == (
+        "inputs 8 bits symmetric per token; keys and values 4 bits asymmetric per head and token; "
+        "hadamard on queries and keys; hadamard before 2 targets"
+    )
+    assert runtime_line({"config_groups": {"group_0": {"input_activations": None}}}) == ""
+    assert runtime_line({}) == ""
 
 
 def test_inspection_of_a_foreign_checkpoint() -> None:

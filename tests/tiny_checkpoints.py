@@ -16,9 +16,12 @@ from rotq.checkpoint.export import (
     stored_scale_dtype,
     write_metadata,
 )
+from rotq.checkpoint.quantizer import put_online_heads
 from rotq.checkpoint.shards import assemble, save_tensors
 from rotq.checkpoint.source import open_source
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
+from rotq.heads import UNTOUCHED, OnlineHeads
 from rotq.layers import OnlineLinear
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
@@ -70,6 +73,8 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
     online: bool = False,
+    inputs: ActivationGrid | None = None,
+    heads: OnlineHeads = UNTOUCHED,
     max_shard_bytes: int = 10**9,
 ) -> Written:
     """Write a tiny model with random codes; ``grids`` alternate over its linear layers."""
@@ -98,8 +103,10 @@ def write_checkpoint(
         if online and name.endswith("down_proj"):
             signs_K = random_signs(K, seed=number)
             rotated[name] = "hadamard"
-            model.set_submodule(name, OnlineLinear.wrap(linear, signs_K=signs_K))
+        layer = OnlineLinear.wrap(linear, signs_K=signs_K, input_grid=inputs)
+        model.set_submodule(name, layer)
         tensors |= packed_tensors(name, quantized, signs_K)
+    put_online_heads(model, heads)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
@@ -111,7 +118,9 @@ def write_checkpoint(
     write_metadata(
         out,
         opened,
-        quantization=quantization_config(layers, ["lm_head"], format, rotated),
+        quantization=quantization_config(
+            layers, ["lm_head"], format, rotated, inputs=inputs, heads=heads
+        ),
         recipe={"name": "tiny"},
         provenance={"seed": 0},
         dtype=dtype,

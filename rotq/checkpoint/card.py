@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from rotq.checkpoint.scheme import transformers_obstacle
+from rotq.report.tables import runtime_line
 
 TEMPLATE = """\
 ---
@@ -19,7 +20,7 @@ Quantized with rotq. `rotq_recipe.yaml` is the resolved recipe and `rotq_provena
 what it was run on; `rotq quantize` with that recipe repeats the job.
 
 {grids}
-
+{runtime}
 ## Loading
 
 {loading}
@@ -65,7 +66,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 def model_card(
     config: Mapping[str, Any],
-    quantization: Mapping[str, Any],
+    quantization: dict[str, Any],
     base_model: str | None,
     *,
     has_experts: bool,
@@ -86,11 +87,13 @@ def model_card(
     front["tags"] = ["rotq", method, *(f"{number}-bit" for number in bits)]
     name = base_model or config.get("model_type", "model")
     grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups)
+    runtime = runtime_line(quantization)
     kept = ", ".join(f"`{layer}`" for layer in quantization["ignore"])
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
+        runtime=f"- at run time: {runtime}\n" if runtime else "",
         loading=_loading(quantization, has_experts),
     )
 

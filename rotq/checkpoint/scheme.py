@@ -137,13 +137,16 @@ def quantization_config(
         it at all (``transformers_obstacle``).
 
     Raises:
-        ValueError: no layers, unknown format, or ``online`` or ``heads`` in a format that cannot
-            express it.
+        ValueError: no layers, unknown format, ``online`` or ``heads`` in a format that cannot
+            express it, or ``inputs`` where transformers would drop them: it leaves them out where
+            it makes weights dense while loading.
     """
     if format not in METHODS or not layers:
         raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
     if (online or heads != UNTOUCHED) and format != "rotq":
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
+    if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
+        raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in layers.items():
         by_grid.setdefault(grid, []).append(name)
@@ -216,6 +219,7 @@ def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
         return None
     return {
         "dynamic": True,
+        "group_size": None,
         "num_bits": grid.bits,
         "strategy": "token",
         "symmetric": grid.symmetric,

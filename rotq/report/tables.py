@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 """Columns."""
 
-ROTATIONS = ("residual", "value", "down")
+ROTATIONS = ("residual", "value", "attention", "down")
 """Keys of the recipe's section and of the report's."""
 
 _SHOWN_LAYERS = 5
@@ -117,6 +117,9 @@ def inspection_table(found: dict[str, Any], report: JobReport | None, verified: 
         ("weight files", size(weights)),
         ("quantization", quantization_line(found["quantization_config"])),
     ]
+    runtime = runtime_line(found["quantization_config"] or {})
+    if runtime:
+        rows.append(("at run time", runtime))
     if report is not None:
         rows += report_rows(report)
         rows.append(("source", f"{report.model}, sha256 {report.model_hash[:12]}"))
@@ -145,6 +148,29 @@ def quantization_line(config: dict[str, Any] | None) -> str:
     return ", ".join(part for part in (*parts, *kinds, kept) if part)
 
 
+def runtime_line(config: dict[str, Any]) -> str:
+    """What a quantization_config asks of the runtime besides packed weights; empty for nothing."""
+    groups = (config.get("config_groups") or {}).values()
+    inputs = {_rounding(group.get("input_activations"), "token") for group in groups} - {""}
+    attention = config.get("attention") or {}
+    heads = _rounding(attention.get("kv_cache"), "head and token")
+    turned = [f"{kind} before {len(t)} targets" for kind, t in (config.get("online") or {}).items()]
+    parts = [
+        *(f"inputs {rounding}" for rounding in sorted(inputs)),
+        *([f"keys and values {heads}"] if heads else []),
+        *([f"{attention['rotation']} on queries and keys"] if attention.get("rotation") else []),
+        *turned,
+    ]
+    return "; ".join(parts)
+
+
+def _rounding(args: dict[str, Any] | None, per: str) -> str:
+    if not args:
+        return ""
+    kind = "symmetric" if args["symmetric"] else "asymmetric"
+    return f"{args['num_bits']} bits {kind} per {per}"
+
+
 def rotation_line(rotation: dict[str, Any]) -> str:
     """What was rotated, and how well the function was preserved."""
     built = [f"{name} {rotation[name]}" for name in ROTATIONS if name in rotation]
@@ -159,11 +185,16 @@ def recipe_line(recipe: dict[str, Any]) -> str:
     """A recipe in a few words."""
     weights, rotation = recipe["weights"], recipe["rotation"]
     group = weights["group_size"]
-    turned = [name for name in ROTATIONS if rotation[name] != "none"]
+    turned = [name for name in ROTATIONS if rotation.get(name, "none") != "none"]
     parts = [
         f"{weights['bits']} bits",
         "per channel" if group == -1 else f"group {group}",
         "symmetric" if weights["symmetric"] else "asymmetric",
+        *(
+            f"{label}{recipe[key]['bits']}"
+            for label, key in (("A", "activations"), ("KV", "kv_cache"))
+            if recipe.get(key, {}).get("bits", 16) != 16
+        ),
         recipe["solver"]["method"],
         *(["rotated " + "+".join(turned)] if turned else []),
     ]

@@ -25,7 +25,9 @@ from rotq.checkpoint.export import packed_tensors, stored_scale_dtype, write_met
 from rotq.checkpoint.scheme import quantization_config, read_scheme, transformers_obstacle
 from rotq.checkpoint.source import open_source
 from rotq.errors import RotqError
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.heads import OnlineHeads
 
 LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
 
@@ -71,6 +73,34 @@ def test_config_is_what_compressed_tensors_writes(grids: list[Grid]) -> None:
         "transform_config",
         "dequantize",
     }
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounded_inputs_are_what_compressed_tensors_writes(symmetric: bool) -> None:
+    inputs = ActivationGrid(bits=8, symmetric=symmetric)
+    layers = dict.fromkeys(LAYERS, W4_SYMMETRIC)
+    ours = quantization_config(layers, ["lm_head"], "compressed-tensors", inputs=inputs)
+    written = QuantizationConfig.model_validate(ours).model_dump()
+    assert ours["config_groups"] == written["config_groups"]
+    assert read_scheme(json.loads(json.dumps(ours))).groups[0].input_grid == inputs
+
+
+def test_what_compressed_tensors_cannot_say_is_refused() -> None:
+    inputs = ActivationGrid(bits=8, symmetric=True)
+    with pytest.raises(ValueError, match="dropped where weights have zero points"):
+        quantization_config({"a": W4}, [], "compressed-tensors", inputs=inputs)
+    for heads in (OnlineHeads(grid=inputs), OnlineHeads(rotated=True)):
+        with pytest.raises(ValueError, match="rounded heads cannot be expressed in compressed"):
+            quantization_config({"a": W4_SYMMETRIC}, [], "compressed-tensors", heads=heads)
+
+
+@pytest.mark.parametrize("grid", [None, ActivationGrid(bits=3, symmetric=True)], ids=str)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_heads_are_read_as_written(grid: ActivationGrid | None, rotated: bool) -> None:
+    heads = OnlineHeads(rotated=rotated, grid=grid)
+    config = quantization_config(dict.fromkeys(LAYERS, W4), [], "rotq", heads=heads)
+    assert config["version"] == (1 if heads == OnlineHeads() else 2)
+    assert read_scheme(json.loads(json.dumps(config))).heads == heads
 
 
 def test_one_grid_targets_linear() -> None:

@@ -16,7 +16,9 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
+from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.heads import OnlineHeads
 from rotq.layers import OnlineLinear, QuantLinear
 
 FORMATS = ["compressed-tensors", "rotq"]
@@ -95,6 +97,43 @@ def test_families(tmp_path: Path, family: str, format: str) -> None:
     if format == "rotq":
         model = AutoModelForCausalLM.from_pretrained(written.path).eval()
         assert torch.equal(logits(model), logits(written.dense))
+
+
+A4 = ActivationGrid(bits=4, symmetric=False)
+A8 = ActivationGrid(bits=8, symmetric=True)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.parametrize("family", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
+def test_inputs_and_heads_are_rounded(tmp_path: Path, family: str, packed: bool) -> None:
+    heads = OnlineHeads(rotated=True, grid=A4)
+    written = write_checkpoint(tmp_path, family, format="rotq", online=True, inputs=A4, heads=heads)
+    model = load_model(written.path, packed=packed)
+    assert torch.equal(logits(model), logits(written.dense))
+    down = next(m for n, m in model.named_modules() if n.endswith("down_proj"))
+    assert down.input_grid == A4
+    down.input_grid = None
+    assert not torch.equal(logits(model), logits(written.dense))
+    plain = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert torch.equal(logits(plain), logits(written.dense))
+
+
+@pytest.mark.parametrize("inputs", [A4, A8], ids=str)
+@pytest.mark.parametrize("grids", [(W4_SYMMETRIC,), (W4_SYMMETRIC, W8)], ids=str)
+def test_transformers_rounds_inputs_as_rotq(
+    tmp_path: Path, grids: tuple[Grid, ...], inputs: ActivationGrid
+) -> None:
+    """The grids are those of compressed-tensors, bit by bit in fp32."""
+    written = write_checkpoint(tmp_path, grids=grids, inputs=inputs)
+    theirs = AutoModelForCausalLM.from_pretrained(written.path).eval()
+    assert torch.equal(logits(theirs), logits(written.dense))
+    assert torch.equal(logits(load_model(written.path)), logits(written.dense))
+
+
+def test_rounded_heads_need_sdpa(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", heads=OnlineHeads(grid=A4))
+    with pytest.raises(RotqError, match="LlamaForCausalLM uses eager attention"):
+        AutoModelForCausalLM.from_pretrained(written.path, attn_implementation="eager")
 
 
 def test_dense_from_packed(tmp_path: Path) -> None:
@@ -194,6 +233,12 @@ def test_incomplete_checkpoints_are_refused(
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
         ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
+        ({"attention": {"rotation": "dct"}}, "rotation of heads dct"),
+        ({"attention": {"kv_cache": {"dynamic": False}}}, "rotq runs dynamic int per token"),
+        (
+            {"attention": {"kv_cache": {"dynamic": True, "strategy": "token", "num_bits": 4}}},
+            "kv_cache of quantization_config is not valid",
+        ),
         (
             {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
             "transform R4",

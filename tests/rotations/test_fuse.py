@@ -8,6 +8,7 @@ from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
 from rotq.layers import OnlineLinear
 from rotq.models.adapter import Adapter
+from rotq.models.online_attention import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, build_basis
@@ -20,6 +21,8 @@ ROTATIONS = {
     "R2": Rotation(value="hadamard"),
     "R2-dct": Rotation(value="dct"),
     "R4": Rotation(down="hadamard"),
+    "R3": Rotation(attention="hadamard"),
+    "R2-R3-R4": Rotation(value="hadamard", attention="hadamard", down="hadamard"),
     "R1-R2-R4": Rotation(residual="hadamard", value="dct", down="hadamard", seed=7),
 }
 ONLY_POST_NORMS = {"gemma3"}
@@ -52,6 +55,8 @@ def test_logits_stay(name, key):
     source = MemorySource(tiny_model(name))
     skeleton = Skeleton.open(source)
     basis = build_basis(ROTATIONS[key], skeleton.adapter, skeleton.config)
+    if basis.attention:
+        use_online_attention(skeleton.model)
     ids_BT = random_ids(2, 11)
     before = forward(skeleton, source, ids_BT, Basis())
     after = forward(skeleton, source, ids_BT, basis)
