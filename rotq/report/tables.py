@@ -52,6 +52,8 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
         worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
         rows.append(("effective sample", worth))
     rows.append(("rotation", rotation_line(report.rotation)))
+    if report.transform:
+        rows.append(("transform", transform_line(report.transform)))
     if report.tuning:
         before, after = report.tuning["kl_first_quarter"], report.tuning["kl_last_quarter"]
         trained = f"{report.tuning['steps']} steps, KL {before:.3g} to {after:.3g} in training"
@@ -179,6 +181,20 @@ def rotation_line(rotation: dict[str, Any]) -> str:
         return "none"
     kept = "" if difference is None else f"; logits kept to {difference:.1e}"
     return ", ".join(built) + kept
+
+
+def transform_line(transform: dict[str, Any]) -> str:
+    """How the rotations were found: losses and angles, or candidates and their scores."""
+    if "scores" in transform:
+        scores = ", ".join(f"{name} {score:.4g}" for name, score in transform["scores"].items())
+        return f"{transform['chosen']}, by {transform['judge']} of {scores}"
+    parts = [str(transform["method"])]
+    if "steps" in transform:
+        before, after = transform["loss_first_quarter"], transform["loss_last_quarter"]
+        parts.append(f"{transform['steps']} steps, loss {before:.3g} to {after:.3g}")
+    if "residual_angle" in transform:
+        parts.append(f"R1 turned by {transform['residual_angle']:.3f} rad")
+    return ", ".join(parts)
 
 
 def recipe_line(recipe: dict[str, Any]) -> str:

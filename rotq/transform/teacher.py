@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-POSITIONS = 128
-"""Positions whose logits are held at a time."""
+from rotq.plan import TRAINED_POSITIONS
 
 Logits = Callable[[Tensor], Tensor]
 """Hidden states behind the last block, (B, C, D), to logits (B, C, V)."""
@@ -72,8 +71,8 @@ def head_loss(logits: Logits, hidden_BTD: Tensor, targets: Targets) -> tuple[flo
     """
     positions = hidden_BTD.shape[1]
     total, slopes = 0.0, []
-    for start in range(0, positions, POSITIONS):
-        some = slice(start, start + POSITIONS)
+    for start in range(0, positions, TRAINED_POSITIONS):
+        some = slice(start, start + TRAINED_POSITIONS)
         chunk_BCD = hidden_BTD[:, some].detach().requires_grad_()
         with torch.enable_grad():
             logits_BCV = logits(chunk_BCD)
