@@ -5,8 +5,8 @@ Per linear layer and token, as a share of its output's energy tr(W H W^T):
     weights       sum_n s_n^2 / 12  sum_k 1 / U_kk^2,   H^-1 = U^T U (damped)
     activations   mean_t s_t^2 / 12  sum_nk w_nk^2
 
-s_n is the step of a weight row's grid, s_t that of a token; an error uniform in a step has a twelfth
-of its square (research note weights.md, 3.1 and 3.10). The scores of all layers are summed.
+s_n is the step of a weight row's grid, s_t that of a token; an error that is uniform in a step is a
+twelfth of its square in the mean (research note weights.md, 3.1 and 3.10). Scores are summed.
 
 Shape suffixes: B windows, T positions, D hidden size, M tokens, N out features, K in features.
 """

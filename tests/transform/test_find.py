@@ -7,41 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_jobs import SMALL, make_checkpoint, quantize
-from tiny_models import MemorySource, random_ids, tiny_model
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
 
 from rotq.errors import RotqError
-from rotq.job import TRANSFORM, Job
-from rotq.models.online_attention import use_online_attention
-from rotq.models.skeleton import Skeleton
-from rotq.plan import make_plan
+from rotq.job import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
-from rotq.transform.find import Setting, find_basis
+from rotq.transform.find import find_basis
 from rotq.transform.student import Student
-
-SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
-W4A4KV4 = {
-    "weights.bits": 4,
-    "weights.group_size": -1,
-    "activations.bits": 4,
-    "kv_cache.bits": 4,
-    "rotation.residual": "hadamard",
-    "rotation.value": "hadamard",
-    "rotation.attention": "hadamard",
-    "rotation.down": "hadamard",
-    "output.format": "rotq",
-    "calibration.precision": "highest",
-}
-LEARNED = {
-    **W4A4KV4,
-    "transform.method": "learned",
-    "transform.scalings": SCALED,
-    "transform.balance": ["residual", "value", "query_key", "up"],
-    "transform.steps": 6,
-    "transform.save_every": 2,
-    "transform.top_k": 32,
-}
 
 
 class Interrupted(Progress):
@@ -58,25 +32,6 @@ class Told(Progress):
 
     def message(self, text: str) -> None:
         self.messages.append(text)
-
-
-def make_setting(folder, choices, progress=None, num_windows=3, name="llama"):
-    folder.mkdir(exist_ok=True)
-    source = MemorySource(tiny_model(name, dtype=torch.float32))
-    skeleton = Skeleton.open(source)
-    use_online_attention(skeleton.model)
-    recipe = load_recipe(None, choices)
-    return Setting(
-        job=Job(folder, folder / "out", overwrite=False),
-        skeleton=skeleton,
-        source=source,
-        plan=make_plan(skeleton, recipe, torch.float32),
-        recipe=recipe,
-        windows=random_ids(num_windows, 24).split(1),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        progress=progress or Progress(),
-    )
 
 
 def find(setting):
