@@ -39,8 +39,8 @@ from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis, build_basis
 from rotq.rotations.fuse import fuse_outer
-from rotq.transform.find import Setting as BasisSetting
 from rotq.transform.find import find_basis
+from rotq.transform.setting import Setting as BasisSetting
 from rotq.tuning import Setting, hollow, tune
 
 

@@ -210,16 +210,23 @@ class Transform:
     through the model with rounding faked (OSTQuant, arXiv 2501.13987); or the best by ``judge``."""
     scalings: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
-    balance: tuple[Literal["residual", "qkv", "gate_up", "value", "query_key", "up"], ...] = ()
-    """Of the scalings, and R1 (``residual``): what starts at its closed form instead of at one."""
+    balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
+    """Of the scalings: those that start at their closed form instead of at one."""
     parametrization: Literal["cayley", "qr", "householder"] = "cayley"
     """Of orthogonal matrices in training."""
     objective: Literal["kl_top", "cross_entropy"] = "kl_top"
     """KL on the likely tokens of the original model, or the text itself (SpinQuant)."""
     top_k: int = 1000
     """Likely tokens per position."""
+    layer_steps: int = 0
+    """Of ``learned``: steps on the expected error of single layers, before those through the
+    model; each looks at some blocks."""
+    layer_angle: float = 0.04
+    """Rms angle in radians that such a step turns a matrix by, at most."""
+    layer_scale_rate: float = 0.03
+    """Relative change of a scale in such a step, at most."""
     steps: int = 64
-    """Steps of Adam; ``learned`` takes one window per step, ``optrot`` all weights."""
+    """Steps of Adam; ``learned`` takes one window per step, ``optrot`` some blocks' weights."""
     angle: float = 0.02
     """Rms angle in radians that a step turns a matrix by, at most."""
     scale_rate: float = 0.02
@@ -238,13 +245,20 @@ class Transform:
     """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "steps", "save_every"):
+        for name in ("top_k", "save_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("angle", "scale_rate"):
+        for name in (
+            "angle",
+            "scale_rate",
+            "layer_angle",
+            "layer_scale_rate",
+            "layer_steps",
+            "steps",
+        ):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
-        started = set(self.balance) - {"residual"}
-        _check("balance", self.balance, started <= set(self.scalings), "among the scalings")
+        among = set(self.balance) <= set(self.scalings)
+        _check("balance", self.balance, among, "among the scalings")
         _check("candidates", self.candidates, bool(self.candidates), "one or more")
 
 

@@ -12,7 +12,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.plan import make_plan
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.transform.find import Setting
+from rotq.transform.setting import Setting
 
 SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
 W4A4KV4 = {
@@ -31,7 +31,8 @@ LEARNED = {
     **W4A4KV4,
     "transform.method": "learned",
     "transform.scalings": SCALED,
-    "transform.balance": ["residual", "value", "query_key", "up"],
+    "transform.balance": ["value", "query_key", "up"],
+    "transform.layer_steps": 3,
     "transform.steps": 6,
     "transform.save_every": 2,
     "transform.top_k": 32,

@@ -189,9 +189,11 @@ def transform_line(transform: dict[str, Any]) -> str:
         scores = ", ".join(f"{name} {score:.4g}" for name, score in transform["scores"].items())
         return f"{transform['chosen']}, by {transform['judge']} of {scores}"
     parts = [str(transform["method"])]
-    if "steps" in transform:
-        before, after = transform["loss_first_quarter"], transform["loss_last_quarter"]
-        parts.append(f"{transform['steps']} steps, loss {before:.3g} to {after:.3g}")
+    for name in ("layers", "model", "optrot"):
+        if name in transform:
+            phase = transform[name]
+            before, after = phase["loss_first_quarter"], phase["loss_last_quarter"]
+            parts.append(f"{phase['steps']} steps, loss {before:.3g} to {after:.3g}")
     if "residual_angle" in transform:
         parts.append(f"R1 turned by {transform['residual_angle']:.3f} rad")
     return ", ".join(parts)

@@ -95,26 +95,14 @@ def fused_tensors(
     Yields:
         Path and tensor of the basis' dtype.
     """
-    scales = Scales() if basis.scales is None else basis.scales[layer_index]
-    attention_readers = (adapter.query, adapter.key, adapter.value)
-    mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
-    norms = (
-        (adapter.attention_norm, attention_readers, scales.qkv_D),
-        (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
-    )
-    reads: dict[str, _Map] = {}
-    for norm, readers, scale_D in norms:
-        gain_D = None
-        if basis.residual_DD is not None:
-            gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
-        reads |= dict.fromkeys(readers, _Map(gain_D, basis.residual_DD, scale_D))
-    writers = (adapter.attention_output, *adapter.mlp_writers(block))
-    writes = dict.fromkeys(writers, _Map(matrix=basis.residual_DD))
-    _add_heads(reads, writes, adapter, basis, scales, layer_index)
-    _add_up(reads, writes, block, adapter, basis, scales)
+    reads, writes = block_maps(block, tensors, adapter, basis, layer_index)
     for path in dict.fromkeys((*reads, *writes)):
-        yield from _fused_linear(path, tensors, reads.get(path, _Map()), writes.get(path, _Map()))
-    for norm, _, scale_D in norms:
+        yield from _fused_linear(path, tensors, reads.get(path, Map()), writes.get(path, Map()))
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    for norm, scale_D in (
+        (adapter.attention_norm, scales.qkv_D),
+        (adapter.mlp_norm, scales.gate_up_D),
+    ):
         yield from _fused_norm(f"{norm}.weight", tensors, adapter.norm_offset, basis, scale_D)
     if adapter.query_norm and scales.query_key_HK is not None:
         for norm, factor_K in (
@@ -125,7 +113,41 @@ def fused_tensors(
             yield f"{norm}.weight", gain_K * factor_K.to(gain_K.device) - adapter.norm_offset
 
 
-class _Map:
+def block_maps(
+    block: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: Adapter,
+    basis: Basis,
+    layer_index: int,
+) -> tuple[dict[str, Map], dict[str, Map]]:
+    """What a basis does to the columns (``reads``) and rows (``writes``) of each linear's weight.
+
+    Args: as of ``fused_tensors``.
+
+    Returns:
+        By path inside the block; a linear that is in neither stays as it is.
+    """
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    attention_readers = (adapter.query, adapter.key, adapter.value)
+    mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
+    norms = (
+        (adapter.attention_norm, attention_readers, scales.qkv_D),
+        (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
+    )
+    reads: dict[str, Map] = {}
+    for norm, readers, scale_D in norms:
+        gain_D = None
+        if basis.residual_DD is not None:
+            gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
+        reads |= dict.fromkeys(readers, Map(gain_D, basis.residual_DD, scale_D))
+    writers = (adapter.attention_output, *adapter.mlp_writers(block))
+    writes = dict.fromkeys(writers, Map(matrix=basis.residual_DD))
+    _add_heads(reads, writes, adapter, basis, scales, layer_index)
+    _add_up(reads, writes, block, adapter, basis, scales)
+    return reads, writes
+
+
+class Map:
     """x -> x diag(before) M diag(after) over the last axis; what is None is left out.
 
     M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads
@@ -166,6 +188,14 @@ class _Map:
         heads = x.reshape(*x.shape[:-1], H, -1, d)  # [..., H, heads per group, d] @ [H, d, d]
         return (heads @ folded).reshape(x.shape)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What is read, where a weight's columns are mapped so: x diag(before)^-1 M diag(after)^-1.
+
+        The matrix is orthogonal, so that products with weights stay as they are.
+        """
+        before, after = (None if f is None else 1 / f for f in (self.before, self.after))
+        return Map(before, self.matrix, after, online=self.online)(x)
+
     def on_rows(self, weight_NK: Tensor) -> Tensor:
         """The map of what a layer writes: it acts on the weight's first axis."""
         if self.matrix is not None and self.matrix.ndim == 2 and not self.online:
@@ -182,7 +212,7 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _fused_linear(
-    path: str, tensors: Mapping[str, Tensor], reads: _Map, writes: _Map
+    path: str, tensors: Mapping[str, Tensor], reads: Map, writes: Map
 ) -> Iterator[tuple[str, Tensor]]:
     """The weight, and the bias where there is one, if they change."""
     dtype = reads.dtype or writes.dtype
@@ -195,8 +225,8 @@ def _fused_linear(
 
 
 def _add_heads(
-    reads: dict[str, _Map],
-    writes: dict[str, _Map],
+    reads: dict[str, Map],
+    writes: dict[str, Map],
     adapter: Adapter,
     basis: Basis,
     scales: Scales,
@@ -205,16 +235,16 @@ def _add_heads(
     """R2, S of values, and S of queries and keys where no norm stands behind them."""
     R_Hdd = None if basis.value is None else basis.value[layer_index]
     S_HK = scales.value_HK
-    writes[adapter.value] = _Map(None if S_HK is None else 1 / S_HK, R_Hdd)
-    reads[adapter.attention_output] = _Map(S_HK, R_Hdd)
+    writes[adapter.value] = Map(None if S_HK is None else 1 / S_HK, R_Hdd)
+    reads[adapter.attention_output] = Map(S_HK, R_Hdd)
     if scales.query_key_HK is not None and not adapter.query_norm:
-        writes[adapter.query] = _Map(1 / scales.query_key_HK)
-        writes[adapter.key] = _Map(scales.query_key_HK)
+        writes[adapter.query] = Map(1 / scales.query_key_HK)
+        writes[adapter.key] = Map(scales.query_key_HK)
 
 
 def _add_up(
-    reads: dict[str, _Map],
-    writes: dict[str, _Map],
+    reads: dict[str, Map],
+    writes: dict[str, Map],
     block: nn.Module,
     adapter: Adapter,
     basis: Basis,
@@ -225,12 +255,12 @@ def _add_up(
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
         if factors_I is not None:
-            writes[up] = _Map(1 / factors_I)
+            writes[up] = Map(1 / factors_I)
         if basis.down is not None:
             size = cast(nn.Linear, block.get_submodule(down)).in_features
             signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
             factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
-        reads[down] = _Map(factors_I, online=basis.down is not None)
+        reads[down] = Map(factors_I, online=basis.down is not None)
 
 
 def _fused_norm(

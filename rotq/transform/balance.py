@@ -1,17 +1,15 @@
-"""Scales, and an R1 that goes with them, in closed form from mean squares of features.
+"""Scales in closed form, from mean squares of features.
 
 Rounding features x' = x T makes an error of the square of their range, spread evenly, which W T^-T
-carries on. With x_k^2 the mean square of a feature and w_k^2 the sum of squares of what reads
-it, the error to be made small is
+Rounding features x' = x T makes an error of the square of their range, spread evenly, which W T^-T
+Hadamard matrix behind S that mixes all features, the error to be made small is
 
-    (sum_k x_k^2 / S_k^2) (sum_k w_k^2 S_k^2)       where a Hadamard behind S mixes all features
-    (max_k x_k^2 / S_k^2) (sum_k w_k^2 S_k^2)       where nothing does: behind a norm, T = R1 / S
+    (sum_k x_k^2 / S_k^2) (sum_k w_k^2 S_k^2),      least at    S_k^4 = x_k^2 / w_k^2
 
-The first has its minimum at S_k^4 = x_k^2 / w_k^2 (up, value; query_key with queries in place of
-w). The second has it at S_k^2 = x_k^2, and comes to sum_k w_k^2 x_k^2 there. That is small in a
-basis where features that are large are read weakly, as outliers are; a Hadamard over all features
-would make them all alike. So R1 sorts features by x_k^2 / w_k^2 and mixes each with its neighbours
-only: blocks of ``BLOCK``, enough for features without outliers of their own, with one factor each.
+That is so for up and value; for query_key keys are what is rounded and queries what reads them.
+Behind a norm nothing mixes after S, and the largest feature sets the range:
+
+    (max_k x_k^2 / S_k^2) (sum_k w_k^2 S_k^2),      least at    S_k^2 = x_k^2
 
 Shape suffixes: B windows, T positions, D hidden size, M tokens, K features, F free factors.
 """
@@ -33,10 +31,6 @@ from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
 from rotq.rotations.fuse import normalized
-from rotq.rotations.hadamard import orthogonal, random_signs
-
-BLOCK = 64
-"""Features that R1 mixes."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +60,6 @@ class Balancer:
     skeleton: Skeleton
     source: TensorSource
     device: torch.device
-    dtype: torch.dtype
 
     @torch.no_grad()
     def measure(self, embedded: Sequence[Tensor]) -> list[Squares]:
@@ -78,7 +71,7 @@ class Balancer:
         skeleton, hidden = self.skeleton, list(embedded)
         found = []
         for index in range(skeleton.num_blocks):
-            block = skeleton.load_block(index, self.source, device=self.device, dtype=self.dtype)
+            block = skeleton.load_block(index, self.source, device=self.device, dtype=torch.float32)
             squares = Squares()
             handles = self._watch(block, squares)
             with calibrating(block):
@@ -90,22 +83,6 @@ class Balancer:
             self._add_weights(block, squares)
             found.append(squares)
         return found
-
-    def residual(self, squares: Sequence[Squares], seed: int) -> Tensor:
-        """R1: features sorted by how much they need, and mixed in blocks; fp64 (D, D)."""
-        ratio_D = torch.stack(
-            [
-                (block.mean_K(f"{norm}.x") / block.mean_K(f"{norm}.w")).log()
-                for block in squares
-                for norm in ("qkv", "gate_up")
-            ]
-        ).mean(0)
-        D = len(ratio_D)
-        size = mixed_features(D)
-        mixing = torch.kron(torch.eye(D // size, dtype=torch.float64), _hadamard(size))
-        R_DD = torch.empty(D, D, dtype=torch.float64)
-        R_DD[ratio_D.argsort().cpu()] = mixing
-        return random_signs(D, seed)[:, None] * R_DD
 
     def scales(
         self, squares: Sequence[Squares], basis: Basis, wanted: Sequence[str]
@@ -188,15 +165,6 @@ class Balancer:
         squares.add("value.w", block.get_parameter(f"{adapter.attention_output}.weight"))
         for expert, path in enumerate(adapter.mlp_writers(block)):
             squares.add(f"up.{expert}.w", block.get_parameter(f"{path}.weight"))
-
-
-def mixed_features(D: int) -> int:
-    """Features that R1 mixes: ``BLOCK``, or the largest power of two below that divides D."""
-    return min(BLOCK, D & -D)
-
-
-def _hadamard(size: int) -> Tensor:
-    return orthogonal("hadamard", size, 0)
 
 
 def _tied(per_feature_K: Tensor, scaling: Scaling) -> Tensor:

@@ -17,10 +17,9 @@ from torch import Tensor
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
 from rotq.rotations.fuse import fused_tensors
+from rotq.transform.layer_error import BLOCKS_PER_STEP, spaced
 from rotq.transform.parameters import Parameters
 from rotq.transform.train import pass_on
-
-BLOCKS_PER_STEP = 8
 
 
 def backward(
@@ -38,12 +37,9 @@ def backward(
     named = parameters.basis().tensors()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     basis = parameters.start.with_tensors(leaves)
-    count = min(BLOCKS_PER_STEP, skeleton.num_blocks)
-    # evenly spaced, so that a step sees early and late blocks
-    first, apart = step % skeleton.num_blocks, max(1, skeleton.num_blocks // count)
     total = 0.0
-    for turn in range(count):
-        index = (first + turn * apart) % skeleton.num_blocks
+    chosen = spaced(step, skeleton.num_blocks, BLOCKS_PER_STEP)
+    for index in chosen:
         block = skeleton.load_block(index, source, device=device, dtype=torch.float32)
         stored = dict(block.named_parameters())
         fused = dict(fused_tensors(block, stored, skeleton.adapter, basis, index))
@@ -53,7 +49,7 @@ def backward(
             for path in site.linears
             if f"{path}.weight" in fused
         ]
-        loss = torch.stack(flatness).mean() / count
+        loss = torch.stack(flatness).mean() / len(chosen)
         loss.backward()
         total += loss.item()
     pass_on(named, leaves)

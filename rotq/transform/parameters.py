@@ -82,6 +82,13 @@ class Parameters:
         return self.start.with_tensors(named)
 
     @torch.no_grad()
+    def restart(self) -> tuple[Basis, dict[str, Tensor]]:
+        """Where they are now, as other parameters can start there: matrices, and free factors."""
+        named = self.finished().tensors()
+        matrices = {name: tensor for name, tensor in named.items() if ".scales." not in name}
+        return self.start.with_tensors(matrices), {n: log.exp() for n, log in self.logs.items()}
+
+    @torch.no_grad()
     def finished(self) -> Basis:
         """The basis in fp64 on the CPU, its matrices orthogonal to 1e-12."""
         named = {}

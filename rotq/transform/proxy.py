@@ -106,7 +106,7 @@ class Judge:
         """Sum over tokens of the square of the grid's step."""
         if self.activations is None:
             return 0.0
-        return _squared_step(x_MK, self.activations.bits, self.activations.symmetric).sum().item()
+        return squared_steps(x_MK, self.activations.bits, self.activations.symmetric).sum().item()
 
 
 def layer_score(
@@ -123,15 +123,15 @@ def layer_score(
     damped_KK, _ = damp(hessian_KK, damping)
     spread_K = 1 / inverse_factor(damped_KK).diagonal().double().square()
     weight_NGg = weight_NK.float().view(len(weight_NK), -1, grid.columns_per_group(len(spread_K)))
-    step_NG = _squared_step(weight_NGg, grid.bits, grid.symmetric).double()
+    step_NG = squared_steps(weight_NGg, grid.bits, grid.symmetric).double()
     spread_G = spread_K.view(step_NG.shape[1], -1).sum(-1)
     error = (step_NG @ spread_G).sum() + squared_step * weight_NK.double().square().sum()
     energy = ((weight_NK.float() @ hessian_KK) * weight_NK).double().sum()
     return (error / 12 / energy.clamp(min=1e-30)).item()
 
 
-def _squared_step(x: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """(range / number of steps)^2 over the last axis."""
+def squared_steps(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """s^2 of the grid that covers the range over the last axis."""
     high, low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
     reach = 2 * torch.maximum(high, -low) if symmetric else high - low
     return (reach / (2**bits - 1)).square()

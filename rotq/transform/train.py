@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,6 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
-from rotq.recipe import Transform
 from rotq.transform.parameters import Parameters
 
 WARM_UP = 8
@@ -27,14 +27,25 @@ Backward = Callable[[int], float]
 """Adds the gradients of step ``i``'s loss to the free parameters; returns the loss."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How many steps, and how large they may be."""
+
+    steps: int
+    angle: float
+    """Rms angle of a matrix, radians."""
+    scale_rate: float
+    """Relative change of a factor."""
+
+
 class Trainer:
     """Parameters, their optimizer, and the losses so far."""
 
-    def __init__(self, parameters: Parameters, options: Transform, backward: Backward) -> None:
-        self.parameters, self.options, self.backward = parameters, options, backward
+    def __init__(self, parameters: Parameters, pace: Pace, backward: Backward) -> None:
+        self.parameters, self.pace, self.backward = parameters, pace, backward
         groups = [
-            {"params": list(parameters.rotations().values()), "rate": options.angle},
-            {"params": list(parameters.logs.values()), "rate": options.scale_rate},
+            {"params": list(parameters.rotations().values()), "rate": pace.angle},
+            {"params": list(parameters.logs.values()), "rate": pace.scale_rate},
         ]
         # gradients are small numbers (a loss per token over d^2 entries), so epsilon must be too
         self.optimizer = torch.optim.Adam(
@@ -50,7 +61,7 @@ class Trainer:
         """
         index = len(self.losses)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * schedule(index, self.options.steps)
+            group["lr"] = group["rate"] * schedule(index, self.pace.steps)
         self.optimizer.zero_grad()
         with torch.enable_grad():
             loss = self.backward(index)

@@ -22,7 +22,7 @@ class Interrupted(Progress):
     """Stops a training as a signal would."""
 
     def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
-        if step == 3:
+        if (name, step) == ("model", 3):
             raise KeyboardInterrupt
 
 
@@ -64,19 +64,26 @@ def test_the_report_has_losses_angles_and_ranges(learned):
     setting, _, _ = learned
     found = setting.job.results(TRANSFORM)
     assert found["method"] == "learned"
-    assert found["steps"] == 6
-    assert math.isfinite(found["loss_first_quarter"])
-    assert 0.001 < found["value_angle"] < 0.2
-    assert found["residual_angle"] > 0.1
+    assert (found["layers"]["steps"], found["model"]["steps"]) == (3, 6)
+    assert found["layers"]["loss_first_quarter"] > 0
+    assert math.isfinite(found["model"]["loss_first_quarter"])
+    assert 0.01 < found["value_angle"] < 0.2
+    assert 0.01 < found["residual_angle"] < 0.5
     for name in SCALED:
         assert 0 < found[f"{name}_smallest"] < 1 < found[f"{name}_largest"]
 
 
 def test_training_lowers_the_loss(tmp_path):
-    one = {**LEARNED, "transform.steps": 24, "transform.angle": 0.05, "transform.balance": []}
+    one = {
+        **LEARNED,
+        "transform.layer_steps": 0,
+        "transform.steps": 24,
+        "transform.angle": 0.05,
+        "transform.balance": [],
+    }
     setting = make_setting(tmp_path / "job", one, num_windows=1)
     find(setting)
-    found = setting.job.results(TRANSFORM)
+    found = setting.job.results(TRANSFORM)["model"]
     assert found["loss_last_quarter"] < 0.85 * found["loss_first_quarter"]
 
 
@@ -84,7 +91,7 @@ def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
     _, _, basis = learned
     with pytest.raises(KeyboardInterrupt):
         find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
-    assert (tmp_path / "job" / "transform-learned-state.safetensors").exists()
+    assert (tmp_path / "job" / "transform-model.safetensors").exists()
     again = make_setting(tmp_path / "job", LEARNED)
     _, found = find(again)
     assert found.checksum() == basis.checksum()
@@ -139,7 +146,7 @@ def test_auto_scores_its_candidates_and_takes_the_least(tmp_path, judge):
     assert found["chosen"] == min(scores, key=scores.__getitem__)
     assert any(f"transform: {found['chosen']} by {judge}" in text for text in progress.messages)
     assert (basis.checksum() == drawn.checksum()) == (found["chosen"] == "hadamard")
-    optrot = found["candidates"]["optrot"]
+    optrot = found["candidates"]["optrot"]["optrot"]
     assert optrot["loss_last_quarter"] < optrot["loss_first_quarter"]
 
 
@@ -160,14 +167,14 @@ def test_fixed_is_what_was_drawn(tmp_path):
 
 def test_a_whole_job(tmp_path: Path):
     model = make_checkpoint(tmp_path / "model")
-    choices = {**LEARNED, "transform.steps": 2}
+    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2}
     choices |= {key: f"[{', '.join(v)}]" for key, v in choices.items() if isinstance(v, list)}
     given = [part for key, value in choices.items() for part in ("--set", f"{key}={value}")]
     result = quantize(model, *SMALL, *given, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "transform learned step 2/2  loss" in result.output
+    assert "transform model step 2/2  loss" in result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["transform"]["steps"] == 2
+    assert report["transform"]["model"]["steps"] == 2
     assert report["rotation"]["residual"].endswith(", learned")
     assert report["rotation"]["largest_relative_difference"] < 1e-9
 
@@ -175,7 +182,7 @@ def test_a_whole_job(tmp_path: Path):
 def test_recipe_bounds():
     with pytest.raises(ValueError, match=r"transform\.balance: .* is not among the scalings"):
         load_recipe(None, {"transform.balance": ["up"]})
-    with pytest.raises(ValueError, match=r"transform\.steps: 0 is not at least 1"):
-        load_recipe(None, {"transform.steps": 0})
+    with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 or more"):
+        load_recipe(None, {"transform.steps": -1})
     with pytest.raises(ValueError, match=r"transform\.method: 'best' is not one of"):
         load_recipe(None, {"transform.method": "best"})
