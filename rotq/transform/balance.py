@@ -1,8 +1,8 @@
 """Scales in closed form, from mean squares of features.
 
 Rounding features x' = x T makes an error of the square of their range, spread evenly, which W T^-T
-Rounding features x' = x T makes an error of the square of their range, spread evenly, which W T^-T
-Hadamard matrix behind S that mixes all features, the error to be made small is
+carries on. With x_k^2 the mean square of a feature, w_k^2 the sum of squares of what reads it, and
+a Hadamard matrix behind S that mixes all features, the error to be made small is
 
     (sum_k x_k^2 / S_k^2) (sum_k w_k^2 S_k^2),      least at    S_k^4 = x_k^2 / w_k^2
 
