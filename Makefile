@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := models/smollm2
 
-.PHONY: help setup fmt lint type test regress demo ci
+.PHONY: help setup fmt lint type test regress compile demo ci
 
 help:  ## show the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +31,9 @@ test: setup  ## run all tests
 
 regress: setup  ## presets on small models, against the figures on record
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/regress.py
+
+compile: setup  ## compile every kernel for every target, and compare with kernels/COMPILE.md
+	$(BIN)/python -m rotq_kernels.compile_check
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

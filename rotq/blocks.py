@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Streams, Track
 from rotq.formats.integer import Grid, Quantized
-from rotq.layers import OnlineLinear
+from rotq.layers import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
@@ -213,7 +213,8 @@ class BlockQuantizer:
             )
         if new:
             track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
-        return {name: _prepared(block, name, seen[name]) for name in names}, output_BTD
+        multiplied = {name: prepared_input(block.get_submodule(name), seen[name]) for name in names}
+        return multiplied, output_BTD
 
     def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
         attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
@@ -270,11 +271,6 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
     return module
-
-
-def _prepared(block: nn.Module, name: str, x_MK: Tensor) -> Tensor:
-    linear = _linear(block, name)
-    return linear.prepare_input(x_MK) if isinstance(linear, OnlineLinear) else x_MK
 
 
 def _stacks(

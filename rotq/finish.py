@@ -164,6 +164,11 @@ def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobR
             made.skeleton.block_name(index): block["effective_share"]
             for index, block in enumerate(recorded)
         },
+        flatness={
+            f"{made.skeleton.block_name(index)}.{site}": change
+            for index, block in enumerate(recorded)
+            for site, change in block["flatness"].items()
+        },
         tuning=made.job.results(TUNING) if made.job.recorded(TUNING) else {},
         notes=notes,
     )

@@ -24,8 +24,7 @@ from rotq.rotations.hadamard import fast_hadamard
 
 def rotate_input(x: Tensor, signs_K: Tensor) -> Tensor:
     """(x * signs) H over the last axis, in fp32 (fp64 for fp64 inputs), cast back to x's dtype."""
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    return fast_hadamard(wide * signs_K.to(wide.dtype), len(signs_K)).to(x.dtype)
+    return fast_hadamard(x, len(signs_K), signs_K)
 
 
 def prepare_input(x: Tensor, signs_K: Tensor | None, grid: ActivationGrid | None) -> Tensor:
@@ -74,6 +73,11 @@ class OnlineLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.prepare_input(input), self.weight, self.bias)
+
+
+def prepared_input(linear: nn.Module, x: Tensor) -> Tensor:
+    """What the weight of a dense layer multiplies, given its input."""
+    return linear.prepare_input(x) if isinstance(linear, OnlineLinear) else x
 
 
 class QuantLinear(nn.Module):

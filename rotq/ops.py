@@ -1,5 +1,6 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
+from rotq_kernels.hadamard import hadamard, hadamard_reference
 from rotq_kernels.kv_attention import packed_attention
 from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv, encode_kv_reference
 from rotq_kernels.kv_format import (
@@ -40,6 +41,8 @@ __all__ = [
     "encode_kv",
     "encode_kv_reference",
     "encode_norm",
+    "hadamard",
+    "hadamard_reference",
     "key_mean",
     "level_values",
     "pack",

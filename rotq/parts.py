@@ -15,6 +15,7 @@ from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
+from rotq.flatness import Change
 from rotq.job import Job, block_part
 from rotq.layers import QuantLinear
 from rotq.models.skeleton import Skeleton
@@ -22,7 +23,14 @@ from rotq.plan import Plan
 from rotq.report import peak_rss
 
 
-def save_block(job: Job, skeleton: Skeleton, index: int, outcome: Outcome, seconds: float) -> None:
+def save_block(
+    job: Job,
+    skeleton: Skeleton,
+    index: int,
+    outcome: Outcome,
+    flatness: Mapping[str, Change],
+    seconds: float,
+) -> None:
     """Write the block's part: packed layers, and the rest in the model's dtype."""
     prefix = skeleton.block_name(index)
     tensors: dict[str, Tensor] = {}
@@ -38,6 +46,7 @@ def save_block(job: Job, skeleton: Skeleton, index: int, outcome: Outcome, secon
         {
             "layers": [asdict(layer) for layer in outcome.layers],
             "effective_share": outcome.effective_share,
+            "flatness": {site: asdict(change) for site, change in flatness.items()},
             "seconds": seconds,
             "peak_rss": peak_rss(),
         },

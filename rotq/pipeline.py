@@ -8,6 +8,7 @@ recomputed, so that the result has the same bytes as an unbroken one.
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import Source, describe_source, open_source, read_tensor
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
+from rotq.flatness import Change, FlatnessMeter
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
-from rotq.memory import release_memory
+from rotq.memory import release_memory, settled_objects
 from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
@@ -82,7 +84,8 @@ def quantize_model(
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
-            return _run(setup)
+            with settled_objects():
+                return _run(setup)
         except KeyboardInterrupt:
             raise Stopped(
                 f"stopped; finished blocks are kept in {job.folder}, "
@@ -134,15 +137,16 @@ def _set_up(
     """Everything that can be refused is refused here, before the first block."""
     started = time.monotonic()
     source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    # first, because tokenizing a text of some MB is what most memory is used for until then
+    windows = load_windows(
+        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+    )
+    release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames)
     basis = _basis(recipe, skeleton)
     wanted = _dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
-    windows = load_windows(
-        recipe.calibration, load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-    )
-    release_memory()
     job.claim(
         {
             "recipe": recipe.to_dict(),
@@ -192,14 +196,14 @@ def _run(setup: _Setup) -> JobReport:
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
     probe = Probe(skeleton, setup.basis, setup.windows.ids_BT)
-    streams = _start(setup, quantizer, probe)
+    meter = _meter(setup)
+    streams = _start(setup, quantizer, probe, meter)
     release_memory()
     structure: list[nn.Module] = []
     for index in range(skeleton.num_blocks):
         started = time.monotonic()
         progress.block_started(index, skeleton.num_blocks)
-        exact = skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
-        original = probe.rotate_block(index, exact).to(setup.dtype)
+        original, flatness = _rotated(setup, probe, meter, index)
         if job.finished(block_part(index)):
             part = job.part(block_part(index))
             finished = restored_block(part, skeleton, index, original, setup.plan, setup.device)
@@ -208,7 +212,8 @@ def _run(setup: _Setup) -> JobReport:
         else:
             outcome = quantizer.quantize(index, original, streams)
             finished = outcome.block
-            save_block(job, skeleton, index, outcome, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            save_block(job, skeleton, index, outcome, flatness, seconds)
         structure.append(hollow(finished))
         probe.advance(index, finished)
         if streams is not None and index + 1 < skeleton.num_blocks:
@@ -238,6 +243,18 @@ def _find_basis(setup: _Setup) -> Basis:
     return find_basis(setting, setup.basis)
 
 
+def _rotated(
+    setup: _Setup, probe: Probe, meter: FlatnessMeter | None, index: int
+) -> tuple[nn.Module, dict[str, Change]]:
+    """The original block in the model's dtype, rotated; and what that did to its inputs."""
+    exact = setup.skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
+    if meter is None:
+        return probe.rotate_block(index, exact).to(setup.dtype), {}
+    plain = copy.deepcopy(exact).to(setup.dtype)
+    original = probe.rotate_block(index, exact).to(setup.dtype)
+    return original, meter.measure(index, plain, original)
+
+
 def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:
     """Train scales and gains of all blocks, and take the probe through the result."""
     job, skeleton = setup.job, setup.skeleton
@@ -258,14 +275,35 @@ def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Pr
         probe.advance(index, restored_block(part, skeleton, index, block, setup.plan, setup.device))
 
 
-def _start(setup: _Setup, quantizer: BlockQuantizer, probe: Probe) -> Streams | None:
+def _meter(setup: _Setup) -> FlatnessMeter | None:
+    """None where flatness does not matter, or is not wanted."""
+    calibration = setup.recipe.calibration
+    rounded = setup.plan.inputs is not None or setup.plan.kv is not None
+    if (setup.basis.is_identity and not rounded) or not calibration.flatness_tokens:
+        return None
+    return FlatnessMeter(
+        setup.skeleton,
+        setup.windows.ids_BT,
+        num_tokens=calibration.flatness_tokens,
+        device=setup.device,
+        precision=calibration.precision,
+    )
+
+
+def _start(
+    setup: _Setup, quantizer: BlockQuantizer, probe: Probe, meter: FlatnessMeter | None
+) -> Streams | None:
     """Rotate what lies outside the blocks, save it, and embed the calibration windows."""
     skeleton, job = setup.skeleton, setup.job
     original = skeleton.load_outer(setup.source, dtype=setup.dtype)
     probe.start(original)
+    if meter is not None:
+        meter.start(original)
     fused = fuse_outer(original, skeleton.adapter, setup.basis, in_place=True)
     del original
     probe.start_quantized(fused)
+    if meter is not None:
+        meter.start_transformed(fused)
     if not job.finished(OUTER):
         save_tensors(job.part(OUTER), fused)
         job.record(OUTER, {"rotation": setup.basis.checksum()})

@@ -108,6 +108,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         notes.append(
             f"scales are stored as {str(stored).removeprefix('torch.')}: other loaders need them so"
         )
+    if inputs is not None and recipe.output.format != "rotq" and dtype != torch.float32:
+        notes.append(
+            f"other loaders find the scales of activations in {str(dtype).removeprefix('torch.')}, "
+            "rotq in float32: their results differ"
+        )
     return Plan(
         grids=grids,
         shapes=shapes,

@@ -127,10 +127,14 @@ class Calibration:
     """Keep the activation streams in files in the job folder instead of in memory."""
     precision: Literal["highest", "medium"] = "medium"
     """fp32 matrix products of the calibration passes: fp32, or bf16 products with fp32 sums."""
+    flatness_tokens: int = 2048
+    """Tokens on which the report's figures of flatness are taken, where something is rotated or
+    rounded at run time; 0 leaves them out."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _check("flatness_tokens", self.flatness_tokens, self.flatness_tokens >= 0, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rotq.memory import trim_memory
 
+_BLOCKS_PER_TRIM = 5
+
 Run = Callable[[Tensor], Tensor]
 """A block: (B, T, D) to (B, T, D), the same for the same input."""
 
@@ -23,9 +25,9 @@ def run_forward(blocks: Sequence[Run], hidden_BTD: Tensor) -> list[Tensor]:
     """Without gradients: the inputs of all blocks, and the output of the last."""
     states = [hidden_BTD]
     with torch.no_grad():
-        for block in blocks:
+        for index, block in enumerate(blocks):
             states.append(block(states[-1]))
-            trim_memory()
+            _trim_now_and_then(index)
     return states
 
 
@@ -40,7 +42,7 @@ def run_backward(blocks: Sequence[Run], states: list[Tensor], slope_BTD: Tensor)
     Returns:
         The slope at the first block's input.
     """
-    for block in reversed(blocks):
+    for index, block in reversed(list(enumerate(blocks))):
         given_BTD = states.pop().requires_grad_()
         with torch.enable_grad():
             output_BTD = block(given_BTD)
@@ -48,5 +50,11 @@ def run_backward(blocks: Sequence[Run], states: list[Tensor], slope_BTD: Tensor)
         assert given_BTD.grad is not None, "the block's input reaches its output"
         slope_BTD = given_BTD.grad
         del output_BTD
-        trim_memory()
+        _trim_now_and_then(index)
     return slope_BTD
+
+
+def _trim_now_and_then(index: int) -> None:
+    # giving memory back takes as long as a block's products; blocks use what others have freed
+    if index % _BLOCKS_PER_TRIM == 0:
+        trim_memory()

@@ -16,7 +16,7 @@ ARROWS: list[set[str]] = [
     {"finish", "tuning", "transform"},
     {"tunable", "streamed"},
     {"parts"},
-    {"blocks", "probe"},
+    {"blocks", "probe", "flatness"},
     {"plan", "job", "weighing"},
     {"evaluation", "checkpoint"},
     {"report"},

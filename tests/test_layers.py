@@ -93,6 +93,16 @@ def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
     assert torch.equal(other.prepare_input(x), fake_quantize(turned, other.input_grid))
 
 
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+def test_online_layers_compile_without_a_break() -> None:
+    linear = nn.Linear(48, 8).requires_grad_(False)
+    grid = ActivationGrid(bits=4, symmetric=False)
+    layer = OnlineLinear.wrap(linear, signs_K=random_signs(48, 0), input_grid=grid)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(random_input(48)), layer(random_input(48)))
+
+
 def test_nothing_dense_is_kept() -> None:
     layer = QuantLinear.from_quantized(random_quantized(64, 256, W4_SYMMETRIC))
     layer(random_input(256))

@@ -143,6 +143,35 @@ def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
     assert (loaded(ids_BT, use_cache=False).logits - rounded_BTV).abs().max() > 1e-2
 
 
+def test_w4a8_in_compressed_tensors(tmp_path: Path) -> None:
+    model = make_checkpoint("qwen3", tmp_path / "model")
+    grids = {"weights.symmetric": True, "weights.group_size": 16, "activations.bits": 8}
+    run(model, tmp_path / "out", **grids, activations__symmetric=True, rotation__value="hadamard")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours = load_model(tmp_path / "out")
+    ids_BT = torch.arange(1, 25)[None]
+    assert torch.equal(theirs(ids_BT).logits, ours(ids_BT).logits)
+
+
+def test_flatness_is_reported_where_it_matters(tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path / "model")
+    more = {"weights.group_size": 16, "calibration.flatness_tokens": 60}
+    report = run(model, tmp_path / "rotated", **more, rotation__residual="hadamard")
+    assert list(report.flatness) == [
+        f"model.layers.{index}.{site}"
+        for index in (0, 1)
+        for site in ("qkv", "o", "gate_up", "down")
+    ]
+    qkv = report.flatness["model.layers.1.qkv"]
+    assert qkv["after"]["spread"] < qkv["before"]["spread"]
+    assert qkv["after"]["log_qsur"] > qkv["before"]["log_qsur"]
+    assert report.flatness["model.layers.1.down"]["before"]["log_qsur"] is None
+    assert JobReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert not run(model, tmp_path / "plain", **more).flatness
+    off = {**more, "calibration.flatness_tokens": 0}
+    assert not run(model, tmp_path / "off", **off, rotation__residual="hadamard").flatness
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe-mixed"])
 def test_solver_and_tuning_see_rounded_inputs(name: str, tmp_path: Path) -> None:
     model = make_checkpoint(name, tmp_path / "model")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import MemorySource, tiny_model
 
+from rotq.formats.activations import ActivationGrid
+from rotq.layers import OnlineLinear
 from rotq.models.skeleton import Skeleton
 from rotq.plan import layer_grid, make_estimate, make_plan
 from rotq.recipe import Weights, load_recipe
@@ -74,3 +76,30 @@ def test_estimated_bytes_are_those_of_the_tensors(name: str, residual: str, tmp_
     # per output channel: a 32-bit scale and an 8-bit zero point
     packed = linear + sum(5 * site.shape[0] for site in estimate.sites)
     assert estimate.output_bytes == pytest.approx(packed + 4 * (stored + untied - linear), abs=64)
+
+
+SYMMETRIC = {"weights__symmetric": True, "weights__group_size": 16, "activations__bits": 8}
+
+
+def test_rounded_inputs_of_experts_need_the_rotq_format():
+    with pytest.raises(ValueError, match=r"experts read; set output\.format=rotq"):
+        make_plan(skeleton("mixtral"), recipe(**SYMMETRIC), torch.float32)
+    plan = make_plan(skeleton("mixtral"), recipe(**SYMMETRIC, output__format="rotq"), torch.float32)
+    assert plan.inputs == ActivationGrid(bits=8, symmetric=False)
+    assert plan.kv is None
+
+
+def test_scales_found_in_another_dtype_are_noted():
+    for dtype, noted in ((torch.bfloat16, True), (torch.float32, False)):
+        plan = make_plan(skeleton("llama"), recipe(**SYMMETRIC), dtype)
+        assert any("activations in bfloat16" in note for note in plan.notes) == noted
+
+
+def test_only_planned_layers_round_their_inputs():
+    rules = [{"match": "o_proj", "keep": True}]
+    found = skeleton("llama")
+    plan = make_plan(found, recipe(**SYMMETRIC, weights__overrides=rules), torch.float32)
+    block = found.blocks[1]
+    plan.round_online(block, found.block_name(1), found.adapter)
+    assert block.mlp.down_proj.input_grid == ActivationGrid(bits=8, symmetric=False)
+    assert not isinstance(block.self_attn.o_proj, OnlineLinear)

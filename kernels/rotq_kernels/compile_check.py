@@ -13,6 +13,7 @@ A module of this package lists what to compile in COMPILE_CASES, dicts with
     targets     names of TARGETS; all if left out
     elements    packed elements (keys and values, or weights) that a program treats in one round
                 of its main loop; without it, figures per element are left out
+    whole       True for a kernel without a loop: its figures per element are of all of it
     bits        bits of memory that each of these takes, 3.125 if left out
     headline    whether the quick check of the tests compiles it; the first of each kernel is
 
@@ -119,7 +120,7 @@ def _compile(case: Case, target: str) -> Any:
 
 
 def _loop_figures(case: Case, target: str, listing: Listing) -> Row:
-    body = listing.main_loop()
+    body = list(listing.instructions) if case.get("whole") else listing.main_loop()
     row: Row = {
         "loop_instructions": len(body),
         "loop_integer": sum(map(is_integer, body)),

@@ -20,7 +20,8 @@ Made by `python -m rotq_kernels.compile_check --update` with Triton {version} an
 are static, and occupancy and roofline are **modelled** from them (`rotq_kernels/roofline.py`),
 not measured. The tests fail where a figure gets worse.
 
-- instr: instructions of the whole kernel; loop: those of its main loop, "-" where that was unrolled
+- instr: instructions of the whole kernel; loop: those of its main loop, "-" where that was
+  unrolled; all of them for runs of the Hadamard transform, which has no loop there
 - instr/elem, int/elem, smem B/elem: lane-instructions of the main loop, those of the narrow pipe
   (integers and selects; on gfx942 every VALU instruction), and bytes of shared memory that load
   and store instructions pass (not what wgmma and tcgen05 read by themselves), for each packed

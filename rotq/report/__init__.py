@@ -4,6 +4,7 @@ from rotq.report.progress import Progress
 from rotq.report.results import (
     BlockResult,
     Estimate,
+    Flatness,
     JobReport,
     LayerResult,
     SiteEstimate,
@@ -13,6 +14,7 @@ from rotq.report.results import (
 __all__ = [
     "BlockResult",
     "Estimate",
+    "Flatness",
     "JobReport",
     "LayerResult",
     "Progress",

@@ -54,6 +54,18 @@ class BlockResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flatness:
+    """How evenly the inputs of one site use a quantizer's range; ``rotq.flatness`` defines it."""
+
+    max_over_rms: float
+    kurtosis: float
+    spread: float
+    """Largest variance of a feature over the mean variance."""
+    log_qsur: float | None
+    """log QSUR^(1/d); None where the sample has no more tokens than the site has features."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobReport:
     """Everything ``report.json`` holds."""
 
@@ -86,6 +98,9 @@ class JobReport:
     """Effective sample size per layer, as a share of the calibration tokens."""
     tuning: dict[str, float] = field(default_factory=dict)
     """Steps, and KL to the original on the calibration windows of the first and last quarter."""
+    flatness: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+    """By full name of the site ("model.layers.3.down"): fields of ``Flatness`` before and after
+    the rotations; empty where nothing is rotated or rounded at run time."""
     notes: tuple[str, ...] = ()
     """Warnings."""
     evaluation: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ The only place that formats numbers. Sizes in MB and GB are 10^6 and 10^9 bytes.
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
     rows.append(("rotation", rotation_line(report.rotation)))
     if report.transform:
         rows.append(("transform", transform_line(report.transform)))
+    if report.flatness:
+        rows.append(("max/rms of inputs", flatness_line(report.flatness)))
     if report.tuning:
         before, after = report.tuning["kl_first_quarter"], report.tuning["kl_last_quarter"]
         trained = f"{report.tuning['steps']} steps, KL {before:.3g} to {after:.3g} in training"
@@ -148,6 +151,21 @@ def quantization_line(config: dict[str, Any] | None) -> str:
     ignored = config.get("ignore") or []
     kept = f"{len(ignored)} modules kept" if ignored else ""
     return ", ".join(part for part in (*parts, *kinds, kept) if part)
+
+
+def flatness_line(flatness: dict[str, dict[str, dict[str, float | None]]]) -> str:
+    """max/rms of each kind of site, median over blocks, before and after the rotations."""
+    kinds: dict[str, list[dict[str, dict[str, float | None]]]] = {}
+    for name, change in flatness.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(change)
+    parts = []
+    for kind, changes in kinds.items():
+        before, after = (
+            statistics.median(change[when]["max_over_rms"] or 0.0 for change in changes)
+            for when in ("before", "after")
+        )
+        parts.append(f"{kind} {before:.1f} to {after:.1f}")
+    return ", ".join(parts)
 
 
 def runtime_line(config: dict[str, Any]) -> str:

@@ -25,6 +25,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from rotq import ops
+
 MAX_CORE = 1024
 """Largest core that is built; it is multiplied as a dense matrix."""
 
@@ -67,15 +69,18 @@ def hadamard(n: int) -> Tensor:
     return H
 
 
-def fast_hadamard(x: Tensor, n: int | None = None) -> Tensor:
-    """Multiply consecutive runs of n features by H / sqrt(n), from the right.
+def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None) -> Tensor:
+    """Multiply consecutive runs of n features by D H / sqrt(n), from the right.
 
-    Butterflies on the power-of-two part, one dense product with the core: n (m + a) additions a
-    row instead of n^2. Differentiable.
+    A product with the core and with Sylvester matrices of at most 32: n (m + 32 a / 5) products a
+    row instead of n^2. On a CUDA device a kernel does it, unless a gradient is wanted, or fp64.
+    Differentiable in ``x``; fp32 products are exact ones except in a differentiated call, where
+    torch's setting holds.
 
     Args:
         x: (..., K) with K a multiple of n, floating point; fp16 and bf16 are summed in fp32.
         n: Order of the transform; K where it is not given.
+        signs_n: +1 and -1, the diagonal of D; None for all +1.
 
     Returns:
         Shape and dtype of ``x``.
@@ -86,19 +91,13 @@ def fast_hadamard(x: Tensor, n: int | None = None) -> Tensor:
     n = x.shape[-1] if n is None else n
     if x.shape[-1] % n:
         raise ValueError(f"{x.shape[-1]} features are not a multiple of the order {n}")
-    m = core_order(n)
-    p = n // m
-    y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    y = y.reshape(-1, p)
-    half = 1
-    while half < p:
-        a, b = y.view(-1, p // (2 * half), 2, half).unbind(2)
-        y = torch.stack((a + b, a - b), dim=2)
-        half *= 2
-    y = y.reshape(-1, m, p)
-    if m > 1:
-        y = _core(m).to(y).T @ y  # [m, m] @ [rows, m, p]
-    return (y.reshape(x.shape) / math.sqrt(n)).to(x.dtype)
+    core_mm = _core(core_order(n)).to(x.device)
+    signs_n = None if signs_n is None else signs_n.to(device=x.device, dtype=torch.int8)
+    rows = x.reshape(x.numel() // n, n)
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    plain = x.dtype == torch.float64 or differentiated
+    transform = ops.hadamard_reference if plain else ops.hadamard
+    return transform(rows, core_mm, signs_n).reshape(x.shape)
 
 
 def random_signs(n: int, seed: int) -> Tensor:

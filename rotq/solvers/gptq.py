@@ -95,5 +95,5 @@ def round_columns(
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:
     """U, upper, with H^-1 = U^T U; computed in fp64, returned in fp32."""
-    lower_KK = torch.linalg.cholesky(hessian_KK.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower_KK), upper=True).float()
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK.double()))
+    return torch.linalg.cholesky(inverse_KK, upper=True).float()

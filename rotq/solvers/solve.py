@@ -72,6 +72,7 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
     if options.target_correction and cross_KK is not None:
         alpha = options.target_correction
         target_NK = corrected_target(weight_NK, hessian_KK, cross_KK, alpha=alpha, damping=damping)
+    del cross_KK
     target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
     scale_NG, zero_NG = _scales(target_NK, damped_KK, grid, options)
     q_NK = round_columns(target_NK, damped_KK, scale_NG, zero_NG, grid, order=options.order)

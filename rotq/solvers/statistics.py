@@ -80,8 +80,11 @@ def corrected_target(
     Raises:
         torch.linalg.LinAlgError: the damped H is not positive definite.
     """
+    # in this order at most two (K, K) matrices in fp64 are held at a time
+    product_KN = (weight_NK.double() @ cross_KK.double()).T
     damped_KK = hessian_KK.double()
     damped_KK.diagonal().add_(damping * damped_KK.diagonal().mean().clamp(min=1e-12))
     factor_KK = torch.linalg.cholesky(damped_KK)
-    change_KN = torch.cholesky_solve((weight_NK.double() @ cross_KK.double()).T, factor_KK)
+    del damped_KK
+    change_KN = torch.cholesky_solve(product_KN, factor_KK)
     return (weight_NK.double() + alpha * change_KN.T).float()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,54 @@ def test_table(checkpoint: Path) -> None:
     ):
         assert part in result.stdout
     assert "verified" not in result.stdout
+
+
+def with_flatness(checkpoint: Path) -> Path:
+    def figures(number: float) -> dict[str, float | None]:
+        return {"max_over_rms": number, "kurtosis": 9.0, "spread": 4.0, "log_qsur": None}
+
+    flatness = {
+        f"model.layers.{index}.{site}": {
+            "before": figures(20.0 + index),
+            "after": figures(4.0),
+        }
+        for index in range(3)
+        for site in ("qkv", "down")
+    }
+    (checkpoint / REPORT).write_text(json.dumps(make_report(flatness=flatness).to_dict()))
+    return checkpoint
+
+
+def test_flatness_has_a_line(checkpoint: Path) -> None:
+    assert (
+        "max/rms of inputs  qkv 21.0 to 4.0, down 21.0 to 4.0"
+        in run(with_flatness(checkpoint)).stdout
+    )
+
+
+def test_plots(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run(with_flatness(checkpoint), "--plots", tmp_path / "new" / "figures")
+    assert result.exit_code == 0, result.stderr
+    image = (tmp_path / "new" / "figures" / "flatness.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert "figures/flatness.png" in result.stderr
+
+
+def test_plots_without_matplotlib_name_the_extra(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    result = run(with_flatness(checkpoint), "--plots", tmp_path)
+    assert result.exit_code == 1
+    assert "pip install 'rotq[plots]'" in result.stderr
+
+
+def test_nothing_to_plot(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "--plots", tmp_path)
+    assert result.exit_code == 1
+    assert "reports no flatness, so there is nothing to plot" in result.stderr
 
 
 def test_json(checkpoint: Path) -> None:

@@ -1,0 +1,95 @@
+"""The Hadamard transform of rows on a CPU: fast, as a dense product, and a DCT of the same length.
+
+    python kernels/bench/hadamard_cpu.py [--rows 128] [--csv kernels/bench/hadamard.csv]
+
+One JSON line per size, also as CSV. Times are medians of --repeats calls in fp32, in ms.
+``per_step`` is the fast transform's time in ns per element and log2(n): it is constant where the
+cost grows as n log n. ``scipy.fft.dct`` is an O(n log n) yardstick, not the same transform. Sizes
+whose dense matrix would not fit --dense-limit have no dense time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import scipy.fft
+import torch
+
+from rotq.rotations.hadamard import core_order, fast_hadamard, hadamard
+
+SIZES = (512, 1024, 2048, 4096, 8192, 16384, 576, 1536, 5632, 14336, 11008, 22016, 44032)
+"""Powers of two; the MLPs of SmolLM2, TinyLlama, Llama 3; Llama 2's core of 344 three times."""
+
+
+def median_ms(call: Callable[[], Any], repeats: int) -> float:
+    """Of ``repeats`` calls after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
+
+
+def measure(n: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One line of the result."""
+    x = torch.randn(options.rows, n, generator=torch.Generator().manual_seed(n))
+    fast = median_ms(lambda: fast_hadamard(x), options.repeats)
+    dct = median_ms(lambda: scipy.fft.dct(x.numpy(), norm="ortho"), options.repeats)
+    dense = None
+    if n <= options.dense_limit:
+        H = hadamard(n).float() / math.sqrt(n)
+        dense = median_ms(lambda: x @ H, max(3, options.repeats // 4))
+    return {
+        "op": "hadamard_cpu",
+        "n": n,
+        "core": core_order(n),
+        "rows": options.rows,
+        "fast_ms": round(fast, 3),
+        "dense_ms": None if dense is None else round(dense, 3),
+        "dct_ms": round(dct, 3),
+        "speedup": None if dense is None else round(dense / fast, 1),
+        "per_step": round(1e6 * fast / (options.rows * n * math.log2(n)), 3),
+        "dct_per_step": round(1e6 * dct / (options.rows * n * math.log2(n)), 3),
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    """Measure all sizes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--dense-limit", type=int, default=11008, help="largest dense matrix")
+    parser.add_argument("--csv", type=Path, help="write rows to this file")
+    options = parser.parse_args()
+    rows = []
+    for n in SIZES:
+        rows.append(measure(n, options))
+        sys.stdout.write(json.dumps(rows[-1]) + "\n")
+        sys.stdout.flush()
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

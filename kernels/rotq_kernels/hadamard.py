@@ -1,0 +1,288 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Orthonormal Hadamard transform of rows: any order n = m p, p = 2^a, with a core of order m.
+
+    y_r = (d * x_r) (C kron S) / sqrt(n),     S_ij = (-1)^popcount(i & j),  i, j < p
+
+d: signs, C: (m, m) with entries +-1 and C C^T = m I, [[1]] where n is a power of two. A row is m
+runs of p elements. The first kernel transforms runs by butterflies in registers; where m > 1 it
+leaves them in fp32 for the second one, which multiplies by the core. All sums are fp32.
+
+Shape suffixes: R rows, K features (n), M order of the core, P length of a run.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LONGEST_RUN = 32768
+"""Elements that one program of the first kernel can hold."""
+
+_LOG_BLOCK = 5
+"""The reference multiplies by Sylvester matrices of at most 2 to this."""
+
+
+def hadamard(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Transform each row.
+
+    Args:
+        x_RK: fp16, bf16 or fp32; any row stride.
+        core_MM: int8, M the order of a Hadamard matrix that divides K into a power of two.
+        signs_K: int8, +1 and -1; None for all +1.
+
+    Returns:
+        Shape and dtype of ``x_RK``, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes are not these.
+    """
+    if x_RK.ndim != 2 or x_RK.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"hadamard takes (R, K) floats, got {tuple(x_RK.shape)} {x_RK.dtype}")
+    M, K = core_MM.shape[0], x_RK.shape[1]
+    P = K // M
+    if core_MM.shape != (M, M) or M * P != K or P & (P - 1) or not P:
+        raise ValueError(f"a core {tuple(core_MM.shape)} and a power of two do not make {K}")
+    if signs_K is not None and signs_K.shape != (K,):
+        raise ValueError(f"signs have shape {tuple(signs_K.shape)}, expected ({K},)")
+    if core_MM.dtype != torch.int8 or (signs_K is not None and signs_K.dtype != torch.int8):
+        raise ValueError("core and signs must be int8")
+    return _op(x_RK, core_MM, signs_K)
+
+
+def hadamard_reference(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition as K (m + p_1 + p_2 + ...) products a row, p = p_1 p_2 ..., in fp32.
+
+    Also for fp64, in fp64. Differentiable in ``x_RK``.
+    """
+    y = x_RK if x_RK.dtype == torch.float64 else x_RK.float()
+    if signs_K is not None:
+        y = y * signs_K
+    R, K = x_RK.shape
+    factors = [factor.to(y) for factor in _factors(core_MM, K)]
+    factors[-1] = factors[-1] / math.sqrt(K)
+    done, rest = 1, K
+    for factor in factors:
+        f, rest = len(factor), rest // len(factor)
+        y = y.reshape(R * done, f, rest)
+        # the last factor has runs of one element: a single product is faster than one per row
+        y = factor.T @ y if rest > 1 else y.squeeze(-1) @ factor
+        done *= f
+    return y.reshape(R, K).to(x_RK.dtype)
+
+
+def hadamard_cpu(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The reference with fp32 products that are fp32, whatever precision torch is set to."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return hadamard_reference(x_RK, core_MM, signs_K)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _factors(core_MM: torch.Tensor, K: int) -> list[torch.Tensor]:
+    """int8 matrices whose Kronecker product is the transform."""
+    M = core_MM.shape[0]
+    log_run = (K // M).bit_length() - 1
+    num = -(-log_run // _LOG_BLOCK)
+    logs = [(log_run + i) // num for i in range(num)]
+    blocks = [_sylvester(log, core_MM.device) for log in logs]
+    return [core_MM, *blocks] if M > 1 or not blocks else blocks
+
+
+def _sylvester(log: int, device: torch.device) -> torch.Tensor:
+    i = torch.arange(2**log, device=device)
+    both = i[:, None] & i
+    odd = torch.zeros_like(both)
+    for bit in range(log):
+        odd ^= (both >> bit) & 1
+    return (1 - 2 * odd).to(torch.int8)
+
+
+@triton.jit
+def _sylvester_kernel(
+    x_ptr,
+    signs_ptr,
+    y_ptr,
+    num_runs,
+    stride_xr,
+    M,
+    scale,
+    HAS_SIGNS: tl.constexpr,
+    LOG_P: tl.constexpr,
+    P: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
+    j = tl.arange(0, P)
+    first = (run % M) * P
+    inside = (run < num_runs)[:, None] & (j < P)[None, :]
+    source = (run // M * stride_xr + first)[:, None] + j[None, :]
+    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)  # [RUNS, P]
+    if HAS_SIGNS:
+        x *= tl.load(signs_ptr + first[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
+    for _ in tl.static_range(LOG_P):
+        # the lowest bit of the index becomes the highest: after all steps the order is natural
+        a, b = tl.split(tl.reshape(x, (RUNS, P // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (RUNS, P))
+    y = (x * scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + run[:, None] * P + j[None, :], y, mask=inside)
+
+
+@triton.jit
+def _core_kernel(
+    z_ptr,
+    core_ptr,
+    y_ptr,
+    num_columns,
+    M,
+    P,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    # a column is one place in the runs of one row
+    column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = column // P * M * P + column % P
+    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for k in range(0, M, BLOCK_I):
+        i = k + tl.arange(0, BLOCK_I)
+        in_core = (i < M)[None, :] & (o < M)[:, None]
+        core = tl.load(core_ptr + i[None, :] * M + o[:, None], mask=in_core, other=0)
+        in_rows = (i < M)[:, None] & (column < num_columns)[None, :]
+        z = tl.load(z_ptr + start[None, :] + i[:, None] * P, mask=in_rows, other=0.0)
+        # [BLOCK_M, BLOCK_I] @ [BLOCK_I, BLOCK_C]
+        y = tl.dot(core.to(tl.float32), z, y, input_precision="ieee")
+    inside = (o < M)[:, None] & (column < num_columns)[None, :]
+    y = (y * scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + start[None, :] + o[:, None] * P, y, mask=inside)
+
+
+def hadamard_triton(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Launch the kernels. On CPU tensors this needs TRITON_INTERPRET=1."""
+    if x_RK.stride(1) != 1:
+        x_RK = x_RK.contiguous()
+    (R, K), M = x_RK.shape, core_MM.shape[0]
+    P = K // M
+    if P > LONGEST_RUN:
+        raise ValueError(f"runs of {P} elements; the kernel holds {LONGEST_RUN}")
+    y_RK = torch.empty((R, K), dtype=x_RK.dtype, device=x_RK.device)
+    if not R:
+        return y_RK
+    z_RK = y_RK if M == 1 else torch.empty((R, K), dtype=torch.float32, device=x_RK.device)
+    runs = max(1, min(2048 // P, triton.next_power_of_2(R * M)))
+    _sylvester_kernel[(triton.cdiv(R * M, runs),)](
+        x_RK,
+        x_RK if signs_K is None else signs_K,
+        z_RK,
+        num_runs=R * M,
+        stride_xr=x_RK.stride(0),
+        M=M,
+        scale=1 / math.sqrt(K) if M == 1 else 1.0,
+        HAS_SIGNS=signs_K is not None,
+        LOG_P=P.bit_length() - 1,
+        P=P,
+        RUNS=runs,
+        num_warps=4 if P <= 4096 else 16,
+    )
+    if M > 1:
+        blocks = _core_blocks(M)
+        grid = (triton.cdiv(R * P, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"]))
+        core_MM = core_MM.contiguous()
+        columns, scale = R * P, 1 / math.sqrt(K)
+        _core_kernel[grid](z_RK, core_MM, y_RK, columns, M, P, scale, **blocks, num_warps=4)
+    return y_RK
+
+
+def _core_blocks(M: int) -> dict[str, int]:
+    return {
+        "BLOCK_M": min(64, max(16, triton.next_power_of_2(M))),
+        "BLOCK_C": 64,
+        "BLOCK_I": 16,
+    }
+
+
+_op = torch.library.custom_op(
+    "rotq::hadamard", hadamard_triton, mutates_args=(), device_types="cuda"
+)
+_op.register_kernel("cpu")(hadamard_cpu)
+
+
+@_op.register_fake
+def _(
+    x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    return x_RK.new_empty(x_RK.shape)
+
+
+def _sylvester_case(P: int, dtype: str, out: str, *, signs: bool) -> dict[str, Any]:
+    runs = max(1, 2048 // P)
+    kind = {"bf16": 16, "fp32": 32}
+    return {
+        "name": f"runs of {P}, {dtype} to {out}" + (", signs" if signs else ""),
+        "kernel": _sylvester_kernel,
+        "types": {
+            "x_ptr": f"*{dtype}",
+            "signs_ptr": "*i8",
+            "y_ptr": f"*{out}",
+            "num_runs": "i32",
+            "stride_xr": "i32",
+            "M": "i32",
+            "scale": "fp32",
+        },
+        "divisible": ("stride_xr",),
+        "constants": {
+            "HAS_SIGNS": signs,
+            "LOG_P": P.bit_length() - 1,
+            "P": P,
+            "RUNS": runs,
+        },
+        "num_warps": 4 if P <= 4096 else 16,
+        "whole": True,
+        "elements": runs * P,
+        "bits": kind[dtype] + kind[out],
+    }
+
+
+def _core_case(M: int, P: int) -> dict[str, Any]:
+    blocks = _core_blocks(M)
+    return {
+        "name": f"core {M}, runs of {P}, to bf16",
+        "kernel": _core_kernel,
+        "types": {
+            "z_ptr": "*fp32",
+            "core_ptr": "*i8",
+            "y_ptr": "*bf16",
+            "num_columns": "i32",
+            "M": "i32",
+            "P": "i32",
+            "scale": "fp32",
+        },
+        "divisible": ("num_columns", "P"),
+        "constants": blocks,
+        "elements": blocks["BLOCK_I"] * blocks["BLOCK_C"],
+        "bits": 32,
+    }
+
+
+COMPILE_CASES = [
+    _sylvester_case(128, "bf16", "bf16", signs=False),
+    _sylvester_case(32, "bf16", "fp32", signs=True),
+    _sylvester_case(512, "bf16", "fp32", signs=True),
+    _sylvester_case(4096, "bf16", "bf16", signs=True),
+    _sylvester_case(8192, "bf16", "bf16", signs=True),
+    _core_case(12, 1024),
+    _core_case(344, 32),
+]

@@ -1,0 +1,145 @@
+"""How evenly the inputs of each site use the range of a quantizer, before and after the rotations.
+
+The original model is run twice over a sample of the calibration windows, as it is and transformed,
+both unrounded. For x one token's features, and mean mu and covariance Sigma of the sample:
+
+    max/rms    max_k |x_k| / rms(x), mean over tokens
+    kurtosis   mean_k x_k^4 / (mean_k x_k^2)^2, mean over tokens; 3 for Gaussian features
+    spread     max_j Sigma_jj / mean_j Sigma_jj
+    QSUR       share of the quantizer's cube that the confidence ellipsoid of N(mu, Sigma) fills
+               (OSTQuant, arXiv 2501.13987), with the ellipsoid's exact extent along axis j:
+               log QSUR^(1/d) = (log chi2 + log det Sigma / d) / 2 + log(V_d) / d
+                                - log(2 max_j (|mu_j| + sqrt(chi2 Sigma_jj)))
+               V_d: volume of the unit ball, chi2: 99 % quantile for d degrees of freedom
+
+A rotation keeps det Sigma, so that QSUR then tells what the spread tells.
+Shape suffixes: B windows, T positions, D hidden size, M tokens, K features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rotq.calibration.capture import capture_inputs
+from rotq.layers import prepared_input
+from rotq.models.experts import calibrating
+from rotq.models.skeleton import Skeleton
+from rotq.precision import matmul_precision
+from rotq.report import Flatness
+
+_NORMAL_99 = 2.3263478740408408
+"""99 % quantile of the standard normal distribution."""
+
+_REGULARIZATION = 1e-6
+"""Share of the mean variance that is added to the diagonal of Sigma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One site's figures."""
+
+    before: Flatness
+    after: Flatness
+
+
+class FlatnessMeter:
+    """Hidden states of the sample before the current block, in both models."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        ids_BT: Tensor,
+        *,
+        num_tokens: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        """
+        Args:
+            ids_BT: The calibration windows, from the first of which the sample is taken.
+            num_tokens: Of the sample, rounded up to whole windows.
+            precision: Of fp32 products in the forward passes.
+        """
+        self.skeleton, self.device, self.precision = skeleton, device, precision
+        num_windows = -(-num_tokens // ids_BT.shape[1])
+        self.ids_BT = ids_BT[:num_windows]
+
+    @torch.no_grad()
+    def start(self, original: dict[str, Tensor]) -> None:
+        """Embed the sample with the model's own tensors outside the blocks."""
+        self._before_BTD = self.skeleton.embed(original, self.ids_BT)
+
+    @torch.no_grad()
+    def start_transformed(self, fused: dict[str, Tensor]) -> None:
+        """Embed the sample with the transformed tensors outside the blocks."""
+        self._after_BTD = self.skeleton.embed(fused, self.ids_BT)
+
+    @torch.no_grad()
+    def measure(self, index: int, before: nn.Module, after: nn.Module) -> dict[str, Change]:
+        """Figures of every kind of site in a block, by name; of experts the first stands for all.
+
+        Args:
+            index: Its position in the model; blocks are given in order.
+            before: As the model has it.
+            after: Transformed. Both are run on the sample, in the dtype of the embeddings.
+        """
+        first, self._before_BTD = self._figures(index, before, self._before_BTD)
+        second, self._after_BTD = self._figures(index, after, self._after_BTD)
+        return {name: Change(before=first[name], after=second[name]) for name in first}
+
+    def _figures(
+        self, index: int, block: nn.Module, hidden_BTD: Tensor
+    ) -> tuple[dict[str, Flatness], Tensor]:
+        linears: dict[str, str] = {}
+        for site in self.skeleton.adapter.sites(block):
+            linears.setdefault(site.name.split(".")[0], site.linears[0])
+        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        with matmul_precision(self.precision), calibrating(block):
+            seen, output_BTD = capture_inputs(
+                block, linears.values(), hidden_BTD.to(self.device), kwargs, to_the_end=True
+            )
+        assert output_BTD is not None, "the block was run to its end"
+        return {
+            kind: flatness(prepared_input(block.get_submodule(name), seen[name]))
+            for kind, name in linears.items()
+        }, output_BTD
+
+
+def flatness(x_MK: Tensor) -> Flatness:
+    """The module's figures of a sample of tokens, in fp32; log det in fp64."""
+    x_MK = x_MK.float()
+    square_MK = x_MK.square()
+    energy_M = square_MK.mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    variance_K, mean_K = torch.var_mean(x_MK.double(), dim=0, correction=0)
+    return Flatness(
+        max_over_rms=(x_MK.abs().amax(1) / energy_M.sqrt()).mean().item(),
+        kurtosis=(square_MK / energy_M[:, None]).square().mean().item(),
+        spread=(variance_K.max() / variance_K.mean()).item(),
+        log_qsur=_log_qsur(x_MK, mean_K, variance_K),
+    )
+
+
+def _log_qsur(x_MK: Tensor, mean_K: Tensor, variance_K: Tensor) -> float | None:
+    """None where the sample has no more tokens than features, and so no full covariance."""
+    M, K = x_MK.shape
+    if M <= K:
+        return None
+    centered_MK = x_MK - mean_K.float()
+    with matmul_precision("highest"):
+        sigma_KK = (centered_MK.T @ centered_MK).double() / M
+    sigma_KK.diagonal().add_(_REGULARIZATION * variance_K.mean())
+    log_det = 2 * torch.linalg.cholesky(sigma_KK).diagonal().log().sum().item()
+    chi2 = chi_square_99(K)
+    log_ball = K / 2 * math.log(math.pi) - math.lgamma(K / 2 + 1)
+    extent = (mean_K.abs() + (chi2 * variance_K).sqrt()).max().item()
+    return 0.5 * (math.log(chi2) + log_det / K) + log_ball / K - math.log(2 * extent)
+
+
+def chi_square_99(d: int) -> float:
+    """99 % quantile for d degrees of freedom, to 1 % or better (Wilson and Hilferty, 1931)."""
+    third = 2 / (9 * d)
+    return d * (1 - third + _NORMAL_99 * math.sqrt(third)) ** 3

@@ -1,0 +1,90 @@
+"""Figures of a report as PNG; needs matplotlib, which the extra ``plots`` installs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Changes = dict[str, dict[str, dict[str, float | None]]]
+
+FIGURES = {
+    "max_over_rms": ("max / rms", "log"),
+    "kurtosis": ("kurtosis", "log"),
+    "spread": ("max variance / mean", "log"),
+    "log_qsur": ("log QSUR$^{1/d}$", "linear"),
+}
+"""Field of ``Flatness`` to label and scale of its row."""
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "before": {"color": "#d1495b", "linestyle": "--"},
+    "after": {"color": "#00798c", "linestyle": "-"},
+}
+
+
+def plot_flatness(flatness: Changes, folder: Path) -> Path:
+    """Write ``flatness.png``: a row per figure, a column per kind of site, blocks from left.
+
+    Args:
+        flatness: Of a ``JobReport``, not empty.
+        folder: Created if need be.
+
+    Returns:
+        The file.
+
+    Raises:
+        RotqError: matplotlib is not installed, or the folder cannot be written to.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RotqError(
+            "plots need matplotlib; install the extra: pip install 'rotq[plots]'"
+        ) from None
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in flatness))
+    figure = Figure(figsize=(2.6 * len(kinds) + 0.6, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(FIGURES), len(kinds), sharex=True, sharey="row", squeeze=False)
+    for row, (field, (label, scale)) in enumerate(FIGURES.items()):
+        axes[row, 0].set_ylabel(label)
+        for column, kind in enumerate(kinds):
+            _draw(axes[row, column], _series(flatness, kind, field), scale)
+    for column, kind in enumerate(kinds):
+        axes[0, column].set_title(kind)
+        axes[-1, column].set_xlabel("block")
+    axes[0, 0].legend(frameon=False)
+    figure.align_ylabels()
+    figure.suptitle("Inputs of linear layers, before and after the rotations")
+    file = folder / "flatness.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise RotqError(f"cannot write {file}: {error.strerror}") from None
+    return file
+
+
+def _series(flatness: Changes, kind: str, field: str) -> dict[str, list[float | None]]:
+    changes = [change for name, change in flatness.items() if name.rpartition(".")[2] == kind]
+    return {when: [change[when][field] for change in changes] for when in _STYLES}
+
+
+def _draw(axes: Axes, series: dict[str, list[float | None]], scale: Any) -> None:
+    axes.set_yscale(scale)
+    if scale == "log":
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for when, values in series.items():
+        known = [(block, value) for block, value in enumerate(values) if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), label=when, marker=".", **_STYLES[when])
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
