@@ -23,6 +23,9 @@ IMPORTED_BYTES = 400_000_000
 TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
 
+MEASURED_TOKENS = 8192
+"""Calibration tokens that closed forms, layer errors and proxies are taken from."""
+
 TRAINED_POSITIONS = 128
 """Positions whose logits the training of a basis holds at a time."""
 
@@ -229,6 +232,9 @@ def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) ->
         return weights + rotations
     tokens = options.seq_len or recipe.calibration.seq_len
     states = (skeleton.num_blocks + 1) * tokens * config.hidden_size * dtype.itemsize
+    measured = MEASURED_TOKENS * config.hidden_size * 4
+    if options.layer_steps:
+        measured *= skeleton.num_blocks + 1
     widths = sum(
         m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear)
     )
@@ -238,7 +244,7 @@ def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) ->
     num_windows = min(options.steps, recipe.calibration.num_samples)
     likely = num_windows * tokens * min(options.top_k, vocabulary) * 8
     outer = _embedding_numel(skeleton) * dtype.itemsize * (1 if skeleton.tied else 2)
-    return weights + rotations + states + graph + logits + likely + outer
+    return weights + rotations + max(states + graph + logits + likely, measured) + outer
 
 
 def _stored_parameters(skeleton: Skeleton) -> int:

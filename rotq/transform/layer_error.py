@@ -68,7 +68,7 @@ class LayerError:
     """R1 moves the gains of norms into the weights."""
     device: torch.device
     hidden: list[list[Tensor]] = field(default_factory=list)
-    """(B, T, D) inputs of every block in the original model, by block and batch."""
+    """(B, T, D) inputs of every block in the original model, by block and batch; on the CPU."""
     sites: list[list[Readers]] = field(default_factory=list)
     """Of every block."""
 
@@ -78,7 +78,7 @@ class LayerError:
         batches = list(embedded)
         for index in range(self.skeleton.num_blocks):
             block = self._load(index)
-            self.hidden.append(batches)
+            self.hidden.append([hidden_BTD.cpu() for hidden_BTD in batches])
             seen = [self._features(index, block, hidden_BTD) for hidden_BTD in batches]
             self.sites.append(self._sites(index, block, [features for features, _ in seen]))
             batches = [output_BTD for _, output_BTD in seen]
@@ -93,7 +93,7 @@ class LayerError:
         for index in chosen:
             batches = self.hidden[index]
             hidden_BTD = batches[step % len(batches)]
-            hidden_BTD = hidden_BTD[:, : max(1, TOKENS // len(hidden_BTD))]
+            hidden_BTD = hidden_BTD[:, : max(1, TOKENS // len(hidden_BTD))].to(self.device)
             loss = self._block_loss(index, hidden_BTD, basis) / len(chosen)
             loss.backward()
             total += loss.item()

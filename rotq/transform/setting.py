@@ -15,7 +15,7 @@ from torch import Tensor
 from rotq.job import Job
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
-from rotq.plan import Plan
+from rotq.plan import MEASURED_TOKENS, Plan
 from rotq.recipe import Recipe, Transform
 from rotq.report import Progress
 from rotq.transform.student import Student
@@ -70,10 +70,15 @@ class Setting:
         return [ids_BT[:, : options.seq_len or None] for ids_BT in windows]
 
     def embedded(self) -> list[Tensor]:
-        """What the original model's first block is given for each training window; fp32."""
+        """What the original model's first block is given for the first training windows; fp32.
+
+        Windows of at most ``MEASURED_TOKENS`` in all, one at least.
+        """
+        windows = self.training_windows
+        count = max(1, MEASURED_TOKENS // windows[0].shape[1])
         return [
             self.skeleton.embed(self.outer, ids_BT.to(self.device)).float()
-            for ids_BT in self.training_windows
+            for ids_BT in windows[:count]
         ]
 
     def lessons(self, windows: Sequence[Tensor]) -> list[Lesson]:
