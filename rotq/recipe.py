@@ -217,7 +217,7 @@ class Transform:
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Of the scalings: those that start at their closed form instead of at one."""
     parametrization: Literal["cayley", "qr", "householder"] = "cayley"
-    """Of orthogonal matrices in training."""
+    """Of orthogonal matrices in training; qr and householder are experimental."""
     objective: Literal["kl_top", "cross_entropy"] = "kl_top"
     """KL on the likely tokens of the original model, or the text itself (SpinQuant)."""
     top_k: int = 1000

@@ -134,6 +134,9 @@ class RichProgress(Progress):
         self._bar.update(self._task, completed=index + 1)
         self._describe(f"{seconds:.1f} s")
 
+    def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
+        self._describe(f"transform {name} {step + 1}/{total}  loss {loss:.4f}")
+
     def message(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
 
