@@ -45,6 +45,16 @@ def likely_tokens(logits_TV: Tensor, k: int) -> Targets:
     return Targets(token_Tk=top.indices.int(), log_p_Tk=log_p_Tk)
 
 
+def likely_from(logits: Logits, hidden_BTD: Tensor, k: int) -> Targets:
+    """``likely_tokens`` of one window (1, T, D), some positions at a time."""
+    chunks = hidden_BTD.split(TRAINED_POSITIONS, dim=1)
+    parts = [likely_tokens(logits(chunk_BCD)[0], k) for chunk_BCD in chunks]
+    return Targets(
+        token_Tk=torch.cat([part.token_Tk for part in parts]).cpu(),
+        log_p_Tk=torch.cat([part.log_p_Tk for part in parts]).cpu(),
+    )
+
+
 def next_tokens(ids_T: Tensor) -> Targets:
     """The text itself; the last position has no next token and gets probability zero."""
     log_p_T1 = torch.zeros(len(ids_T), 1)

@@ -12,6 +12,7 @@ Shape suffixes: B windows, T positions, D hidden size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from rotq.rotations.fuse import in_basis
 from rotq.streamed import run_backward, run_forward
 from rotq.transform.parameters import Parameters
 from rotq.transform.student import Student
-from rotq.transform.teacher import Targets, head_loss, likely_tokens
+from rotq.transform.teacher import Targets, head_loss, likely_from
 from rotq.transform.train import pass_on
 
 
@@ -100,7 +101,8 @@ def teach(
         for window, hidden_BTD in enumerate(states):
             kwargs = skeleton.block_kwargs(index, hidden_BTD)
             states[window] = run_block(block, hidden_BTD, kwargs)
-    return [likely_tokens(skeleton.logits(outer, h_BTD)[0], top_k) for h_BTD in states]
+    logits = functools.partial(skeleton.logits, outer)
+    return [likely_from(logits, hidden_BTD, top_k) for hidden_BTD in states]
 
 
 def _logits(
