@@ -124,19 +124,39 @@ def flatness(x_MK: Tensor) -> Flatness:
 
 
 def _log_qsur(x_MK: Tensor, mean_K: Tensor, variance_K: Tensor) -> float | None:
-    """None where the sample has no more tokens than features, and so no full covariance."""
+    """None where the sample has no more tokens than features, and so no full covariance.
+
+    Nor has it one with values that are not finite.
+    """
     M, K = x_MK.shape
     if M <= K:
         return None
-    centered_MK = x_MK - mean_K.float()
-    with matmul_precision("highest"):
-        sigma_KK = (centered_MK.T @ centered_MK).double() / M
-    sigma_KK.diagonal().add_(_REGULARIZATION * variance_K.mean())
-    log_det = 2 * torch.linalg.cholesky(sigma_KK).diagonal().log().sum().item()
+    log_det = _log_det(x_MK.double() - mean_K, variance_K)
+    if log_det is None:
+        return None
     chi2 = chi_square_99(K)
     log_ball = K / 2 * math.log(math.pi) - math.lgamma(K / 2 + 1)
     extent = (mean_K.abs() + (chi2 * variance_K).sqrt()).max().item()
     return 0.5 * (math.log(chi2) + log_det / K) + log_ball / K - math.log(2 * extent)
+
+
+def _log_det(centered_MK: Tensor, variance_K: Tensor) -> float | None:
+    """log det of the regularized covariance: of the variances and of the correlations.
+
+    Sums of correlations are exact enough in fp32, unless features depend on each other almost
+    linearly; covariances are not, where a few features are a thousand times larger than the others.
+    """
+    variance_K = variance_K + _REGULARIZATION * variance_K.mean()
+    scaled_MK = centered_MK / variance_K.sqrt()
+    for dtype in (torch.float32, torch.float64):
+        rows_MK = scaled_MK.to(dtype)
+        with matmul_precision("highest"):
+            correlation_KK = (rows_MK.T @ rows_MK).double() / len(rows_MK)
+        correlation_KK.diagonal().fill_(1.0)
+        factor_KK, failed = torch.linalg.cholesky_ex(correlation_KK)
+        if not failed:
+            return (variance_K.log().sum() + 2 * factor_KK.diagonal().log().sum()).item()
+    return None
 
 
 def chi_square_99(d: int) -> float:

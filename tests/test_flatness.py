@@ -63,6 +63,38 @@ def test_qsur_of_an_ellipsoid_off_the_origin() -> None:
     assert flatness(x).log_qsur == pytest.approx(expected, abs=1e-4)
 
 
+def regularized_log_det(x: torch.Tensor) -> float:
+    sigma = x.double().T.cov(correction=0)
+    eigenvalues = torch.linalg.eigvalsh(sigma) + 1e-6 * sigma.diagonal().mean()
+    return eigenvalues.log().sum().item()
+
+
+@pytest.mark.parametrize("kind", ["a common part", "dependent features", "dead feature"])
+def test_log_det_of_hard_samples(kind: str) -> None:
+    """The formula with eigenvalues in fp64; fp32 sums have no Cholesky factor on the first."""
+    x = normal(900, 512, seed=4)
+    if kind == "a common part":
+        x = x * 1e-4 + x[:, :1] * torch.linspace(1, 30, 512)
+    elif kind == "dependent features":
+        x[:, 256:] = x[:, :256]
+    else:
+        x[:, 7] = 0
+    found = flatness(x).log_qsur
+    assert found is not None
+    mean = x.double().mean(0)
+    chi2, d = chi_square_99(512), 512
+    extent = (mean.abs() + (chi2 * x.double().var(0, correction=0)).sqrt()).max().item()
+    ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    expected = 0.5 * (math.log(chi2) + regularized_log_det(x) / d) + ball / d
+    assert found == pytest.approx(expected - math.log(2 * extent), abs=5e-3)
+
+
+def test_qsur_of_values_that_are_not_finite_is_unknown() -> None:
+    x = normal(9, 4)
+    x[0, 0] = math.inf
+    assert flatness(x).log_qsur is None
+
+
 def test_a_rotation_changes_qsur_by_the_spread_alone() -> None:
     x = normal(4000, 16, seed=3) * torch.linspace(0.2, 5, 16)
     before, after = flatness(x), flatness(x @ orthogonal("hadamard", 16, 0).float())

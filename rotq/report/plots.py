@@ -57,7 +57,8 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
     for column, kind in enumerate(kinds):
         axes[0, column].set_title(kind)
         axes[-1, column].set_xlabel("block")
-    axes[0, 0].legend(frameon=False)
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.align_ylabels()
     figure.suptitle("Inputs of linear layers, before and after the rotations")
     file = folder / "flatness.png"

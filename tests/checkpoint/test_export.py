@@ -242,6 +242,7 @@ def test_card(written: Written) -> None:
     assert "AutoModelForCausalLM.from_pretrained" in card
     assert "4 bits, asymmetric, one scale per 8 columns" in card
     assert "`lm_head`" in card
+    assert "at run time" not in card
 
 
 def test_untied_and_copied(tmp_path: Path) -> None:
@@ -255,7 +256,9 @@ def test_untied_and_copied(tmp_path: Path) -> None:
     write_metadata(
         out,
         open_source(source),
-        quantization=quantization_config({"a": W4}, [], "rotq"),
+        quantization=quantization_config(
+            {"a": W4}, [], "rotq", heads=OnlineHeads(grid=ActivationGrid(bits=4, symmetric=True))
+        ),
         recipe={},
         provenance={},
         dtype=torch.bfloat16,
@@ -272,3 +275,4 @@ def test_untied_and_copied(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "base_model: someone/tiny\nbase_model_relation: quantized\n" in card
     assert "import rotq" in card
+    assert "- at run time: keys and values 4 bits symmetric per head and token\n" in card

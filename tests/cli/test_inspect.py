@@ -53,6 +53,15 @@ def test_table(checkpoint: Path) -> None:
     assert "verified" not in result.stdout
 
 
+def test_what_the_runtime_must_do_has_a_line(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    rounding = {"num_bits": 4, "symmetric": True}
+    config["quantization_config"]["attention"] = {"rotation": None, "kv_cache": rounding}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    line = "at run time       keys and values 4 bits symmetric per head and token"
+    assert line in run(checkpoint).stdout
+
+
 def with_flatness(checkpoint: Path) -> Path:
     def figures(number: float) -> dict[str, float | None]:
         return {"max_over_rms": number, "kurtosis": 9.0, "spread": 4.0, "log_qsur": None}
