@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 W4A4KV4: dict[str, Any] = {
     "weights.bits": 4,
     "weights.group_size": -1,
+    "weights.symmetric": True,
     "activations.bits": 4,
     "kv_cache.bits": 4,
     "output.format": "rotq",
