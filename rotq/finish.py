@@ -23,7 +23,7 @@ from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
 from rotq.heads import OnlineHeads
-from rotq.job import OUTER, TUNING, Job, block_part
+from rotq.job import OUTER, TRANSFORM, TUNING, Job, block_part
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan, has_experts
 from rotq.recipe import Recipe
@@ -159,6 +159,7 @@ def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobR
         seconds=made.seconds,
         peak_rss=peak_rss(),
         rotation=made.rotation,
+        transform=made.job.results(TRANSFORM) if made.job.recorded(TRANSFORM) else {},
         importance={
             made.skeleton.block_name(index): block["effective_share"]
             for index, block in enumerate(recorded)

@@ -1,6 +1,7 @@
 """The folder of a running job: finished parts, the fingerprint that guards a resume, publication.
 
     OUT.partial/  job.json           what the parts were made from
+                  transform.safetensors, transform.json
                   outer.safetensors  embedding, final norm, head
                   block-00000.safetensors, block-00000.json, ...
                   tuned-*.safetensors, tuning.json
@@ -100,6 +101,10 @@ OUTER = "outer"
 
 TUNING = "tuning"
 """Name under which the training of scales is recorded, once all tuned parts are on the disk."""
+
+
+TRANSFORM = "transform"
+"""Name of the part with the basis, where it was searched for."""
 
 
 def block_part(index: int) -> str:

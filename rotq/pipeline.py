@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +42,8 @@ from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis, build_basis
 from rotq.rotations.fuse import fuse_outer
+from rotq.transform.find import find_basis
+from rotq.transform.setting import Setting as BasisSetting
 from rotq.tuning import Setting, hollow, tune
 
 
@@ -193,6 +195,7 @@ def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
 
 
 def _run(setup: _Setup) -> JobReport:
+    setup = replace(setup, basis=_find_basis(setup))
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
     probe = Probe(skeleton, setup.basis, setup.windows.first_BT)
@@ -225,6 +228,22 @@ def _run(setup: _Setup) -> JobReport:
         assert streams is not None, "a job that tunes needs data"
         _tune(setup, structure, streams, probe)
     return finish(_made(setup, probe))
+
+
+def _find_basis(setup: _Setup) -> Basis:
+    """What the recipe's ``transform`` makes of the bases it draws."""
+    setting = BasisSetting(
+        job=setup.job,
+        skeleton=setup.skeleton,
+        source=setup.source,
+        plan=setup.plan,
+        recipe=setup.recipe,
+        windows=list(setup.windows.each()),
+        device=setup.device,
+        dtype=setup.dtype,
+        progress=setup.progress,
+    )
+    return find_basis(setting, setup.basis)
 
 
 def _rotated(

@@ -23,6 +23,12 @@ IMPORTED_BYTES = 400_000_000
 TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
 
+MEASURED_TOKENS = 8192
+"""Calibration tokens that closed forms, layer errors and proxies are taken from."""
+
+TRAINED_POSITIONS = 128
+"""Positions whose logits the training of a basis holds at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -196,7 +202,10 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     activations = 6 * tokens * widest * dtype.itemsize
     outer = 3 * _embedding_numel(skeleton) * dtype.itemsize
     block_needs = block_bytes + max(solving, activations)
-    return IMPORTED_BYTES + max(block_needs, outer, _tuning_memory(skeleton, recipe, dtype))
+    tuning, transform = (
+        need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
+    )
+    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform)
 
 
 def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -209,6 +218,38 @@ def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> in
     vocabulary = _embedding_numel(skeleton) // skeleton.config.hidden_size
     logits = 4 * 4 * TUNED_POSITIONS * vocabulary
     return hidden + weights + logits + _embedding_numel(skeleton) * dtype.itemsize
+
+
+def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Training a basis: one block fused with gradients, and what grows with the window.
+
+    The block is held as loaded and three times in fp32: fused, a product on the way, gradients. R1
+    is held about twelve times: start, parameters, gradients, moments, factors of its inverse.
+    """
+    options = recipe.transform
+    trained = {options.method, *(options.candidates if options.method == "auto" else ())}
+    if not trained & {"learned", "optrot"}:
+        return 0
+    config, block = skeleton.config, skeleton.blocks[0]
+    weights = _numel_of(block.parameters()) * (dtype.itemsize + 3 * 4)
+    rotations = 12 * 4 * config.hidden_size**2
+    if "learned" not in trained:
+        return weights + rotations
+    tokens = options.seq_len or recipe.calibration.seq_len
+    states = (skeleton.num_blocks + 1) * tokens * config.hidden_size * dtype.itemsize
+    measured = MEASURED_TOKENS * config.hidden_size * 4
+    if options.layer_steps:
+        measured *= skeleton.num_blocks + 1
+    widths = sum(
+        m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear)
+    )
+    graph = 4 * tokens * widths * 4
+    vocabulary = _embedding_numel(skeleton) // config.hidden_size
+    logits = 4 * 4 * TRAINED_POSITIONS * vocabulary
+    num_windows = min(options.steps, recipe.calibration.num_samples)
+    likely = num_windows * tokens * min(options.top_k, vocabulary) * 8
+    outer = _embedding_numel(skeleton) * dtype.itemsize * (1 if skeleton.tied else 2)
+    return weights + rotations + max(states + graph + logits + likely, measured) + outer
 
 
 def _stored_parameters(skeleton: Skeleton) -> int:

@@ -19,7 +19,7 @@ from rotq.models.esm import exact_rotary
 from rotq.models.skeleton import Skeleton
 from rotq.precision import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer, in_basis
 
 TOLERANCE = 1e-9
 """Largest accepted difference in fp64, relative to the largest value."""
@@ -41,7 +41,7 @@ class Probe:
     def start(self, original: dict[str, Tensor]) -> None:
         """Embed the tokens and keep a sample of the head; ``original`` is the model's own."""
         self.reference_BTD = self.skeleton.embed(original, self.ids_BT).double()
-        self.rotated_BTD = self._in_basis(self.reference_BTD)
+        self.rotated_BTD = in_basis(self.reference_BTD, self.basis)
         self._outer = self._sampled(original)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Probe:
         fuse_block(block, self.skeleton.adapter, self.basis, index)
         self.rotated_BTD = self._run(index, block, self.rotated_BTD.to(device))
         name = self.skeleton.block_name(index)
-        self._note(self._compare(name, self.rotated_BTD, self._in_basis(self.reference_BTD)))
+        self._note(self._compare(name, self.rotated_BTD, in_basis(self.reference_BTD, self.basis)))
         return block
 
     @torch.no_grad()
@@ -111,10 +111,6 @@ class Probe:
     def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         with exact_norms(block), exact_rotary():
             return run_block(block, hidden_BTD, self.skeleton.block_kwargs(index, hidden_BTD))
-
-    def _in_basis(self, hidden_BTD: Tensor) -> Tensor:
-        R_DD = self.basis.residual_DD
-        return hidden_BTD if R_DD is None else hidden_BTD @ R_DD.to(hidden_BTD.device)
 
     def _sampled(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
         adapter = self.skeleton.adapter

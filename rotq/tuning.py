@@ -17,6 +17,7 @@ Shape suffixes: B windows, T positions, D hidden size, N out features, G groups,
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,15 +30,13 @@ from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
 from rotq.job import OUTER, TUNING, Job, block_part, tuned_part
-from rotq.memory import trim_memory
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan
 from rotq.precision import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import Progress
+from rotq.streamed import run_backward, run_forward
 from rotq.tunable import TunableBlock, TunableOuter
-
-_BLOCKS_PER_TRIM = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +143,6 @@ def _windows(setting: Setting, batches: Sequence[Batch]) -> list[tuple[int, tupl
     ]
 
 
-def _trim_now_and_then(index: int) -> None:
-    # giving memory back takes as long as a block's products; blocks use what others have freed
-    if index % _BLOCKS_PER_TRIM == 0:
-        trim_memory()
-
-
 def _schedule(step: int, steps: int) -> float:
     """Four steps of linear warm-up, then linear decay to 2 %."""
     return min(1.0, (step + 1) / 4) * max(0.02, 1 - step / steps)
@@ -165,19 +158,12 @@ def _backward(
     """Gradients of one window's divergence, added to the changes; returns the divergence."""
     skeleton = setting.skeleton
     hidden_BTD = skeleton.embed(outer.stored, ids_BT.to(setting.device))
-    inputs: list[Tensor] = []
-    with torch.no_grad():
-        for index, block in enumerate(blocks):
-            inputs.append(hidden_BTD)
-            hidden_BTD = block.run(hidden_BTD, skeleton.block_kwargs(index, hidden_BTD))
-            _trim_now_and_then(index)
-    divergence, slope_BTD = outer.divergence(hidden_BTD, original_BTD.to(setting.device))
-    for index in reversed(range(len(blocks))):
-        given_BTD = inputs.pop().requires_grad_()
-        output_BTD = blocks[index].run(given_BTD, skeleton.block_kwargs(index, given_BTD))
-        output_BTD.backward(slope_BTD)
-        assert given_BTD.grad is not None, "the block's input reaches its output"
-        slope_BTD = given_BTD.grad
-        del output_BTD
-        _trim_now_and_then(index)
+    kwargs = [skeleton.block_kwargs(index, hidden_BTD) for index in range(len(blocks))]
+    runs = [
+        functools.partial(block.run, kwargs=given)
+        for block, given in zip(blocks, kwargs, strict=True)
+    ]
+    *states, last_BTD = run_forward(runs, hidden_BTD)
+    divergence, slope_BTD = outer.divergence(last_BTD, original_BTD.to(setting.device))
+    run_backward(runs, states, slope_BTD)
     return divergence

@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rotq.cli.eval import measure
 from rotq.evaluation.perplexity import Protocol
@@ -58,17 +59,19 @@ ROWS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(rows: dict[str, dict[str, Any]] = ROWS, described: str = str(__doc__)) -> Path:
+    """Run what is asked for on the command line; returns the results file."""
+    parser = argparse.ArgumentParser(description=described.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="dense checkpoint folder")
     parser.add_argument("--calibration", required=True, help="text the windows are drawn from")
     parser.add_argument("--text", required=True, help="text to score on")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines to append to")
     parser.add_argument("--work", type=Path, default=Path("out/ablation"))
-    parser.add_argument("--rows", default=",".join(ROWS), help="names from ROWS")
+    parser.add_argument("--rows", default=",".join(rows), help=f"of {', '.join(rows)}")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=1024, help="of calibration windows")
     parser.add_argument("--dtype", default="auto", help="of the job and the scoring")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -79,15 +82,17 @@ def main() -> None:
                 "row": name,
                 "seed": seed,
                 "num_samples": arguments.num_samples,
+                "seq_len": arguments.seq_len,
                 "windows": arguments.windows,
                 "dtype": arguments.dtype,
                 "set": shared,
             }
             if not _is_done(row, arguments.results):
-                figures = _run({**ROWS[name], **shared}, row, arguments)
+                figures = _run({**rows[name], **shared}, row, arguments)
                 with arguments.results.open("a", encoding="utf-8") as results:
                     results.write(json.dumps({**row, **figures}) + "\n")
                 print(json.dumps({**row, **figures}), flush=True)
+    return Path(arguments.results)
 
 
 def _is_done(row: dict, results: Path) -> bool:
@@ -101,6 +106,7 @@ def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
     calibration = {
         "calibration.source": arguments.calibration,
         "calibration.num_samples": row["num_samples"],
+        "calibration.seq_len": row["seq_len"],
         "calibration.batch_size": 2,
         "calibration.seed": row["seed"],
         "rotation.seed": row["seed"],
@@ -132,6 +138,7 @@ def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
         "kl": found.kl,
         "top1": found.top1,
         "seconds": round(report.seconds),
+        "transform_seconds": round(report.transform.get("seconds", 0)),
         "bits_per_weight": report.bits_per_weight,
         "bits_per_weight_all_in": report.bits_per_weight_all_in,
     }

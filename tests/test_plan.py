@@ -1,10 +1,12 @@
 """Grids by layer, and the estimate against what a job really wrote."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import MemorySource, tiny_model
+from transformers import LlamaConfig
 
 from rotq.formats.activations import ActivationGrid
 from rotq.layers import OnlineLinear
@@ -103,3 +105,33 @@ def test_only_planned_layers_round_their_inputs():
     plan.round_online(block, found.block_name(1), found.adapter)
     assert block.mlp.down_proj.input_grid == ActivationGrid(bits=8, symmetric=False)
     assert not isinstance(block.self_attn.o_proj, OnlineLinear)
+
+
+def test_training_a_basis_is_in_the_estimate_and_fits_a_small_gpu_for_7b():
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        architectures=["LlamaForCausalLM"],
+    )
+    large = Skeleton.open(SimpleNamespace(config=config, names=list, load=None))
+    choices = {
+        "calibration__num_samples": 64,
+        "calibration__seq_len": 2048,
+        "calibration__offload": True,
+        "transform__scalings": ["up"],
+    }
+    needs = [
+        make_estimate(large, recipe(**choices, **more), torch.bfloat16).peak_memory_bytes
+        for more in (
+            {"transform__method": "learned"},
+            {"transform__method": "learned", "transform__seq_len": 16384},
+            {"transform__method": "auto", "transform__candidates": ["hadamard", "learned"]},
+        )
+    ]
+    assert needs[0] < 16e9
+    # all hidden states between blocks, at least
+    assert needs[1] > 33 * 16384 * 4096 * 2
+    assert needs[2] == needs[0]

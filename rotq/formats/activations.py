@@ -8,6 +8,14 @@
 
 rint rounds halves to even. Zero is always on the grid, and a token of zeros stays one. This is what
 compressed-tensors calls a dynamic ``token`` (or ``group``) strategy.
+
+The gradient takes rint for the identity and the scale for what it is, a function of lo and hi:
+
+    dL/dx = dL/dy + (dL/ds) ds/dx,    dL/ds = sum_k dL/dy_k (y_k - x_k) / s
+
+Without the second term (the usual straight-through gradient) a rotation in front has no gradient at
+all: a rounding error that is uniform in every feature is as large in any basis, and what a rotation
+can improve is the range alone.
 """
 
 from __future__ import annotations
@@ -44,8 +52,7 @@ class ActivationGrid:
 def fake_quantize(x: Tensor, grid: ActivationGrid, *, group_size: int = -1) -> Tensor:
     """Round every token to ``grid`` and back.
 
-    The gradient passes as if nothing were rounded (straight-through): a scale that covers the
-    token's range clips nothing.
+    Differentiable in the values and in the range they span.
 
     Args:
         x: (..., K), floating point; computed in fp32, fp64 in fp64.
@@ -69,11 +76,33 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, grid: ActivationGrid, group_size: int) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         groups = wide.unflatten(-1, (-1, group_size))  # [..., G, K / G]
-        return _round_trip(groups, grid).flatten(-2).to(x.dtype)
+        y = _round_trip(groups, grid).flatten(-2).to(x.dtype)
+        ctx.save_for_backward(x, y)
+        ctx.group_size, ctx.symmetric = group_size, grid.symmetric
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        groups = (tensor.unflatten(-1, (-1, ctx.group_size)) for tensor in ctx.saved_tensors)
+        slope = slopes[0].unflatten(-1, (-1, ctx.group_size)).clone()
+        return _add_range_slope(slope, *groups, symmetric=ctx.symmetric).flatten(-2), None, None
+
+
+def _add_range_slope(slope: Tensor, x: Tensor, y: Tensor, *, symmetric: bool) -> Tensor:
+    """Add (dL/ds) ds/dx to dL/dy over the last axis, in place."""
+    # dL/ds ds/d(hi - lo) = sum dL/dy (y - x) / (hi - lo): the number of levels cancels
+    change = (slope * (y - x)).sum(-1, keepdim=True)
+    if symmetric:
+        high, at = x.abs().max(-1, keepdim=True)
+        return slope.scatter_add_(-1, at, x.gather(-1, at).sign() * change / _positive(high))
+    (high, at_high), (low, at_low) = x.max(-1, keepdim=True), x.min(-1, keepdim=True)
+    change = change / _positive(high.clamp(min=0) - low.clamp(max=0))
+    slope.scatter_add_(-1, at_high, change * (high > 0))
+    return slope.scatter_add_(-1, at_low, -change * (low < 0))
+
+
+def _positive(reach: Tensor) -> Tensor:
+    return torch.where(reach > 0, reach, torch.ones_like(reach))
 
 
 def _round_trip(x: Tensor, grid: ActivationGrid) -> Tensor:

@@ -55,10 +55,15 @@ class Adapter:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_output: str = "self_attn.o_proj"
+    query_norm: str = ""
+    """In the block: the norm on the heads of q, if the family has one."""
+    key_norm: str = ""
     mlp: str = "mlp"
     """The MLP, or the mixture of experts in its place; empty if its linears are the block's."""
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     """In the MLP or one expert: linears that read its input."""
+    mlp_up: str = "up_proj"
+    """In the MLP or one expert: the one of ``mlp_inputs`` that no activation function follows."""
     mlp_output: str = "down_proj"
     """In the MLP or one expert: the linear that writes its output."""
     experts: str = ""
@@ -122,6 +127,10 @@ class Adapter:
     def mlp_writers(self, block: nn.Module) -> tuple[str, ...]:
         """Paths of the linears that write the MLP's output: one, or one per expert."""
         return tuple(_join(mlp, self.mlp_output) for mlp in self._mlps(block))
+
+    def mlp_ups(self, block: nn.Module) -> tuple[str, ...]:
+        """Paths of the linears whose outputs are multiplied by the gate: one, or one per expert."""
+        return tuple(_join(mlp, self.mlp_up) for mlp in self._mlps(block))
 
     def routers(self, block: nn.Module) -> tuple[str, ...]:
         """Path of the router, if this block is a mixture of experts."""

@@ -10,6 +10,8 @@ ADAPTER = Adapter(
     family="Gemma 3",
     architectures=("Gemma3ForCausalLM",),
     mlp_norm="pre_feedforward_layernorm",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
     norm_offset=1.0,
     residual_rotation=False,
 )

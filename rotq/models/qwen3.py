@@ -6,4 +6,9 @@ R2 on v); their gains stay where they are.
 
 from rotq.models.adapter import Adapter
 
-ADAPTER = Adapter(family="Qwen3", architectures=("Qwen3ForCausalLM",))
+ADAPTER = Adapter(
+    family="Qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)

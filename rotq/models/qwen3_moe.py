@@ -5,6 +5,8 @@ from rotq.models.adapter import Adapter
 ADAPTER = Adapter(
     family="Qwen3-MoE",
     architectures=("Qwen3MoeForCausalLM",),
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
     experts="mlp.experts",
     router="mlp.gate",
 )

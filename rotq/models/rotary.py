@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rotq.errors import RotqError
+from rotq.rotations.basis import head_dim
 
 HALF_SPLIT = {
     "esm",
@@ -93,15 +94,15 @@ def kv_shapes(config: Any) -> list[KVShape]:
     try:
         num_queries, num_layers = config.num_attention_heads, config.num_hidden_layers
         num_heads = getattr(config, "num_key_value_heads", None) or num_queries
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_queries
+        width = head_dim(config)
     except AttributeError as error:
         raise RotqError(f"{config.model_type}: not a decoder with a KV cache ({error})") from None
-    if num_queries % num_heads or head_dim % 8:
+    if num_queries % num_heads or width % 8:
         raise RotqError(
             f"{config.model_type}: {num_queries} query heads on {num_heads} KV heads of width "
-            f"{head_dim}; a packed cache needs whole groups and a width that is a multiple of 8"
+            f"{width}; a packed cache needs whole groups and a width that is a multiple of 8"
         )
-    shape = KVShape(num_heads=num_heads, head_dim=head_dim, group=num_queries // num_heads)
+    shape = KVShape(num_heads=num_heads, head_dim=width, group=num_queries // num_heads)
     return [shape] * num_layers
 
 
@@ -129,8 +130,7 @@ def _rotary(config: Any, parameters: dict[str, Any], layer_type: str | None) -> 
     if kind != "default":
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=layer_type)
         return Rotary(inv_freq_R=inv_freq.float(), scale=float(scale))
-    width = kv_shapes(config)[0].head_dim
-    width = int(width * parameters.get("partial_rotary_factor", 1.0))
+    width = int(head_dim(config) * parameters.get("partial_rotary_factor", 1.0))
     exponent_R = torch.arange(0, width, 2, dtype=torch.float32) / width
     return Rotary(inv_freq_R=1.0 / parameters["rope_theta"] ** exponent_R)
 

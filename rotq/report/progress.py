@@ -39,6 +39,9 @@ class Progress:
     def tuning_step(self, step: int, total: int, divergence: float) -> None:
         """Step ``step`` of ``total`` is done; KL to the original before it, nats per token."""
 
+    def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
+        """Step ``step`` of ``total`` of a basis' training is done; its loss before it."""
+
     def message(self, text: str) -> None:
         """A warning or a step worth a line."""
 
@@ -51,6 +54,7 @@ class PlainProgress(Progress):
         self._clock = _Clock()
         self._layers: list[LayerResult] = []
         self._tuning: list[float] = []
+        self._transform: list[float] = []
 
     def block_started(self, index: int, total: int) -> None:
         self._clock.start(index, total)
@@ -72,6 +76,13 @@ class PlainProgress(Progress):
             mean = sum(self._tuning) / len(self._tuning)
             self.message(f"tuning step {step + 1}/{total}  KL {mean:.4f} on calibration windows")
             self._tuning = []
+
+    def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
+        self._transform.append(loss)
+        if (step + 1) % max(1, total // 8) == 0:
+            mean = sum(self._transform) / len(self._transform)
+            self.message(f"transform {name} step {step + 1}/{total}  loss {mean:.4f}")
+            self._transform = []
 
     def message(self, text: str) -> None:
         self._stream.write(f"{text}\n")
@@ -122,6 +133,9 @@ class RichProgress(Progress):
         self._memory = f"peak {peak_rss / 1e9:.2f} GB"
         self._bar.update(self._task, completed=index + 1)
         self._describe(f"{seconds:.1f} s")
+
+    def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
+        self._describe(f"transform {name} {step + 1}/{total}  loss {loss:.4f}")
 
     def message(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)

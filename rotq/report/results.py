@@ -92,6 +92,8 @@ class JobReport:
     """In bytes."""
     rotation: dict[str, Any] = field(default_factory=dict)
     """Name of each rotation, and the figure of the function-preservation check."""
+    transform: dict[str, Any] = field(default_factory=dict)
+    """How the rotations were found: losses, angles, ranges of scales, scores of candidates."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
     tuning: dict[str, float] = field(default_factory=dict)

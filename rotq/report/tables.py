@@ -53,6 +53,8 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
         worth = f"{min(shares):.0%} to {max(shares):.0%} of the calibration tokens, by block"
         rows.append(("effective sample", worth))
     rows.append(("rotation", rotation_line(report.rotation)))
+    if report.transform:
+        rows.append(("transform", transform_line(report.transform)))
     if report.flatness:
         rows.append(("max/rms of inputs", flatness_line(report.flatness)))
     if report.tuning:
@@ -197,6 +199,22 @@ def rotation_line(rotation: dict[str, Any]) -> str:
         return "none"
     kept = "" if difference is None else f"; logits kept to {difference:.1e}"
     return ", ".join(built) + kept
+
+
+def transform_line(transform: dict[str, Any]) -> str:
+    """How the rotations were found: losses and angles, or candidates and their scores."""
+    if "scores" in transform:
+        scores = ", ".join(f"{name} {score:.4g}" for name, score in transform["scores"].items())
+        return f"{transform['chosen']}, by {transform['judge']} of {scores}"
+    parts = [str(transform["method"])]
+    for name in ("layers", "model", "optrot"):
+        if name in transform:
+            phase = transform[name]
+            before, after = phase["loss_first_quarter"], phase["loss_last_quarter"]
+            parts.append(f"{phase['steps']} steps, loss {before:.3g} to {after:.3g}")
+    if "residual_angle" in transform:
+        parts.append(f"R1 turned by {transform['residual_angle']:.3f} rad")
+    return ", ".join(parts)
 
 
 def recipe_line(recipe: dict[str, Any]) -> str:

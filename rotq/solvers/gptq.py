@@ -76,7 +76,7 @@ def round_columns(
     visit_K = torch.arange(K, device=weight_NK.device)
     if order == "activation":
         visit_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
-    factor_KK = _inverse_factor(hessian_KK[visit_K][:, visit_K])
+    factor_KK = inverse_factor(hessian_KK[visit_K][:, visit_K])
     w_KN = weight_NK.T[visit_K].contiguous()
     scale_KN, zero_KN = scale_NG.T[group_K[visit_K]], zero_NG.T[group_K[visit_K]]
     q_KN = torch.empty_like(w_KN)
@@ -93,7 +93,7 @@ def round_columns(
     return torch.empty_like(q_KN).index_copy_(0, visit_K, q_KN).T.contiguous()
 
 
-def _inverse_factor(hessian_KK: Tensor) -> Tensor:
+def inverse_factor(hessian_KK: Tensor) -> Tensor:
     """U, upper, with H^-1 = U^T U; computed in fp64, returned in fp32."""
     inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK.double()))
     return torch.linalg.cholesky(inverse_KK, upper=True).float()

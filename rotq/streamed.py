@@ -1,0 +1,60 @@
+"""A backward pass through blocks that are not in memory together.
+
+The forward pass keeps the hidden states between blocks only; the backward pass runs each block
+again, with a graph, from the last to the first.
+
+Shape suffixes: B windows, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rotq.memory import trim_memory
+
+_BLOCKS_PER_TRIM = 5
+
+Run = Callable[[Tensor], Tensor]
+"""A block: (B, T, D) to (B, T, D), the same for the same input."""
+
+
+def run_forward(blocks: Sequence[Run], hidden_BTD: Tensor) -> list[Tensor]:
+    """Without gradients: the inputs of all blocks, and the output of the last."""
+    states = [hidden_BTD]
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            states.append(block(states[-1]))
+            _trim_now_and_then(index)
+    return states
+
+
+def run_backward(blocks: Sequence[Run], states: list[Tensor], slope_BTD: Tensor) -> Tensor:
+    """Add the gradients of what the blocks were made of to it; ``states`` is used up.
+
+    Args:
+        blocks: As in ``run_forward``.
+        states: Inputs of the blocks.
+        slope_BTD: Of the loss, at the last block's output.
+
+    Returns:
+        The slope at the first block's input.
+    """
+    for index, block in reversed(list(enumerate(blocks))):
+        given_BTD = states.pop().requires_grad_()
+        with torch.enable_grad():
+            output_BTD = block(given_BTD)
+        output_BTD.backward(slope_BTD)
+        assert given_BTD.grad is not None, "the block's input reaches its output"
+        slope_BTD = given_BTD.grad
+        del output_BTD
+        _trim_now_and_then(index)
+    return slope_BTD
+
+
+def _trim_now_and_then(index: int) -> None:
+    # giving memory back takes as long as a block's products; blocks use what others have freed
+    if index % _BLOCKS_PER_TRIM == 0:
+        trim_memory()

@@ -1,0 +1,1 @@
+"""Transforms found by optimization: parameters, student, teacher, training, choice."""

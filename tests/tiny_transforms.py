@@ -1,0 +1,65 @@
+"""The search for a basis on a tiny model in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import MemorySource, random_ids, tiny_model
+
+from rotq.job import Job
+from rotq.models.online_attention import use_online_attention
+from rotq.models.skeleton import Skeleton
+from rotq.plan import make_plan
+from rotq.recipe import load_recipe
+from rotq.report.progress import Progress
+from rotq.transform.setting import Setting
+
+SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
+W4A4KV4 = {
+    "weights.bits": 4,
+    "weights.group_size": -1,
+    "activations.bits": 4,
+    "kv_cache.bits": 4,
+    "rotation.residual": "hadamard",
+    "rotation.value": "hadamard",
+    "rotation.attention": "hadamard",
+    "rotation.down": "hadamard",
+    "output.format": "rotq",
+    "calibration.precision": "highest",
+}
+LEARNED = {
+    **W4A4KV4,
+    "transform.method": "learned",
+    "transform.scalings": SCALED,
+    "transform.balance": ["value", "query_key", "up"],
+    "transform.layer_steps": 3,
+    "transform.steps": 6,
+    "transform.save_every": 2,
+    "transform.top_k": 32,
+}
+
+
+def make_setting(
+    folder: Path,
+    choices: dict[str, Any],
+    progress: Progress | None = None,
+    num_windows: int = 3,
+    name: str = "llama",
+) -> Setting:
+    """Windows of 24 random tokens; the job's folder is kept if it is there."""
+    folder.mkdir(exist_ok=True)
+    source = MemorySource(tiny_model(name, dtype=torch.float32))
+    skeleton = Skeleton.open(source)
+    use_online_attention(skeleton.model)
+    recipe = load_recipe(None, choices)
+    return Setting(
+        job=Job(folder, folder / "out", overwrite=False),
+        skeleton=skeleton,
+        source=source,
+        plan=make_plan(skeleton, recipe, torch.float32),
+        recipe=recipe,
+        windows=random_ids(num_windows, 24).split(1),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        progress=progress or Progress(),
+    )

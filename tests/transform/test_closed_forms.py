@@ -1,0 +1,193 @@
+"""What needs no training through the model: closed-form scales and R1, OptRot, the layer proxy."""
+
+import pytest
+import torch
+from tiny_models import MemorySource, random_ids, tiny_model
+from tiny_transforms import W4A4KV4, make_setting
+
+from rotq.formats.activations import ActivationGrid, fake_quantize
+from rotq.formats.integer import Grid
+from rotq.models.scalable import scalings
+from rotq.models.skeleton import Skeleton
+from rotq.rotations.basis import SCALINGS, Basis, Scales
+from rotq.rotations.hadamard import orthogonal
+from rotq.solvers.solve import Options, solve
+from rotq.solvers.statistics import Moments
+from rotq.transform import optrot
+from rotq.transform.balance import Balancer
+from rotq.transform.parameters import Parameters
+from rotq.transform.proxy import Judge, layer_score
+
+
+@pytest.fixture(scope="module")
+def balanced():
+    """A model with features of very different size in front of down and o."""
+    model = tiny_model("llama", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        spread = (1.5 * torch.randn(80, generator=generator)).exp()
+        layer.mlp.up_proj.weight.mul_(spread[:, None])
+        layer.self_attn.v_proj.weight[3].mul_(20)
+        layer.self_attn.k_proj.weight[2].mul_(10)
+    source = MemorySource(model)
+    skeleton = Skeleton.open(source)
+    balancer = Balancer(skeleton=skeleton, source=source, device=torch.device("cpu"))
+    outer = skeleton.load_outer(source, dtype=torch.float32)
+    embedded = [skeleton.embed(outer, ids) for ids in random_ids(4, 32).split(2)]
+    return model, balancer, balancer.measure(embedded)
+
+
+def test_scales_of_up_are_the_fourth_root_of_mean_squares_over_weights(balanced):
+    model, balancer, squares = balanced
+    seen = []
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(random_ids(4, 32))
+    handle.remove()
+    x_I = seen[0].flatten(0, 1).square().mean(0)
+    w_I = down.weight.square().mean(0)
+    expected = (x_I / w_I).pow(0.25)
+    found = balancer.scales(squares, Basis(), ["up"])["1.scales.up"][0]
+    ratio = found / expected
+    torch.testing.assert_close(ratio / ratio.mean(), torch.ones(80), rtol=1e-3, atol=0)
+    assert found.log().mean().abs() < 1e-5
+
+
+def test_scales_of_up_make_the_error_of_rounding_smaller(balanced):
+    model, balancer, squares = balanced
+    seen = []
+    down = model.model.layers[0].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(random_ids(8, 32, seed=1))
+    handle.remove()
+    x_MI = seen[0].flatten(0, 1)
+    H_II = orthogonal("hadamard", 80, 0).float()
+    grid = ActivationGrid(bits=4, symmetric=False)
+
+    def error(scale_I):
+        turned = fake_quantize((x_MI / scale_I) @ H_II, grid)
+        return (((turned @ H_II.T) * scale_I - x_MI) @ down.weight.T).square().mean()
+
+    best = balancer.scales(squares, Basis(), ["up"])["0.scales.up"][0]
+    assert error(best) < 0.8 * error(torch.ones(80))
+    assert error(best) < error(best.square())
+    assert error(best) < error(best.sqrt())
+
+
+def test_factors_of_values_and_keys_counter_outliers(balanced):
+    _, balancer, squares = balanced
+    factors = balancer.scales(squares, Basis(), ["value", "query_key"])
+    value_HK, key_HF = factors["0.scales.value"], factors["0.scales.query_key"]
+    # values are divided by their factor, keys multiplied: large features become smaller
+    assert value_HK[0, 3] == value_HK.max()
+    assert key_HF[0, 2] == key_HF.min()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3-moe-mixed", "llama-biases"])
+def test_every_family_gets_factors_of_the_right_shape(name):
+    source = MemorySource(tiny_model(name, dtype=torch.float32))
+    skeleton = Skeleton.open(source)
+    balancer = Balancer(skeleton=skeleton, source=source, device=torch.device("cpu"))
+    outer = skeleton.load_outer(source, dtype=torch.float32)
+    squares = balancer.measure([skeleton.embed(outer, random_ids(2, 12))])
+    factors = balancer.scales(squares, Basis(), SCALINGS)
+    for index, layer in enumerate(scalings(skeleton, SCALINGS)):
+        for key, scaling in layer.items():
+            found = factors[f"{index}.scales.{key}"]
+            assert found.shape == scaling.shape
+            assert (found > 0).all()
+            assert torch.isfinite(found).all()
+
+
+def test_optrot_flattens_and_is_invariant_to_what_norms_scale(tmp_path):
+    setting = make_setting(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
+    drawn = Basis(residual_DD=torch.eye(48, dtype=torch.float64))
+    parameters = Parameters(
+        drawn,
+        setting.skeleton,
+        scaled=(),
+        factors={},
+        parametrization="cayley",
+        device=torch.device("cpu"),
+    )
+    with torch.enable_grad():
+        loss = optrot.backward(
+            setting.skeleton, setting.source, parameters, 0, device=torch.device("cpu")
+        )
+    model = tiny_model("llama", dtype=torch.float64)
+    kinds = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, linears in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (None, (attention.o_proj, mlp.down_proj)),
+        ):
+            for linear in linears:
+                weight = linear.weight if norm is None else linear.weight * norm.weight
+                kinds.append(weight.pow(4).mean() / weight.square().mean() ** 2)
+    # by block, then over blocks: every block has seven layers
+    assert loss == pytest.approx(torch.stack(kinds).mean().item(), rel=1e-4)
+    assert parameters.free()["residual"].grad.abs().max() > 0
+
+
+def test_the_layer_score_foretells_the_error_of_gptq():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator) * torch.linspace(0.2, 2, 64)
+    x_MK = torch.randn(4000, 64, generator=generator) @ mixing / 8
+    weight_NK = torch.randn(128, 64, generator=generator)
+    moments = Moments(64, cross=False, device=torch.device("cpu"))
+    moments.add(x_MK, None, None)
+    grid = Grid(bits=4, group_size=-1, symmetric=False)
+    options = Options(
+        method="gptq",
+        order="natural",
+        damping=0.01,
+        scale_search="minmax",
+        search_steps=1,
+        target_correction=0.0,
+        refine_sweeps=0,
+        scale_dtype=torch.float32,
+    )
+    solution = solve(weight_NK, moments, grid, options)
+    actual = (solution.loss_N.sum() / solution.energy_N.sum()).item()
+    expected = layer_score(weight_NK, moments.hessian_KK(), grid, 0.0, 0.01)
+    assert actual == pytest.approx(expected, rel=0.15)
+
+
+def test_the_layer_score_foretells_the_error_of_rounded_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(2000, 64, generator=generator)
+    weight_NK = torch.randn(32, 64, generator=generator)
+    moments = Moments(64, cross=False, device=torch.device("cpu"))
+    moments.add(x_MK, None, None)
+    inputs = ActivationGrid(bits=4, symmetric=False)
+    step = (x_MK.amax(-1) - x_MK.amin(-1)) / 15
+    fine = Grid(bits=8, group_size=-1, symmetric=False)
+    score = layer_score(weight_NK, moments.hessian_KK(), fine, step.square().mean().item(), 0.01)
+    error = ((fake_quantize(x_MK, inputs) - x_MK) @ weight_NK.T).square().sum()
+    assert score == pytest.approx((error / (x_MK @ weight_NK.T).square().sum()).item(), rel=0.1)
+
+
+def test_the_judge_sees_outliers(tmp_path):
+    """A basis that spreads an outlier channel has the lower score; the identity is the model's."""
+    setting = make_setting(tmp_path / "job", W4A4KV4)
+    for index in (0, 1):
+        setting.source.tensors[f"model.layers.{index}.input_layernorm.weight"][5] = 30.0
+    judge = Judge(
+        skeleton=setting.skeleton,
+        source=setting.source,
+        plan=setting.plan,
+        activations=setting.plan.inputs,
+        damping=0.01,
+        device=torch.device("cpu"),
+    )
+    bases = {
+        "none": Basis(),
+        "hadamard": Basis(residual_DD=orthogonal("hadamard", 48, 0)),
+        "scaled": Basis(scales=(Scales(up_EI=torch.ones(1, 80, dtype=torch.float64)),) * 2),
+    }
+    embedded = [setting.skeleton.embed(setting.outer, ids) for ids in setting.windows]
+    scores = judge.scores(bases, embedded)
+    assert scores["hadamard"] < 0.8 * scores["none"]
+    assert scores["scaled"] == pytest.approx(scores["none"], rel=1e-5)

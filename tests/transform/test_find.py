@@ -1,0 +1,188 @@
+"""The search for a basis: what is reported, the same result after a stop, refusals, a whole job."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_jobs import SMALL, make_checkpoint, quantize
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
+
+from rotq.errors import RotqError
+from rotq.job import TRANSFORM
+from rotq.recipe import load_recipe
+from rotq.report.progress import Progress
+from rotq.rotations.basis import build_basis
+from rotq.transform.find import find_basis
+from rotq.transform.student import Student
+
+
+class Interrupted(Progress):
+    """Stops a training as a signal would."""
+
+    def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
+        if (name, step) == ("model", 3):
+            raise KeyboardInterrupt
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def find(setting):
+    rotation = setting.recipe.rotation
+    drawn = build_basis(rotation, setting.skeleton.adapter, setting.skeleton.config)
+    return drawn, find_basis(setting, drawn)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    setting = make_setting(tmp_path_factory.mktemp("learned") / "job", LEARNED)
+    return setting, *find(setting)
+
+
+def test_a_learned_basis_is_orthogonal_and_positive(learned):
+    _, _, basis = learned
+    for name, tensor in basis.tensors().items():
+        assert tensor.dtype == torch.float64
+        if ".scales." in name:
+            assert (tensor > 0).all()
+        else:
+            one = torch.eye(tensor.shape[-1], dtype=torch.float64)
+            assert (tensor.mT @ tensor - one).abs().max() < 1e-12
+    assert basis.down == "hadamard"
+    assert basis.attention == "hadamard"
+    assert basis.description["residual"].endswith(", learned")
+
+
+def test_the_report_has_losses_angles_and_ranges(learned):
+    setting, _, _ = learned
+    found = setting.job.results(TRANSFORM)
+    assert found["method"] == "learned"
+    assert (found["layers"]["steps"], found["model"]["steps"]) == (3, 6)
+    assert found["layers"]["loss_first_quarter"] > 0
+    assert math.isfinite(found["model"]["loss_first_quarter"])
+    assert 0.01 < found["value_angle"] < 0.2
+    assert 0.01 < found["residual_angle"] < 0.5
+    for name in SCALED:
+        assert 0 < found[f"{name}_smallest"] < 1 < found[f"{name}_largest"]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    one = {
+        **LEARNED,
+        "transform.layer_steps": 0,
+        "transform.steps": 24,
+        "transform.angle": 0.05,
+        "transform.balance": [],
+    }
+    setting = make_setting(tmp_path / "job", one, num_windows=1)
+    find(setting)
+    found = setting.job.results(TRANSFORM)["model"]
+    assert found["loss_last_quarter"] < 0.85 * found["loss_first_quarter"]
+
+
+def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
+    _, _, basis = learned
+    with pytest.raises(KeyboardInterrupt):
+        find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
+    assert (tmp_path / "job" / "transform-model.safetensors").exists()
+    again = make_setting(tmp_path / "job", LEARNED)
+    _, found = find(again)
+    assert found.checksum() == basis.checksum()
+    # a finished one is read back, not trained again
+    _, read = find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
+    assert read.checksum() == basis.checksum()
+    assert read.description == found.description
+
+
+def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, monkeypatch):
+    fused = Student.fused_block
+
+    def broken(self, index, basis):
+        block, tensors = fused(self, index, basis)
+        if index == 1:
+            tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * math.nan
+        return block, tensors
+
+    monkeypatch.setattr(Student, "fused_block", broken)
+    where = "the loss is nan at step 1, first in model.layers.1.mlp.up_proj"
+    with pytest.raises(RotqError, match=where):
+        find(make_setting(tmp_path / "job", LEARNED))
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path, monkeypatch):
+    def backward(student, parameters, outer, lesson, step):
+        parameters.logs["0.scales.up"].grad = torch.full((1, 80), math.inf)
+        return 1.0
+
+    monkeypatch.setattr("rotq.transform.through_model.backward", backward)
+    with pytest.raises(RotqError, match=r"gradient of 0\.scales\.up is not finite at step 1"):
+        find(make_setting(tmp_path / "job", LEARNED))
+
+
+@pytest.mark.parametrize("judge", ["proxy", "kl"])
+def test_auto_scores_its_candidates_and_takes_the_least(tmp_path, judge):
+    chosen = {
+        **W4A4KV4,
+        "weights.bits": 3,
+        "transform.method": "auto",
+        "transform.judge": judge,
+        "transform.steps": 4,
+        "transform.candidates": ["none", "hadamard", "optrot", "learned"],
+    }
+    progress = Told()
+    setting = make_setting(tmp_path / "job", chosen, progress, num_windows=6)
+    drawn, basis = find(setting)
+    found = setting.job.results(TRANSFORM)
+    scores = found["scores"]
+    assert set(scores) == {"none", "hadamard", "optrot", "learned"}
+    assert len(set(scores.values())) == 4
+    assert found["chosen"] == min(scores, key=scores.__getitem__)
+    assert any(f"transform: {found['chosen']} by {judge}" in text for text in progress.messages)
+    assert (basis.checksum() == drawn.checksum()) == (found["chosen"] == "hadamard")
+    optrot = found["candidates"]["optrot"]["optrot"]
+    assert optrot["loss_last_quarter"] < optrot["loss_first_quarter"]
+
+
+def test_none_keeps_what_is_online(tmp_path):
+    chosen = {**W4A4KV4, "transform.method": "auto", "transform.candidates": ["none"]}
+    _, basis = find(make_setting(tmp_path / "job", chosen))
+    assert not basis.tensors()
+    assert (basis.down, basis.attention) == ("hadamard", "hadamard")
+    assert set(basis.description) == {"down", "attention"}
+
+
+def test_fixed_is_what_was_drawn(tmp_path):
+    setting = make_setting(tmp_path / "job", W4A4KV4)
+    drawn, basis = find(setting)
+    assert basis is drawn
+    assert not setting.job.recorded(TRANSFORM)
+
+
+def test_a_whole_job(tmp_path: Path):
+    model = make_checkpoint(tmp_path / "model")
+    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2}
+    choices |= {key: f"[{', '.join(v)}]" for key, v in choices.items() if isinstance(v, list)}
+    given = [part for key, value in choices.items() for part in ("--set", f"{key}={value}")]
+    result = quantize(model, *SMALL, *given, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "transform model step 2/2  loss" in result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["transform"]["model"]["steps"] == 2
+    assert report["rotation"]["residual"].endswith(", learned")
+    assert report["rotation"]["largest_relative_difference"] < 1e-9
+
+
+def test_recipe_bounds():
+    with pytest.raises(ValueError, match=r"transform\.balance: .* is not among the scalings"):
+        load_recipe(None, {"transform.balance": ["up"]})
+    with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 or more"):
+        load_recipe(None, {"transform.steps": -1})
+    with pytest.raises(ValueError, match=r"transform\.method: 'best' is not one of"):
+        load_recipe(None, {"transform.method": "best"})

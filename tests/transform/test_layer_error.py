@@ -1,0 +1,164 @@
+"""The layer error: features in the basis are those of the fused block, and less of it is better."""
+
+import pytest
+import torch
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
+
+from rotq.calibration.capture import capture_inputs
+from rotq.formats.activations import fake_quantize
+from rotq.job import TRANSFORM
+from rotq.layers import OnlineLinear
+from rotq.models.scalable import scalings
+from rotq.recipe import Rotation
+from rotq.rotations.basis import Basis, Scales, build_basis
+from rotq.rotations.fuse import block_maps, fuse_block
+from rotq.transform.candidates import learned
+from rotq.transform.layer_error import LayerError, _in_basis, spaced
+from rotq.transform.parameters import Parameters
+
+
+def error_of(setting, *, folds_gains=True):
+    error = LayerError(
+        skeleton=setting.skeleton,
+        source=setting.source,
+        plan=setting.plan,
+        damping=0.01,
+        folds_gains=folds_gains,
+        device=torch.device("cpu"),
+    )
+    error.measure(setting.embedded())
+    return error
+
+
+def random_basis(skeleton):
+    """R1, R2 and R4 Hadamard, every scale random."""
+    adapter = skeleton.adapter
+    residual = "hadamard" if adapter.residual_rotation else "none"
+    rotation = Rotation(residual=residual, value="hadamard", down="hadamard", seed=2)
+    basis = build_basis(rotation, adapter, skeleton.config)
+    generator = torch.Generator().manual_seed(1)
+    scales = []
+    for layer in scalings(skeleton, SCALED):
+        drawn = {
+            name: scaling.expand((0.4 * torch.randn(scaling.shape, generator=generator)).exp())
+            for name, scaling in layer.items()
+        }
+        scales.append(Scales.of({name: factors.double() for name, factors in drawn.items()}))
+    return basis.with_tensors(basis.tensors() | Basis(scales=tuple(scales)).tensors())
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gemma3", "qwen3-moe-mixed"])
+def test_features_in_the_basis_are_what_the_fused_layers_read(tmp_path, name):
+    setting = make_setting(tmp_path / "job", W4A4KV4 | {"rotation.residual": "none"}, name=name)
+    skeleton, basis = setting.skeleton, random_basis(setting.skeleton)
+    error = error_of(setting, folds_gains=basis.residual_DD is not None)
+    hidden_BTD = setting.embedded()[0]
+    R_DD = basis.residual_DD
+    turned_BTD = hidden_BTD if R_DD is None else hidden_BTD @ R_DD.float()
+    block = skeleton.load_block(0, setting.source, device="cpu", dtype=torch.float32)
+    features, _ = error._features(0, block, hidden_BTD)
+    reads, _ = block_maps(block, dict(block.named_parameters()), skeleton.adapter, basis, 0)
+    fused = skeleton.load_block(0, setting.source, device="cpu", dtype=torch.float32)
+    fuse_block(fused, skeleton.adapter, basis, 0)
+    firsts = {site.name: site.linears[0] for site in skeleton.adapter.sites(block)}
+    kwargs = skeleton.block_kwargs(0, turned_BTD)
+    seen, _ = capture_inputs(fused, firsts.values(), turned_BTD, kwargs)
+    for site, first in firsts.items():
+        linear = fused.get_submodule(first)
+        read = seen[first]
+        if isinstance(linear, OnlineLinear):
+            read = linear.prepare_input(read)
+        ours = _in_basis(features[site].double(), reads[first], site).float()
+        scale = read.abs().max().item()
+        torch.testing.assert_close(ours, read, rtol=1e-3, atol=1e-4 * scale)
+
+
+def actual_error(setting, basis, index=1):
+    """Mean over linears of |Q(x') W'^T - x' W'^T|^2 / |x' W'^T|^2."""
+    skeleton = setting.skeleton
+    hidden_BTD = setting.embedded()[0]
+    fused = skeleton.load_block(index, setting.source, device="cpu", dtype=torch.float32)
+    fuse_block(fused, skeleton.adapter, basis, index)
+    names = [p for site in skeleton.adapter.sites(fused) for p in site.linears]
+    kwargs = skeleton.block_kwargs(index, hidden_BTD)
+    turned_BTD = hidden_BTD @ basis.residual_DD.float()
+    seen, _ = capture_inputs(fused, names, turned_BTD, kwargs)
+    shares = []
+    for name in names:
+        linear = fused.get_submodule(name)
+        x = linear.prepare_input(seen[name]) if isinstance(linear, OnlineLinear) else seen[name]
+        y = x @ linear.weight.T
+        rounded = fake_quantize(x, setting.plan.inputs) @ linear.weight.T
+        shares.append((rounded - y).square().sum() / y.square().sum())
+    return torch.stack(shares).mean().item()
+
+
+def test_the_loss_foretells_the_error_of_rounded_inputs(tmp_path):
+    setting = make_setting(tmp_path / "job", {**W4A4KV4, "weights.bits": 8}, num_windows=8)
+    skeleton = setting.skeleton
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    error = error_of(setting)
+    hidden_BTD = setting.embedded()[0]
+    single = drawn.with_tensors({n: t.float() for n, t in drawn.tensors().items()})
+    foretold = error._block_loss(1, hidden_BTD, single).item()
+    assert foretold == pytest.approx(actual_error(setting, drawn), rel=0.25)
+
+
+def test_training_lowers_the_error_that_is_made(tmp_path):
+    trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
+    setting = make_setting(tmp_path / "job", {**LEARNED, **trained}, num_windows=4)
+    skeleton = setting.skeleton
+    # something to gain: features of very different size in front of down
+    generator = torch.Generator().manual_seed(0)
+    spread_I1 = (1.5 * torch.randn(80, 1, generator=generator)).exp()
+    for index in (0, 1):
+        setting.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"] *= spread_I1
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    basis, figures = learned(setting, drawn)
+    assert figures["layers"]["loss_last_quarter"] < 0.9 * figures["layers"]["loss_first_quarter"]
+    assert actual_error(setting, basis) < 0.85 * actual_error(setting, drawn)
+    assert not setting.job.recorded(TRANSFORM)
+
+
+def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
+    """Or the loss could be made as small as one likes by scaling weights down."""
+    setting = make_setting(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
+    skeleton, error = setting.skeleton, error_of(setting)
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    hidden_BTD = setting.embedded()[0]
+    losses = []
+    for factor in (1.0, 3.0):
+        scales = [
+            {name: torch.full(s.shape, factor) for name, s in layer.items()}
+            for layer in scalings(skeleton, ["qkv", "gate_up", "value", "up"])
+        ]
+        named = drawn.tensors() | Basis(scales=tuple(Scales.of(s) for s in scales)).tensors()
+        single = drawn.with_tensors({n: t.float() for n, t in named.items()})
+        losses.append(error._block_loss(0, hidden_BTD, single).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_gradients_reach_what_is_trained(tmp_path):
+    setting = make_setting(tmp_path / "job", W4A4KV4)
+    skeleton, error = setting.skeleton, error_of(setting)
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    parameters = Parameters(
+        drawn,
+        skeleton,
+        scaled=SCALED,
+        factors={},
+        parametrization="cayley",
+        device=torch.device("cpu"),
+    )
+    with torch.enable_grad():
+        error.backward(parameters, 0)
+    for name, free in parameters.free().items():
+        if not name.endswith("query_key"):
+            assert free.grad is not None, name
+            assert free.grad.abs().max() > 0, name
+
+
+def test_steps_take_evenly_spaced_blocks():
+    assert spaced(0, 30, 8) == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert spaced(2, 2, 8) == [0, 1]
+    assert {index for step in range(30) for index in spaced(step, 30, 8)} == set(range(30))

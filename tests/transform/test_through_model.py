@@ -1,0 +1,87 @@
+"""The streamed loss and its gradients, against one graph through the whole model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_transforms import LEARNED, make_setting
+
+from rotq.rotations.basis import build_basis
+from rotq.transform.parameters import Parameters
+from rotq.transform.through_model import Lesson, backward, mean_loss, teach
+
+
+def prepared(folder, choices, name="llama"):
+    setting = make_setting(folder, choices, name=name)
+    recipe, skeleton = setting.recipe, setting.skeleton
+    drawn = build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
+    parameters = Parameters(
+        drawn,
+        skeleton,
+        scaled=recipe.transform.scalings,
+        factors={},
+        parametrization=recipe.transform.parametrization,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for free in parameters.free().values():
+            free.add_(0.1 * torch.randn(free.shape, generator=generator))
+    windows = setting.windows[:1]
+    targets = teach(setting.student, setting.outer, windows, 20)
+    return setting, parameters, Lesson(ids_BT=windows[0], targets=targets[0])
+
+
+def unstreamed(setting, parameters, lesson):
+    """The same loss as one graph, written down without slopes in closed form."""
+    student, skeleton, basis = setting.student, setting.skeleton, parameters.basis()
+    hidden_BTD = skeleton.embed(setting.outer, lesson.ids_BT)
+    if basis.residual_DD is not None:
+        hidden_BTD = hidden_BTD @ basis.residual_DD
+    for run in student.runs(basis, hidden_BTD):
+        hidden_BTD = run(hidden_BTD)
+    if basis.residual_DD is not None:
+        hidden_BTD = hidden_BTD @ basis.residual_DD.T
+    log_q = skeleton.logits(setting.outer, hidden_BTD)[0].log_softmax(-1)
+    log_p_Tk, token_Tk = lesson.targets.log_p_Tk, lesson.targets.token_Tk.long()
+    return (log_p_Tk.exp() * (log_p_Tk - log_q.gather(-1, token_Tk))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gradients_are_those_of_the_whole_graph(tmp_path, name):
+    setting, parameters, lesson = prepared(tmp_path / "job", LEARNED, name)
+    with torch.enable_grad():
+        loss = backward(setting.student, parameters, setting.outer, lesson, 0)
+    streamed = {key: free.grad.clone() for key, free in parameters.free().items()}
+    for free in parameters.free().values():
+        free.grad = None
+    with torch.enable_grad():
+        whole = unstreamed(setting, parameters, lesson)
+        whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-4)
+    for key, free in parameters.free().items():
+        assert free.grad.abs().max() > 0, key
+        scale = free.grad.abs().max().item()
+        torch.testing.assert_close(streamed[key], free.grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path):
+    choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16}
+    setting, parameters, lesson = prepared(tmp_path / "job", choices)
+    exact = replace(setting.student, rounds_weights=False)
+    basis = parameters.basis()
+    detached = basis.with_tensors({n: t.detach() for n, t in basis.tensors().items()})
+    entropy = (lesson.targets.log_p_Tk.exp() * 0).sum().item()
+    assert mean_loss(exact, detached, setting.outer, [lesson]) == pytest.approx(entropy, abs=1e-4)
+    # weights only: what is rounded then are weights
+    assert setting.student.rounds_weights
+    assert mean_loss(setting.student, detached, setting.outer, [lesson]) > 1e-2
+
+
+def test_the_teacher_is_the_original_model(tmp_path):
+    _, _, lesson = prepared(tmp_path / "job", LEARNED)
+    model = tiny_model("llama", dtype=torch.float32)
+    log_p = model(lesson.ids_BT).logits[0].log_softmax(-1)
+    top = log_p.topk(20, dim=-1)
+    torch.testing.assert_close(lesson.targets.log_p_Tk, top.values, rtol=1e-3, atol=1e-3)
