@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """With two, products of tiny models may depend on the row, and the engine then takes one row."""
+    """With two, products of tiny models may depend on the row; the engine then takes one row."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
