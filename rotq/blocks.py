@@ -20,6 +20,7 @@ from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Streams, Track
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers import prepared_input
+from rotq.memory import trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
@@ -90,16 +91,11 @@ class BlockQuantizer:
                 last = stage is stages[-1]
                 moments = self._collect(index, stage, (original, working), streams, weights, last)
             for site in stage:
-                started = time.monotonic()
-                grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
-                solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
-                seconds = (time.monotonic() - started) / len(solutions)
-                for name, solution in solutions.items():
-                    quantized[name] = solution.quantized
-                    weight_NK = _linear(working, name).weight
-                    weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
-                    layers.append(self._result(self._full(index, name), solution, seconds))
-                    self.progress.layer_done(layers[-1])
+                solutions, results = self._round(index, site, (original, working), moments)
+                quantized |= solutions
+                layers += results
+                # what a solver has freed would add to what the next one needs
+                trim_memory()
         if not stages and streams is not None and streams.original is not None:
             self.advance(index, original, streams.original)
         return Outcome(
@@ -108,6 +104,30 @@ class BlockQuantizer:
             layers=tuple(layers),
             effective_share=effective_share(weights),
         )
+
+    def _round(
+        self,
+        index: int,
+        site: Site,
+        blocks: tuple[nn.Module, nn.Module],
+        moments: dict[str, Moments],
+    ) -> tuple[dict[str, Quantized], list[LayerResult]]:
+        """Solve a site's layers from the original block, put the result into the working one.
+
+        The site's moments are taken out of ``moments``.
+        """
+        started = time.monotonic()
+        original, working = blocks
+        grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
+        solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
+        seconds = (time.monotonic() - started) / len(solutions)
+        results = []
+        for name, solution in solutions.items():
+            weight_NK = _linear(working, name).weight
+            weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
+            results.append(self._result(self._full(index, name), solution, seconds))
+            self.progress.layer_done(results[-1])
+        return {name: solution.quantized for name, solution in solutions.items()}, results
 
     def advance(self, index: int, block: nn.Module, track: Track) -> None:
         """Replace the track's hidden states by the block's outputs."""

@@ -30,7 +30,7 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.flatness import Change, FlatnessMeter
 from rotq.job import OUTER, TUNING, Job, block_part, open_job
-from rotq.memory import release_memory, settled_objects
+from rotq.memory import map_large_blocks, release_memory, settled_objects
 from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
@@ -82,6 +82,7 @@ def quantize_model(
         Stopped: interrupted; the job can be resumed.
     """
     progress = progress or Progress()
+    map_large_blocks()
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)

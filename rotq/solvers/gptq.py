@@ -6,6 +6,8 @@ Work is done on the transposed weight, where a column is one contiguous row.
 Shape suffixes: N out features, K in features, B columns of one block.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,52 +35,64 @@ def damp(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     if not torch.isfinite(hessian_KK).all():
         raise RotqError("calibration gave a Hessian that is not finite")
     mean = hessian_KK.diagonal().mean().clamp(min=1e-12)
-    alive_KK = hessian_KK.clone()
-    alive_KK.diagonal()[hessian_KK.diagonal() == 0] = mean
+    alive_K = torch.where(hessian_KK.diagonal() == 0, mean, hessian_KK.diagonal())
+    damped_KK = hessian_KK.clone()
     for factor in DAMPING_LADDER:
         share = min(damping * factor, 1.0)
-        damped_KK = alive_KK.clone()
-        damped_KK.diagonal().add_(share * mean)
+        damped_KK.diagonal().copy_(alive_K + share * mean)
         if not torch.linalg.cholesky_ex(damped_KK.double()).info:
             return damped_KK, share
     raise RotqError(f"the Hessian is not positive definite with damping up to {share:g}")
 
 
-def round_columns(
-    weight_NK: Tensor,
-    hessian_KK: Tensor,
-    scale_NG: Tensor,
-    zero_NG: Tensor,
-    grid: Grid,
-    *,
-    order: str,
-) -> Tensor:
-    """Run the column loop with fixed scales.
+@dataclass(frozen=True, kw_only=True)
+class Elimination:
+    """The order of the columns, and how an error spreads over those to come."""
+
+    visit_K: Tensor
+    """Columns in the order they are rounded."""
+    factor_KK: Tensor
+    """U of ``inverse_factor`` with rows and columns in that order, fp32."""
+
+
+def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
+    """Order the columns and factor once for all rows.
 
     Args:
-        weight_NK: Target weights, fp32, not modified.
         hessian_KK: Damped Hessian, fp32, positive definite.
-        scale_NG: fp32.
-        zero_NG: fp32 integers.
-        grid: Bits and symmetry.
         order: "natural" or "activation" (falling diagonal).
-
-    Returns:
-        q_NK: fp32 integers in [q_min, q_max].
 
     Raises:
         ValueError: unknown order.
     """
     if order not in ("natural", "activation"):
         raise ValueError(f"unknown order {order!r}; known: natural, activation")
-    N, K = weight_NK.shape
-    group_K = torch.arange(K, device=weight_NK.device) // (K // scale_NG.shape[1])
-    visit_K = torch.arange(K, device=weight_NK.device)
+    visit_K = torch.arange(hessian_KK.shape[0], device=hessian_KK.device)
     if order == "activation":
         visit_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
-    factor_KK = inverse_factor(hessian_KK[visit_K][:, visit_K])
+    factor_KK = inverse_factor(hessian_KK[visit_K[:, None], visit_K])
+    return Elimination(visit_K=visit_K, factor_KK=factor_KK)
+
+
+def round_columns(
+    weight_NK: Tensor, elimination: Elimination, scale_NG: Tensor, zero_NG: Tensor, grid: Grid
+) -> Tensor:
+    """Run the column loop with fixed scales.
+
+    Args:
+        weight_NK: Target weights, fp32, not modified.
+        elimination: Of the layer's damped Hessian.
+        scale_NG: fp32.
+        zero_NG: fp32 integers.
+        grid: Bits and symmetry.
+
+    Returns:
+        q_NK: fp32 integers in [q_min, q_max].
+    """
+    (N, K), factor_KK, visit_K = weight_NK.shape, elimination.factor_KK, elimination.visit_K
+    group_K = visit_K // (K // scale_NG.shape[1])
     w_KN = weight_NK.T[visit_K].contiguous()
-    scale_KN, zero_KN = scale_NG.T[group_K[visit_K]], zero_NG.T[group_K[visit_K]]
+    scale_KN, zero_KN = scale_NG.T[group_K], zero_NG.T[group_K]
     q_KN = torch.empty_like(w_KN)
     for start in range(0, K, BLOCK):
         end = min(start + BLOCK, K)

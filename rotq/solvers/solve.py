@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid, Quantized
-from rotq.solvers.gptq import damp, round_columns
+from rotq.solvers.gptq import Elimination, damp, eliminate, round_columns
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
 from rotq.solvers.statistics import Moments, corrected_target
+
+ROWS_IN_CACHE, ROWS_ON_DEVICE = 1024, 16384
+"""Rows solved at a time on a CPU, where few stay in the cache, and on a GPU, which wants many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,23 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
         target_NK = corrected_target(weight_NK, hessian_KK, cross_KK, alpha=alpha, damping=damping)
     del cross_KK
     target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
+    elimination = eliminate(damped_KK, options.order)
+    rows = ROWS_IN_CACHE if weight_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    quantized = _joined(
+        [
+            _descend(part_NK, damped_KK, elimination, grid, options)
+            for part_NK in target_NK.split(rows)
+        ]
+    )
+    return _solution(quantized, target_NK, hessian_KK, damping)
+
+
+def _descend(
+    target_NK: Tensor, damped_KK: Tensor, elimination: Elimination, grid: Grid, options: Options
+) -> Quantized:
+    """Scales, codes by GPTQ, then both in turn."""
     scale_NG, zero_NG = _scales(target_NK, damped_KK, grid, options)
-    q_NK = round_columns(target_NK, damped_KK, scale_NG, zero_NG, grid, order=options.order)
+    q_NK = round_columns(target_NK, elimination, scale_NG, zero_NG, grid)
     q_NK, scale_NG = refine(
         target_NK,
         damped_KK,
@@ -84,8 +102,18 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
         sweeps=options.refine_sweeps,
         scale_dtype=options.scale_dtype,
     )
-    quantized = _quantized((q_NK, scale_NG, zero_NG), grid, options)
-    return _solution(quantized, target_NK, hessian_KK, damping)
+    return _quantized((q_NK, scale_NG, zero_NG), grid, options)
+
+
+def _joined(parts: list[Quantized]) -> Quantized:
+    """Weights of one grid, stacked along N."""
+    zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
+    return Quantized(
+        q_NK=torch.cat([part.q_NK for part in parts]),
+        scale_NG=torch.cat([part.scale_NG for part in parts]),
+        zero_NG=torch.cat(zeros) if zeros else None,
+        grid=parts[0].grid,
+    )
 
 
 def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:

@@ -48,7 +48,7 @@ class Moments:
     def hessian_KK(self) -> Tensor:
         """H, fp32, exactly symmetric."""
         mean_KK = self.hessian_sum_KK / max(self.weight_sum, 1e-30)
-        return (mean_KK + mean_KK.T) / 2
+        return (mean_KK + mean_KK.T).div_(2)
 
     def cross_KK(self) -> Tensor | None:
         """D, fp32, or None if it was not asked for."""

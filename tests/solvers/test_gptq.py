@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
-from rotq.solvers.gptq import damp, round_columns
+from rotq.solvers.gptq import damp, eliminate, round_columns
 from rotq.solvers.scales import round_to_grid, search_scales
 
 
@@ -49,7 +49,7 @@ def test_round_columns_equals_slow_reference(N, K, group_size, symmetric):
     grid = Grid(bits=3, group_size=group_size, symmetric=symmetric)
     hessian_KK, _ = damp(hessian_KK, 0.05)
     scale_NG, zero_NG = scales_of(weight_NK, hessian_KK, grid)
-    q_NK = round_columns(weight_NK, hessian_KK, scale_NG, zero_NG, grid, order="natural")
+    q_NK = round_columns(weight_NK, eliminate(hessian_KK, "natural"), scale_NG, zero_NG, grid)
     expected_NK = slow_gptq(weight_NK, hessian_KK, scale_NG, zero_NG, grid)
     # a tie broken the other way in fp32 may change later columns of its row
     assert (q_NK != expected_NK).any(-1).float().mean() <= 1 / N * (N > 1)
@@ -60,7 +60,7 @@ def test_identity_hessian_is_round_to_nearest():
     grid = Grid(bits=4, group_size=32, symmetric=False)
     scale_NG, zero_NG = scales_of(weight_NK, torch.eye(64), grid)
     for order in ("natural", "activation"):
-        q_NK = round_columns(weight_NK, torch.eye(64), scale_NG, zero_NG, grid, order=order)
+        q_NK = round_columns(weight_NK, eliminate(torch.eye(64), order), scale_NG, zero_NG, grid)
         nearest = round_to_grid(weight_NK.view(7, 2, 32), scale_NG, zero_NG, grid).view(7, 64)
         assert torch.equal(dequantize(q_NK, scale_NG, zero_NG), nearest)
 
@@ -71,17 +71,16 @@ def test_activation_order_is_natural_order_of_permuted_columns():
     grid = Grid(bits=3, group_size=-1, symmetric=True)
     scale_NG, zero_NG = scales_of(weight_NK, hessian_KK, grid)
     visit_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
-    actual = round_columns(weight_NK, hessian_KK, scale_NG, zero_NG, grid, order="activation")
+    actual = round_columns(weight_NK, eliminate(hessian_KK, "activation"), scale_NG, zero_NG, grid)
     permuted = round_columns(
         weight_NK[:, visit_K],
-        hessian_KK[visit_K][:, visit_K],
+        eliminate(hessian_KK[visit_K][:, visit_K], "natural"),
         scale_NG,
         zero_NG,
         grid,
-        order="natural",
     )
     assert torch.equal(actual[:, visit_K], permuted)
-    natural = round_columns(weight_NK, hessian_KK, scale_NG, zero_NG, grid, order="natural")
+    natural = round_columns(weight_NK, eliminate(hessian_KK, "natural"), scale_NG, zero_NG, grid)
     assert not torch.equal(actual, natural)
 
 
@@ -96,8 +95,10 @@ def test_gptq_beats_round_to_nearest(seed):
         error_NK = dequantize(q_NK, scale_NG, zero_NG) - weight_NK
         return float(((error_NK @ hessian_KK) * error_NK).sum())
 
-    nearest = round_columns(weight_NK, torch.eye(128), scale_NG, zero_NG, grid, order="natural")
-    ours = round_columns(weight_NK, hessian_KK, scale_NG, zero_NG, grid, order="activation")
+    nearest = round_columns(
+        weight_NK, eliminate(torch.eye(128), "natural"), scale_NG, zero_NG, grid
+    )
+    ours = round_columns(weight_NK, eliminate(hessian_KK, "activation"), scale_NG, zero_NG, grid)
     assert loss(ours) < 0.7 * loss(nearest)
 
 

@@ -89,6 +89,18 @@ def test_stacked_rows_are_solved_as_if_alone():
         torch.testing.assert_close(part.loss_N, alone.loss_N, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_few_rows_at_a_time_give_what_all_at_once_give(monkeypatch, symmetric):
+    weight_NK, moments = problem(N=50)
+    grid = Grid(bits=3, group_size=32, symmetric=symmetric)
+    whole = solve(weight_NK, moments, grid, OPTIONS).quantized
+    monkeypatch.setattr("rotq.solvers.solve.ROWS_IN_CACHE", 16)
+    parts = solve(weight_NK, moments, grid, OPTIONS).quantized
+    assert (parts.q_NK != whole.q_NK).float().mean() < 0.01
+    assert (parts.scale_NG != whole.scale_NG).float().mean() < 0.05
+    assert (parts.zero_NG is None) == symmetric
+
+
 def test_dead_column_is_coded_as_zero():
     weight_NK, _ = problem(K=16)
     x_MK = torch.randn(100, 16)
