@@ -2,30 +2,26 @@
 
 Two streams of hidden states pass through the blocks: the original model's (X) and the partly
 quantized model's (X~). A stage's moments are taken after the stages before it were quantized.
-Shape suffixes: B windows, T positions, D hidden size, N out features, K in features, M tokens.
+Shape suffixes: N out features, K in features.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rotq.calibration.capture import capture_inputs, replayed, run_block
-from rotq.calibration.streams import Streams, Track
+from rotq.calibration.streams import Streams
 from rotq.formats.integer import Grid, Quantized
-from rotq.layers import prepared_input
 from rotq.memory import trim_memory
 from rotq.models.adapter import Site
-from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
+from rotq.passes import Passes
 from rotq.plan import Plan
-from rotq.precision import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import LayerResult, Progress
 from rotq.solvers.solve import Options, Solution, solve, split_rows
@@ -62,6 +58,8 @@ class BlockQuantizer:
     ) -> None:
         self.skeleton, self.recipe, self.plan = skeleton, recipe, plan
         self.device, self.progress = device, progress
+        precision = recipe.calibration.precision
+        self.passes = Passes(skeleton=skeleton, device=device, precision=precision)
         self.weigher = TokenWeigher(skeleton, recipe, device)
 
     @property
@@ -89,7 +87,9 @@ class BlockQuantizer:
             moments: dict[str, Moments] = {}
             if streams is not None:
                 last = stage is stages[-1]
-                moments = self._collect(index, stage, (original, working), streams, weights, last)
+                moments = self.passes.collect(
+                    index, stage, (original, working), streams, weights, last
+                )
             for site in stage:
                 solutions, results = self._round(index, site, (original, working), moments)
                 quantized |= solutions
@@ -97,7 +97,7 @@ class BlockQuantizer:
                 # what a solver has freed would add to what the next one needs
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
-            self.advance(index, original, streams.original)
+            self.passes.advance(index, original, streams.original)
         return Outcome(
             block=working,
             quantized=quantized,
@@ -129,17 +129,6 @@ class BlockQuantizer:
             self.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results
 
-    def advance(self, index: int, block: nn.Module, track: Track) -> None:
-        """Replace the track's hidden states by the block's outputs."""
-        with matmul_precision(self.recipe.calibration.precision):
-            for batch, hidden_BTD in enumerate(track.hidden):
-                hidden_BTD = hidden_BTD.to(self.device)
-                mask_BT = track.batches[batch].mask_on(self.device)
-                kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-                with self._replayed(block, track, batch):
-                    track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
-        track.forget()
-
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
         """Sites whose moments are collected in one pass; kept layers are left out."""
         sites = self.skeleton.adapter.sites(block)
@@ -157,100 +146,6 @@ class BlockQuantizer:
 
     def _full(self, index: int, name: str) -> str:
         return f"{self.skeleton.block_name(index)}.{name}"
-
-    def _collect(
-        self,
-        index: int,
-        stage: tuple[Site, ...],
-        blocks: tuple[nn.Module, nn.Module],
-        streams: Streams,
-        weights: list[Tensor] | None,
-        last: bool,
-    ) -> dict[str, Moments]:
-        """One pass over the batches: moments of every site of the stage.
-
-        The last stage's pass takes the original track to the end of the block.
-        """
-        original, working = blocks
-        firsts = {site.name: site.linears[0] for site in stage}
-        settled = self._attention_is_settled(stage)
-        moments: dict[str, Moments] = {}
-        with (
-            matmul_precision(self.recipe.calibration.precision),
-            calibrating(original),
-            calibrating(working),
-        ):
-            for batch, tokens in enumerate(streams.batches):
-                names = firsts.values()
-                seen, _ = self._inputs(index, working, streams.quantized, batch, names, settled)
-                targets: dict[str, Tensor] = {}
-                if streams.original is not None:
-                    targets, output_BTD = self._inputs(
-                        index, original, streams.original, batch, names, settled, to_the_end=last
-                    )
-                    if output_BTD is not None:
-                        streams.original.hidden[batch] = output_BTD
-                weight_M = None if weights is None else weights[batch].flatten()
-                counted_M = tokens.real_M
-                for name, first in firsts.items():
-                    if name not in moments:
-                        cross = streams.original is not None
-                        features = seen[first].shape[-1]
-                        moments[name] = Moments(features, cross=cross, device=self.device)
-                    target_MK = targets.get(first)
-                    moments[name].add(
-                        _rows(seen[first], counted_M),
-                        None if target_MK is None else _rows(target_MK, counted_M),
-                        None if weight_M is None else _rows(weight_M, counted_M),
-                    )
-        if last and streams.original is not None:
-            streams.original.forget()
-        return moments
-
-    def _attention_is_settled(self, stage: tuple[Site, ...]) -> bool:
-        """Whether what the attention's output projection reads changes no more."""
-        adapter = self.skeleton.adapter
-        names = [name for site in stage for name in site.linears]
-        inner = [name for name in names if name.startswith(f"{adapter.attention}.")]
-        return bool(adapter.attention) and set(inner) <= {adapter.attention_output}
-
-    def _inputs(
-        self,
-        index: int,
-        block: nn.Module,
-        track: Track,
-        batch: int,
-        names: Iterable[str],
-        settled: bool,
-        *,
-        to_the_end: bool = False,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the named layers' weights multiply, and the block's output if it was run whole.
-
-        What the attention's output projection is given is remembered once it is settled.
-        """
-        hidden_BTD = track.hidden[batch].to(self.device)
-        mask_BT = track.batches[batch].mask_on(self.device)
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-        output_projection = self.skeleton.adapter.attention_output
-        new = settled and track.attention(batch) is None
-        wanted = {*names, output_projection} if new else set(names)
-        with self._replayed(block, track, batch):
-            seen, output_BTD = capture_inputs(
-                block, wanted, hidden_BTD, kwargs, to_the_end=to_the_end
-            )
-        if new:
-            track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
-        multiplied = {name: prepared_input(block.get_submodule(name), seen[name]) for name in names}
-        return multiplied, output_BTD
-
-    def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
-        attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
-        if attention_BTK is None:
-            return nullcontext()
-        return replayed(
-            block, adapter.attention, adapter.attention_output, attention_BTK.to(self.device)
-        )
 
     def _solve(
         self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None
@@ -293,11 +188,6 @@ class BlockQuantizer:
             seconds=seconds,
             bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
         )
-
-
-def _rows(tensor: Tensor, counted_M: Tensor | None) -> Tensor:
-    """The rows that are no padding."""
-    return tensor if counted_M is None else tensor[counted_M.to(tensor.device)]
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -9,38 +9,31 @@ recomputed, so that the result has the same bytes as an unbroken one.
 from __future__ import annotations
 
 import copy
-import platform
 import time
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import rotq
 from rotq.blocks import BlockQuantizer
-from rotq.calibration.data import Windows, load_windows
 from rotq.calibration.streams import Stream, Streams, Track
-from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import Source, describe_source, open_source, read_tensor
+from rotq.checkpoint.source import describe_source, read_tensor
 from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.flatness import Change, FlatnessMeter
-from rotq.job import OUTER, TUNING, Job, block_part, open_job
+from rotq.job import OUTER, TUNING, block_part, open_job
 from rotq.memory import map_large_blocks, release_memory, settled_objects
-from rotq.models.online_attention import use_online_attention
-from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
-from rotq.models.task import is_masked
 from rotq.parts import restored_block, save_block
-from rotq.plan import Plan, make_estimate, make_plan
+from rotq.plan import make_estimate
+from rotq.prepare import Setup, set_up, starting_basis, versions, wanted_dtype
 from rotq.probe import Probe
 from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
-from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.basis import Basis
 from rotq.rotations.fuse import fuse_outer
 from rotq.transform.find import find_basis
 from rotq.transform.setting import Setting as BasisSetting
@@ -85,7 +78,7 @@ def quantize_model(
     map_large_blocks()
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
-            setup = _set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
+            setup = set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
             with settled_objects():
                 return _run(setup)
         except KeyboardInterrupt:
@@ -105,97 +98,11 @@ def estimate(
     """
     source = describe_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    _basis(recipe, skeleton)
-    return make_estimate(skeleton, recipe, _dtype(dtype, source))
+    starting_basis(recipe, skeleton)
+    return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setup:
-    """What stays the same while the blocks go by."""
-
-    source: Source
-    skeleton: Skeleton
-    recipe: Recipe
-    job: Job
-    plan: Plan
-    basis: Basis
-    windows: Windows
-    device: torch.device
-    dtype: torch.dtype
-    trust_remote_code: bool
-    progress: Progress
-    started: float
-
-
-def _set_up(
-    model: Path,
-    recipe: Recipe,
-    job: Job,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> _Setup:
-    """Everything that can be refused is refused here, before the first block."""
-    started = time.monotonic()
-    source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
-    # first, because tokenizing a text of some MB is what most memory is used for until then
-    windows = load_windows(
-        recipe.calibration,
-        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
-        masked=is_masked(source.config),
-    )
-    release_memory()
-    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
-    basis = _basis(recipe, skeleton)
-    wanted = _dtype(dtype, source)
-    plan = make_plan(skeleton, recipe, wanted)
-    job.claim(
-        {
-            "recipe": recipe.to_dict(),
-            "model": source.fingerprint(),
-            "data": windows.sha256,
-            "dtype": str(wanted),
-            "device": device,
-            "versions": versions(),
-        }
-    )
-    for note in filter(None, (*plan.notes, windows.note)):
-        progress.message(note)
-    return _Setup(
-        source=source,
-        skeleton=skeleton,
-        recipe=recipe,
-        job=job,
-        plan=plan,
-        basis=basis,
-        windows=windows,
-        device=torch.device(device),
-        dtype=wanted,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-        started=started,
-    )
-
-
-def _basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
-    """The recipe's bases, and attention that can do what they and the KV cache need at run time.
-
-    An unknown family that would need either is refused by naming the known ones.
-    """
-    rotation = recipe.rotation
-    kinds = {rotation.residual, rotation.value, rotation.attention, rotation.down}
-    rounded = recipe.kv_cache.bits != 16
-    if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
-        find_adapter(skeleton.config)
-    basis = build_basis(rotation, skeleton.adapter, skeleton.config)
-    if basis.attention is not None or rounded:
-        use_online_attention(skeleton.model)
-    return basis
-
-
-def _run(setup: _Setup) -> JobReport:
+def _run(setup: Setup) -> JobReport:
     setup = replace(setup, basis=_find_basis(setup))
     skeleton, job, progress = setup.skeleton, setup.job, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
@@ -212,7 +119,7 @@ def _run(setup: _Setup) -> JobReport:
             part = job.part(block_part(index))
             finished = restored_block(part, skeleton, index, original, setup.plan, setup.device)
             if streams is not None and streams.original is not None:
-                quantizer.advance(index, original, streams.original)
+                quantizer.passes.advance(index, original, streams.original)
         else:
             outcome = quantizer.quantize(index, original, streams)
             finished = outcome.block
@@ -221,7 +128,7 @@ def _run(setup: _Setup) -> JobReport:
         structure.append(hollow(finished))
         probe.advance(index, finished)
         if streams is not None and index + 1 < skeleton.num_blocks:
-            quantizer.advance(index, finished, streams.quantized)
+            quantizer.passes.advance(index, finished, streams.quantized)
         release_memory()
         progress.block_done(index, time.monotonic() - started, peak_rss())
     probe.check_head()
@@ -231,7 +138,7 @@ def _run(setup: _Setup) -> JobReport:
     return finish(_made(setup, probe))
 
 
-def _find_basis(setup: _Setup) -> Basis:
+def _find_basis(setup: Setup) -> Basis:
     """What the recipe's ``transform`` makes of the bases it draws."""
     setting = BasisSetting(
         job=setup.job,
@@ -248,7 +155,7 @@ def _find_basis(setup: _Setup) -> Basis:
 
 
 def _rotated(
-    setup: _Setup, probe: Probe, meter: FlatnessMeter | None, index: int
+    setup: Setup, probe: Probe, meter: FlatnessMeter | None, index: int
 ) -> tuple[nn.Module, dict[str, Change]]:
     """The original block in the model's dtype, rotated; and what that did to its inputs."""
     exact = setup.skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
@@ -259,7 +166,7 @@ def _rotated(
     return original, meter.measure(index, plain, original)
 
 
-def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:
+def _tune(setup: Setup, structure: list[nn.Module], streams: Streams, probe: Probe) -> None:
     """Train scales and gains of all blocks, and take the probe through the result."""
     job, skeleton = setup.job, setup.skeleton
     assert streams.original is not None, "a job that tunes keeps the original stream"
@@ -279,7 +186,7 @@ def _tune(setup: _Setup, structure: list[nn.Module], streams: Streams, probe: Pr
         probe.advance(index, restored_block(part, skeleton, index, block, setup.plan, setup.device))
 
 
-def _meter(setup: _Setup) -> FlatnessMeter | None:
+def _meter(setup: Setup) -> FlatnessMeter | None:
     """None where flatness does not matter, or is not wanted."""
     calibration = setup.recipe.calibration
     rounded = setup.plan.inputs is not None or setup.plan.kv is not None
@@ -295,7 +202,7 @@ def _meter(setup: _Setup) -> FlatnessMeter | None:
 
 
 def _start(
-    setup: _Setup, quantizer: BlockQuantizer, probe: Probe, meter: FlatnessMeter | None
+    setup: Setup, quantizer: BlockQuantizer, probe: Probe, meter: FlatnessMeter | None
 ) -> Streams | None:
     """Rotate what lies outside the blocks, save it, and embed the calibration windows."""
     skeleton, job = setup.skeleton, setup.job
@@ -324,7 +231,7 @@ def _start(
     return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None)
 
 
-def _track(setup: _Setup, name: str) -> Track:
+def _track(setup: Setup, name: str) -> Track:
     batches = setup.windows.batches
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
@@ -350,7 +257,7 @@ def _attended(skeleton: Skeleton) -> int:
     return linear.in_features
 
 
-def _made(setup: _Setup, probe: Probe) -> Made:
+def _made(setup: Setup, probe: Probe) -> Made:
     """What the finishing touches need; the logits come from the saved outer tensors."""
     outer = {entry.name: read_tensor(entry) for entry in read_entries(setup.job.latest(OUTER))}
     return Made(
@@ -373,23 +280,3 @@ def _made(setup: _Setup, probe: Probe) -> Made:
         trust_remote_code=setup.trust_remote_code,
         progress=setup.progress,
     )
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides the bytes of the result."""
-    packages = ("torch", "transformers", "safetensors")
-    return {
-        "rotq": rotq.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def _dtype(name: str, source: Source) -> torch.dtype:
-    if name == "auto":
-        return source.dtype
-    dtypes = ("float32", "bfloat16", "float16")
-    if name not in dtypes:
-        raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

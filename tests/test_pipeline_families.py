@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import rotq.finish
 import rotq.pipeline
+import rotq.prepare
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
 from rotq.errors import CheckFailed, RotqError, Stopped
@@ -57,7 +58,7 @@ def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    monkeypatch.setattr(rotq.pipeline, "load_tokenizer", lambda *_, **__: fast)
+    monkeypatch.setattr(rotq.prepare, "load_tokenizer", lambda *_, **__: fast)
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:
