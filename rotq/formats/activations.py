@@ -26,27 +26,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rotq.formats.integer import Codes
+
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationGrid:
+class ActivationGrid(Codes):
     """The kind of numbers activations are rounded to at run time."""
-
-    bits: int
-    """Bits per code, 2 to 8."""
-    symmetric: bool
-    """No zero point."""
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
-
-    @property
-    def q_min(self) -> int:
-        return -(2 ** (self.bits - 1))
-
-    @property
-    def q_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1
 
 
 def fake_quantize(x: Tensor, grid: ActivationGrid, *, group_size: int = -1) -> Tensor:

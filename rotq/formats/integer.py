@@ -16,21 +16,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The kind of numbers one linear layer's weight is rounded to."""
+class Codes:
+    """Signed integers of a few bits."""
 
     bits: int
     """Bits per code, 2 to 8."""
-    group_size: int
-    """Columns that share a scale; -1 is one group per output channel."""
     symmetric: bool
     """No zero point."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size must be -1 or positive, got {self.group_size}")
 
     @property
     def q_min(self) -> int:
@@ -39,6 +35,19 @@ class Grid:
     @property
     def q_max(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Codes):
+    """The kind of numbers one linear layer's weight is rounded to."""
+
+    group_size: int
+    """Columns that share a scale; -1 is one group per output channel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be -1 or positive, got {self.group_size}")
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns that share a scale in a layer of ``in_features``.
