@@ -17,7 +17,7 @@ from torch import nn
 
 from rotq.calibration.streams import Streams
 from rotq.formats.integer import Grid, Quantized
-from rotq.memory import trim_memory
+from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.skeleton import Skeleton
 from rotq.passes import Passes
@@ -119,7 +119,8 @@ class BlockQuantizer:
         started = time.monotonic()
         original, working = blocks
         grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
-        solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
+        with large_blocks_mapped():
+            solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():

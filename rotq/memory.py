@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LARGE_BLOCK = 8 << 20
-_M_MMAP_THRESHOLD = -3
-"""From glibc's malloc.h."""
+MAPPED_FROM = 8 << 20
+_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -3, 32 << 20
+"""Of glibc's malloc.h; the second is where glibc itself gets to once large blocks were freed."""
 
 
 def release_memory() -> None:
@@ -39,15 +39,23 @@ def trim_memory() -> None:
         trim(0)
 
 
-def map_large_blocks() -> None:
-    """Under glibc, give every block from LARGE_BLOCK on a mapping of its own, for good.
+@contextmanager
+def large_blocks_mapped() -> Iterator[None]:
+    """Under glibc, give blocks from MAPPED_FROM on a mapping of their own.
 
     On its heap a freed tensor does not fit a new one of the same size, because torch asks for
-    aligned blocks, so that matrices which come and go take twice the memory they need.
+    aligned blocks, so that matrices which come and go take twice the memory they need. Each mapping
+    costs page faults: for what allocates few large blocks.
     """
     mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
 
 
 def _libc(name: str) -> Callable[..., int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ from rotq.errors import Stopped
 from rotq.finish import Made, finish
 from rotq.flatness import Change, FlatnessMeter
 from rotq.job import OUTER, TUNING, block_part, open_job
-from rotq.memory import map_large_blocks, release_memory, settled_objects
+from rotq.memory import release_memory, settled_objects
 from rotq.models.skeleton import Skeleton
-from rotq.parts import restored_block, save_block
+from rotq.parts import save_block
 from rotq.plan import make_estimate
 from rotq.prepare import Setup, set_up, starting_basis, versions, wanted_dtype
 from rotq.probe import Probe
@@ -75,7 +75,6 @@ def quantize_model(
         Stopped: interrupted; the job can be resumed.
     """
     progress = progress or Progress()
-    map_large_blocks()
     with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
@@ -104,38 +103,60 @@ def estimate(
 
 def _run(setup: Setup) -> JobReport:
     setup = replace(setup, basis=_find_basis(setup))
-    skeleton, job, progress = setup.skeleton, setup.job, setup.progress
+    skeleton, progress = setup.skeleton, setup.progress
     quantizer = BlockQuantizer(skeleton, setup.recipe, setup.plan, setup.device, progress)
     probe = Probe(skeleton, setup.basis, setup.windows.first_BT)
     meter = _meter(setup)
     streams = _start(setup, quantizer, probe, meter)
+    walk = _Walk(setup=setup, quantizer=quantizer, probe=probe, meter=meter, streams=streams)
     release_memory()
     structure: list[nn.Module] = []
     for index in range(skeleton.num_blocks):
         started = time.monotonic()
         progress.block_started(index, skeleton.num_blocks)
-        original, flatness = _rotated(setup, probe, meter, index)
-        if job.finished(block_part(index)):
-            part = job.part(block_part(index))
-            finished = restored_block(part, skeleton, index, original, setup.plan, setup.device)
-            if streams is not None and streams.original is not None:
-                quantizer.passes.advance(index, original, streams.original)
-        else:
-            outcome = quantizer.quantize(index, original, streams)
-            finished = outcome.block
-            seconds = time.monotonic() - started
-            save_block(job, skeleton, index, outcome, flatness, seconds)
-        structure.append(hollow(finished))
-        probe.advance(index, finished)
-        if streams is not None and index + 1 < skeleton.num_blocks:
-            quantizer.passes.advance(index, finished, streams.quantized)
+        structure.append(hollow(walk.through(index)))
         release_memory()
         progress.block_done(index, time.monotonic() - started, peak_rss())
     probe.check_head()
     if setup.recipe.tuning.steps:
         assert streams is not None, "a job that tunes needs data"
+        release_memory()
         _tune(setup, structure, streams, probe)
     return finish(_made(setup, probe))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """What goes from block to block."""
+
+    setup: Setup
+    quantizer: BlockQuantizer
+    probe: Probe
+    meter: FlatnessMeter | None
+    streams: Streams | None
+
+    def through(self, index: int) -> nn.Module:
+        """Quantize and save one block, or take it from the part a job before has saved.
+
+        Streams and probe are behind it then.
+        """
+        setup, passes, streams = self.setup, self.quantizer.passes, self.streams
+        started = time.monotonic()
+        original, flatness = _rotated(setup, self.probe, self.meter, index)
+        if setup.job.finished(block_part(index)):
+            part = setup.job.part(block_part(index))
+            finished = setup.restored(part, index, original)
+            if streams is not None and streams.original is not None:
+                passes.advance(index, original, streams.original)
+        else:
+            outcome = self.quantizer.quantize(index, original, streams)
+            finished = outcome.block
+            seconds = time.monotonic() - started
+            save_block(setup.job, setup.skeleton, index, outcome, flatness, seconds)
+        self.probe.advance(index, finished)
+        if streams is not None and index + 1 < setup.skeleton.num_blocks:
+            passes.advance(index, finished, streams.quantized)
+        return finished
 
 
 def _find_basis(setup: Setup) -> Basis:
@@ -182,8 +203,7 @@ def _tune(setup: Setup, structure: list[nn.Module], streams: Streams, probe: Pro
         tune(setting, structure, streams.batches, streams.original.hidden)
     probe.restart_quantized()
     for index, block in enumerate(structure):
-        part = job.latest(block_part(index))
-        probe.advance(index, restored_block(part, skeleton, index, block, setup.plan, setup.device))
+        probe.advance(index, setup.restored(job.latest(block_part(index)), index, block))
 
 
 def _meter(setup: Setup) -> FlatnessMeter | None:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import rotq
 from rotq.calibration.data import Windows, load_windows
@@ -20,6 +21,7 @@ from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked
+from rotq.parts import restored_block
 from rotq.plan import Plan, make_plan
 from rotq.recipe import Recipe
 from rotq.report import Progress
@@ -42,6 +44,10 @@ class Setup:
     trust_remote_code: bool
     progress: Progress
     started: float
+
+    def restored(self, part: Path, index: int, structure: nn.Module) -> nn.Module:
+        """Block ``index`` as a saved part has it; ``structure`` gives it its modules."""
+        return restored_block(part, self.skeleton, index, structure, self.plan, self.device)
 
 
 def set_up(
