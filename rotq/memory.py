@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-MAPPED_FROM = 8 << 20
 _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -3, 32 << 20
 """Of glibc's malloc.h; the second is where glibc itself gets to once large blocks were freed."""
 
@@ -40,8 +39,8 @@ def trim_memory() -> None:
 
 
 @contextmanager
-def large_blocks_mapped() -> Iterator[None]:
-    """Under glibc, give blocks from MAPPED_FROM on a mapping of their own.
+def large_blocks_mapped(smallest: int = 8 << 20) -> Iterator[None]:
+    """Under glibc, give blocks from ``smallest`` bytes on a mapping of their own.
 
     On its heap a freed tensor does not fit a new one of the same size, because torch asks for
     aligned blocks, so that matrices which come and go take twice the memory they need. Each mapping
@@ -51,7 +50,7 @@ def large_blocks_mapped() -> Iterator[None]:
     if mallopt is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
+    mallopt(_M_MMAP_THRESHOLD, smallest)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rotq.memory import trim_memory
 
-_BLOCKS_PER_TRIM = 2
+_BLOCKS_PER_TRIM = 5
 
 Run = Callable[[Tensor], Tensor]
 """A block: (B, T, D) to (B, T, D), the same for the same input."""

@@ -30,6 +30,7 @@ from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
 from rotq.job import OUTER, TUNING, Job, block_part, tuned_part
+from rotq.memory import large_blocks_mapped
 from rotq.models.skeleton import Skeleton
 from rotq.plan import Plan
 from rotq.precision import matmul_precision
@@ -37,6 +38,9 @@ from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.streamed import run_backward, run_forward
 from rotq.tunable import TunableBlock, TunableOuter
+
+MAPPED_FROM = 3 << 19
+"""Bytes: weights in the making come and go with each block; 30 MB less for a fifth of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,8 @@ def tune(
         for index, block in enumerate(blocks)
     ]
     outer = TunableOuter(job.part(OUTER), setting.skeleton, setting.device)
-    divergences = _train(setting, trained, outer, batches, original)
+    with large_blocks_mapped(MAPPED_FROM):
+        divergences = _train(setting, trained, outer, batches, original)
     for index, block in enumerate(trained):
         save_tensors(job.part(tuned_part(block_part(index))), block.tuned())
     save_tensors(job.part(tuned_part(OUTER)), outer.tensors())
