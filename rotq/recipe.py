@@ -221,6 +221,8 @@ class Transform:
     """Of the scalings: those that start at their closed form instead of at one."""
     parametrization: Literal["cayley", "qr", "householder"] = "cayley"
     """Of orthogonal matrices in training; qr and householder are experimental."""
+    down: Literal["fixed", "butterfly"] = "fixed"
+    """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair."""
     objective: Literal["kl_top", "cross_entropy"] = "kl_top"
     """KL on the likely tokens of the original model, or the text itself (SpinQuant)."""
     top_k: int = 1000
@@ -318,6 +320,14 @@ class Recipe:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
+        if self.transform.down == "butterfly":
+            if self.rotation.down == "none":
+                raise ValueError(
+                    "transform.down=butterfly starts at R4; set rotation.down=hadamard (and "
+                    "output.format=rotq, which alone can express what is applied at run time)"
+                )
+            if self.transform.method == "fixed":
+                raise ValueError("transform.down=butterfly is trained; set transform.method=learned")
         if self.output.format == "rotq":
             return
         for key, wanted in (

@@ -66,7 +66,7 @@ def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, b
         torch.ones(20) if bias else None,
         random_signs(40, 0) if rotated else None,
     )
-    empty = QuantLinear(40, 20, grid, bias=bias, rotated=rotated)
+    empty = QuantLinear(40, 20, grid, bias=bias, rotation="hadamard" if rotated else None)
     assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
     }

@@ -12,7 +12,8 @@ of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` hol
                      the heads its gain is divided or multiplied instead
     up               W   <- diag(1/S) W,  b <- b diag(1/S)
     R3: nothing; queries and keys are multiplied by H online
-    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online
+    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online; H may be the
+                     butterfly of the layer's angles
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
 and is divided by S. What LayerNorm needs besides is in ``layernorm``. The order of factors matters:
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -39,6 +40,7 @@ from rotq.heads import OnlineHeads
 from rotq.layers import OnlineLinear
 from rotq.models.online_attention import set_heads
 from rotq.rotations.basis import Basis, Scales
+from rotq.rotations.butterfly import fast_butterfly, to_codes
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 from rotq.rotations.layernorm import fold_final_bias, fold_layer_norm
 
@@ -64,7 +66,7 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
     parameters = dict(block.named_parameters())
     for name, tensor in fused_tensors(block, parameters, adapter, basis, layer_index):
         parameters[name].copy_(tensor)
-    rotate_online(block, adapter, basis)
+    rotate_online(block, adapter, basis, layer_index)
 
 
 def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
@@ -78,17 +80,21 @@ def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
 
 
 @torch.no_grad()
-def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
+def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
     """Apply R3 and R4 from now on, where the basis has them; weights stay as they are."""
     if basis.attention is not None:
         set_heads(block.get_submodule(adapter.attention), OnlineHeads(rotated=True))
     if basis.down is None:
         return
-    for path in adapter.mlp_writers(block):
+    for expert, path in enumerate(adapter.mlp_writers(block)):
         linear = cast(nn.Linear, block.get_submodule(path))
         signs_K = random_signs(linear.in_features, basis.down_seed).to(linear.weight.device)
+        codes_AMQ = None
+        if basis.down_angles is not None:
+            codes_AMQ = to_codes(basis.down_angles[layer_index][expert])
         parent, _, leaf = path.rpartition(".")
-        setattr(block.get_submodule(parent), leaf, OnlineLinear.wrap(linear, signs_K=signs_K))
+        online = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=codes_AMQ)
+        setattr(block.get_submodule(parent), leaf, online)
 
 
 def fused_tensors(
@@ -156,7 +162,7 @@ def block_maps(
     writers = (adapter.attention_output, *adapter.mlp_writers(block))
     writes = dict.fromkeys(writers, Map(matrix=basis.residual_DD))
     _add_heads(reads, writes, adapter, basis, scales, layer_index)
-    _add_up(reads, writes, block, adapter, basis, scales)
+    _add_up(reads, writes, block, adapter, basis, layer_index)
     return reads, writes
 
 
@@ -173,11 +179,11 @@ class Map:
         matrix: Tensor | None = None,
         after: Tensor | None = None,
         *,
-        online: bool = False,
+        online: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.before, self.matrix, self.after = before, matrix, after
         self.online = online
-        """M is an orthonormal Hadamard matrix."""
+        """x -> x M, where M is an orthogonal matrix that is never built."""
         given = [tensor for tensor in (before, matrix, after) if tensor is not None]
         self.dtype = given[0].dtype if given else None
 
@@ -193,7 +199,7 @@ class Map:
             for factor in (self.before, self.after):
                 if factor is not None:
                     x = _times(x, factor.to(x.device))
-            return fast_hadamard(x) if self.online else x
+            return x if self.online is None else self.online(x)
         folded = self.folded.to(x.device)
         if folded.ndim == 2:
             return x @ folded
@@ -268,9 +274,11 @@ def _add_up(
     block: nn.Module,
     adapter: Adapter,
     basis: Basis,
-    scales: Scales,
+    layer_index: int,
 ) -> None:
-    """S between up and down, and R4's signs and Hadamard behind it."""
+    """S between up and down, and R4 behind it: its signs and Hadamard or butterfly."""
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    online: Callable[[Tensor], Tensor] | None = None if basis.down is None else fast_hadamard
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
@@ -280,7 +288,10 @@ def _add_up(
             size = cast(nn.Linear, block.get_submodule(down)).in_features
             signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
             factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
-        reads[down] = Map(factors_I, online=basis.down is not None)
+        if basis.down_angles is not None:
+            angles_AMQ = basis.down_angles[layer_index][expert]
+            online = functools.partial(fast_butterfly, angles_AMQ=angles_AMQ)
+        reads[down] = Map(factors_I, online=online)
 
 
 def _fused_norm(

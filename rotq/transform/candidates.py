@@ -113,6 +113,7 @@ def _parameters(
         scaled=scaled,
         factors=factors,
         parametrization=setting.options.parametrization,
+        butterfly=setting.options.down == "butterfly",
         device=setting.device,
     )
 
@@ -138,7 +139,10 @@ def _train(setting: Setting, name: str, trainer: Trainer) -> dict[str, Any]:
 
 
 def _found(parameters: Parameters, drawn: Basis, name: str, figures: dict[str, Any]) -> Found:
-    basis = parameters.finished()
-    fused = ("residual", "value")
-    words = {k: f"{text}, {name}" if k in fused else text for k, text in basis.description.items()}
+    basis, words = parameters.finished(), dict(drawn.description)
+    found = ["residual", "value"]
+    if basis.down_angles is not None:
+        found.append("down")
+        words["down"] = words["down"].replace("hadamard", "butterfly")
+    words |= {key: f"{words[key]}, {name}" for key in found if key in words}
     return replace(basis, description=words), {**figures, **movement(drawn, basis)}
