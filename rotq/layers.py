@@ -2,8 +2,8 @@
 
     QuantLinear:   y = p(x) W^T + b,   W = (q - z) * s, from its codes at each call
     OnlineLinear:  y = p(x) W^T + b,   W dense
-    p(x) = Q((x * signs) H),           H orthonormal Hadamard, or the butterfly of the layer's angles,
-                                       left out without signs;
+    p(x) = Q((x * signs) H),           H orthonormal Hadamard, or a butterfly where there are
+                                       angles, left out without signs;
                                        Q rounds each token, left out without a grid
 
 Buffers of a QuantLinear have the names and dtypes they have in the checkpoint.

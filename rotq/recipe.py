@@ -223,8 +223,9 @@ class Transform:
     """Of orthogonal matrices in training; qr and householder are experimental."""
     down: Literal["fixed", "butterfly"] = "fixed"
     """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair."""
-    objective: Literal["kl_top", "cross_entropy"] = "kl_top"
-    """KL on the likely tokens of the original model, or the text itself (SpinQuant)."""
+    objective: Literal["kl_top", "cross_entropy", "block_mse"] = "kl_top"
+    """Of ``steps``: KL on the likely tokens of the original model, the text itself (SpinQuant), or
+    each block's squared error on the original model's inputs, as a share of its output."""
     top_k: int = 1000
     """Likely tokens per position."""
     layer_steps: int = 0
@@ -327,7 +328,9 @@ class Recipe:
                     "output.format=rotq, which alone can express what is applied at run time)"
                 )
             if self.transform.method == "fixed":
-                raise ValueError("transform.down=butterfly is trained; set transform.method=learned")
+                raise ValueError(
+                    "transform.down=butterfly is trained; set transform.method=learned"
+                )
         if self.output.format == "rotq":
             return
         for key, wanted in (

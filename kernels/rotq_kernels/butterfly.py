@@ -5,9 +5,9 @@ A row is m runs of p elements. Stage l of a turns each pair (x_2k, x_2k+1) of a 
 
     u_k = cos t x_2k + sin t x_2k+1,      v_k = sin t x_2k - cos t x_2k+1
 
-and leaves (u_0 .. u_{p/2-1}, v_0 ..): the lowest bit of the index becomes the highest, so that after
-all stages the order is natural. A core of order m then mixes the runs, as in ``hadamard``, which
-this is where every angle is pi / 4. All sums are fp32.
+and leaves (u_0 .. u_{p/2-1}, v_0 ..): the lowest bit of the index becomes the highest, so that
+after all stages the order is natural. A core of order m then mixes the runs, as in ``hadamard``,
+which this is where every angle is pi / 4. All sums are fp32.
 
 Shape suffixes: R rows, K features (n), M order of the core, P length of a run, Q pairs of a run,
 A stages.

@@ -1,7 +1,6 @@
-"""What is trained of a basis: free parameters of its matrices and angles, logarithms of its scales.
+"""What is trained of a basis: free parameters of matrices and angles, and logarithms of scales.
 
-Shape suffixes: D hidden size, L layers, H KV heads, K head size, E experts; A stages, M runs, Q pairs
-of a run.
+Shape suffixes: D hidden size, L layers, H KV heads, K head size.
 """
 
 from __future__ import annotations

@@ -136,7 +136,9 @@ def test_scheme_reads_what_is_written(format: str, number: int) -> None:
     config = quantization_config(layers, ["lm_head"], format, online)
     scheme = read_scheme(json.loads(json.dumps(config)))
     assert {name: scheme.grid(name) for name in LAYERS} == layers
-    assert {name for name in [*LAYERS, "lm_head"] if scheme.rotation(name) == "hadamard"} == set(online)
+    assert {name for name in [*LAYERS, "lm_head"] if scheme.rotation(name) == "hadamard"} == set(
+        online
+    )
 
 
 def test_full_names_win_over_patterns_over_linear() -> None:

@@ -29,7 +29,9 @@ SIZES = [2, 64, 24, 48, 80, 688]
 def random_angles(n: int, seed: int = 0) -> torch.Tensor:
     """Whole steps, fp64."""
     generator = torch.Generator().manual_seed(seed)
-    angles = (2 * torch.rand(angle_shape(n), generator=generator, dtype=torch.float64) - 1) * math.pi
+    angles = (
+        2 * torch.rand(angle_shape(n), generator=generator, dtype=torch.float64) - 1
+    ) * math.pi
     return from_codes(to_codes(angles), torch.float64)
 
 
@@ -186,4 +188,3 @@ def test_the_checksum_knows_angles():
         drawn.with_tensors({"down.0": random_angles(48, seed)[None]}) for seed in (0, 1)
     )
     assert len({drawn.checksum(), first.checksum(), second.checksum()}) == 3
-

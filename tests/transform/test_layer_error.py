@@ -138,6 +138,28 @@ def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_butterflies_lower_the_error_that_is_made(tmp_path):
+    trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
+    alone = {"transform.scalings": [], "rotation.residual": "none", "rotation.value": "none"}
+    choices = {**LEARNED, **trained, **alone, "transform.down": "butterfly"}
+    setting = make_setting(tmp_path / "job", choices, num_windows=4)
+    # something to gain: two features stand out, and a rotation may share them out unevenly
+    for index in (0, 1):
+        setting.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"][:2] *= 30
+    skeleton = setting.skeleton
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    basis, figures = learned(setting, drawn)
+    assert figures["layers"]["loss_last_quarter"] < 0.95 * figures["layers"]["loss_first_quarter"]
+    error = error_of(setting, folds_gains=False)
+    hidden_BTD = torch.cat(setting.embedded())
+    before, after = (
+        sum(error._block_loss(index, hidden_BTD, one).item() for index in (0, 1))
+        for one in (drawn, basis)
+    )
+    assert after < 0.95 * before
+    assert figures["down_pair_angle"] > 0.05
+
+
 def test_gradients_reach_what_is_trained(tmp_path):
     setting = make_setting(tmp_path / "job", W4A4KV4)
     skeleton, error = setting.skeleton, error_of(setting)
@@ -148,6 +170,7 @@ def test_gradients_reach_what_is_trained(tmp_path):
         scaled=SCALED,
         factors={},
         parametrization="cayley",
+        butterfly=True,
         device=torch.device("cpu"),
     )
     with torch.enable_grad():
