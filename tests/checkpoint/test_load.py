@@ -232,7 +232,7 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 3, "quant_method": "rotq"}, "rotq format 4"),
+        ({"version": 4, "quant_method": "rotq"}, "rotq format 4"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
