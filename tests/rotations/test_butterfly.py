@@ -20,8 +20,9 @@ from rotq.rotations.butterfly import (
     from_codes,
     to_codes,
 )
-from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+from rotq.rotations.fuse import fuse_block, fuse_outer
 from rotq.rotations.hadamard import fast_hadamard, paley_core, random_signs
+from rotq.rotations.norms import exact_norms
 
 SIZES = [2, 64, 24, 48, 80, 688]
 

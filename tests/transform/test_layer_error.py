@@ -11,7 +11,8 @@ from rotq.layers import OnlineLinear
 from rotq.models.scalable import scalings
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, Scales, build_basis
-from rotq.rotations.fuse import block_maps, fuse_block
+from rotq.rotations.fuse import fuse_block
+from rotq.rotations.maps import block_maps
 from rotq.transform.candidates import learned
 from rotq.transform.layer_error import LayerError, _in_basis, spaced
 from rotq.transform.parameters import Parameters
