@@ -142,7 +142,9 @@ def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
 def test_butterflies_lower_the_error_that_is_made(tmp_path):
     trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
     alone = {"transform.scalings": [], "rotation.residual": "none", "rotation.value": "none"}
+    others = [{"match": "self_attn|gate_proj|up_proj", "keep": True}]
     choices = {**LEARNED, **trained, **alone, "transform.down": "butterfly"}
+    choices["weights.overrides"] = others
     setting = make_setting(tmp_path / "job", choices, num_windows=4)
     # something to gain: two features stand out, and a rotation may share them out unevenly
     for index in (0, 1):
