@@ -101,6 +101,9 @@ def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
     again = make_setting(tmp_path / "job", LEARNED)
     _, found = find(again)
     assert found.checksum() == basis.checksum()
+    kept, whole = (one.job.results(TRANSFORM) for one in (again, learned[0]))
+    assert kept["layers"] == whole["layers"]
+    assert kept["model"] == whole["model"]
     # a finished one is read back, not trained again
     _, read = find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
     assert read.checksum() == basis.checksum()
