@@ -193,7 +193,6 @@ class QuantLinear(nn.Module):
             N,
             quantized.grid,
             bias=bias_N is not None,
-            rotation=None if signs_K is None else "hadamard",
             input_grid=input_grid,
             scale_dtype=quantized.scale_NG.dtype,
             device="meta",

@@ -123,6 +123,29 @@ def test_without_rounding_there_is_no_error(tmp_path):
     assert rounded > 1e-4
 
 
+def test_without_rounding_no_basis_is_better_than_another(tmp_path):
+    """Against any target: slopes of weights, of what is given and of the target cancel."""
+    choices = {**BLOCK_MSE, "activations.bits": 16, "kv_cache.bits": 16}
+    setting = make_setting(tmp_path / "job", choices)
+    exact = replace(setting.student, rounds_weights=False)
+    parameters, states = moved_parameters(setting), hidden_states(setting)
+    target_BTD = torch.randn(states[1].shape, generator=torch.Generator().manual_seed(0))
+    largest = {}
+    for name, student in (("exact", exact), ("rounded", setting.student)):
+        with torch.enable_grad():
+            loss = block_loss(student, 0, parameters.basis(), states[0], target_BTD)
+            free = {
+                k: v for k, v in parameters.free().items() if not k.startswith(("1.", "down.1"))
+            }
+            slopes = torch.autograd.grad(loss, list(free.values()))
+        largest[name] = {k: s.abs().max() for k, s in zip(free, slopes, strict=True)}
+        assert loss > 0.1
+    assert max(largest["exact"].values()) < 1e-5
+    # a factor of queries scales whole rows of a weight, and their grids with them
+    del largest["rounded"]["0.scales.query_key"]
+    assert min(largest["rounded"].values()) > 1e-2
+
+
 def test_training_lowers_the_loss_and_repeats(tmp_path):
     one = {
         **BLOCK_MSE,
