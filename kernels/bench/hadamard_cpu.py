@@ -5,8 +5,9 @@
 One JSON line per size, also as CSV. Times are the best of --repeats calls in fp32, in ms; rounds of
 all four alternate, so that a busy machine disturbs all alike. ``per_step`` is the fast transform's
 time in ns per element and log2(n): it is constant where the cost grows as n log n; a core of order
-m adds m / log2(n) products to it. ``scipy.fft.dct`` is an O(n log n) yardstick, not the same
-transform; a butterfly does the same steps with an angle for each pair. Sizes whose dense matrix would not fit --dense-limit have no dense time.
+m adds m / log2(n) products to it. A butterfly does the same steps with an angle for each pair.
+``scipy.fft.dct`` is an O(n log n) yardstick, not the same transform. Sizes whose dense matrix would
+not fit --dense-limit have no dense time.
 """
 
 from __future__ import annotations
