@@ -20,9 +20,12 @@ class Transform:
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Of the scalings: those that start at their closed form instead of at one."""
     parametrization: Literal["cayley", "qr", "householder"] = "cayley"
-    """Of orthogonal matrices in training; qr and householder are experimental."""
+    """Of orthogonal matrices in training. qr and householder are experimental: no better than
+    cayley where they were measured (docs/log.md)."""
     down: Literal["fixed", "butterfly"] = "fixed"
-    """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair."""
+    """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
+    butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online
+    (docs/log.md)."""
     objective: Literal["kl_top", "cross_entropy", "block_mse"] = "kl_top"
     """Of ``steps``: KL on the likely tokens of the original model, the text itself (SpinQuant), or
     each block's squared error on the original model's inputs, as a share of its output."""
