@@ -41,6 +41,8 @@ class Made:
     plan: Plan
     windows: Windows
     dtype: torch.dtype
+    down: str | None
+    """Kind of R4, the online rotation before the MLP's last linear."""
     rotation: dict[str, Any]
     """Names of the rotations, checksum, and the figure of the function-preservation check."""
     probe_ids_BT: Tensor
@@ -99,11 +101,11 @@ def _quantization(made: Made) -> dict[str, Any]:
         if isinstance(module, nn.Linear) and name not in made.plan.grids
     ]
     online: dict[str, str] = {}
-    if made.recipe.rotation.down != "none":
+    if made.down is not None:
         for index, block in enumerate(made.skeleton.blocks):
             prefix = made.skeleton.block_name(index)
             writers = made.skeleton.adapter.mlp_writers(block)
-            online |= {f"{prefix}.{path}": made.recipe.rotation.down for path in writers}
+            online |= {f"{prefix}.{path}": made.down for path in writers}
     return quantization_config(
         made.plan.grids,
         linears,

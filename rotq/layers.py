@@ -2,12 +2,13 @@
 
     QuantLinear:   y = p(x) W^T + b,   W = (q - z) * s, from its codes at each call
     OnlineLinear:  y = p(x) W^T + b,   W dense
-    p(x) = Q((x * signs) H),           H orthonormal Hadamard, left out without signs;
+    p(x) = Q((x * signs) H),           H orthonormal Hadamard, or a butterfly where there are
+                                       angles, left out without signs;
                                        Q rounds each token, left out without a grid
 
 Buffers of a QuantLinear have the names and dtypes they have in the checkpoint.
 
-Shape suffixes: N out features, K in features, G groups of K.
+Shape suffixes: N out features, K in features, G groups of K; A stages, M runs, Q pairs of a run.
 """
 
 from __future__ import annotations
@@ -19,18 +20,33 @@ from torch.nn import functional as F
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid, Quantized
 from rotq.ops import pack, packed_linear, packed_words, unpack
+from rotq.rotations.butterfly import angle_shape, fast_butterfly
 from rotq.rotations.hadamard import fast_hadamard
 
-
-def rotate_input(x: Tensor, signs_K: Tensor) -> Tensor:
-    """(x * signs) H over the last axis, in fp32 (fp64 for fp64 inputs), cast back to x's dtype."""
-    return fast_hadamard(x, len(signs_K), signs_K)
+ROTATIONS = ("hadamard", "butterfly")
+"""Kinds of online rotations of inputs."""
 
 
-def prepare_input(x: Tensor, signs_K: Tensor | None, grid: ActivationGrid | None) -> Tensor:
+def rotate_input(x: Tensor, signs_K: Tensor, angles_AMQ: Tensor | None = None) -> Tensor:
+    """(x * signs) H over the last axis, in fp32 (fp64 for fp64 inputs), cast back to x's dtype.
+
+    Args:
+        angles_AMQ: Of the butterfly that stands in for H, as stored or in radians.
+    """
+    if angles_AMQ is None:
+        return fast_hadamard(x, len(signs_K), signs_K)
+    return fast_butterfly(x, angles_AMQ, signs_K)
+
+
+def prepare_input(
+    x: Tensor,
+    signs_K: Tensor | None,
+    grid: ActivationGrid | None,
+    angles_AMQ: Tensor | None = None,
+) -> Tensor:
     """p(x) of the module's docstring; shape and dtype of ``x``."""
     if signs_K is not None:
-        x = rotate_input(x, signs_K)
+        x = rotate_input(x, signs_K, angles_AMQ)
     return x if grid is None else fake_quantize(x, grid)
 
 
@@ -38,6 +54,7 @@ class OnlineLinear(nn.Linear):
     """A dense linear layer that rotates its input, as its weight was, or rounds it, or both."""
 
     input_signs: Tensor | None
+    input_angles: Tensor | None
     input_grid: ActivationGrid | None
 
     @classmethod
@@ -46,6 +63,7 @@ class OnlineLinear(nn.Linear):
         linear: nn.Linear,
         *,
         signs_K: Tensor | None = None,
+        angles_AMQ: Tensor | None = None,
         input_grid: ActivationGrid | None = None,
     ) -> OnlineLinear:
         """Take over the weight and bias of ``linear``.
@@ -53,6 +71,7 @@ class OnlineLinear(nn.Linear):
         Args:
             linear: Its parameters are shared, not copied. Of an OnlineLinear the rotation is kept.
             signs_K: +1 and -1, any dtype: the weight was rotated with them on its input side.
+            angles_AMQ: int16; the weight was rotated by this butterfly behind the signs.
             input_grid: What inputs are rounded to.
         """
         online = cls(
@@ -60,16 +79,19 @@ class OnlineLinear(nn.Linear):
         )
         online.weight, online.bias = linear.weight, linear.bias
         if isinstance(linear, OnlineLinear) and signs_K is None:
-            signs_K = linear.input_signs
+            signs_K, angles_AMQ = linear.input_signs, linear.input_angles
         if signs_K is not None:
             signs_K = signs_K.to(device=linear.weight.device, dtype=torch.int8)
+        if angles_AMQ is not None:
+            angles_AMQ = angles_AMQ.to(linear.weight.device)
         online.register_buffer("input_signs", signs_K)
+        online.register_buffer("input_angles", angles_AMQ)
         online.input_grid = input_grid
         return online.train(linear.training)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return prepare_input(x, self.input_signs, self.input_grid)
+        return prepare_input(x, self.input_signs, self.input_grid, self.input_angles)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.prepare_input(input), self.weight, self.bias)
@@ -92,6 +114,7 @@ class QuantLinear(nn.Module):
     weight_shape: Tensor
     weight_zero_point: Tensor | None
     input_signs: Tensor | None
+    input_angles: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -101,7 +124,7 @@ class QuantLinear(nn.Module):
         grid: Grid,
         *,
         bias: bool = False,
-        rotated: bool = False,
+        rotation: str | None = None,
         input_grid: ActivationGrid | None = None,
         scale_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
@@ -111,10 +134,14 @@ class QuantLinear(nn.Module):
 
         Args:
             grid: Its group size must divide ``in_features``.
-            rotated: Rotate the input online, by ``input_signs``.
+            rotation: Of ROTATIONS: rotate the input online, by ``input_signs`` (and
+                ``input_angles``).
             input_grid: What inputs are rounded to at run time; None leaves them.
             scale_dtype: As stored.
             dtype: Of the bias.
+
+        Raises:
+            ValueError: the group size, or the rotation, does not go with ``in_features``.
         """
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
@@ -132,8 +159,13 @@ class QuantLinear(nn.Module):
         else:
             zero_words = packed_words(out_features, grid.bits)
             self._allocate("weight_zero_point", (zero_words, groups), device)
-        signs_K = torch.ones(in_features, dtype=torch.int8, device=device) if rotated else None
+        signs_K, angles_AMQ = None, None
+        if rotation is not None:
+            signs_K = torch.ones(in_features, dtype=torch.int8, device=device)
+        if rotation == "butterfly":
+            angles_AMQ = torch.zeros(angle_shape(in_features), dtype=torch.int16, device=device)
         self.register_buffer("input_signs", signs_K)
+        self.register_buffer("input_angles", angles_AMQ)
         self.bias = None
         if bias:
             bias_N = torch.zeros(out_features, dtype=dtype, device=device)
@@ -146,12 +178,14 @@ class QuantLinear(nn.Module):
         bias_N: Tensor | None = None,
         signs_K: Tensor | None = None,
         input_grid: ActivationGrid | None = None,
+        angles_AMQ: Tensor | None = None,
     ) -> QuantLinear:
         """Pack ``quantized``; the bias is shared, not copied.
 
         Args:
             signs_K: +1 and -1 of the online rotation that the weight already carries.
             input_grid: What inputs are rounded to at run time; None leaves them.
+            angles_AMQ: int16, of the butterfly that the weight carries behind the signs.
         """
         N, K = quantized.q_NK.shape
         layer = cls(
@@ -159,7 +193,6 @@ class QuantLinear(nn.Module):
             N,
             quantized.grid,
             bias=bias_N is not None,
-            rotated=signs_K is not None,
             input_grid=input_grid,
             scale_dtype=quantized.scale_NG.dtype,
             device="meta",
@@ -172,6 +205,8 @@ class QuantLinear(nn.Module):
             layer.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
         if signs_K is not None:
             layer.input_signs = signs_K.to(device=device, dtype=torch.int8)
+        if angles_AMQ is not None:
+            layer.input_angles = angles_AMQ.to(device)
         if bias_N is not None:
             layer.bias = nn.Parameter(bias_N, requires_grad=False)
         return layer
@@ -196,11 +231,16 @@ class QuantLinear(nn.Module):
             linear.bias = self.bias
         if self.input_signs is None and self.input_grid is None:
             return linear
-        return OnlineLinear.wrap(linear, signs_K=self.input_signs, input_grid=self.input_grid)
+        return OnlineLinear.wrap(
+            linear,
+            signs_K=self.input_signs,
+            angles_AMQ=self.input_angles,
+            input_grid=self.input_grid,
+        )
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return prepare_input(x, self.input_signs, self.input_grid)
+        return prepare_input(x, self.input_signs, self.input_grid, self.input_angles)
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.prepare_input(input)

@@ -1,5 +1,6 @@
 """The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
 
+from rotq_kernels.butterfly import butterfly, butterfly_reference
 from rotq_kernels.hadamard import hadamard, hadamard_reference
 from rotq_kernels.kv_attention import packed_attention
 from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv, encode_kv_reference
@@ -34,6 +35,8 @@ __all__ = [
     "KVPages",
     "KVTransform",
     "SideTransform",
+    "butterfly",
+    "butterfly_reference",
     "decode_norm",
     "dequantize_kv_reference",
     "dequantize_residual",

@@ -287,6 +287,7 @@ def _made(setup: Setup, probe: Probe) -> Made:
         job=setup.job,
         plan=setup.plan,
         windows=setup.windows,
+        down=setup.basis.down_kind,
         rotation={
             **setup.basis.description,
             "checksum": setup.basis.checksum(),

@@ -19,7 +19,8 @@ from rotq.models.esm import exact_rotary
 from rotq.models.skeleton import Skeleton
 from rotq.precision import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer, in_basis
+from rotq.rotations.fuse import fuse_block, fuse_outer, in_basis
+from rotq.rotations.norms import exact_norms
 
 TOLERANCE = 1e-9
 """Largest accepted difference in fp64, relative to the largest value."""

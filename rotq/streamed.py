@@ -27,7 +27,7 @@ def run_forward(blocks: Sequence[Run], hidden_BTD: Tensor) -> list[Tensor]:
     with torch.no_grad():
         for index, block in enumerate(blocks):
             states.append(block(states[-1]))
-            _trim_now_and_then(index)
+            trim_now_and_then(index)
     return states
 
 
@@ -50,11 +50,12 @@ def run_backward(blocks: Sequence[Run], states: list[Tensor], slope_BTD: Tensor)
         assert given_BTD.grad is not None, "the block's input reaches its output"
         slope_BTD = given_BTD.grad
         del output_BTD
-        _trim_now_and_then(index)
+        trim_now_and_then(index)
     return slope_BTD
 
 
-def _trim_now_and_then(index: int) -> None:
+def trim_now_and_then(index: int) -> None:
+    """Give freed memory back after some of the blocks."""
     # giving memory back takes as long as a block's products; blocks use what others have freed
     if index % _BLOCKS_PER_TRIM == 0:
         trim_memory()

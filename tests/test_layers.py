@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, random_quantized
+from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, online_parts, random_quantized
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -58,15 +59,19 @@ def test_unpacks_to_what_was_packed(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("rotation", [None, "hadamard", "butterfly"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, bias: bool) -> None:
+def test_allocated_and_packed_layers_have_one_state(
+    grid: Grid, rotation: str | None, bias: bool
+) -> None:
+    signs_K, angles_AMQ = online_parts(40, rotation)
     packed = QuantLinear.from_quantized(
         random_quantized(20, 40, grid),
         torch.ones(20) if bias else None,
-        random_signs(40, 0) if rotated else None,
+        signs_K,
+        angles_AMQ=angles_AMQ,
     )
-    empty = QuantLinear(40, 20, grid, bias=bias, rotated=rotated)
+    empty = QuantLinear(40, 20, grid, bias=bias, rotation=rotation)
     assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
     }
@@ -75,14 +80,18 @@ def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, b
     assert torch.equal(empty(x), packed(x))
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
+@pytest.mark.parametrize("rotation", [None, "hadamard", "butterfly"])
+def test_inputs_are_rounded_behind_their_rotation(rotation: str | None) -> None:
     grid = ActivationGrid(bits=3, symmetric=False)
-    signs_K = random_signs(40, 0) if rotated else None
+    signs_K, angles_AMQ = online_parts(40, rotation)
     quantized = random_quantized(20, 40, W4)
-    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K, input_grid=grid)
+    layer = QuantLinear.from_quantized(
+        quantized, signs_K=signs_K, input_grid=grid, angles_AMQ=angles_AMQ
+    )
     x = random_input(40)
-    turned = rotate_input(x, signs_K) if signs_K is not None else x
+    turned = rotate_input(x, signs_K, angles_AMQ) if signs_K is not None else x
+    if rotation == "butterfly":
+        assert not torch.allclose(turned, rotate_input(x, signs_K), atol=0.1)
     expected = F.linear(fake_quantize(turned, grid), quantized.dequantize())
     assert torch.equal(layer(x), expected)
     dense = layer.dense(torch.float32)
@@ -94,10 +103,12 @@ def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
-def test_online_layers_compile_without_a_break() -> None:
+@pytest.mark.parametrize("rotation", ["hadamard", "butterfly"])
+def test_online_layers_compile_without_a_break(rotation: str) -> None:
     linear = nn.Linear(48, 8).requires_grad_(False)
     grid = ActivationGrid(bits=4, symmetric=False)
-    layer = OnlineLinear.wrap(linear, signs_K=random_signs(48, 0), input_grid=grid)
+    signs_K, angles_AMQ = online_parts(48, rotation)
+    layer = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=angles_AMQ, input_grid=grid)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(random_input(48)), layer(random_input(48)))
@@ -121,18 +132,23 @@ def test_rotation_is_orthogonal_and_matches_the_matrix(K: int) -> None:
     assert rotate_input(x.bfloat16(), signs_K).dtype == torch.bfloat16
 
 
-def test_rotated_weight_and_input_cancel() -> None:
+@pytest.mark.parametrize("rotation", ["hadamard", "butterfly"])
+def test_rotated_weight_and_input_cancel(rotation: str) -> None:
     linear = nn.Linear(48, 20).double()
-    signs_K = random_signs(48, 3)
+    signs_K, angles_AMQ = online_parts(48, rotation)
     x = random_input(48, torch.float64)
     expected = linear(x)
-    linear.weight.data = rotate_input(linear.weight.data, signs_K)
-    rotated = OnlineLinear.wrap(linear, signs_K=signs_K)
+    linear.weight.data = rotate_input(linear.weight.data, signs_K, angles_AMQ)
+    rotated = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=angles_AMQ)
     assert rotated.weight is linear.weight
     assert rotated.bias is linear.bias
     torch.testing.assert_close(rotated(x), expected, rtol=0, atol=1e-12)
     assert isinstance(rotated, nn.Linear)
     assert rotated.input_signs.dtype == torch.int8
+    # a cast of the model leaves the stored angles alone
+    narrow = copy.deepcopy(rotated).bfloat16().double()
+    torch.testing.assert_close(narrow(x), expected, rtol=0.05, atol=0.05)
+    assert torch.equal(narrow.prepare_input(x), rotated.prepare_input(x))
     assert not torch.equal(linear(x), expected)
 
 
@@ -146,6 +162,11 @@ def test_packed_rotated_layer() -> None:
     assert isinstance(dense, OnlineLinear)
     assert torch.equal(dense(x), expected)
     assert torch.equal(dense.prepare_input(x), layer.prepare_input(x))
+
+
+def test_a_butterfly_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="a butterfly of order 20 has no pairs"):
+        QuantLinear(20, 8, W3_CHANNEL, rotation="butterfly")
 
 
 def test_group_size_must_divide() -> None:

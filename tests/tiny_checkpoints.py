@@ -25,6 +25,7 @@ from rotq.heads import UNTOUCHED, OnlineHeads
 from rotq.layers import OnlineLinear
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
+from rotq.rotations.butterfly import angle_shape
 from rotq.rotations.hadamard import random_signs
 
 W4 = Grid(bits=4, group_size=8, symmetric=False)
@@ -53,6 +54,24 @@ def random_quantized(
     )
 
 
+ONLINE = ("weight", "input_signs", "input_angles")
+"""What an online layer holds that its packed tensors hold."""
+
+
+def online_parts(
+    K: int, rotation: str | None, seed: int = 0
+) -> tuple[Tensor | None, Tensor | None]:
+    """Signs and angles of an online rotation of this kind."""
+    if rotation is None:
+        return None, None
+    angles_AMQ = None
+    if rotation == "butterfly":
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(-(2**15), 2**15, angle_shape(K), generator=generator)
+        angles_AMQ = codes.to(torch.int16)
+    return random_signs(K, seed), angles_AMQ
+
+
 @dataclass(frozen=True)
 class Written:
     """A checkpoint folder and what it must compute."""
@@ -72,12 +91,16 @@ def write_checkpoint(
     format: str = "compressed-tensors",
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
-    online: bool = False,
+    online: str = "",
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     max_shard_bytes: int = 10**9,
 ) -> Written:
-    """Write a tiny model with random codes; ``grids`` alternate over its linear layers."""
+    """Write a tiny model with random codes; ``grids`` alternate over its linear layers.
+
+    Args:
+        online: Kind of the rotation before every down projection; none if empty.
+    """
     from transformers import AutoModelForCausalLM
 
     source, out = folder / "source", folder / "out"
@@ -99,18 +122,18 @@ def write_checkpoint(
         N, K = linear.weight.shape
         quantized = random_quantized(N, K, grid, stored, seed=number)
         linear.weight.data = quantized.dequantize(dtype)
-        signs_K = None
+        signs_K, angles_AMQ = None, None
         if online and name.endswith("down_proj"):
-            signs_K = random_signs(K, seed=number)
-            rotated[name] = "hadamard"
-        layer = OnlineLinear.wrap(linear, signs_K=signs_K, input_grid=inputs)
+            signs_K, angles_AMQ = online_parts(K, online, seed=number)
+            rotated[name] = online
+        layer = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=angles_AMQ, input_grid=inputs)
         model.set_submodule(name, layer)
-        tensors |= packed_tensors(name, quantized, signs_K)
+        tensors |= packed_tensors(name, quantized, signs_K, angles_AMQ)
     put_online_heads(model, heads)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
-        if name not in tied and not (layer in layers and leaf in ("weight", "input_signs")):
+        if name not in tied and not (layer in layers and leaf in ONLINE):
             tensors[name] = tensor
     save_tensors(folder / "part.safetensors", tensors)
     opened = open_source(source).renamed(adapter_for(model).renames)

@@ -11,6 +11,8 @@ Shape suffixes: R rows, K features (n), M order of the core, P length of a run.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,10 +82,17 @@ def hadamard_cpu(
     x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The reference with fp32 products that are fp32, whatever precision torch is set to."""
+    with fp32_products():
+        return hadamard_reference(x_RK, core_MM, signs_K)
+
+
+@contextmanager
+def fp32_products() -> Iterator[None]:
+    """fp32 matrix products are fp32, whatever precision torch is set to."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        return hadamard_reference(x_RK, core_MM, signs_K)
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -198,12 +207,20 @@ def hadamard_triton(
         num_warps=4 if P <= 4096 else 16,
     )
     if M > 1:
-        blocks = _core_blocks(M)
-        grid = (triton.cdiv(R * P, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"]))
-        core_MM = core_MM.contiguous()
-        columns, scale = R * P, 1 / math.sqrt(K)
-        _core_kernel[grid](z_RK, core_MM, y_RK, columns, M, P, scale, **blocks, num_warps=4)
+        core_triton(z_RK, core_MM, y_RK, 1 / math.sqrt(K))
     return y_RK
+
+
+def core_triton(
+    z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor, scale: float
+) -> None:
+    """Multiply the runs of ``z_RK`` (fp32) by the core and ``scale`` into ``y_RK``."""
+    (R, K), M = z_RK.shape, core_MM.shape[0]
+    blocks = _core_blocks(M)
+    columns = R * K // M
+    grid = (triton.cdiv(columns, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"]))
+    core_MM = core_MM.contiguous()
+    _core_kernel[grid](z_RK, core_MM, y_RK, columns, M, K // M, scale, **blocks, num_warps=4)
 
 
 def _core_blocks(M: int) -> dict[str, int]:

@@ -7,7 +7,8 @@ ones, and two for what heads and inputs go through at run time.
                        or a full module name; full names win over patterns, patterns over "Linear"
     ignore             the same, taken out
     input_activations  what the layers' inputs are rounded to: dynamic, per token
-    online             kind of rotation to the targets whose input is rotated, before it is rounded
+    online             kind of rotation (hadamard, butterfly) to the targets whose input is rotated,
+                       before it is rounded
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
                        to, dynamic, per head and token
 """
@@ -23,12 +24,12 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.heads import UNTOUCHED, OnlineHeads
+from rotq.layers import ROTATIONS
 
 CT_VERSION = "0.20.0"
-ROTQ_VERSION = 2
+ROTQ_VERSION = 3
 """Newest version of the rotq format; a checkpoint says the oldest that has what it needs."""
 METHODS = ("compressed-tensors", "rotq")
-ONLINE_KINDS = ("hadamard",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,12 @@ class Scheme:
         ]
         return self.groups[min(ranked)[1]] if ranked else None
 
-    def is_rotated(self, name: str) -> bool:
-        """The input of ``name`` is rotated at run time."""
-        targets = (target for kind in self.online.values() for target in kind)
-        return any(_rank(target, name) is not None for target in targets)
+    def rotation(self, name: str) -> str | None:
+        """How the input of ``name`` is rotated at run time; None where it is not."""
+        for kind, targets in self.online.items():
+            if any(_rank(target, name) is not None for target in targets):
+                return kind
+        return None
 
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme:
@@ -95,8 +98,8 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     if not isinstance(groups, dict) or not groups:
         raise RotqError("quantization_config has no config_groups")
     for kind in config.get("online") or {}:
-        if kind not in ONLINE_KINDS:
-            raise RotqError(f"unknown online rotation {kind}; known: {', '.join(ONLINE_KINDS)}")
+        if kind not in ROTATIONS:
+            raise RotqError(f"unknown online rotation {kind}; known: {', '.join(ROTATIONS)}")
     return Scheme(
         groups=tuple(
             _read_group(name, group, config.get("format")) for name, group in groups.items()
@@ -168,9 +171,10 @@ def quantization_config(
     }
     if format == "rotq":
         config["online"] = _online(online or {}, everything)
-        if heads == UNTOUCHED:
-            return {**config, "version": 1}
-        return {**config, "version": 2, "attention": _attention(heads)}
+        if heads != UNTOUCHED:
+            config["attention"] = _attention(heads)
+        newest = 3 if "butterfly" in config["online"] else 2 if heads != UNTOUCHED else 1
+        return {**config, "version": newest}
     unused: dict[str, Any] = {
         "moe_sparsity_config": None,
         "sparsity_config": {},
@@ -275,8 +279,8 @@ def _rank(target: str, name: str) -> int | None:
 
 def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
     rotation = attention.get("rotation")
-    if rotation not in (None, *ONLINE_KINDS):
-        raise RotqError(f"unknown rotation of heads {rotation}; known: {', '.join(ONLINE_KINDS)}")
+    if rotation not in (None, "hadamard"):
+        raise RotqError(f"unknown rotation of heads {rotation}; known: hadamard")
     grid = _read_dynamic("attention.kv_cache", attention.get("kv_cache"))
     return OnlineHeads(rotated=rotation is not None, grid=grid)
 

@@ -63,7 +63,7 @@ def hadamard(n: int) -> Tensor:
         ValueError: the order cannot be constructed.
     """
     m = core_order(n)
-    H = _core(m)
+    H = paley_core(m)
     for _ in range((n // m).bit_length() - 1):
         H = torch.kron(H, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8))
     return H
@@ -91,7 +91,7 @@ def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None
     n = x.shape[-1] if n is None else n
     if x.shape[-1] % n:
         raise ValueError(f"{x.shape[-1]} features are not a multiple of the order {n}")
-    core_mm = _core(core_order(n)).to(x.device)
+    core_mm = paley_core(core_order(n)).to(x.device)
     signs_n = None if signs_n is None else signs_n.to(device=x.device, dtype=torch.int8)
     rows = x.reshape(x.numel() // n, n)
     differentiated = x.requires_grad and torch.is_grad_enabled()
@@ -154,7 +154,7 @@ def _fixed(kind: str, n: int) -> Tensor:
 
 
 @functools.cache
-def _core(m: int) -> Tensor:
+def paley_core(m: int) -> Tensor:
     """The Paley matrix of order m, int8, entries +-1; [[1]] for m = 1."""
     if m == 1:
         return torch.ones(1, 1, dtype=torch.int8)

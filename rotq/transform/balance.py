@@ -30,7 +30,7 @@ from rotq.models.scalable import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import normalized
+from rotq.rotations.norms import normalized
 
 
 @dataclass(kw_only=True)

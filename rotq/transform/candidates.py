@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rotq.job import TRANSFORM
 from rotq.rotations.basis import Basis
-from rotq.transform import optrot, through_model
+from rotq.transform import block_error, optrot, through_model
 from rotq.transform.balance import Balancer
 from rotq.transform.layer_error import LayerError
 from rotq.transform.parameters import Parameters, movement
 from rotq.transform.setting import Setting
-from rotq.transform.train import Pace, Trainer
+from rotq.transform.train import Backward, Pace, Trainer
 
 Found = tuple[Basis, dict[str, Any]]
 """A basis, and what is to be reported about it."""
@@ -51,7 +51,7 @@ def optrot_trained(setting: Setting, drawn: Basis) -> Found:
 
 
 def learned(setting: Setting, drawn: Basis) -> Found:
-    """Closed form, then trained on single layers, then through the model, as far as asked for."""
+    """Closed form, then trained on single layers, then on windows, as far as asked for."""
     options, figures = setting.options, {}
     parameters = _start(setting, drawn)
     if options.layer_steps:
@@ -73,15 +73,31 @@ def learned(setting: Setting, drawn: Basis) -> Found:
         figures["layers"] = _train(setting, "layers", trainer)
         parameters = _parameters(setting, *parameters.restart(), scaled=options.scalings)
     if options.steps:
-        lessons = setting.lessons(setting.training_windows[: options.steps])
-
-        def backward(step: int) -> float:
-            lesson = lessons[step % len(lessons)]
-            return through_model.backward(setting.student, parameters, setting.outer, lesson, step)
-
         pace = Pace(steps=options.steps, angle=options.angle, scale_rate=options.scale_rate)
-        figures["model"] = _train(setting, "model", Trainer(parameters, pace, backward))
+        name = "blocks" if options.objective == "block_mse" else "model"
+        trainer = Trainer(parameters, pace, _on_windows(setting, parameters))
+        figures[name] = _train(setting, name, trainer)
     return _found(parameters, drawn, "learned", figures)
+
+
+def _on_windows(setting: Setting, parameters: Parameters) -> Backward:
+    """The recipe's objective on one window per step."""
+    options, student, outer = setting.options, setting.student, setting.outer
+    windows = setting.training_windows[: options.steps]
+    if options.objective == "block_mse":
+
+        def from_blocks(step: int) -> float:
+            ids_BT = windows[step % len(windows)]
+            return block_error.backward(student, parameters, outer, ids_BT, step)
+
+        return from_blocks
+    lessons = setting.lessons(windows)
+
+    def from_logits(step: int) -> float:
+        lesson = lessons[step % len(lessons)]
+        return through_model.backward(student, parameters, outer, lesson, step)
+
+    return from_logits
 
 
 CANDIDATES: Mapping[str, Callable[[Setting, Basis], Found]] = {
@@ -113,6 +129,7 @@ def _parameters(
         scaled=scaled,
         factors=factors,
         parametrization=setting.options.parametrization,
+        butterfly=setting.options.down == "butterfly",
         device=setting.device,
     )
 
@@ -138,7 +155,10 @@ def _train(setting: Setting, name: str, trainer: Trainer) -> dict[str, Any]:
 
 
 def _found(parameters: Parameters, drawn: Basis, name: str, figures: dict[str, Any]) -> Found:
-    basis = parameters.finished()
-    fused = ("residual", "value")
-    words = {k: f"{text}, {name}" if k in fused else text for k, text in basis.description.items()}
+    basis, words = parameters.finished(), dict(drawn.description)
+    found = ["residual", "value"]
+    if basis.down_angles is not None:
+        found.append("down")
+        words["down"] = words["down"].replace("hadamard", "butterfly")
+    words |= {key: f"{words[key]}, {name}" for key in found if key in words}
     return replace(basis, description=words), {**figures, **movement(drawn, basis)}

@@ -29,7 +29,8 @@ from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
 from rotq.plan import Plan
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import Map, block_maps, normalized
+from rotq.rotations.maps import Map, block_maps
+from rotq.rotations.norms import normalized
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 from rotq.transform.parameters import Parameters

@@ -127,16 +127,21 @@ def test_a_kept_layer_is_in_no_pattern() -> None:
     assert scheme.grid("lm_head") is None
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [("compressed-tensors", None), ("rotq", "hadamard"), ("rotq", "butterfly")],
+)
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_scheme_reads_what_is_written(format: str, number: int) -> None:
+def test_scheme_reads_what_is_written(format: str, kind: str | None, number: int) -> None:
     grids = [W4, W8, W3_CHANNEL][:number]
     layers = {name: grids[i % number] for i, name in enumerate(LAYERS)}
-    online = {name: "hadamard" for name in LAYERS if "down" in name} if format == "rotq" else {}
+    online = {name: kind for name in LAYERS if "down" in name} if kind else {}
     config = quantization_config(layers, ["lm_head"], format, online)
     scheme = read_scheme(json.loads(json.dumps(config)))
     assert {name: scheme.grid(name) for name in LAYERS} == layers
-    assert {name for name in [*LAYERS, "lm_head"] if scheme.is_rotated(name)} == set(online)
+    found = {name: scheme.rotation(name) for name in [*LAYERS, "lm_head"]}
+    assert {name: rotation for name, rotation in found.items() if rotation} == online
+    assert config["version"] == {None: "0.20.0", "hadamard": 1, "butterfly": 3}[kind]
 
 
 def test_full_names_win_over_patterns_over_linear() -> None:

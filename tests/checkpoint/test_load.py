@@ -79,13 +79,15 @@ def test_two_asymmetric_grids_load_in_rotq_only(tmp_path: Path) -> None:
     assert "does not load them" in (written.path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("rotation", ["hadamard", "butterfly"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
-def test_online_rotation(tmp_path: Path, packed: bool) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", online=True)
+def test_online_rotation(tmp_path: Path, packed: bool, rotation: str) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", online=rotation)
     model = load_model(written.path, packed=packed)
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, QuantLinear if packed else OnlineLinear)
     assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
+    assert (down.input_angles is None) == (rotation == "hadamard")
     assert torch.equal(logits(model), logits(written.dense))
 
 
@@ -107,7 +109,9 @@ A8 = ActivationGrid(bits=8, symmetric=True)
 @pytest.mark.parametrize("family", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
 def test_inputs_and_heads_are_rounded(tmp_path: Path, family: str, packed: bool) -> None:
     heads = OnlineHeads(rotated=True, grid=A4)
-    written = write_checkpoint(tmp_path, family, format="rotq", online=True, inputs=A4, heads=heads)
+    written = write_checkpoint(
+        tmp_path, family, format="rotq", online="hadamard", inputs=A4, heads=heads
+    )
     model = load_model(written.path, packed=packed)
     assert torch.equal(logits(model), logits(written.dense))
     down = next(m for n, m in model.named_modules() if n.endswith("down_proj"))
@@ -146,7 +150,7 @@ def test_dense_from_packed(tmp_path: Path) -> None:
 
 
 def test_save_pretrained_keeps_the_packed_tensors(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", online=True)
+    written = write_checkpoint(tmp_path, format="rotq", online="hadamard")
     model = AutoModelForCausalLM.from_pretrained(written.path)
     model.save_pretrained(tmp_path / "again")
     stored, again = (
@@ -228,7 +232,7 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 3, "quant_method": "rotq"}, "rotq format 3"),
+        ({"version": 4, "quant_method": "rotq"}, "rotq format 4"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),

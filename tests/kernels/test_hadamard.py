@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotq.rotations.hadamard import _core, core_order
+from rotq.rotations.hadamard import core_order, paley_core
 from rotq.rotations.hadamard import hadamard as dense_hadamard
 from rotq_kernels import hadamard as kernels
 from rotq_kernels.hadamard import hadamard, hadamard_reference, hadamard_triton
@@ -29,7 +29,7 @@ def rows(R: int, K: int, dtype: torch.dtype, layout: str = "contiguous") -> Tens
 
 
 def core_of(K: int) -> Tensor:
-    return _core(core_order(K)).to(DEVICE)
+    return paley_core(core_order(K)).to(DEVICE)
 
 
 def signs_of(K: int) -> Tensor:

@@ -13,9 +13,10 @@ from rotq.models.online_attention import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, build_basis, head_dim, num_value_heads
-from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+from rotq.rotations.fuse import fuse_block, fuse_outer
 from rotq.rotations.hadamard import orthogonal
 from rotq.rotations.layernorm import leave_ones_alone
+from rotq.rotations.norms import exact_norms
 
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),

@@ -13,8 +13,9 @@ from rotq.models.scalable import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
-from rotq.rotations.fuse import exact_norms, fuse_block, fuse_outer
+from rotq.rotations.fuse import fuse_block, fuse_outer
 from rotq.rotations.hadamard import orthogonal
+from rotq.rotations.norms import exact_norms
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
 

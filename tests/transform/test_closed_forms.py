@@ -7,14 +7,14 @@ from tiny_transforms import W4A4KV4, make_setting
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
-from rotq.models.scalable import scalings
+from rotq.models.scalable import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import SCALINGS, Basis, Scales
 from rotq.rotations.hadamard import orthogonal
 from rotq.solvers.solve import Options, solve
 from rotq.solvers.statistics import Moments
 from rotq.transform import optrot
-from rotq.transform.balance import Balancer
+from rotq.transform.balance import Balancer, _tied
 from rotq.transform.parameters import Parameters
 from rotq.transform.proxy import Judge, layer_score
 
@@ -81,6 +81,57 @@ def test_factors_of_values_and_keys_counter_outliers(balanced):
     # values are divided by their factor, keys multiplied: large features become smaller
     assert value_HK[0, 3] == value_HK.max()
     assert key_HF[0, 2] == key_HF.min()
+
+
+def mean_squares(model, module, change=lambda x: x):
+    """Of a module's input over the tokens of ``balanced``, per feature."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(change(args[0])))
+    model(random_ids(4, 32))
+    handle.remove()
+    return seen[0].flatten(0, 1).square().mean(0)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_scales_behind_norms_are_the_rms_of_what_is_read(balanced, rotated):
+    model, balancer, squares = balanced
+    layer = model.model.layers[1]
+    x_D = mean_squares(model, layer.self_attn.q_proj)
+    basis = Basis()
+    if rotated:
+        # R1 takes the gain into the weights; its features are mixtures of what is left
+        basis = Basis(residual_DD=orthogonal("random", 48, 0))
+        x_D = (x_D / layer.input_layernorm.weight.square()) @ basis.residual_DD.float().square()
+    found = balancer.scales(squares, basis, ["qkv"])["1.scales.qkv"]
+    ratio = found / x_D.sqrt()
+    torch.testing.assert_close(ratio / ratio.mean(), torch.ones(48), rtol=1e-3, atol=0)
+
+
+def test_factors_of_keys_are_shared_by_the_features_that_rope_mixes(balanced):
+    model, balancer, squares = balanced
+    found = balancer.scales(squares, Basis(), ["query_key"])["1.scales.query_key"]
+    attention, ids = model.model.layers[1].self_attn, random_ids(4, 32)
+    seen = {}
+    handles = [
+        getattr(attention, f"{name}_proj").register_forward_hook(
+            lambda _, __, y, name=name: seen.update({name: y.flatten(0, 1).square().mean(0)})
+        )
+        for name in "qk"
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    # two query heads per KV head, features i and i + 8
+    q_HF = seen["q"].view(2, 2, 2, 8).sum((1, 2))
+    k_HF = seen["k"].view(2, 1, 2, 8).sum((1, 2))
+    ratio = found / (q_HF / k_HF).pow(0.25)
+    torch.testing.assert_close(ratio / ratio.mean(), torch.ones(2, 8), rtol=1e-3, atol=0)
+
+
+def test_a_feature_that_rope_leaves_counts_as_a_pair_of_itself():
+    scaling = Scaling(shape=(1, 3), num_pairs=2)
+    tied = _tied(torch.tensor([1.0, 2.0, 10.0, 20.0, 5.0]), scaling)
+    assert tied.tolist() == [[11.0, 22.0, 10.0]]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3-moe-mixed", "llama-biases"])

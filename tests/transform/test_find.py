@@ -9,12 +9,15 @@ import torch
 from tiny_jobs import SMALL, make_checkpoint, quantize
 from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
 
+from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
 from rotq.job import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
+from rotq.rotations.butterfly import from_codes, to_codes
 from rotq.transform.find import find_basis
+from rotq.transform.parameters import Parameters
 from rotq.transform.student import Student
 
 
@@ -38,6 +41,9 @@ def find(setting):
     rotation = setting.recipe.rotation
     drawn = build_basis(rotation, setting.skeleton.adapter, setting.skeleton.config)
     return drawn, find_basis(setting, drawn)
+
+
+BUTTERFLY = {**LEARNED, "transform.down": "butterfly"}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,9 @@ def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
     again = make_setting(tmp_path / "job", LEARNED)
     _, found = find(again)
     assert found.checksum() == basis.checksum()
+    kept, whole = (one.job.results(TRANSFORM) for one in (again, learned[0]))
+    assert kept["layers"] == whole["layers"]
+    assert kept["model"] == whole["model"]
     # a finished one is read back, not trained again
     _, read = find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
     assert read.checksum() == basis.checksum()
@@ -165,9 +174,43 @@ def test_fixed_is_what_was_drawn(tmp_path):
     assert not setting.job.recorded(TRANSFORM)
 
 
-def test_a_whole_job(tmp_path: Path):
+def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        find(make_setting(tmp_path / "stopped", BUTTERFLY, Interrupted()))
+    _, resumed = find(make_setting(tmp_path / "stopped", BUTTERFLY))
+    setting = make_setting(tmp_path / "job", BUTTERFLY)
+    drawn, basis = find(setting)
+    assert resumed.checksum() == basis.checksum()
+    assert (drawn.down_kind, basis.down_kind) == ("hadamard", "butterfly")
+    assert basis.description["down"] == "butterfly 20x4, learned"
+    for angles in basis.down_angles:
+        assert angles.shape == (1, 2, 20, 2)
+        assert torch.equal(from_codes(to_codes(angles), torch.float64), angles)
+    assert 0.001 < setting.job.results(TRANSFORM)["down_pair_angle"] < 0.2
+
+
+def test_an_mlp_of_no_pairs_has_no_butterfly(tmp_path):
+    setting = make_setting(tmp_path / "job", BUTTERFLY)
+    skeleton = setting.skeleton
+    for block in skeleton.blocks:
+        block.mlp.down_proj = torch.nn.Linear(12, 48, device="meta")
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    with pytest.raises(RotqError, match=r"down=butterfly: a butterfly of order 12 has no pairs"):
+        Parameters(
+            drawn,
+            skeleton,
+            scaled=(),
+            factors={},
+            parametrization="cayley",
+            butterfly=True,
+            device=torch.device("cpu"),
+        )
+
+
+@pytest.mark.parametrize("down", ["fixed", "butterfly"])
+def test_a_whole_job(tmp_path: Path, down):
     model = make_checkpoint(tmp_path / "model")
-    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2}
+    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2, "transform.down": down}
     choices |= {key: f"[{', '.join(v)}]" for key, v in choices.items() if isinstance(v, list)}
     given = [part for key, value in choices.items() for part in ("--set", f"{key}={value}")]
     result = quantize(model, *SMALL, *given, "-o", tmp_path / "out")
@@ -177,6 +220,14 @@ def test_a_whole_job(tmp_path: Path):
     assert report["transform"]["model"]["steps"] == 2
     assert report["rotation"]["residual"].endswith(", learned")
     assert report["rotation"]["largest_relative_difference"] < 1e-9
+    # the job itself has compared logits with a fresh process that loaded the checkpoint
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    kind = {"fixed": "hadamard", "butterfly": "butterfly"}[down]
+    assert config["online"] == {kind: [r"re:model\.layers\.\d+\.mlp\.down_proj$"]}
+    assert config["version"] == {"fixed": 2, "butterfly": 3}[down]
+    loaded = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    angles = [b for name, b in loaded.named_buffers() if name.endswith("input_angles")]
+    assert {b.dtype for b in angles} == ({torch.int16} if down == "butterfly" else set())
 
 
 def test_recipe_bounds():
@@ -184,5 +235,14 @@ def test_recipe_bounds():
         load_recipe(None, {"transform.balance": ["up"]})
     with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 or more"):
         load_recipe(None, {"transform.steps": -1})
+    butterfly = {"transform.down": "butterfly", "transform.method": "learned"}
+    with pytest.raises(ValueError, match=r"starts at R4; set rotation\.down=hadamard \(and output"):
+        load_recipe(None, butterfly)
+    online = {"rotation.down": "hadamard", "output.format": "rotq"}
+    load_recipe(None, butterfly | online)
+    with pytest.raises(ValueError, match=r"butterfly is trained; set transform\.method=learned"):
+        load_recipe(None, butterfly | online | {"transform.method": "fixed"})
+    with pytest.raises(ValueError, match=r"only output\.format=rotq can express"):
+        load_recipe(None, butterfly | {"rotation.down": "hadamard"})
     with pytest.raises(ValueError, match=r"transform\.method: 'best' is not one of"):
         load_recipe(None, {"transform.method": "best"})

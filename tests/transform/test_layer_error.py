@@ -7,14 +7,16 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
 from rotq.calibration.capture import capture_inputs
 from rotq.formats.activations import fake_quantize
 from rotq.job import TRANSFORM
-from rotq.layers import OnlineLinear
+from rotq.layers import OnlineLinear, prepared_input
 from rotq.models.scalable import scalings
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, Scales, build_basis
-from rotq.rotations.fuse import block_maps, fuse_block
+from rotq.rotations.fuse import fuse_block, in_basis
+from rotq.rotations.maps import block_maps
 from rotq.transform.candidates import learned
 from rotq.transform.layer_error import LayerError, _in_basis, spaced
 from rotq.transform.parameters import Parameters
+from rotq.transform.proxy import squared_steps
 
 
 def error_of(setting, *, folds_gains=True):
@@ -104,6 +106,38 @@ def test_the_loss_foretells_the_error_of_rounded_inputs(tmp_path):
     assert foretold == pytest.approx(actual_error(setting, drawn), rel=0.25)
 
 
+@pytest.mark.parametrize("residual", ["none", "hadamard"])
+def test_the_first_loss_is_that_of_the_start(tmp_path, residual):
+    """With gains in the weights where R1 moves them there, in what is read where it does not."""
+    choices = {**LEARNED, "rotation.residual": residual, "transform.layer_steps": 1}
+    choices |= {"transform.steps": 0, "transform.balance": [], "weights.bits": 8}
+    setting = make_setting(tmp_path / "job", choices, num_windows=1)
+    skeleton = setting.skeleton
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    _, figures = learned(setting, drawn)
+    # what is read and what reads it, taken from the fused blocks
+    expected = []
+    for index in (0, 1):
+        hidden_BTD = error_of(setting, folds_gains=residual != "none").hidden[index][0]
+        block = skeleton.load_block(index, setting.source, device="cpu", dtype=torch.float32)
+        fuse_block(block, skeleton.adapter, drawn, index)
+        sites = skeleton.adapter.sites(block)
+        turned_BTD = in_basis(hidden_BTD, drawn)
+        kwargs = skeleton.block_kwargs(index, turned_BTD)
+        seen, _ = capture_inputs(block, [s.linears[0] for s in sites], turned_BTD, kwargs)
+        for site in sites:
+            linear = block.get_submodule(site.linears[0])
+            x_MK = prepared_input(linear, seen[site.linears[0]])
+            step = squared_steps(x_MK, 4, symmetric=False).mean()
+            for path in site.linears:
+                weight_NK = block.get_parameter(f"{path}.weight")
+                energy = (x_MK @ weight_NK.T).square().sum(-1).mean()
+                expected.append(step * weight_NK.square().sum() / 12 / energy)
+    # rounding weights to 8 bits adds less than this tolerance
+    found = figures["layers"]["loss_first_quarter"]
+    assert found == pytest.approx(torch.stack(expected).mean().item(), rel=0.02)
+
+
 def test_training_lowers_the_error_that_is_made(tmp_path):
     trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
     setting = make_setting(tmp_path / "job", {**LEARNED, **trained}, num_windows=4)
@@ -138,6 +172,30 @@ def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_butterflies_lower_the_error_that_is_made(tmp_path):
+    trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
+    alone = {"transform.scalings": [], "rotation.residual": "none", "rotation.value": "none"}
+    others = [{"match": "self_attn|gate_proj|up_proj", "keep": True}]
+    choices = {**LEARNED, **trained, **alone, "transform.down": "butterfly"}
+    choices["weights.overrides"] = others
+    setting = make_setting(tmp_path / "job", choices, num_windows=4)
+    # something to gain: two features stand out, and a rotation may share them out unevenly
+    for index in (0, 1):
+        setting.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"][:2] *= 30
+    skeleton = setting.skeleton
+    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    basis, figures = learned(setting, drawn)
+    assert figures["layers"]["loss_last_quarter"] < 0.95 * figures["layers"]["loss_first_quarter"]
+    error = error_of(setting, folds_gains=False)
+    hidden_BTD = torch.cat(setting.embedded())
+    before, after = (
+        sum(error._block_loss(index, hidden_BTD, one).item() for index in (0, 1))
+        for one in (drawn, basis)
+    )
+    assert after < 0.95 * before
+    assert figures["down_pair_angle"] > 0.05
+
+
 def test_gradients_reach_what_is_trained(tmp_path):
     setting = make_setting(tmp_path / "job", W4A4KV4)
     skeleton, error = setting.skeleton, error_of(setting)
@@ -148,6 +206,7 @@ def test_gradients_reach_what_is_trained(tmp_path):
         scaled=SCALED,
         factors={},
         parametrization="cayley",
+        butterfly=True,
         device=torch.device("cpu"),
     )
     with torch.enable_grad():

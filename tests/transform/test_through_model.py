@@ -9,6 +9,7 @@ from tiny_transforms import LEARNED, make_setting
 
 from rotq.rotations.basis import build_basis
 from rotq.transform.parameters import Parameters
+from rotq.transform.teacher import next_tokens
 from rotq.transform.through_model import Lesson, backward, mean_loss, teach
 
 
@@ -22,6 +23,7 @@ def prepared(folder, choices, name="llama"):
         scaled=recipe.transform.scalings,
         factors={},
         parametrization=recipe.transform.parametrization,
+        butterfly=recipe.transform.down == "butterfly",
         device=torch.device("cpu"),
     )
     generator = torch.Generator().manual_seed(5)
@@ -48,9 +50,13 @@ def unstreamed(setting, parameters, lesson):
     return (log_p_Tk.exp() * (log_p_Tk - log_q.gather(-1, token_Tk))).sum(-1).mean()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_gradients_are_those_of_the_whole_graph(tmp_path, name):
-    setting, parameters, lesson = prepared(tmp_path / "job", LEARNED, name)
+@pytest.mark.parametrize(
+    ("name", "down"),
+    [("llama", "fixed"), ("qwen3", "fixed"), ("llama", "butterfly"), ("qwen3-moe", "butterfly")],
+)
+def test_gradients_are_those_of_the_whole_graph(tmp_path, name, down):
+    choices = {**LEARNED, "transform.down": down}
+    setting, parameters, lesson = prepared(tmp_path / "job", choices, name)
     with torch.enable_grad():
         loss = backward(setting.student, parameters, setting.outer, lesson, 0)
     streamed = {key: free.grad.clone() for key, free in parameters.free().items()}
@@ -66,8 +72,9 @@ def test_gradients_are_those_of_the_whole_graph(tmp_path, name):
         torch.testing.assert_close(streamed[key], free.grad, rtol=1e-3, atol=1e-3 * scale)
 
 
-def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path):
-    choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16}
+@pytest.mark.parametrize("down", ["fixed", "butterfly"])
+def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path, down):
+    choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16, "transform.down": down}
     setting, parameters, lesson = prepared(tmp_path / "job", choices)
     exact = replace(setting.student, rounds_weights=False)
     basis = parameters.basis()
@@ -77,6 +84,23 @@ def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path):
     # weights only: what is rounded then are weights
     assert setting.student.rounds_weights
     assert mean_loss(setting.student, detached, setting.outer, [lesson]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_without_rounding_nothing_has_a_gradient(tmp_path, name):
+    """What moves in the weights moves back in what they read, or slopes would be left over."""
+    largest = {}
+    for bits in (16, 4):
+        choices = {**LEARNED, "activations.bits": bits, "kv_cache.bits": bits}
+        choices |= {"transform.down": "butterfly"}
+        setting, parameters, lesson = prepared(tmp_path / f"job-{bits}", choices, name)
+        text = Lesson(ids_BT=lesson.ids_BT, targets=next_tokens(lesson.ids_BT[0]))
+        student = replace(setting.student, rounds_weights=False)
+        with torch.enable_grad():
+            backward(student, parameters, setting.outer, text, 0)
+        largest[bits] = {key: free.grad.abs().max() for key, free in parameters.free().items()}
+    for key, rounded in largest[4].items():
+        assert largest[16][key] < 1e-3 * rounded, key
 
 
 def test_the_teacher_is_the_original_model(tmp_path):

@@ -1,0 +1,224 @@
+"""Sections of a recipe: what is rounded to what, on which text, and how codes are found.
+
+The string below a field is its documentation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+def check(name: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise ValueError, in one line, if a field's value is out of its range."""
+    if not holds:
+        raise ValueError(f"{name}: {value!r} is not {allowed}")
+
+
+def codes_or_off(bits: int) -> bool:
+    """Whether ``bits`` are those of integer codes, or 16 for none."""
+    return 2 <= bits <= 8 or bits == 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Other weights for the layers whose full name matches."""
+
+    match: str
+    """Regular expression, searched in the full module name."""
+    bits: int = 0
+    """Bits per code, 2 to 8; 0 keeps the recipe's."""
+    group_size: int = 0
+    """Columns per scale, -1 per channel; 0 keeps the recipe's."""
+    keep: bool = False
+    """Leave these layers unquantized."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match is not a regular expression: {error}") from None
+        check("bits", self.bits, self.bits == 0 or 2 <= self.bits <= 8, "2 to 8, or 0")
+        check("group_size", self.group_size, self.group_size >= -1, "positive, -1 or 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The grid that weights are rounded to."""
+
+    bits: int = 4
+    """Bits per code, 2 to 8."""
+    group_size: int = 128
+    """Columns that share a scale; -1 is one scale per output channel."""
+    group_fallback: Literal["error", "auto"] = "error"
+    """Where the group size does not divide: stop, or take the largest legal one below it."""
+    symmetric: bool = False
+    """No zero points."""
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Storage type of the scales."""
+    overrides: tuple[Override, ...] = ()
+    """Mixed precision: the first match wins."""
+
+    def __post_init__(self) -> None:
+        check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
+        check(
+            "group_size",
+            self.group_size,
+            self.group_size == -1 or self.group_size > 0,
+            "positive or -1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Exact changes of basis, fused into the weights unless marked online."""
+
+    residual: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
+    """R1: one basis for the residual stream."""
+    value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
+    """R2: per KV head, between v_proj and o_proj."""
+    down: Literal["none", "hadamard"] = "none"
+    """R4: before down_proj, online; only the rotq format can express it."""
+    attention: Literal["none", "hadamard"] = "none"
+    """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
+    seed: int = 0
+    """Seed of the random signs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What the quantized linear layers read, rounded at run time with a scale per token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves activations as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        check("bits", self.bits, codes_or_off(self.bits), "2 to 8, or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys (behind RoPE) and values, rounded at run time with a scale per head and token."""
+
+    bits: int = 16
+    """Bits per code, 2 to 8; 16 leaves keys and values as they are."""
+    symmetric: bool = False
+    """No zero points."""
+
+    def __post_init__(self) -> None:
+        check("bits", self.bits, codes_or_off(self.bits), "2 to 8, or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that statistics are taken from."""
+
+    source: str = "pydoc"
+    """A .txt, .jsonl or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    masked: float = 0.15
+    """Share of residues that a masked language model of proteins finds masked."""
+    num_samples: int = 64
+    """Windows drawn."""
+    seq_len: int = 1024
+    """Tokens per window."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+    seed: int = 0
+    """Seed of the draw."""
+    offload: bool = False
+    """Keep the activation streams in files in the job folder instead of in memory."""
+    precision: Literal["highest", "medium"] = "medium"
+    """fp32 matrix products of the calibration passes: fp32, or bf16 products with fp32 sums."""
+    flatness_tokens: int = 2048
+    """Tokens on which the report's figures of flatness are taken, where something is rotated or
+    rounded at run time; 0 leaves them out."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len", "batch_size"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("flatness_tokens", self.flatness_tokens, self.flatness_tokens >= 0, "0 or more")
+        check("masked", self.masked, 0 <= self.masked < 1, "0 or more, below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How much each calibration token counts (RSQ, arXiv 2503.01820)."""
+
+    strategy: Literal[
+        "none",
+        "attention",
+        "first_n",
+        "token_frequency",
+        "activation_norm",
+        "activation_difference",
+        "token_similarity",
+    ] = "none"
+    """What a token's score is."""
+    scaling: Literal["minmax", "quantile", "sink"] = "quantile"
+    """How scores become weights: min-max, 1 %-99 % min-max, or min-max with sinks left out."""
+    floor: float = 0.1
+    """Weight of the least important token; the most important one has 1."""
+    power: Literal[1, 2] = 1
+    """Exponent on the weights: 1 as RSQ's code does, 2 as its formula says."""
+    first_n: float = 0.125
+    """Share of the window that ``first_n`` favours."""
+
+    def __post_init__(self) -> None:
+        check("floor", self.floor, 0 < self.floor <= 1, "above 0, at most 1")
+        check("first_n", self.first_n, 0 < self.first_n <= 1, "above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """How codes and scales are found."""
+
+    method: Literal["rtn", "gptq"] = "gptq"
+    """Round to nearest, or GPTQ (arXiv 2210.17323)."""
+    order: Literal["natural", "activation"] = "activation"
+    """Columns as stored, or by falling Hessian diagonal with fixed scales (static act-order)."""
+    damping: float = 0.01
+    """Share of the mean Hessian diagonal added to it; raised if it does not factor."""
+    scale_search: Literal["minmax", "mse", "diagonal", "hessian"] = "hessian"
+    """Judge of a candidate scale: none, |error|^2.4, or the error under H (diagonal or block)."""
+    search_steps: int = 24
+    """Candidate shrink factors."""
+    target_correction: float = 0.0
+    """alpha in W + alpha (W* - W), W* the least-squares optimum for the quantized inputs."""
+    target_correction_down: float = -1.0
+    """The same for the last linear of the MLP; -1 takes ``target_correction``."""
+    passes: Literal[1, 2, 3, 4] = 4
+    """Calibration passes per block: 4 quantizes q/k/v, o, gate/up and down one after the other,
+    each seeing the ones before it rounded; fewer joins the last ones, which is faster."""
+    refine_sweeps: int = 0
+    """After GPTQ: alternations of exact scale refinement and coordinate descent on the codes."""
+
+    def __post_init__(self) -> None:
+        check("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1")
+        check("search_steps", self.search_steps, self.search_steps >= 1, "at least 1")
+        alpha = self.target_correction
+        check("target_correction", alpha, 0 <= alpha <= 1, "0 to 1")
+        down = self.target_correction_down
+        check("target_correction_down", down, down == -1 or 0 <= down <= 1, "0 to 1, or -1")
+        check("refine_sweeps", self.refine_sweeps, self.refine_sweeps >= 0, "0 or more")
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the solver compares with the original model's activations."""
+        correction = max(self.target_correction, self.target_correction_down)
+        return self.method == "gptq" and correction > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written."""
+
+    format: Literal["compressed-tensors", "rotq"] = "compressed-tensors"
+    """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        check("max_shard_gb", self.max_shard_gb, self.max_shard_gb > 0, "above 0")

@@ -1,0 +1,93 @@
+"""Sections of a recipe about what is trained: the basis before rounding, scales behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rotq.recipe.sections import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How the rotations are found, and scalings between layers with them."""
+
+    method: Literal["fixed", "optrot", "learned", "auto"] = "fixed"
+    """As drawn; by the weights' fourth powers, without data (OptRot, arXiv 2512.24124); trained
+    through the model with rounding faked (OSTQuant, arXiv 2501.13987); or the best by ``judge``."""
+    scalings: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
+    """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
+    balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
+    """Of the scalings: those that start at their closed form instead of at one."""
+    parametrization: Literal["cayley", "qr", "householder"] = "cayley"
+    """Of orthogonal matrices in training. qr and householder are experimental: no better than
+    cayley where they were measured (docs/log.md)."""
+    down: Literal["fixed", "butterfly"] = "fixed"
+    """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
+    butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online
+    (docs/log.md)."""
+    objective: Literal["kl_top", "cross_entropy", "block_mse"] = "kl_top"
+    """Of ``steps``: KL on the likely tokens of the original model, the text itself (SpinQuant), or
+    each block's squared error on the original model's inputs, as a share of its output."""
+    top_k: int = 1000
+    """Likely tokens per position."""
+    layer_steps: int = 0
+    """Of ``learned``: steps on the expected error of single layers, before those through the
+    model; each looks at some blocks."""
+    layer_angle: float = 0.04
+    """Rms angle in radians that such a step turns a matrix by, at most."""
+    layer_scale_rate: float = 0.03
+    """Relative change of a scale in such a step, at most."""
+    steps: int = 64
+    """Steps of Adam; ``learned`` takes one window per step, ``optrot`` some blocks' weights."""
+    angle: float = 0.02
+    """Rms angle in radians that a step turns a matrix by, at most."""
+    scale_rate: float = 0.02
+    """Relative change of a scale per step, at most."""
+    seq_len: int = 0
+    """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
+    save_every: int = 16
+    """Steps between two states on the disk that a stopped job continues from."""
+    candidates: tuple[Literal["none", "hadamard", "optrot", "learned"], ...] = (
+        "none",
+        "hadamard",
+        "optrot",
+    )
+    """Of ``auto``."""
+    judge: Literal["proxy", "kl"] = "proxy"
+    """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "save_every"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in (
+            "angle",
+            "scale_rate",
+            "layer_angle",
+            "layer_scale_rate",
+            "layer_steps",
+            "steps",
+        ):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
+        among = set(self.balance) <= set(self.scalings)
+        check("balance", self.balance, among, "among the scalings")
+        check("candidates", self.candidates, bool(self.candidates), "one or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """After all blocks: train scales, norm gains and biases on the KL to the original model."""
+
+    steps: int = 0
+    """Steps of Adam, each on one calibration window; 0 leaves everything as solved."""
+    learning_rate: float = 0.003
+    """Relative change of a scale, or of a vector against its rms, per step."""
+    seq_len: int = 0
+    """Tokens from the start of a window that are trained on; 0 takes the window. Masked language
+    models, which see both sides, are always given the window."""
+
+    def __post_init__(self) -> None:
+        check("steps", self.steps, self.steps >= 0, "0 or more")
+        check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
+        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")

@@ -1,0 +1,86 @@
+"""The recipe of one job, and what its sections ask of each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from rotq.recipe.sections import (
+    Activations,
+    Calibration,
+    Importance,
+    KVCache,
+    Output,
+    Rotation,
+    Solver,
+    Weights,
+)
+from rotq.recipe.training import Transform, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One job, whole."""
+
+    name: str = "default"
+    """Equal to the name of its file."""
+    weights: Weights = field(default_factory=Weights)
+    rotation: Rotation = field(default_factory=Rotation)
+    transform: Transform = field(default_factory=Transform)
+    activations: Activations = field(default_factory=Activations)
+    kv_cache: KVCache = field(default_factory=KVCache)
+    calibration: Calibration = field(default_factory=Calibration)
+    importance: Importance = field(default_factory=Importance)
+    solver: Solver = field(default_factory=Solver)
+    tuning: Tuning = field(default_factory=Tuning)
+    output: Output = field(default_factory=Output)
+
+    def __post_init__(self) -> None:
+        if self.transform.down == "butterfly":
+            self._check_butterfly()
+        if self.output.format != "rotq":
+            self._check_expressible()
+
+    def _check_butterfly(self) -> None:
+        if self.rotation.down == "none":
+            raise ValueError(
+                "transform.down=butterfly starts at R4; set rotation.down=hadamard (and "
+                "output.format=rotq, which alone can express what is applied at run time)"
+            )
+        if self.transform.method == "fixed":
+            raise ValueError("transform.down=butterfly is trained; set transform.method=learned")
+
+    def _check_expressible(self) -> None:
+        """compressed-tensors has no words for some of what happens at run time."""
+        for key, wanted in (
+            ("rotation.down", self.rotation.down != "none"),
+            ("rotation.attention", self.rotation.attention != "none"),
+            ("kv_cache.bits", self.kv_cache.bits != 16),
+        ):
+            if wanted:
+                raise ValueError(
+                    f"{key} is applied at run time, which only output.format=rotq can express"
+                )
+        if self.activations.bits != 16 and not self.weights.symmetric:
+            raise ValueError(
+                "activations.bits: other loaders of compressed-tensors drop the rounding of "
+                "activations where weights have zero points; set weights.symmetric=true or "
+                "output.format=rotq"
+            )
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model's activations are wanted next to the quantized one's."""
+        return self.solver.needs_original or self.tuning.steps > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as ``from_dict`` takes them."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

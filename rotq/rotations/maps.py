@@ -1,0 +1,172 @@
+"""What a basis does to the columns and rows of each linear layer of a block.
+
+The algebra is in ``fuse``, which applies these maps to weights; the loss of single layers applies
+them to features as well.
+
+Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size, E experts,
+I features between up and down; A stages, M runs, Q pairs of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from rotq.rotations.basis import Basis, Scales
+from rotq.rotations.butterfly import fast_butterfly
+from rotq.rotations.hadamard import fast_hadamard, random_signs
+
+if TYPE_CHECKING:
+    from rotq.models.adapter import Adapter
+
+
+class Map:
+    """x -> x diag(before) M diag(after) over the last axis; what is None is left out.
+
+    M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads
+    one KV head lie next to each other.
+    """
+
+    def __init__(
+        self,
+        before: Tensor | None = None,
+        matrix: Tensor | None = None,
+        after: Tensor | None = None,
+        *,
+        online: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.before, self.matrix, self.after = before, matrix, after
+        self.online = online
+        """x -> x M, where M is an orthogonal matrix that is never built."""
+        given = [tensor for tensor in (before, matrix, after) if tensor is not None]
+        self.dtype = given[0].dtype if given else None
+
+    @functools.cached_property
+    def folded(self) -> Tensor:
+        """diag(before) M diag(after), (K, K) or (H, d, d)."""
+        assert self.matrix is not None
+        folded = self.matrix if self.before is None else self.before[..., None] * self.matrix
+        return folded if self.after is None else folded * self.after
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.matrix is None or self.online:
+            for factor in (self.before, self.after):
+                if factor is not None:
+                    x = _times(x, factor.to(x.device))
+            return x if self.online is None else self.online(x)
+        folded = self.folded.to(x.device)
+        if folded.ndim == 2:
+            return x @ folded
+        H, d, _ = folded.shape
+        heads = x.reshape(*x.shape[:-1], H, -1, d)  # [..., H, heads per group, d] @ [H, d, d]
+        return (heads @ folded).reshape(x.shape)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What is read, where a weight's columns are mapped so: x diag(before)^-1 M diag(after)^-1.
+
+        The matrix is orthogonal, so that products with weights stay as they are.
+        """
+        before, after = (None if f is None else 1 / f for f in (self.before, self.after))
+        return Map(before, self.matrix, after, online=self.online)(x)
+
+    def on_rows(self, weight_NK: Tensor) -> Tensor:
+        """The map of what a layer writes: it acts on the weight's first axis."""
+        if self.matrix is not None and self.matrix.ndim == 2 and not self.online:
+            return self.folded.to(weight_NK.device).T @ weight_NK
+        return self.on_last(weight_NK.T).T
+
+    def on_last(self, x: Tensor) -> Tensor:
+        """The map of the last features, where a linear layer is q, k and v in one."""
+        if self.matrix is None or self.matrix.ndim == 2:
+            return self(x)
+        size = self.matrix.shape[:2].numel()
+        return torch.cat((x[..., :-size], self(x[..., -size:])), dim=-1)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply features by factors, (K,) or (H, d) repeated over the heads of a group."""
+    if factor.ndim == 1:
+        return x * factor
+    H, d = factor.shape
+    return (x.reshape(*x.shape[:-1], H, -1, d) * factor[:, None]).reshape(x.shape)
+
+
+def block_maps(
+    block: nn.Module,
+    tensors: Mapping[str, Tensor],
+    adapter: Adapter,
+    basis: Basis,
+    layer_index: int,
+) -> tuple[dict[str, Map], dict[str, Map]]:
+    """What a basis does to the columns (``reads``) and rows (``writes``) of each linear's weight.
+
+    Args: as of ``fused_tensors``.
+
+    Returns:
+        By path inside the block; a linear that is in neither stays as it is.
+    """
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
+    norms = (
+        (adapter.attention_norm, adapter.attention_readers, scales.qkv_D),
+        (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
+    )
+    reads: dict[str, Map] = {}
+    for norm, readers, scale_D in norms:
+        gain_D = None
+        if basis.residual_DD is not None:
+            gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
+        reads |= dict.fromkeys(readers, Map(gain_D, basis.residual_DD, scale_D))
+    writers = (adapter.attention_output, *adapter.mlp_writers(block))
+    writes = dict.fromkeys(writers, Map(matrix=basis.residual_DD))
+    _add_heads(reads, writes, adapter, basis, scales, layer_index)
+    _add_up(reads, writes, block, adapter, basis, layer_index)
+    return reads, writes
+
+
+def _add_heads(
+    reads: dict[str, Map],
+    writes: dict[str, Map],
+    adapter: Adapter,
+    basis: Basis,
+    scales: Scales,
+    layer_index: int,
+) -> None:
+    """R2, S of values, and S of queries and keys where no norm stands behind them."""
+    R_Hdd = None if basis.value is None else basis.value[layer_index]
+    S_HK = scales.value_HK
+    writes[adapter.value] = Map(None if S_HK is None else 1 / S_HK, R_Hdd)
+    reads[adapter.attention_output] = Map(S_HK, R_Hdd)
+    if scales.query_key_HK is not None and not adapter.query_norm:
+        writes[adapter.query] = Map(1 / scales.query_key_HK)
+        writes[adapter.key] = Map(scales.query_key_HK)
+
+
+def _add_up(
+    reads: dict[str, Map],
+    writes: dict[str, Map],
+    block: nn.Module,
+    adapter: Adapter,
+    basis: Basis,
+    layer_index: int,
+) -> None:
+    """S between up and down, and R4 behind it: its signs and Hadamard or butterfly."""
+    scales = Scales() if basis.scales is None else basis.scales[layer_index]
+    online: Callable[[Tensor], Tensor] | None = None if basis.down is None else fast_hadamard
+    ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
+    for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        factors_I = None if scales.up_EI is None else scales.up_EI[expert]
+        if factors_I is not None:
+            writes[up] = Map(1 / factors_I)
+        if basis.down is not None:
+            size = cast(nn.Linear, block.get_submodule(down)).in_features
+            signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
+            factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
+        if basis.down_angles is not None:
+            angles_AMQ = basis.down_angles[layer_index][expert]
+            online = functools.partial(fast_butterfly, angles_AMQ=angles_AMQ)
+        reads[down] = Map(factors_I, online=online)
