@@ -28,7 +28,7 @@ W4A4KV4: dict[str, Any] = {
     "solver.scale_search": "mse",
 }
 FUSED = {"rotation.residual": "hadamard", "rotation.value": "hadamard"}
-ONLINE = {"rotation.attention": "hadamard", "rotation.down": "hadamard"}
+DOWN = {"rotation.down": "hadamard"}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -42,6 +42,11 @@ def preset(name: str) -> dict[str, Any]:
     }
 
 
+def sections(recipe: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The part of a recipe that these sections are."""
+    return {key: value for key, value in recipe.items() if key.partition(".")[0] in names}
+
+
 def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     """Hadamard, OptRot and learned rotations in front of the main job's GPTQ."""
     base = {**preset("w3-channel"), "weights.bits": bits, "tuning.steps": 0}
@@ -53,14 +58,20 @@ def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     }
 
 
+QUAROT, BEST = preset("quarot-w4a4kv4"), preset("w4a4kv4")
 ROWS: dict[str, dict[str, Any]] = {
     "rtn": {**W4A4KV4, "solver.method": "rtn"},
     "gptq": W4A4KV4,
     "fused_only": {**W4A4KV4, **FUSED},
-    "quarot": preset("quarot-w4a4kv4"),
+    "fused_and_down": {**W4A4KV4, **FUSED, **DOWN},
+    "quarot": QUAROT,
+    # what best gains by its solver, and what by its transform
+    "quarot_solver": {**QUAROT, **sections(BEST, "solver")},
+    "quarot_tuned": {**QUAROT, **sections(BEST, "solver", "tuning")},
+    "best_basis": {**BEST, **sections(QUAROT, "solver", "tuning")},
     "spinquant": preset("spinquant"),
     "ostquant": preset("ostquant"),
-    "best": preset("w4a4kv4"),
+    "best": BEST,
     **weight_only(3),
     **weight_only(2),
 }
