@@ -65,10 +65,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "fused_only": {**W4A4KV4, **FUSED},
     "fused_and_down": {**W4A4KV4, **FUSED, **DOWN},
     "quarot": QUAROT,
-    # what best gains by its solver, and what by its transform
-    "quarot_solver": {**QUAROT, **sections(BEST, "solver")},
+    # what best gains by its solver and tuning, without its transform
     "quarot_tuned": {**QUAROT, **sections(BEST, "solver", "tuning")},
-    "best_basis": {**BEST, **sections(QUAROT, "solver", "tuning")},
     "spinquant": preset("spinquant"),
     "ostquant": preset("ostquant"),
     "best": BEST,
