@@ -164,7 +164,8 @@ def _original(model: Path, dtype: str) -> _Remembered:
 
 
 def _loaded(model: Path, dtype: str) -> Any:
-    return load_model(model, dtype=dtype, device_map=None, trust_remote_code=False)
+    # dense weights give equal results, and are not unpacked again for every window
+    return load_model(model, dtype=dtype, device_map=None, trust_remote_code=False, packed=False)
 
 
 def _score(output: Path, arguments: argparse.Namespace) -> Evaluation:
