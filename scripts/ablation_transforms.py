@@ -50,7 +50,12 @@ def sections(recipe: dict[str, Any], *names: str) -> dict[str, Any]:
 def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     """Hadamard, OptRot and learned rotations in front of the main job's GPTQ."""
     base = {**preset("w3-channel"), "weights.bits": bits, "tuning.steps": 0}
-    learned = {"transform.method": "learned", "transform.steps": 48, "transform.seq_len": 512}
+    learned = {
+        "transform.method": "learned",
+        "transform.layer_steps": 60,
+        "transform.steps": 0,
+        "transform.seq_len": 512,
+    }
     return {
         f"w{bits}_hadamard": base,
         f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 100},
