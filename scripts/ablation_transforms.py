@@ -88,17 +88,19 @@ def table(results: Path) -> str:
     names = [name for name in ROWS if any(line["row"] == name for line in lines)]
     rows = {name: [line for line in lines if line["row"] == name] for name in names}
     kl = {name: mean(line["kl"] for line in found) for name, found in rows.items()}
-    told = ["| row | ppl | KL | top-1 | gap closed | training s | seeds |", "|" + "---|" * 7]
+    told = [
+        "| row | ppl | KL | top-1 | gap closed | transform s | whole job s | seeds |",
+        "|" + "---|" * 8,
+    ]
     for name, found in rows.items():
         closed = ""
         if BASELINE in kl and not name.startswith("w"):
             closed = f"{1 - kl[name] / kl[BASELINE]:.0%}"
-        figures = [
-            mean(line[key] for line in found) for key in ("ppl", "top1", "transform_seconds")
-        ]
+        keys = ("ppl", "top1", "transform_seconds", "seconds")
+        figures = [mean(line[key] for line in found) for key in keys]
         told.append(
             f"| {name} | {figures[0]:.4g} | {kl[name]:.4f} | {figures[1]:.1%} | {closed} "
-            f"| {figures[2]:.0f} | {len(found)} |"
+            f"| {figures[2]:.0f} | {figures[3]:.0f} | {len(found)} |"
         )
     return "\n".join(told)
 
