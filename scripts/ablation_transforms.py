@@ -58,7 +58,7 @@ def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     }
     return {
         f"w{bits}_hadamard": base,
-        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 100},
+        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 60},
         f"w{bits}_learned": {**base, **learned},
     }
 
