@@ -52,13 +52,13 @@ def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     base = {**preset("w3-channel"), "weights.bits": bits, "tuning.steps": 0}
     learned = {
         "transform.method": "learned",
-        "transform.layer_steps": 48,
+        "transform.layer_steps": 32,
         "transform.steps": 0,
         "transform.seq_len": 512,
     }
     return {
         f"w{bits}_hadamard": base,
-        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 48},
+        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 32},
         f"w{bits}_learned": {**base, **learned},
     }
 
