@@ -28,7 +28,7 @@ W4A4KV4: dict[str, Any] = {
     "solver.scale_search": "mse",
 }
 FUSED = {"rotation.residual": "hadamard", "rotation.value": "hadamard"}
-ONLINE = {"rotation.attention": "hadamard", "rotation.down": "hadamard"}
+DOWN = {"rotation.down": "hadamard"}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -42,25 +42,39 @@ def preset(name: str) -> dict[str, Any]:
     }
 
 
+def sections(recipe: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The part of a recipe that these sections are."""
+    return {key: value for key, value in recipe.items() if key.partition(".")[0] in names}
+
+
 def weight_only(bits: int) -> dict[str, dict[str, Any]]:
     """Hadamard, OptRot and learned rotations in front of the main job's GPTQ."""
     base = {**preset("w3-channel"), "weights.bits": bits, "tuning.steps": 0}
-    learned = {"transform.method": "learned", "transform.steps": 48, "transform.seq_len": 512}
+    learned = {
+        "transform.method": "learned",
+        "transform.layer_steps": 32,
+        "transform.steps": 0,
+        "transform.seq_len": 512,
+    }
     return {
         f"w{bits}_hadamard": base,
-        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 100},
+        f"w{bits}_optrot": {**base, "transform.method": "optrot", "transform.steps": 32},
         f"w{bits}_learned": {**base, **learned},
     }
 
 
+QUAROT, BEST = preset("quarot-w4a4kv4"), preset("w4a4kv4")
 ROWS: dict[str, dict[str, Any]] = {
     "rtn": {**W4A4KV4, "solver.method": "rtn"},
     "gptq": W4A4KV4,
     "fused_only": {**W4A4KV4, **FUSED},
-    "quarot": preset("quarot-w4a4kv4"),
+    "fused_and_down": {**W4A4KV4, **FUSED, **DOWN},
+    "quarot": QUAROT,
+    # what best gains by its solver and tuning, without its transform
+    "quarot_tuned": {**QUAROT, **sections(BEST, "solver", "tuning")},
     "spinquant": preset("spinquant"),
     "ostquant": preset("ostquant"),
-    "best": preset("w4a4kv4"),
+    "best": BEST,
     **weight_only(3),
     **weight_only(2),
 }
@@ -74,17 +88,19 @@ def table(results: Path) -> str:
     names = [name for name in ROWS if any(line["row"] == name for line in lines)]
     rows = {name: [line for line in lines if line["row"] == name] for name in names}
     kl = {name: mean(line["kl"] for line in found) for name, found in rows.items()}
-    told = ["| row | ppl | KL | top-1 | gap closed | training s | seeds |", "|" + "---|" * 7]
+    told = [
+        "| row | ppl | KL | top-1 | gap closed | transform s | whole job s | seeds |",
+        "|" + "---|" * 8,
+    ]
     for name, found in rows.items():
         closed = ""
         if BASELINE in kl and not name.startswith("w"):
             closed = f"{1 - kl[name] / kl[BASELINE]:.0%}"
-        figures = [
-            mean(line[key] for line in found) for key in ("ppl", "top1", "transform_seconds")
-        ]
+        keys = ("ppl", "top1", "transform_seconds", "seconds")
+        figures = [mean(line[key] for line in found) for key in keys]
         told.append(
             f"| {name} | {figures[0]:.4g} | {kl[name]:.4f} | {figures[1]:.1%} | {closed} "
-            f"| {figures[2]:.0f} | {len(found)} |"
+            f"| {figures[2]:.0f} | {figures[3]:.0f} | {len(found)} |"
         )
     return "\n".join(told)
 

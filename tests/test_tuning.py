@@ -17,6 +17,7 @@ from rotq.tuning import _schedule, hollow
 ARGUMENTS = ["-c", "w3", *SMALL, "--set", "tuning.steps=0", "--resume", "never"]
 TUNED = ["--set", "tuning.steps=8", "--set", "tuning.learning_rate=0.02"]
 ONLINE = ["--set", "rotation.down=hadamard", "--set", "output.format=rotq"]
+ROUNDED = [*ONLINE, "--set", "activations.bits=4", "--set", "kv_cache.bits=4"]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,9 @@ def test_a_divergence_that_is_not_finite_stops_the_job(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("online", [[], ROUNDED], ids=["dense inputs", "rounded inputs"])
 def test_gradients_are_those_of_the_whole_model(
-    model: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, online: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streamed backward against autograd through transformers' own forward, window by window."""
     seen: dict[str, torch.Tensor] = {}
@@ -107,16 +109,10 @@ def test_gradients_are_those_of_the_whole_model(
 
     backward = rotq.tuning._backward
     monkeypatch.setattr("rotq.tuning._backward", look)
-    settings = [*TUNED, "--set", "calibration.precision=highest"]
-    assert quantize(model, *ARGUMENTS, *settings, "-o", tmp_path / "out").exit_code == 0
-    plain_again = tmp_path / "plain"
-    assert (
-        quantize(
-            model, *ARGUMENTS, "--set", "calibration.precision=highest", "-o", plain_again
-        ).exit_code
-        == 0
-    )
-    original, quantized = load_model(model), load_model(plain_again)
+    settings = [*ARGUMENTS, *online, "--set", "calibration.precision=highest"]
+    assert quantize(model, *settings, *TUNED, "-o", tmp_path / "out").exit_code == 0
+    assert quantize(model, *settings, "-o", tmp_path / "plain").exit_code == 0
+    original, quantized = load_model(model), load_model(tmp_path / "plain")
     gains = {n: p for n, p in quantized.named_parameters() if n in seen}
     assert len(gains) == 6
     for gain in gains.values():
