@@ -15,13 +15,14 @@ members that are trained on.
 
 A masked residue enters ESM as the vector zero, so its first query is the bias alone. Where that
 starts at zero, as usual, attention sees no positions, and what a single residue somewhere in the
-window tells is next to nothing: training stays at the frequencies of residues (docs/log.md). So each
-head starts by looking at one neighbour; see ``look_nearby``.
+window tells is next to nothing: training stays at the frequencies of residues (docs/log.md). So
+each head starts by looking at one neighbour; see ``look_nearby``.
 """
 
 import argparse
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
 }
+STEPS = 600
 WINDOWS = {"esm": (32, 66), "causal": (8, 258)}
 """Pieces of a step and their tokens: short for what is learned from neighbours; as long as what is
 scored for the causal model, whose attention does not carry on beyond."""
@@ -179,9 +181,9 @@ def make_models(codec: ResidueCodec) -> dict[str, PreTrainedModel]:
 def look_nearby(model: EsmForMaskedLM) -> None:
     """Let each head start at one neighbour: -1, 1 in the first layer of two heads, -2, 2 next.
 
-    RoPE turns a query at position i by R(i) and a key at j by R(j), so what their biases q and k add
-    to a score is q R(j - i) k. It is largest at j - i = d for k = R(-d) q. Modifies the biases of all
-    queries and keys, which are free to leave it again.
+    RoPE turns a query at position i by R(i) and a key at j by R(j), so what their biases q and k
+    add to a score is q R(j - i) k. It is largest at j - i = d for k = R(-d) q. Modifies the biases
+    of all queries and keys, which are free to leave it again.
     """
     for number, layer in enumerate(model.esm.encoder.layer):
         attention = layer.attention.self
@@ -297,19 +299,39 @@ def shuffled(records: Sequence[Record], generator: torch.Generator) -> list[Reco
     ]
 
 
-def sanity(folder: Path) -> dict[str, tuple[float, float]]:
-    """(pseudo-)perplexity of held-out proteins, and of the same with their residues shuffled."""
-    records = read_fasta(folder / "heldout.fasta").records[:32]
-    others = shuffled(records, torch.Generator().manual_seed(0))
-    codec = ResidueCodec(load_tokenizer(folder / "esm"))
-    protocol = PLLProtocol(max_length=256, positions=16)
-    esm, causal = (load_model(folder / kind) for kind in ("esm", "causal"))
-    return {
-        "esm": tuple(
-            evaluate_pll(esm, some, codec, protocol=protocol).masked for some in (records, others)
-        ),
-        "causal": tuple(perplexity(causal, some, codec) for some in (records, others)),
+def sanity(folder: Path) -> dict[str, dict[str, float]]:
+    """(Pseudo-)perplexity of each model, and of the frequencies of residues, on real sequences."""
+    held_out = read_fasta(folder / "heldout.fasta").records
+    training = read_fasta(folder / "calibration.fasta").records
+    some = {
+        "held out": held_out[:32],
+        "shuffled": shuffled(held_out[:32], torch.Generator().manual_seed(0)),
+        "trained on": training[:: math.ceil(len(training) / 32)],
     }
+    codec = ResidueCodec(load_tokenizer(folder / "esm"))
+    esm, causal = (load_model(folder / kind) for kind in ("esm", "causal"))
+    protocol = PLLProtocol(max_length=256, positions=16)
+    share = frequencies(training)
+    return {
+        "frequencies": {name: frequency_perplexity(share, found) for name, found in some.items()},
+        "esm": {
+            name: evaluate_pll(esm, found, codec, protocol=protocol).masked
+            for name, found in some.items()
+        },
+        "causal": {name: perplexity(causal, found, codec) for name, found in some.items()},
+    }
+
+
+def frequencies(records: Sequence[Record]) -> dict[str, float]:
+    """Share of each letter."""
+    counts = Counter("".join(record.sequence for record in records))
+    return {letter: count / counts.total() for letter, count in counts.items()}
+
+
+def frequency_perplexity(share: dict[str, float], records: Sequence[Record]) -> float:
+    """Of a model that knows nothing else; letters without a share are left out."""
+    letters = [x for record in records for x in record.sequence[:256] if x in share]
+    return math.exp(-sum(math.log(share[letter]) for letter in letters) / len(letters))
 
 
 @torch.inference_mode()
@@ -327,13 +349,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fasta", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     losses = make_tiny_plm(arguments.folder, arguments.fasta, arguments.steps)
-    for kind, (real, random) in sanity(arguments.folder).items():
-        first, last = (sum(part) / len(part) for part in (losses[kind][:20], losses[kind][-20:]))
-        print(f"{kind}: loss {first:.3f} to {last:.3f} nats; ", end="")
-        print(f"held-out perplexity {real:.2f}, shuffled {random:.2f}")
+    for kind, found in sanity(arguments.folder).items():
+        print(f"{kind}: perplexity", ", ".join(f"{name} {x:.2f}" for name, x in found.items()))
+    for kind, values in losses.items():
+        first, last = (sum(part) / len(part) for part in (values[:20], values[-20:]))
+        print(f"{kind}: loss {first:.3f} to {last:.3f} nats")
 
 
 if __name__ == "__main__":
