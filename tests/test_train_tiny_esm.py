@@ -83,7 +83,7 @@ def test_short_and_ambiguous_sequences_are_left_out(script: Any) -> None:
 
 def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "p.fasta", patterned(60))
-    losses = script.make_tiny_plm(tmp_path / "a", file, 60)
+    losses = script.make_tiny_plm(tmp_path / "a", file, dict.fromkeys(script.WINDOWS, 60))
     for kind in ("esm", "causal"):
         first, last = losses[kind][:10], losses[kind][-10:]
         assert sum(last) < sum(first) - 3
@@ -91,8 +91,8 @@ def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> Non
     model = load_model(tmp_path / "a" / "esm")
     assert model.config.position_embedding_type == "rotary"
     assert model.config.token_dropout
-    script.make_tiny_plm(tmp_path / "b", file, 3)
-    script.make_tiny_plm(tmp_path / "c", file, 3)
+    script.make_tiny_plm(tmp_path / "b", file, dict.fromkeys(script.WINDOWS, 3))
+    script.make_tiny_plm(tmp_path / "c", file, dict.fromkeys(script.WINDOWS, 3))
     weights = [(tmp_path / x / "esm" / "model.safetensors").read_bytes() for x in "bc"]
     assert weights[0] == weights[1]
     held_out = read_fasta(tmp_path / "a" / "heldout.fasta").records
@@ -101,7 +101,7 @@ def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> Non
 
 def test_both_models_leave_the_residue_frequencies(script: Any, tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "p.fasta", patterned(60))
-    script.make_tiny_plm(tmp_path / "a", file, 150)
+    script.make_tiny_plm(tmp_path / "a", file, dict.fromkeys(script.WINDOWS, 150))
     found = script.sanity(tmp_path / "a")
     assert found["frequencies"]["held out"] == pytest.approx(found["frequencies"]["shuffled"])
     for kind in ("esm", "causal"):
