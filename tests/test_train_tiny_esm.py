@@ -22,7 +22,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def script() -> Any:
     module = load_script("train_tiny_esm")
-    module.SIZES, module.SEQ_LEN, module.BATCH = SMALL, 34, 16
+    module.SIZES, module.KMER = SMALL, 7
+    module.WINDOWS = {"esm": (16, 34), "causal": (8, 74)}
     return module
 
 
@@ -82,7 +83,7 @@ def test_short_and_ambiguous_sequences_are_left_out(script: Any) -> None:
 
 def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "p.fasta", patterned(60))
-    losses = script.make_tiny_plm(tmp_path / "a", file, 60)
+    losses = script.make_tiny_plm(tmp_path / "a", file, dict.fromkeys(script.WINDOWS, 60))
     for kind in ("esm", "causal"):
         first, last = losses[kind][:10], losses[kind][-10:]
         assert sum(last) < sum(first) - 3
@@ -90,21 +91,40 @@ def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> Non
     model = load_model(tmp_path / "a" / "esm")
     assert model.config.position_embedding_type == "rotary"
     assert model.config.token_dropout
-    script.make_tiny_plm(tmp_path / "b", file, 3)
-    script.make_tiny_plm(tmp_path / "c", file, 3)
+    script.make_tiny_plm(tmp_path / "b", file, dict.fromkeys(script.WINDOWS, 3))
+    script.make_tiny_plm(tmp_path / "c", file, dict.fromkeys(script.WINDOWS, 3))
     weights = [(tmp_path / x / "esm" / "model.safetensors").read_bytes() for x in "bc"]
     assert weights[0] == weights[1]
     held_out = read_fasta(tmp_path / "a" / "heldout.fasta").records
     assert 0 < len(held_out) <= 16
 
 
-def test_sanity_tells_proteins_from_shuffled_ones(script: Any, tmp_path: Path) -> None:
+def test_both_models_leave_the_residue_frequencies(script: Any, tmp_path: Path) -> None:
     file = write_fasta(tmp_path / "p.fasta", patterned(60))
-    script.make_tiny_plm(tmp_path / "a", file, 60)
+    script.make_tiny_plm(tmp_path / "a", file, dict.fromkeys(script.WINDOWS, 150))
     found = script.sanity(tmp_path / "a")
-    # sixty steps are too few for the masked model, which is asked for 15 % of the residues only
-    assert all(10 < figure < 30 for figure in found["esm"])
-    assert found["causal"][0] < found["causal"][1] - 0.3
+    assert found["frequencies"]["held out"] == pytest.approx(found["frequencies"]["shuffled"])
+    for kind in ("esm", "causal"):
+        # without ``look_nearby`` the masked model has 19.3 on both
+        assert found[kind]["held out"] < 14 < 16 < found["frequencies"]["held out"]
+        assert found[kind]["shuffled"] > 20
+        assert found[kind]["trained on"] < 14
+
+
+def test_each_head_starts_at_a_neighbour(script: Any, tmp_path: Path) -> None:
+    codec = script.ResidueCodec(script.make_tokenizer(tmp_path))
+    model = script.make_models(codec)["esm"].eval()
+    model.set_attn_implementation("eager")
+    ids_BT = torch.tensor([codec.encode("ACDEFGHIKLMNPQRSTVWY")])
+    with torch.inference_mode():
+        layers = model(input_ids=ids_BT, output_attentions=True).attentions
+    first, last = 4, ids_BT.shape[1] - 4
+    found = [
+        [(head_TT.argmax(-1) - torch.arange(len(head_TT)))[first:last].unique().tolist()]
+        for attention_BHTT in layers
+        for head_TT in attention_BHTT[0]
+    ]
+    assert found == [[[-1]], [[1]], [[-2]], [[2]]]
 
 
 def test_shuffling_keeps_composition(script: Any) -> None:
