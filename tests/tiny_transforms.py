@@ -1,5 +1,6 @@
 """The search for a basis on a tiny model in memory."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rotq.plan import make_plan
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.transform.setting import Setting
+from rotq.transform.student import Student
 
 SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
 W4A4KV4 = {
@@ -63,3 +65,16 @@ def make_setting(
         dtype=torch.float32,
         progress=progress or Progress(),
     )
+
+
+def spoil_block(monkeypatch, number: int = 1) -> None:
+    """Let one block's up projection be not finite once it is fused."""
+    fused = Student.fused_block
+
+    def broken(self, index, basis):
+        block, tensors = fused(self, index, basis)
+        if index == number:
+            tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * math.nan
+        return block, tensors
+
+    monkeypatch.setattr(Student, "fused_block", broken)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fused_models import fused_logits
 from tiny_models import MemorySource, random_ids, tiny_model
 
 from rotq.models.online_attention import use_online_attention
@@ -20,9 +21,7 @@ from rotq.rotations.butterfly import (
     from_codes,
     to_codes,
 )
-from rotq.rotations.fuse import fuse_block, fuse_outer
 from rotq.rotations.hadamard import fast_hadamard, paley_core, random_signs
-from rotq.rotations.norms import exact_norms
 
 SIZES = [2, 64, 24, 48, 80, 688]
 
@@ -165,22 +164,9 @@ def test_random_angles_and_scales_preserve_the_function(name):
     basis = drawn.with_tensors(named | Basis(scales=tuple(scales)).tensors())
     assert (basis.down, basis.down_kind) == ("hadamard", "butterfly")
     ids_BT = random_ids(2, 11)
-    before, after = (logits(skeleton, source, ids_BT, one) for one in (Basis(), basis))
+    before, after = (fused_logits(skeleton, source, ids_BT, one) for one in (Basis(), basis))
     assert 0.5 < before.std() < 15
     assert (after - before).abs().max() < 1e-9
-
-
-def logits(skeleton, source, ids_BT, basis):
-    outer = skeleton.load_outer(source, dtype=torch.float64)
-    outer = fuse_outer(outer, skeleton.adapter, basis)
-    hidden_BTD = skeleton.embed(outer, ids_BT)
-    for index in range(skeleton.num_blocks):
-        block = skeleton.load_block(index, source, device="cpu", dtype=torch.float64)
-        fuse_block(block, skeleton.adapter, basis, index)
-        with exact_norms(block):
-            hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD))
-    with exact_norms(skeleton.model):
-        return skeleton.logits(outer, hidden_BTD)
 
 
 def test_the_checksum_knows_angles():

@@ -6,6 +6,7 @@ and (c) of OSTQuant's released code).
 
 import pytest
 import torch
+from fused_models import fused_logits
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
 from rotq.errors import RotqError
@@ -13,25 +14,10 @@ from rotq.models.scalable import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
-from rotq.rotations.fuse import fuse_block, fuse_outer
+from rotq.rotations.fuse import fuse_block
 from rotq.rotations.hadamard import orthogonal
-from rotq.rotations.norms import exact_norms
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
-
-
-def forward(skeleton, source, ids_BT, basis):
-    """Logits with ``basis`` fused, norms exact, fp64."""
-    outer = skeleton.load_outer(source, dtype=torch.float64)
-    outer = fuse_outer(outer, skeleton.adapter, basis)
-    hidden_BTD = skeleton.embed(outer, ids_BT)
-    for index in range(skeleton.num_blocks):
-        block = skeleton.load_block(index, source, device="cpu", dtype=torch.float64)
-        fuse_block(block, skeleton.adapter, basis, index)
-        with exact_norms(block):
-            hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD))
-    with exact_norms(skeleton.model):
-        return skeleton.logits(outer, hidden_BTD)
 
 
 def random_scales(skeleton, names, seed=0):
@@ -64,9 +50,9 @@ def difference(name, basis_of):
     source = MemorySource(tiny_model(name))
     skeleton = Skeleton.open(source)
     ids_BT = random_ids(2, 11)
-    before = forward(skeleton, source, ids_BT, Basis())
+    before = fused_logits(skeleton, source, ids_BT, Basis())
     assert 0.5 < before.std() < 5
-    return (forward(skeleton, source, ids_BT, basis_of(skeleton)) - before).abs().max()
+    return (fused_logits(skeleton, source, ids_BT, basis_of(skeleton)) - before).abs().max()
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -1,12 +1,11 @@
 """The error of single blocks: its value, its gradients, training by it, stops and refusals."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_transforms import LEARNED, make_setting
+from tiny_transforms import LEARNED, make_setting, spoil_block
 
 from rotq.errors import RotqError
 from rotq.formats.activations import fake_quantize
@@ -17,7 +16,6 @@ from rotq.rotations.fuse import fuse_block, in_basis
 from rotq.transform.block_error import backward, block_loss
 from rotq.transform.find import find_basis
 from rotq.transform.parameters import Parameters
-from rotq.transform.student import Student
 
 BLOCK_MSE = {**LEARNED, "transform.objective": "block_mse", "transform.down": "butterfly"}
 
@@ -174,15 +172,7 @@ def test_a_training_that_was_stopped_ends_the_same(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, monkeypatch):
-    fused = Student.fused_block
-
-    def broken(self, index, basis):
-        block, tensors = fused(self, index, basis)
-        if index == 1:
-            tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * math.nan
-        return block, tensors
-
-    monkeypatch.setattr(Student, "fused_block", broken)
+    spoil_block(monkeypatch)
     where = r"the loss is nan at step 1, first in model\.layers\.1\.mlp\.up_proj"
     with pytest.raises(RotqError, match=where):
         find(make_setting(tmp_path / "job", {**BLOCK_MSE, "transform.layer_steps": 0}))

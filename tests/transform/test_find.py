@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_jobs import SMALL, make_checkpoint, quantize
-from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
@@ -18,7 +18,6 @@ from rotq.rotations.basis import build_basis
 from rotq.rotations.butterfly import from_codes, to_codes
 from rotq.transform.find import find_basis
 from rotq.transform.parameters import Parameters
-from rotq.transform.student import Student
 
 
 class Interrupted(Progress):
@@ -111,15 +110,7 @@ def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, monkeypatch):
-    fused = Student.fused_block
-
-    def broken(self, index, basis):
-        block, tensors = fused(self, index, basis)
-        if index == 1:
-            tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * math.nan
-        return block, tensors
-
-    monkeypatch.setattr(Student, "fused_block", broken)
+    spoil_block(monkeypatch)
     where = "the loss is nan at step 1, first in model.layers.1.mlp.up_proj"
     with pytest.raises(RotqError, match=where):
         find(make_setting(tmp_path / "job", LEARNED))
