@@ -20,7 +20,7 @@ from torch import Tensor
 from rotq.calibration.data import read_text, tokenize
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate
-from rotq.pipeline import quantize_model
+from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report.progress import PlainProgress
 

@@ -26,7 +26,7 @@ from rotq.calibration.data import read_text
 from rotq.checkpoint.gguf import convert
 from rotq.cli.eval import measure
 from rotq.evaluation.perplexity import Protocol
-from rotq.pipeline import quantize_model
+from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

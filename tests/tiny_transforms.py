@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from tiny_models import MemorySource, random_ids, tiny_model
 
-from rotq.job import Job
+from rotq.job.folder import Job
+from rotq.job.plan import make_plan
 from rotq.models.online_attention import use_online_attention
 from rotq.models.skeleton import Skeleton
-from rotq.plan import make_plan
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.transform.setting import Setting
 from rotq.transform.student import Student
+from rotq.transform.windows import Setting
 
 SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
 W4A4KV4 = {

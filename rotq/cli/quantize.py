@@ -96,7 +96,7 @@ def quantize(
 
 
 def _dry_run(model: Path, recipe: Recipe, *, as_json: bool, **options: Any) -> None:
-    from rotq.pipeline import estimate
+    from rotq.quantize.pipeline import estimate
     from rotq.report.tables import estimate_table
 
     with _usage():
@@ -108,7 +108,7 @@ def _dry_run(model: Path, recipe: Recipe, *, as_json: bool, **options: Any) -> N
 
 
 def _run(model: Path, recipe: Recipe, output: Path, **job: Any) -> JobReport:
-    from rotq.pipeline import quantize_model
+    from rotq.quantize.pipeline import quantize_model
 
     try:
         with _usage(), _interruptible(), _progress() as progress:

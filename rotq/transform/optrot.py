@@ -17,9 +17,9 @@ from torch import Tensor
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
 from rotq.rotations.fuse import fused_tensors
-from rotq.transform.layer_error import BLOCKS_PER_STEP, spaced
+from rotq.transform.layer_loss import BLOCKS_PER_STEP, spaced
 from rotq.transform.parameters import Parameters
-from rotq.transform.train import pass_on
+from rotq.transform.trainer import pass_on
 
 
 def backward(

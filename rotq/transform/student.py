@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
+from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
-from rotq.plan import Plan
 from rotq.rotations.basis import Basis
 from rotq.rotations.fuse import fused_tensors, rotate_online
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq.plan import TRAINED_POSITIONS
+from rotq.job.plan import TRAINED_POSITIONS
 
 Logits = Callable[[Tensor], Tensor]
 """Hidden states behind the last block, (B, C, D), to logits (B, C, V)."""

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from tiny_models import tiny_model
 from tiny_proteins import esm_tokenizer, sequences, write_fasta
 
-import rotq.finish
+import rotq.quantize.publish
 from rotq.cli.main import main
 
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(model: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         # a fresh process takes seconds; it is tested in tests/checkpoint/test_reload.py
-        patch.setattr(rotq.finish, "check_reload", lambda *_, **__: None)
+        patch.setattr(rotq.quantize.publish, "check_reload", lambda *_, **__: None)
         yield quantized_folder(model)
 
 

@@ -25,7 +25,7 @@ def run(*arguments: str) -> Result:
 
 
 class Pipeline:
-    """Stands in for rotq.pipeline; keeps what it was called with."""
+    """Stands in for rotq.quantize.pipeline; keeps what it was called with."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -58,7 +58,7 @@ class Pipeline:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     fake = Pipeline()
     module = SimpleNamespace(quantize_model=fake.quantize_model, estimate=fake.estimate)
-    monkeypatch.setitem(sys.modules, "rotq.pipeline", module)
+    monkeypatch.setitem(sys.modules, "rotq.quantize.pipeline", module)
     return fake
 
 

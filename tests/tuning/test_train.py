@@ -12,7 +12,7 @@ from tiny_jobs import SMALL, files_of, make_checkpoint, quantize
 from rotq.checkpoint.load import load_model
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.tuning import _schedule, hollow
+from rotq.tuning.train import _schedule, hollow
 
 ARGUMENTS = ["-c", "w3", *SMALL, "--set", "tuning.steps=0", "--resume", "never"]
 TUNED = ["--set", "tuning.steps=8", "--set", "tuning.learning_rate=0.02"]
@@ -82,7 +82,7 @@ def test_a_job_stopped_while_tuning_ends_with_the_same_bytes(
 def test_a_divergence_that_is_not_finite_stops_the_job(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rotq.tuning._backward", lambda *_: math.nan)
+    monkeypatch.setattr("rotq.tuning.train._backward", lambda *_: math.nan)
     result = quantize(model, *ARGUMENTS, *TUNED, "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "tuning: the divergence is nan at step 1" in result.output
@@ -105,10 +105,10 @@ def test_gradients_are_those_of_the_whole_model(
             )
         return divergence
 
-    import rotq.tuning
+    import rotq.tuning.train
 
-    backward = rotq.tuning._backward
-    monkeypatch.setattr("rotq.tuning._backward", look)
+    backward = rotq.tuning.train._backward
+    monkeypatch.setattr("rotq.tuning.train._backward", look)
     settings = [*ARGUMENTS, *online, "--set", "calibration.precision=highest"]
     assert quantize(model, *settings, *TUNED, "-o", tmp_path / "out").exit_code == 0
     assert quantize(model, *settings, "-o", tmp_path / "plain").exit_code == 0

@@ -16,28 +16,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotq.blocks import BlockQuantizer
 from rotq.calibration.streams import Stream, Streams, Track
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import describe_source, read_tensor
 from rotq.errors import Stopped
-from rotq.finish import Made, finish
-from rotq.flatness import Change, FlatnessMeter
-from rotq.job import OUTER, TUNING, block_part, open_job
+from rotq.evaluation.flatness import Change, FlatnessMeter
+from rotq.job.folder import OUTER, TUNING, block_part, open_job
+from rotq.job.parts import save_block
+from rotq.job.plan import make_estimate
 from rotq.memory import release_memory, settled_objects
 from rotq.models.skeleton import Skeleton
-from rotq.parts import save_block
-from rotq.plan import make_estimate
-from rotq.prepare import Setup, set_up, starting_basis, versions, wanted_dtype
-from rotq.probe import Probe
+from rotq.quantize.block_quantizer import BlockQuantizer
+from rotq.quantize.invariance import Probe
+from rotq.quantize.publish import Made, finish
+from rotq.quantize.setup import Setup, set_up, starting_basis, versions, wanted_dtype
 from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
 from rotq.rotations.fuse import fuse_outer
-from rotq.transform.find import find_basis
-from rotq.transform.setting import Setting as BasisSetting
-from rotq.tuning import Setting, hollow, tune
+from rotq.transform.search import find_basis
+from rotq.transform.windows import Setting as BasisSetting
+from rotq.tuning.train import Setting, hollow, tune
 
 
 def quantize_model(

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rotq.blocks import Outcome
 from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
-from rotq.flatness import Change
-from rotq.job import Job, block_part
+from rotq.evaluation.flatness import Change
+from rotq.job.folder import Job, block_part
+from rotq.job.plan import Plan
 from rotq.layers import QuantLinear
 from rotq.models.skeleton import Skeleton
-from rotq.plan import Plan
+from rotq.quantize.block_quantizer import Outcome
 from rotq.report import peak_rss
 
 

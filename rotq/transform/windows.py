@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq.job import Job
+from rotq.job.folder import Job
+from rotq.job.plan import MEASURED_TOKENS, Plan
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
-from rotq.plan import MEASURED_TOKENS, Plan
 from rotq.recipe import Recipe, Transform
 from rotq.report import Progress
+from rotq.transform.model_loss import Lesson, teach
 from rotq.transform.student import Student
 from rotq.transform.teacher import next_tokens
-from rotq.transform.through_model import Lesson, teach
 
 JUDGED_WINDOWS = 4
 """Windows of the calibration text that ``judge: kl`` scores on; they are not trained on."""

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
+from rotq.job.plan import Plan
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.models.tensors import TensorSource
-from rotq.plan import Plan
 from rotq.rotations.basis import Basis
 from rotq.rotations.maps import Map, block_maps
 from rotq.rotations.norms import normalized
@@ -35,7 +35,7 @@ from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 from rotq.transform.parameters import Parameters
 from rotq.transform.proxy import squared_steps
-from rotq.transform.train import pass_on
+from rotq.transform.trainer import pass_on
 
 BLOCKS_PER_STEP = 8
 

@@ -15,14 +15,14 @@ import rotq
 from rotq.calibration.data import Windows, load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, open_source
-from rotq.job import Job
+from rotq.job.folder import Job
+from rotq.job.parts import restored_block
+from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.online_attention import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked
-from rotq.parts import restored_block
-from rotq.plan import Plan, make_plan
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis, build_basis

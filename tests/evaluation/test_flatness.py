@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from tiny_models import MemorySource, random_ids, tiny_model
 
-from rotq.flatness import FlatnessMeter, chi_square_99, flatness
+from rotq.evaluation.flatness import FlatnessMeter, chi_square_99, flatness
 from rotq.models.online_attention import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation

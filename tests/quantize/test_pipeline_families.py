@@ -14,14 +14,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import rotq.finish
-import rotq.pipeline
-import rotq.prepare
+import rotq.quantize.pipeline
+import rotq.quantize.publish
+import rotq.quantize.setup
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
 from rotq.errors import CheckFailed, RotqError, Stopped
 from rotq.heads import UNTOUCHED
-from rotq.pipeline import quantize_model
+from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report import JobReport
 from rotq.rotations import fuse
@@ -48,7 +48,7 @@ def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         if not torch.equal(actual_BTV, logits_BTV):
             raise CheckFailed(f"differs by {(actual_BTV - logits_BTV).abs().max():.2e}")
 
-    monkeypatch.setattr(rotq.finish, "check_reload", check)
+    monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    monkeypatch.setattr(rotq.prepare, "load_tokenizer", lambda *_, **__: fast)
+    monkeypatch.setattr(rotq.quantize.setup, "load_tokenizer", lambda *_, **__: fast)
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:
@@ -190,7 +190,7 @@ def test_stopped_job_with_rounding_continues(
 ) -> None:
     model = make_checkpoint("llama", tmp_path / "model")
     run(model, tmp_path / "whole", **STRONG, **A4KV4)
-    save_block, saved = rotq.pipeline.save_block, []
+    save_block, saved = rotq.quantize.pipeline.save_block, []
 
     def stop_after_the_first(*arguments: Any) -> None:
         if saved:
@@ -199,7 +199,7 @@ def test_stopped_job_with_rounding_continues(
         save_block(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rotq.pipeline, "save_block", stop_after_the_first)
+        patch.setattr(rotq.quantize.pipeline, "save_block", stop_after_the_first)
         with pytest.raises(Stopped):
             run(model, tmp_path / "out", **STRONG, **A4KV4)
     with pytest.raises(RotqError, match="a job with another recipe"):

@@ -14,13 +14,13 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
-from rotq.job import TRANSFORM, Job
+from rotq.job.folder import TRANSFORM, Job
 from rotq.precision import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.transform.candidates import CANDIDATES, Found
+from rotq.transform.methods import CANDIDATES, Found
+from rotq.transform.model_loss import mean_loss
 from rotq.transform.proxy import Judge
-from rotq.transform.setting import JUDGED_WINDOWS, Setting
-from rotq.transform.through_model import mean_loss
+from rotq.transform.windows import JUDGED_WINDOWS, Setting
 
 
 def find_basis(setting: Setting, drawn: Basis) -> Basis:

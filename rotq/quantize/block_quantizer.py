@@ -17,16 +17,16 @@ from torch import nn
 
 from rotq.calibration.streams import Streams
 from rotq.formats.integer import Grid, Quantized
+from rotq.job.plan import Plan
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.skeleton import Skeleton
-from rotq.passes import Passes
-from rotq.plan import Plan
+from rotq.quantize.block_runner import Passes
+from rotq.quantize.token_weights import TokenWeigher, effective_share
 from rotq.recipe import Recipe
 from rotq.report import LayerResult, Progress
 from rotq.solvers.solve import Options, Solution, solve, split_rows
 from rotq.solvers.statistics import Moments
-from rotq.weighing import TokenWeigher, effective_share
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""

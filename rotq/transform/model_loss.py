@@ -2,7 +2,7 @@
 
     mean_t KL-Top(p_t || p^_t)
 
-Blocks are streamed, see ``rotq.streamed``; R1's and R2's gradients are summed over blocks before
+Blocks are streamed, see ``rotq.models.streaming``; R1's and R2's gradients are summed over blocks before
 they go through the parametrization. OSTQuant (arXiv 2501.13987) with these differences: factors are
 fused by the function that fuses them into the result, and the range of what is rounded is
 differentiated (``fake_quantize``).
@@ -23,13 +23,13 @@ from torch import Tensor
 from rotq.calibration.capture import run_block
 from rotq.errors import RotqError
 from rotq.models.skeleton import Skeleton
+from rotq.models.streaming import run_backward, run_forward
 from rotq.rotations.basis import Basis
 from rotq.rotations.fuse import in_basis
-from rotq.streamed import run_backward, run_forward
 from rotq.transform.parameters import Parameters
 from rotq.transform.student import Student
 from rotq.transform.teacher import Targets, head_loss, likely_from
-from rotq.transform.train import pass_on
+from rotq.transform.trainer import pass_on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from torch.func import functional_call
 
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
+from rotq.job.parts import packed_layers
+from rotq.job.plan import TUNED_POSITIONS, Plan
 from rotq.layers import QuantLinear
 from rotq.models.skeleton import Skeleton
-from rotq.parts import packed_layers
-from rotq.plan import TUNED_POSITIONS, Plan
 
 
 class Vectors:

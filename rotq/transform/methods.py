@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from rotq.job import TRANSFORM
+from rotq.job.folder import TRANSFORM
 from rotq.rotations.basis import Basis
-from rotq.transform import block_error, optrot, through_model
+from rotq.transform import block_error, optrot
+from rotq.transform import model_loss as through_model
 from rotq.transform.balance import Balancer
-from rotq.transform.layer_error import LayerError
+from rotq.transform.layer_loss import LayerError
 from rotq.transform.parameters import Parameters, movement
-from rotq.transform.setting import Setting
-from rotq.transform.train import Backward, Pace, Trainer
+from rotq.transform.trainer import Backward, Pace, Trainer
+from rotq.transform.windows import Setting
 
 Found = tuple[Basis, dict[str, Any]]
 """A basis, and what is to be reported about it."""

@@ -9,9 +9,9 @@ from tiny_models import tiny_model
 from tiny_proteins import esm_tokenizer, sequences, write_fasta
 from transformers import AutoModelForMaskedLM
 
-import rotq.finish
+import rotq.quantize.publish
 from rotq.checkpoint.load import load_model
-from rotq.pipeline import quantize_model
+from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report import JobReport
 
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _reload_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh process takes seconds; it is tested in tests/checkpoint/test_reload.py."""
-    monkeypatch.setattr(rotq.finish, "check_reload", lambda *_, **__: None)
+    monkeypatch.setattr(rotq.quantize.publish, "check_reload", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,15 @@ from rotq.calibration.batches import Batch
 from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
-from rotq.job import OUTER, TUNING, Job, block_part, tuned_part
+from rotq.job.folder import OUTER, TUNING, Job, block_part, tuned_part
+from rotq.job.plan import Plan
 from rotq.memory import large_blocks_mapped
 from rotq.models.skeleton import Skeleton
-from rotq.plan import Plan
+from rotq.models.streaming import run_backward, run_forward
 from rotq.precision import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import Progress
-from rotq.streamed import run_backward, run_forward
-from rotq.tunable import TunableBlock, TunableOuter
+from rotq.tuning.tunable import TunableBlock, TunableOuter
 
 MAPPED_FROM = 3 << 19
 """Bytes: weights in the making come and go with each block; 30 MB less for a fifth of the time."""

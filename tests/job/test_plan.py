@@ -9,9 +9,9 @@ from tiny_models import MemorySource, tiny_model
 from transformers import LlamaConfig
 
 from rotq.formats.activations import ActivationGrid
+from rotq.job.plan import layer_grid, make_estimate, make_plan
 from rotq.layers import OnlineLinear
 from rotq.models.skeleton import Skeleton
-from rotq.plan import layer_grid, make_estimate, make_plan
 from rotq.recipe import Weights, load_recipe
 
 

@@ -11,13 +11,13 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
-from rotq.job import TRANSFORM
+from rotq.job.folder import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
 from rotq.rotations.butterfly import from_codes, to_codes
-from rotq.transform.find import find_basis
 from rotq.transform.parameters import Parameters
+from rotq.transform.search import find_basis
 
 
 class Interrupted(Progress):
@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path, monkeypatch
         parameters.logs["0.scales.up"].grad = torch.full((1, 80), math.inf)
         return 1.0
 
-    monkeypatch.setattr("rotq.transform.through_model.backward", backward)
+    monkeypatch.setattr("rotq.transform.model_loss.backward", backward)
     with pytest.raises(RotqError, match=r"gradient of 0\.scales\.up is not finite at step 1"):
         find(make_setting(tmp_path / "job", LEARNED))
 

@@ -5,9 +5,9 @@ import torch
 from tiny_transforms import LEARNED, SCALED, make_setting
 
 from rotq.rotations.basis import build_basis
-from rotq.transform.candidates import balanced, learned
+from rotq.transform.methods import balanced, learned
 from rotq.transform.parameters import Parameters
-from rotq.transform.train import WARM_UP, Pace, Trainer, schedule
+from rotq.transform.trainer import WARM_UP, Pace, Trainer, schedule
 
 
 @pytest.fixture(scope="module")

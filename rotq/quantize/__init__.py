@@ -1,0 +1,1 @@
+"""The job of ``rotq quantize``: calibrate, rotate, weigh, round, tune, pack, check."""

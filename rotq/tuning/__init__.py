@@ -1,0 +1,1 @@
+"""After the last block: scales and gains of all blocks trained together."""
