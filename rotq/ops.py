@@ -2,9 +2,17 @@
 
 from rotq_kernels.butterfly import butterfly, butterfly_reference
 from rotq_kernels.hadamard import hadamard, hadamard_reference
-from rotq_kernels.kv_attention import packed_attention
-from rotq_kernels.kv_encode import dequantize_kv_reference, encode_kv, encode_kv_reference
-from rotq_kernels.kv_format import (
+from rotq_kernels.kv.attention import packed_attention
+from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv, encode_kv_reference
+from rotq_kernels.kv.encode.one_side import (
+    dequantize_residual,
+    dequantize_side,
+    key_mean,
+    quantize_residual,
+    quantize_side,
+    turned_mean,
+)
+from rotq_kernels.kv.format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
     DenseKV,
@@ -15,14 +23,6 @@ from rotq_kernels.kv_format import (
     decode_norm,
     encode_norm,
     level_values,
-)
-from rotq_kernels.kv_side import (
-    dequantize_residual,
-    dequantize_side,
-    key_mean,
-    quantize_residual,
-    quantize_side,
-    turned_mean,
 )
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import packed_linear

@@ -2,7 +2,7 @@
 
 import torch
 
-from rotq_kernels.kv_format import KVFormat, KVTransform, SideTransform
+from rotq_kernels.kv.format import KVFormat, KVTransform, SideTransform
 
 LLOYD_MAX = {2: [1, 3], 3: [1, 3, 5, 9], 4: [3, 9, 15, 22, 29, 37, 48, 63]}
 """Positive levels, near those for the unit normal."""

@@ -1,6 +1,6 @@
 """Keys and values of one layer to codes and back, as pure functions of tensors.
 
-The maths is ``rotq_kernels.kv_format``'s; here it is put together for a whole layer, without
+The maths is ``rotq_kernels.kv.format``'s; here it is put together for a whole layer, without
 pages: what calibration and evaluation need, and what the packed cache must agree with.
 
 Shape suffixes: B sequences, T tokens, H KV heads, D head width.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rotq.kv.pages import PageStore, PageTable
-from rotq_kernels.kv_format import KVFormat
+from rotq_kernels.kv.format import KVFormat
 
 FORMAT = KVFormat(head_dim=16, k_bits=3, v_bits=2, page_size=16)
 

@@ -1,0 +1,1 @@
+"""Packed KV cache: tokens into pages, and attention to what is in them."""

@@ -1,0 +1,1 @@
+"""Attention to packed pages on a CPU."""

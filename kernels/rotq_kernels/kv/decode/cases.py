@@ -1,0 +1,140 @@
+"""What ``compile_check`` compiles of a decode step, as ``kv_launch`` launches it.
+
+Heads of width 128 and 64, groups of up to 8 query rows on NVIDIA's tile and of 16, the mean and
+residual modes and widths of codes that the presets use. Elements are those of keys and values.
+"""
+
+from typing import Any
+
+from rotq_kernels.kv.decode.kernel import decode_kernel
+from rotq_kernels.kv.decode.launch import MAX_ROWS, WARPS, tile_sizes
+from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
+from rotq_kernels.kv.format import KVFormat
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942",)
+
+POINTERS = {
+    "levels_ptr": "*fp32",
+    "k_codes_ptr": "*i32",
+    "k_norm_ptr": "*u8",
+    "k_base_ptr": "*fp32",
+    "v_codes_ptr": "*i32",
+    "v_norm_ptr": "*u8",
+    "v_base_ptr": "*fp32",
+    "page_table_ptr": "*i32",
+    "length_ptr": "*i32",
+    "start_ptr": "*i32",
+    "position_ptr": "*i32",
+    "sums_ptr": "*fp32",
+    "peak_ptr": "*fp32",
+    "weight_ptr": "*fp32",
+}
+SIZES = dict.fromkeys(("H", "rows", "T", "table_width", "partials"), "i32")
+RESIDUAL = {"residual_ptr": "*fp32", "k_sign_ptr": "*i32"}
+GAMMA = {"k_gamma_ptr": "*u8", "gamma_base_ptr": "*fp32"}
+MEAN = {"cosine_ptr": "*fp32", "sine_ptr": "*fp32", "frequency_ptr": "*fp32"}
+
+
+def _decode_case(
+    name: str,
+    *,
+    width: int = 128,
+    bits: tuple[int, int] = (3, 3),
+    rows: int = 8,
+    mean: str = "rope",
+    residual: str = "none",
+    window: int = 0,
+    exact: bool = False,
+    targets: tuple[str, ...] = ("sm_90",),
+    headline: bool = False,
+) -> dict[str, Any]:
+    form = KVFormat(head_dim=width, k_bits=bits[0], v_bits=bits[1], residual=residual)  # type: ignore[arg-type]
+    types = POINTERS | SIZES
+    types |= {f"{side}_table_ptr": "*i32" for side, n in zip("kv", bits, strict=True) if n <= 4}
+    if mean == "rope":
+        types |= MEAN | {"angle_ptr": "*fp32" if exact else "*fp16"}
+    if residual != "none":
+        types |= RESIDUAL | (GAMMA if residual == "qjl" else {})
+    has_ptx = targets != AMD
+    tile = tile_sizes(width, rows, has_ptx=has_ptx)
+    constants = {
+        **{argument: None for argument in decode_kernel.arg_names if argument.endswith("_ptr")},
+        "D": width,
+        "R": width // 2,
+        "K_BITS": bits[0],
+        "V_BITS": bits[1],
+        "PAGE": form.page_size,
+        "WINDOW": window,
+        "LIMBS": 3 if exact else 2,
+        "PTX": has_ptx,
+        "WARPS": WARPS,
+        **tile,
+    }
+    return {
+        "name": name,
+        "kernel": decode_kernel,
+        "types": types,
+        "constants": {key: value for key, value in constants.items() if key not in types},
+        "num_warps": WARPS,
+        "num_stages": 1,
+        "targets": targets,
+        "elements": 2 * tile["TILE"] * width,
+        "bits": form.bits_per_element,
+        "headline": headline,
+    }
+
+
+def _merge_cases() -> list[dict[str, Any]]:
+    partials = dict.fromkeys(("sums_ptr", "peak_ptr", "weight_ptr"), "*fp32")
+    sizes = dict.fromkeys(("H", "rows", "partials"), "i32")
+    strides = [f"stride_{side}{axis}" for side in "kv" for axis in "bhn"]
+    dense = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | partials | sizes
+    dense |= dict.fromkeys(("k_position_ptr", "position_ptr"), "*i32") | {"scale": "fp32"}
+    dense |= dict.fromkeys(("T", "tokens", *strides), "i32")
+    merge = dict.fromkeys(("constant_ptr", "inverse_ptr", "mean_ptr"), "*fp32") | partials | sizes
+    merge |= {"out_ptr": "*bf16", "packed": "i32"}
+    cases = []
+    same = {"D": 128, "N": MAX_ROWS}
+    for targets, of_dense, of_merge in ((NVIDIA, "tf32", "tf32x3"), (AMD, "ieee", "ieee")):
+        cases += [
+            {
+                "name": f"dense bf16, width 128, {of_dense}",
+                "kernel": dense_kernel,
+                "types": dense,
+                "constants": same | {"WINDOW": 0, "TILE": 32, "PRECISION": of_dense},
+                "targets": targets,
+                "divisible": strides,
+            },
+            {
+                "name": f"merge, width 128, {of_merge}",
+                "kernel": merge_kernel,
+                "types": merge,
+                "constants": same | {"P": 32, "BLOCK": 32, "PRECISION": of_merge},
+                "targets": targets,
+            },
+        ]
+    return cases
+
+
+COMPILE_CASES = [
+    _decode_case("k3v3, width 128, RoPE mean", targets=NVIDIA, headline=True),
+    _decode_case("k3v3, width 128, portable", targets=AMD, headline=True),
+    _decode_case("k3v3, width 128, static mean", mean="static", targets=NVIDIA),
+    _decode_case("k3v3, width 128, static mean, sign", mean="static", residual="sign"),
+    _decode_case("k3v3, width 128, static mean, qjl", mean="static", residual="qjl"),
+    _decode_case("k3v3, width 128, static mean, window", mean="static", window=1024),
+    _decode_case("k3v3, width 128, static mean, 16 rows", mean="static", rows=16),
+    _decode_case("k3v3, width 128, RoPE mean, 16 rows", rows=16),
+    _decode_case("k3v3, width 128, RoPE mean, fp32", exact=True),
+    _decode_case("k4v3, width 128, RoPE mean", bits=(4, 3)),
+    _decode_case("k4v2, width 128, RoPE mean", bits=(4, 2)),
+    _decode_case("k8v3, width 128, RoPE mean", bits=(8, 3)),
+    _decode_case("k5v5, width 128, RoPE mean", bits=(5, 5)),
+    _decode_case("k3v3, width 64, static mean", width=64, mean="static"),
+    _decode_case("k3v3, width 64, RoPE mean", width=64, targets=NVIDIA),
+    _decode_case("k3v3, width 80, RoPE mean", width=80),
+    _decode_case("k3v3, width 96, RoPE mean", width=96),
+    _decode_case("k3v3, width 256, RoPE mean", width=256),
+    *_merge_cases(),
+]

@@ -1,0 +1,217 @@
+"""Launches the kernels of a decode step: turn the query, split, dense tokens, merge."""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from rotq_kernels.kv.decode.kernel import decode_kernel
+from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
+from rotq_kernels.kv.format import DenseKV, KVPages, KVTransform
+from rotq_kernels.kv.query import TurnedQuery, turn_query
+from rotq_kernels.kv.rope_mean import angle_table
+
+MAX_ROWS = 16
+"""Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
+
+SPLIT_TOKENS = 256
+"""Fewer packed tokens are not worth a program of their own."""
+
+PROGRAMS_PER_SM = 4
+"""Of the decode kernel, all splits together."""
+
+WARPS = 4
+
+
+def attend_packed(
+    q_BMTD: Tensor,
+    pages: KVPages,
+    page_table_BJ: Tensor,
+    length_B: Tensor,
+    start_B: Tensor,
+    query_position_BT: Tensor,
+    transform: KVTransform,
+    *,
+    dense: DenseKV | None = None,
+    window: int = 0,
+    scale: float,
+    splits: int | None = None,
+) -> Tensor:
+    """``packed_attention`` of at most MAX_ROWS query rows of each KV head, unchecked.
+
+    ``splits`` is the number of programs that share the packed tokens of a KV head. No size is
+    read back from the device, so that a step can be captured in a CUDA graph.
+    """
+    B, M, T, D = q_BMTD.shape
+    H = pages.k_codes.shape[1]
+    rows = M // H * T
+    splits = splits or _choose_splits(
+        q_BMTD, B * H, page_table_BJ.shape[1] * pages.format.page_size
+    )
+    q_BMTD = q_BMTD.contiguous()
+    turned = turn_query(q_BMTD, transform, scale=scale)
+    partials = splits + (dense is not None)
+    sums = q_BMTD.new_empty((B * H, partials, rows, D), dtype=torch.float32)
+    peak = q_BMTD.new_empty((B * H, partials, rows), dtype=torch.float32)
+    weight = torch.empty_like(peak)
+    decode_kernel[(B * H, splits)](
+        **_decode_arguments(q_BMTD, pages, transform, turned, window),
+        page_table_ptr=page_table_BJ.contiguous(),
+        length_ptr=length_B.contiguous(),
+        start_ptr=start_B.contiguous(),
+        position_ptr=query_position_BT.contiguous(),
+        sums_ptr=sums,
+        peak_ptr=peak,
+        weight_ptr=weight,
+        H=H,
+        rows=rows,
+        T=T,
+        table_width=page_table_BJ.shape[1],
+        partials=partials,
+        num_warps=WARPS,
+        num_stages=1,
+    )
+    if dense is not None:
+        _attend_dense(q_BMTD, query_position_BT, dense, window, scale, (sums, peak, weight))
+    return _merge(q_BMTD, transform, turned, splits, (sums, peak, weight))
+
+
+def _choose_splits(q_BMTD: Tensor, heads: int, tokens: int) -> int:
+    """Enough programs for the machine, if there are tokens enough; from shapes only."""
+    if not q_BMTD.is_cuda:
+        return 2
+    machine = torch.cuda.get_device_properties(q_BMTD.device).multi_processor_count
+    wanted = -(-PROGRAMS_PER_SM * machine // heads)
+    return max(1, min(wanted, tokens // SPLIT_TOKENS, 128))
+
+
+def tile_sizes(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
+    """Sizes of the decode kernel's tile: query rows N and tokens TILE."""
+    # 64 lines of codes; heads of one or two chunks put four or two tokens on a line
+    tokens = 64 * max(1, 4 // -(-D // 32))
+    return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens}
+
+
+def _decode_arguments(
+    q_BMTD: Tensor, pages: KVPages, transform: KVTransform, turned: TurnedQuery, window: int
+) -> dict[str, Any]:
+    form, key, value = pages.format, transform.key, transform.value
+    rows = turned.levels_BHND.shape[2]
+    has_ptx = q_BMTD.is_cuda and torch.version.hip is None
+    exact = q_BMTD.dtype == torch.float32
+    sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx)
+    turning, R, angles = turned.cosine_BHNR is not None, 1, None
+    if transform.inv_freq_R is not None and turning:
+        R = transform.inv_freq_R.shape[0]
+        angle_dtype = torch.float32 if exact else torch.float16
+        angles = angle_table(transform.inv_freq_R, sizes["TILE"], angle_dtype)
+    return {
+        "levels_ptr": turned.levels_BHND,
+        "residual_ptr": turned.residual_BHND,
+        "cosine_ptr": turned.cosine_BHNR,
+        "sine_ptr": turned.sine_BHNR,
+        "angle_ptr": angles,
+        "frequency_ptr": transform.inv_freq_R if turning else None,
+        "k_codes_ptr": pages.k_codes,
+        "k_norm_ptr": pages.k_norm,
+        "k_sign_ptr": pages.k_sign,
+        "k_gamma_ptr": pages.k_gamma,
+        "k_table_ptr": _table(key.levels_HL, form.k_bits),
+        "k_base_ptr": key.base_H.contiguous(),
+        "gamma_base_ptr": transform.gamma_base_H if pages.k_gamma is not None else None,
+        "v_codes_ptr": pages.v_codes,
+        "v_norm_ptr": pages.v_norm,
+        "v_table_ptr": _table(value.levels_HL, form.v_bits),
+        "v_base_ptr": value.base_H.contiguous(),
+        "D": form.head_dim,
+        "R": R,
+        "K_BITS": form.k_bits,
+        "V_BITS": form.v_bits,
+        "PAGE": form.page_size,
+        "WINDOW": window,
+        "LIMBS": 3 if exact else 2,
+        "PTX": has_ptx,
+        "WARPS": WARPS,
+        **sizes,
+    }
+
+
+def _table(levels_HL: Tensor, bits: int) -> Tensor | None:
+    """Rows of int8 as int32 words; None above 4 bits."""
+    return levels_HL.contiguous().view(torch.int32) if bits <= 4 else None
+
+
+def _attend_dense(
+    q_BMTD: Tensor,
+    query_position_BT: Tensor,
+    dense: DenseKV,
+    window: int,
+    scale: float,
+    partial: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    sums, peak, weight = partial
+    k_BHND, v_BHND = dense.k_BHND, dense.v_BHND
+    dense_kernel[(sums.shape[0],)](
+        q_BMTD,
+        k_BHND,
+        v_BHND,
+        dense.position_BN.contiguous(),
+        query_position_BT.contiguous(),
+        sums,
+        peak,
+        weight,
+        k_BHND.shape[1],
+        sums.shape[2],
+        q_BMTD.shape[2],
+        k_BHND.shape[2],
+        sums.shape[1],
+        scale * math.log2(math.e),
+        *k_BHND.stride()[:3],
+        *v_BHND.stride()[:3],
+        D=q_BMTD.shape[3],
+        WINDOW=window,
+        N=MAX_ROWS,
+        TILE=32,
+        PRECISION=_precision(q_BMTD.dtype == torch.float32),
+    )
+
+
+def _merge(
+    q_BMTD: Tensor,
+    transform: KVTransform,
+    turned: TurnedQuery,
+    splits: int,
+    partial: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    sums, peak, weight = partial
+    heads, partials, rows, D = sums.shape
+    out_BMTD = torch.empty_like(q_BMTD)
+    block = 32
+    merge_kernel[(heads, -(-D // block))](
+        sums,
+        peak,
+        weight,
+        turned.constant_BHN,
+        transform.value.inverse_HDD.contiguous(),
+        transform.value.mean_HD.contiguous(),
+        out_BMTD,
+        transform.value.mean_HD.shape[0],
+        rows,
+        splits,
+        partials,
+        D=D,
+        N=MAX_ROWS,
+        P=triton.next_power_of_2(partials),
+        BLOCK=block,
+        PRECISION=_precision(True),
+    )
+    return out_BMTD
+
+
+def _precision(exact: bool) -> str:
+    """Of products of fp32 tiles. tf32 holds 16-bit floats as they are; AMD has no three passes."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if exact else "tf32"

@@ -1,0 +1,1 @@
+"""Attention of many tokens to packed pages."""
