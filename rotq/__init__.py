@@ -3,7 +3,7 @@
 Importing it makes transformers load rotq checkpoints, and imports neither torch nor transformers.
 """
 
-from rotq.registration import register_with_transformers
+from rotq.checkpoint.registration import register_with_transformers
 
 __version__ = "0.1.0"
 

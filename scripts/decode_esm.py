@@ -24,7 +24,7 @@ from rotq.evaluation.groups import load_groups
 from rotq.kv.calibrate import calibrate
 from rotq.kv.esm_cache import EsmPackedCache
 from rotq.kv.presets import preset
-from rotq.models.esm import as_decoder
+from rotq.models.families.esm import as_decoder
 
 WINDOW = 126
 """Residues of a calibration window."""

@@ -2,8 +2,8 @@
 
 import torch
 
-from rotq.rotations.fuse import fuse_block, fuse_outer
-from rotq.rotations.norms import exact_norms
+from rotq.fusion.fuse import fuse_block, fuse_outer
+from rotq.models.exact import exact_norms
 
 
 def fused_logits(skeleton, source, ids_BT, basis):

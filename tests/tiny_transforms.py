@@ -9,7 +9,7 @@ from tiny_models import MemorySource, random_ids, tiny_model
 
 from rotq.job.folder import Job
 from rotq.job.plan import make_plan
-from rotq.models.online_attention import use_online_attention
+from rotq.models.attention.online import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress

@@ -13,7 +13,7 @@ from rotq.checkpoint.card import model_card
 from rotq.checkpoint.files import read_json, write_json, write_text
 from rotq.checkpoint.scheme import quantization_config
 from rotq.errors import RotqError
-from rotq.layers import QuantLinear
+from rotq.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.checkpoint.source import torch_dtype
 from rotq.errors import RotqError
-from rotq.heads import UNTOUCHED, OnlineHeads
-from rotq.layers import QuantLinear
+from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.layers.quant_linear import QuantLinear
 
 METHOD = "rotq"
 
@@ -62,7 +62,7 @@ class RotqHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise RotqError("a rotq checkpoint is loaded from its safetensors files")
         from rotq.models.experts import unfuse_experts
-        from rotq.models.gpt2 import linearize
+        from rotq.models.families.gpt2 import linearize
         from rotq.models.registry import adapter_for
 
         unfuse_experts(model)
@@ -138,7 +138,7 @@ def put_online_heads(model: Any, heads: OnlineHeads) -> None:
     Raises:
         RotqError: the family's attention is not known, or another one than sdpa is wanted.
     """
-    from rotq.models.online_attention import set_heads, use_online_attention
+    from rotq.models.attention.online import set_heads, use_online_attention
     from rotq.models.registry import find_adapter
 
     if heads == UNTOUCHED:

@@ -22,7 +22,7 @@ from transformers import Cache
 from rotq.calibration.residues import ResidueCodec
 from rotq.kv.cache import PackedCache
 from rotq.kv.esm_cache import decode, int8_cache
-from rotq.models.esm import as_decoder
+from rotq.models.families.esm import as_decoder
 
 
 @dataclass(frozen=True, kw_only=True)

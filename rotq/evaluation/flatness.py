@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs
-from rotq.layers import prepared_input
+from rotq.layers.quant_linear import prepared_input
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.report import Flatness
 
 _NORMAL_99 = 2.3263478740408408

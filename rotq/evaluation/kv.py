@@ -23,7 +23,7 @@ from torch import Tensor
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
 from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
-from rotq.models.replaced_attention import replaced_attention
+from rotq.models.attention.replaced import replaced_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from rotq.errors import RotqError
 from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.codec import KVCodec
-from rotq.models.replaced_attention import AttentionCall, attend, probabilities, visible
+from rotq.models.attention.replaced import AttentionCall, attend, probabilities, visible
 
 Coder = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values (B, H, T, D) at positions (B, T), as a cache gives them back."""

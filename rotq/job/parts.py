@@ -17,7 +17,7 @@ from rotq.checkpoint.source import read_tensor
 from rotq.evaluation.flatness import Change
 from rotq.job.folder import Job, block_part
 from rotq.job.plan import Plan
-from rotq.layers import QuantLinear
+from rotq.layers.quant_linear import QuantLinear
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.block_quantizer import Outcome
 from rotq.report import peak_rss

@@ -10,9 +10,9 @@ from torch import nn
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, legal_group_sizes
-from rotq.layers import OnlineLinear
+from rotq.layers.quant_linear import OnlineLinear
 from rotq.models.adapter import Adapter
-from rotq.models.online_attention import heads_of, set_heads
+from rotq.models.attention.online import heads_of, set_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Activations, KVCache, Recipe, Weights
 from rotq.report import Estimate, SiteEstimate

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from rotq.errors import RotqError
-from rotq.models.registry import adapter_for
-from rotq.models.replaced_attention import (
+from rotq.models.attention.replaced import (
     AttentionCall,
     probabilities,
     replaced_attention,
     visible,
 )
+from rotq.models.registry import adapter_for
 from rotq.models.rotary import KVShape, Rotary, kv_shapes, rotaries
 
 _CHUNK = 256

@@ -8,8 +8,19 @@ from typing import Any
 from torch import nn
 
 from rotq.errors import RotqError
-from rotq.models import bert, esm, esmc, gemma3, gpt2, llama, mixtral, qwen2, qwen3, qwen3_moe
 from rotq.models.adapter import Adapter, Site
+from rotq.models.families import (
+    bert,
+    esm,
+    esmc,
+    gemma3,
+    gpt2,
+    llama,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from rotq.models.task import architectures
 
 _FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe, gpt2, esm, esmc, bert)

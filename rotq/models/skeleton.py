@@ -27,10 +27,10 @@ from torch.func import functional_call
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.experts import unfuse_experts
-from rotq.models.gpt2 import linearize
+from rotq.models.families.gpt2 import linearize
+from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.registry import adapter_for
 from rotq.models.task import auto_class, is_masked
-from rotq.models.tensors import TensorSource, load_tensors
 
 _KEPT_SHAPES = 4
 """Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""

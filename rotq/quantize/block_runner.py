@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import Streams, Track
-from rotq.layers import prepared_input
+from rotq.layers.quant_linear import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.solvers.statistics import Moments
 
 
@@ -29,7 +29,7 @@ class Passes:
     skeleton: Skeleton
     device: torch.device
     precision: str
-    """Of fp32 products, see ``rotq.precision``."""
+    """Of fp32 products, see ``rotq.numerics``."""
 
     def advance(self, index: int, block: nn.Module, track: Track) -> None:
         """Replace the track's hidden states by the block's outputs."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
-from rotq.models.esm import exact_rotary
+from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
+from rotq.models.exact import exact_norms
+from rotq.models.families.esm import exact_rotary
 from rotq.models.skeleton import Skeleton
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import fuse_block, fuse_outer, in_basis
-from rotq.rotations.norms import exact_norms
 
 TOLERANCE = 1e-9
 """Largest accepted difference in fp64, relative to the largest value."""

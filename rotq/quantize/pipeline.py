@@ -22,6 +22,7 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import describe_source, read_tensor
 from rotq.errors import Stopped
 from rotq.evaluation.flatness import Change, FlatnessMeter
+from rotq.fusion.fuse import fuse_outer
 from rotq.job.folder import OUTER, TUNING, block_part, open_job
 from rotq.job.parts import save_block
 from rotq.job.plan import make_estimate
@@ -34,7 +35,6 @@ from rotq.quantize.setup import Setup, set_up, starting_basis, versions, wanted_
 from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import fuse_outer
 from rotq.transform.search import find_basis
 from rotq.transform.windows import Setting as BasisSetting
 from rotq.tuning.train import Setting, hollow, tune

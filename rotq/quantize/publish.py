@@ -22,9 +22,9 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
-from rotq.heads import OnlineHeads
 from rotq.job.folder import OUTER, TRANSFORM, TUNING, Job, block_part
 from rotq.job.plan import Plan, has_experts
+from rotq.layers.online_heads import OnlineHeads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Recipe
 from rotq.report import BlockResult, JobReport, LayerResult, Progress, peak_rss

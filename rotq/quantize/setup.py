@@ -19,7 +19,7 @@ from rotq.job.folder import Job
 from rotq.job.parts import restored_block
 from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
-from rotq.models.online_attention import use_online_attention
+from rotq.models.attention.online import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked

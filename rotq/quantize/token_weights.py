@@ -20,9 +20,9 @@ from rotq.calibration.importance import (
     token_weights,
 )
 from rotq.calibration.streams import Streams
-from rotq.models.observed_attention import observed_attention
+from rotq.models.attention.observed import observed_attention
 from rotq.models.skeleton import Skeleton
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.recipe import Recipe
 
 

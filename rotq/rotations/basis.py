@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
+from rotq.fusion.layernorm import leave_ones_alone
 from rotq.recipe import Rotation
 from rotq.rotations.hadamard import core_order, describe, orthogonal
-from rotq.rotations.layernorm import leave_ones_alone
 
 if TYPE_CHECKING:
     from rotq.models.adapter import Adapter

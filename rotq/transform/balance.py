@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
+from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
-from rotq.models.scalable import Scaling, scalings
+from rotq.models.loading import TensorSource
+from rotq.models.scalings import Scaling, scalings
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
-from rotq.rotations.norms import normalized
 
 
 @dataclass(kw_only=True)

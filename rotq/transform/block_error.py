@@ -22,9 +22,9 @@ from torch import Tensor
 
 from rotq.calibration.capture import run_block
 from rotq.errors import RotqError
+from rotq.fusion.fuse import in_basis
 from rotq.models.streaming import trim_now_and_then
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import in_basis
 from rotq.transform.parameters import Parameters
 from rotq.transform.student import Student
 from rotq.transform.trainer import pass_on

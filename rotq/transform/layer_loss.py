@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
+from rotq.fusion.maps import Map, block_maps
 from rotq.job.plan import Plan
+from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
+from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
-from rotq.rotations.maps import Map, block_maps
-from rotq.rotations.norms import normalized
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 from rotq.transform.parameters import Parameters

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from rotq.calibration.capture import run_block
 from rotq.errors import RotqError
+from rotq.fusion.fuse import in_basis
 from rotq.models.skeleton import Skeleton
 from rotq.models.streaming import run_backward, run_forward
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import in_basis
 from rotq.transform.parameters import Parameters
 from rotq.transform.student import Student
 from rotq.transform.teacher import Targets, head_loss, likely_from

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotq.fusion.fuse import fused_tensors
+from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
-from rotq.rotations.fuse import fused_tensors
 from rotq.transform.layer_loss import BLOCKS_PER_STEP, spaced
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import pass_on

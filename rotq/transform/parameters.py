@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.errors import RotqError
-from rotq.models.scalable import scalings
+from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import Basis
 from rotq.rotations.butterfly import (

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from rotq.calibration.capture import capture_inputs, run_block
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.job.plan import Plan
-from rotq.layers import OnlineLinear
+from rotq.layers.quant_linear import OnlineLinear
 from rotq.models.experts import calibrating
+from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import fuse_block, in_basis
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 

@@ -15,7 +15,7 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.job.folder import TRANSFORM, Job
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 from rotq.transform.methods import CANDIDATES, Found
 from rotq.transform.model_loss import mean_loss

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
+from rotq.fusion.fuse import fused_tensors, rotate_online
 from rotq.job.plan import Plan
+from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
 from rotq.rotations.basis import Basis
-from rotq.rotations.fuse import fused_tensors, rotate_online
 
 
 @dataclass(frozen=True, kw_only=True)

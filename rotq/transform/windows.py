@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rotq.job.folder import Job
 from rotq.job.plan import MEASURED_TOKENS, Plan
+from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
-from rotq.models.tensors import TensorSource
 from rotq.recipe import Recipe, Transform
 from rotq.report import Progress
 from rotq.transform.model_loss import Lesson, teach

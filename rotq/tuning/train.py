@@ -34,7 +34,7 @@ from rotq.job.plan import Plan
 from rotq.memory import large_blocks_mapped
 from rotq.models.skeleton import Skeleton
 from rotq.models.streaming import run_backward, run_forward
-from rotq.precision import matmul_precision
+from rotq.numerics import matmul_precision
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.tuning.tunable import TunableBlock, TunableOuter

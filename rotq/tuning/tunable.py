@@ -21,7 +21,7 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
 from rotq.job.parts import packed_layers
 from rotq.job.plan import TUNED_POSITIONS, Plan
-from rotq.layers import QuantLinear
+from rotq.layers.quant_linear import QuantLinear
 from rotq.models.skeleton import Skeleton
 
 

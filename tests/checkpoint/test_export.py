@@ -27,7 +27,7 @@ from rotq.checkpoint.source import open_source
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
-from rotq.heads import OnlineHeads
+from rotq.layers.online_heads import OnlineHeads
 
 LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
 

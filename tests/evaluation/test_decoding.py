@@ -10,7 +10,7 @@ from rotq.evaluation.decoding import baselines, evaluate_decoding
 from rotq.kv.calibrate import calibrate
 from rotq.kv.esm_cache import EsmPackedCache
 from rotq.kv.presets import preset
-from rotq.models.esm import as_decoder
+from rotq.models.families.esm import as_decoder
 
 
 def test_rows(tmp_path):

@@ -11,7 +11,7 @@ from rotq.errors import RotqError
 from rotq.evaluation.quantized_history import QuantizedHistory, mixed_attention, scheme_of
 from rotq.kv.calibrate import data_oblivious
 from rotq.kv.presets import preset
-from rotq.models.replaced_attention import attend, replaced_attention, visible
+from rotq.models.attention.replaced import attend, replaced_attention, visible
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])

@@ -17,7 +17,7 @@ from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 from rotq.kv.cache import PackedCache
 from rotq.kv.calibrate import data_oblivious
 from rotq.kv.presets import preset
-from rotq.models.replaced_attention import replaced_attention
+from rotq.models.attention.replaced import replaced_attention
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "mixtral"]
 

@@ -11,7 +11,7 @@ from rotq.kv.cache import PackedCache
 from rotq.kv.calibrate import calibrate
 from rotq.kv.calibration_file import load_calibration
 from rotq.kv.presets import preset
-from rotq.models.replaced_attention import replaced_attention
+from rotq.models.attention.replaced import replaced_attention
 
 
 @pytest.mark.parametrize("name", ["k3v3", "k4v2", "k8v3"])

@@ -13,8 +13,8 @@ from rotq.kv.calibrate import calibrate
 from rotq.kv.calibration_file import KVCalibration
 from rotq.kv.esm_cache import EsmPackedCache, decode, int8_cache
 from rotq.kv.presets import preset
-from rotq.models.esm import as_decoder
-from rotq.models.replaced_attention import AttentionCall, attend, replaced_attention, visible
+from rotq.models.attention.replaced import AttentionCall, attend, replaced_attention, visible
+from rotq.models.families.esm import as_decoder
 from rotq.models.rotary import rotaries
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.statistics import LayerStatistics, collect, output_moments
-from rotq.models.replaced_attention import AttentionCall, attend, replaced_attention, visible
+from rotq.models.attention.replaced import AttentionCall, attend, replaced_attention, visible
 from rotq.models.rotary import kv_shapes, rotaries
 
 SINKS = 2

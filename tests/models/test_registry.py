@@ -8,7 +8,7 @@ from torch import nn
 
 from rotq.errors import RotqError
 from rotq.models.experts import calibrating, unfuse_experts
-from rotq.models.gpt2 import linearize
+from rotq.models.families.gpt2 import linearize
 from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
 
 FAMILIES = {

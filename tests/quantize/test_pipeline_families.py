@@ -20,11 +20,11 @@ import rotq.quantize.setup
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
 from rotq.errors import CheckFailed, RotqError, Stopped
-from rotq.heads import UNTOUCHED
+from rotq.fusion import fuse
+from rotq.layers.online_heads import UNTOUCHED
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report import JobReport
-from rotq.rotations import fuse
 
 DATA = {"calibration.num_samples": 3, "calibration.seq_len": 24, "calibration.batch_size": 2}
 STRONG = {

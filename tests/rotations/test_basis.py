@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotq.errors import RotqError
-from rotq.models import gemma3, llama
+from rotq.models.families import gemma3, llama
 from rotq.recipe import Rotation
 from rotq.rotations.basis import build_basis, derive_seed, head_dim
 

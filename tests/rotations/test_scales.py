@@ -10,11 +10,11 @@ from fused_models import fused_logits
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
 from rotq.errors import RotqError
-from rotq.models.scalable import Scaling, scalings
+from rotq.fusion.fuse import fuse_block
+from rotq.models.scalings import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
-from rotq.rotations.fuse import fuse_block
 from rotq.rotations.hadamard import orthogonal
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
@@ -149,7 +149,7 @@ def test_norms_on_heads_share_factors_of_queries_and_keys():
 
 def test_rope_of_unknown_layout_is_refused(monkeypatch):
     skeleton = Skeleton.open(MemorySource(tiny_model("llama")))
-    monkeypatch.setattr("rotq.models.scalable.rotaries", lambda config: [None, None])
+    monkeypatch.setattr("rotq.models.scalings.rotaries", lambda config: [None, None])
     with pytest.raises(RotqError, match="scaling query_key is not possible"):
         scalings(skeleton, ["query_key"])
     assert scalings(skeleton, ["up"])[0]["up"].shape == (1, 80)

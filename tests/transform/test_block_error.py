@@ -9,10 +9,10 @@ from tiny_transforms import LEARNED, make_setting, spoil_block
 
 from rotq.errors import RotqError
 from rotq.formats.activations import fake_quantize
+from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.job.folder import TRANSFORM
 from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
-from rotq.rotations.fuse import fuse_block, in_basis
 from rotq.transform.block_error import backward, block_loss
 from rotq.transform.parameters import Parameters
 from rotq.transform.search import find_basis

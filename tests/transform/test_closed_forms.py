@@ -7,7 +7,7 @@ from tiny_transforms import W4A4KV4, make_setting
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
-from rotq.models.scalable import Scaling, scalings
+from rotq.models.scalings import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import SCALINGS, Basis, Scales
 from rotq.rotations.hadamard import orthogonal

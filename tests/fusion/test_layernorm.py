@@ -6,12 +6,12 @@ from tiny_models import LAYER_NORM, MemorySource, tiny_model
 from torch import nn
 
 from rotq.errors import RotqError
+from rotq.fusion.fuse import fuse_block
+from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm, leave_ones_alone
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import build_basis
-from rotq.rotations.fuse import fuse_block
 from rotq.rotations.hadamard import orthogonal
-from rotq.rotations.layernorm import fold_final_bias, fold_layer_norm, leave_ones_alone
 
 D = 48
 

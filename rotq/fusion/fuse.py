@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from rotq.heads import OnlineHeads
-from rotq.layers import OnlineLinear
-from rotq.models.online_attention import set_heads
+from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
+from rotq.fusion.maps import Map, block_maps
+from rotq.layers.online_heads import OnlineHeads
+from rotq.layers.quant_linear import OnlineLinear
+from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.butterfly import to_codes
 from rotq.rotations.hadamard import random_signs
-from rotq.rotations.layernorm import fold_final_bias, fold_layer_norm
-from rotq.rotations.maps import Map, block_maps
 
 if TYPE_CHECKING:
     from rotq.models.adapter import Adapter

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rotq.models.online_attention import heads_of
+from rotq.models.attention.online import heads_of
 
 NAME = "rotq_observed"
 

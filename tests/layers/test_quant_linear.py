@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
-from rotq.layers import OnlineLinear, QuantLinear, rotate_input
+from rotq.layers.quant_linear import OnlineLinear, QuantLinear, rotate_input
 from rotq.ops import packed_linear
 from rotq.rotations.hadamard import hadamard, random_signs
 
@@ -206,7 +206,7 @@ def test_a_gpu_gets_all_buffers(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> 
     with FakeTensorMode():
         layer = QuantLinear(48, 20, grid, bias=True, device="cuda")
         found = Mock(wraps=packed_linear)
-        monkeypatch.setattr("rotq.layers.packed_linear", found)
+        monkeypatch.setattr("rotq.layers.quant_linear.packed_linear", found)
         layer(torch.empty(2, 48, device="cuda"))
     (_, words, scale, zero, bias), given = found.call_args
     assert given == {"bits": grid.bits}

@@ -9,7 +9,7 @@ from tiny_models import random_ids, tiny_model
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.models.replaced_attention import (
+from rotq.models.attention.replaced import (
     AttentionCall,
     attend,
     replaced_attention,

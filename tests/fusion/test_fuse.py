@@ -6,17 +6,17 @@ import pytest
 import torch
 from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_ids, tiny_model
 
-from rotq.layers import OnlineLinear
+from rotq.fusion.fuse import fuse_block, fuse_outer
+from rotq.fusion.layernorm import leave_ones_alone
+from rotq.layers.quant_linear import OnlineLinear
 from rotq.models.adapter import Adapter
-from rotq.models.esm import exact_rotary
-from rotq.models.online_attention import use_online_attention
+from rotq.models.attention.online import use_online_attention
+from rotq.models.exact import exact_norms
+from rotq.models.families.esm import exact_rotary
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, build_basis, head_dim, num_value_heads
-from rotq.rotations.fuse import fuse_block, fuse_outer
 from rotq.rotations.hadamard import orthogonal
-from rotq.rotations.layernorm import leave_ones_alone
-from rotq.rotations.norms import exact_norms
 
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),

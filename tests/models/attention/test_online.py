@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid, fake_quantize
-from rotq.heads import UNTOUCHED, OnlineHeads
-from rotq.models.observed_attention import observed_attention
-from rotq.models.online_attention import heads_of, set_heads, use_online_attention
-from rotq.models.replaced_attention import AttentionCall, attend, replaced_attention, visible
+from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.models.attention.observed import observed_attention
+from rotq.models.attention.online import heads_of, set_heads, use_online_attention
+from rotq.models.attention.replaced import AttentionCall, attend, replaced_attention, visible
 from rotq.rotations.hadamard import hadamard
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral"]

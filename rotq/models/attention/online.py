@@ -1,4 +1,4 @@
-"""Attention that rotates and rounds its heads at run time (see ``rotq.heads``), in any family.
+"""Attention that rotates and rounds its heads at run time (see ``rotq.layers.online_heads``), in any family.
 
 transformers dispatches attention by name (``config._attn_implementation``). What an attention
 module is to do is an attribute of it; a module without the attribute computes what sdpa computes.
@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
-from rotq.heads import UNTOUCHED, OnlineHeads
+from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 
 NAME = "rotq_online"
 """In ``config._attn_implementation``."""

@@ -1,0 +1,1 @@
+"""Attention of transformers' models, extended, watched or replaced by what is known."""

@@ -1,0 +1,1 @@
+"""One module per model family: its adapter, which is data."""
