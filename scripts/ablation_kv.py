@@ -17,9 +17,9 @@ from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.kv import evaluate_kv
 from rotq.evaluation.perplexity import Protocol
 from rotq.evaluation.quantized_history import scheme_of
-from rotq.kv.calibrate import calibrate
+from rotq.kv.calibration.calibrate import calibrate
+from rotq.kv.calibration.statistics import collect
 from rotq.kv.presets import PRESETS, preset
-from rotq.kv.statistics import collect
 from rotq.recipe import Calibration
 
 OURS = preset("k3v3")

@@ -21,8 +21,8 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.decoding import DecodingEvaluation, baselines, evaluate_decoding
 from rotq.evaluation.groups import load_groups
-from rotq.kv.calibrate import calibrate
-from rotq.kv.esm_cache import EsmPackedCache
+from rotq.kv.cache.esm import EsmPackedCache
+from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
 from rotq.models.families.esm import as_decoder
 

@@ -17,7 +17,7 @@ from tiny_models import _LLAMA, CONFIGS, _randomize
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rotq.kv.calibrate import data_oblivious
+from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.assembly import build_engine
 from rotq.serve.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from rotq.cli.options import model_options, output_options
-from rotq.cli.serving import checked_settings, find_calibration, load_on, serving_options
+from rotq.cli.serve_options import checked_settings, find_calibration, load_on, serving_options
 
 
 @click.group("bench")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.kv import calibrate_all, calibration_options, load, named_specs, show
+from rotq.cli.calibrate_kv import calibrate_all, calibration_options, load, named_specs, show
 from rotq.cli.options import model_options, output_options
 
 if TYPE_CHECKING:
     from rotq.evaluation.kv import KVEvaluation
-    from rotq.kv.calibration_file import KVCalibration
+    from rotq.kv.calibration.file import KVCalibration
     from rotq.kv.presets import KVSpec
 
 
@@ -97,8 +97,8 @@ def _find_calibrations(
     model: Any, tokenizer: Any, specs: list[KVSpec], file: Path | None, **options: Any
 ) -> list[KVCalibration]:
     """From the file where it serves a scheme, else calibrated now, and said so."""
-    from rotq.kv.calibrate import data_oblivious
-    from rotq.kv.calibration_file import load_calibration
+    from rotq.kv.calibration.calibrate import data_oblivious
+    from rotq.kv.calibration.file import load_calibration
 
     found: dict[str, KVCalibration] = {}
     held = load_calibration(file, model.config) if file is not None else None

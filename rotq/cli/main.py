@@ -9,11 +9,11 @@ import click
 
 from rotq import __version__
 from rotq.cli.bench import bench_group
+from rotq.cli.calibrate_kv import calibrate_kv
 from rotq.cli.eval import eval_group
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
 from rotq.cli.inspect import inspect
-from rotq.cli.kv import calibrate_kv
 from rotq.cli.options import debug_wanted
 from rotq.cli.quantize import quantize
 from rotq.cli.serve_kv import serve_kv

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from rotq.cli.options import debug_wanted, model_options, output_options
-from rotq.cli.serving import (
+from rotq.cli.serve_options import (
     checked_settings,
     find_calibration,
     load_on,

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Cache
 
 from rotq.calibration.residues import ResidueCodec
-from rotq.kv.cache import PackedCache
-from rotq.kv.esm_cache import decode, int8_cache
+from rotq.kv.cache.esm import decode, int8_cache
+from rotq.kv.cache.packed_cache import PackedCache
 from rotq.models.families.esm import as_decoder
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.kv.calibration_file import KVCalibration
+from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.codec import KVCodec
 from rotq.models.attention.replaced import AttentionCall, attend, probabilities, visible
 

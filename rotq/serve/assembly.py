@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rotq.errors import RotqError
-from rotq.kv.calibration_file import KVCalibration
-from rotq.kv.dense_pool import DensePool
-from rotq.kv.packed_pool import PackedPool
-from rotq.kv.pool import PAGE_SIZE, Pool
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.pool.dense import DensePool
+from rotq.kv.pool.packed import PackedPool
+from rotq.kv.pool.pool import PAGE_SIZE, Pool
 from rotq.serve.engine import Engine
 from rotq.serve.ledger import Ledger
 from rotq.serve.observer import Observer

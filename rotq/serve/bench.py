@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rotq.errors import RotqError
-from rotq.kv.calibration_file import KVCalibration
+from rotq.kv.calibration.file import KVCalibration
 from rotq.serve.assembly import build_engine
 from rotq.serve.engine import Engine
 from rotq.serve.generation import Event, Generation

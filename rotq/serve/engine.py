@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from rotq.kv.pool import Cost, Row
+from rotq.kv.pool.pool import Cost, Row
 from rotq.serve.generation import Event, Failure, Generation
 from rotq.serve.ledger import Ledger
 from rotq.serve.observer import Observer, State

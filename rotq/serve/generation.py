@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rotq.kv.pool import Row
+from rotq.kv.pool.pool import Row
 from rotq.serve.ledger import Lease
 from rotq.serve.sampling import Picked, Sampler, Sampling
 from rotq.serve.text import Decode, Piece, TextStream

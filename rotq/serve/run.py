@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 
 from rotq.errors import RotqError
-from rotq.kv.calibration_file import KVCalibration
+from rotq.kv.calibration.file import KVCalibration
 from rotq.serve.app import create_app
 from rotq.serve.assembly import build_engine
 from rotq.serve.engine import Engine

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.kv.pool import PAGE_SIZE, Pool, Row
+from rotq.kv.pool.pool import PAGE_SIZE, Pool, Row
 
 
 class Stepper:

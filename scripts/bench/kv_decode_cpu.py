@@ -40,9 +40,9 @@ FIELDS = (
 
 def packed(model: Any, options: argparse.Namespace) -> Any:
     """rotq, from a calibration file or data-oblivious."""
-    from rotq.kv.cache import PackedCache
-    from rotq.kv.calibrate import data_oblivious
-    from rotq.kv.calibration_file import load_calibration
+    from rotq.kv.cache.packed_cache import PackedCache
+    from rotq.kv.calibration.calibrate import data_oblivious
+    from rotq.kv.calibration.file import load_calibration
     from rotq.kv.presets import preset
 
     if options.kv_calibration:

@@ -21,7 +21,7 @@ from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.cli.main import main
-from rotq.kv.calibrate import calibrate, data_oblivious
+from rotq.kv.calibration.calibrate import calibrate, data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.settings import Settings, parse_size
 

@@ -7,8 +7,8 @@ from tiny_proteins import esm_tokenizer, sequences
 
 from rotq.calibration.residues import ResidueCodec
 from rotq.evaluation.decoding import baselines, evaluate_decoding
-from rotq.kv.calibrate import calibrate
-from rotq.kv.esm_cache import EsmPackedCache
+from rotq.kv.cache.esm import EsmPackedCache
+from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
 from rotq.models.families.esm import as_decoder
 

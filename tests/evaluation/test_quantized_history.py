@@ -9,7 +9,7 @@ from tiny_models import random_ids, tiny_model
 
 from rotq.errors import RotqError
 from rotq.evaluation.quantized_history import QuantizedHistory, mixed_attention, scheme_of
-from rotq.kv.calibrate import data_oblivious
+from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
 from rotq.models.attention.replaced import attend, replaced_attention, visible
 

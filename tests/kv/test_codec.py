@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from rotq.kv.calibrate import data_oblivious
+from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.codec import KVCodec
 from rotq.kv.presets import KVSpec, preset
 from rotq.models.rotary import Rotary

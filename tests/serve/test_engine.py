@@ -12,7 +12,7 @@ from tiny_served import Listener, calibration_of, generation, running_engine, se
 from transformers import DynamicCache
 
 from rotq.errors import RotqError
-from rotq.kv.cache import PackedCache
+from rotq.kv.cache.packed_cache import PackedCache
 from rotq.serve.engine import Engine
 from rotq.serve.sampling import Picked, Sampling
 

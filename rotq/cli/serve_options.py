@@ -1,0 +1,123 @@
+"""What ``rotq serve-kv`` and ``rotq bench serve`` share: options, model, constants of the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rotq.cli.calibrate_kv import named_specs
+from rotq.cli.options import Command
+from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    from rotq.kv.calibration.file import KVCalibration
+    from rotq.serve.settings import Settings
+
+
+def serving_options(command: Command) -> Command:
+    """Of the cache and the batch."""
+    for option in (
+        click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda"]),
+            default="cpu",
+            show_default=True,
+            help="Where the model runs.",
+        ),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(1, 4096),
+            default=32,
+            show_default=True,
+            help="Sequences that run together.",
+        ),
+        click.option(
+            "--kv-memory",
+            default="1GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="Bytes of the cache, allocated at start: 512MiB, 4GB, ...",
+        ),
+        click.option(
+            "--kv-calibration",
+            type=click.Path(path_type=Path),
+            help="File of rotq calibrate-kv; without it, constants that need no data.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration | None:
+    """Constants of a scheme for a model, and a line where they are not calibrated; None for dense.
+
+    Raises:
+        RotqError: the file does not serve the scheme, or the model has nothing to pack.
+    """
+    from rotq.kv.calibration.calibrate import data_oblivious
+    from rotq.kv.calibration.file import load_calibration
+    from rotq.serve.settings import DENSE
+
+    if name == DENSE:
+        if file is not None:
+            raise click.UsageError("--kv dense has no calibration")
+        return None
+    spec, *others = named_specs(name)
+    if others:
+        raise click.UsageError(f"--kv {name}: a server has one scheme")
+    if file is not None:
+        held = load_calibration(file, model.config)
+        if not held.serves(spec):
+            raise RotqError(f"{file} was fitted for {held.spec.name} and does not serve {name}")
+        return held.under(spec)
+    try:
+        found = data_oblivious(model.config, spec)
+    except ValueError as error:
+        raise RotqError(f"{error}; give --kv-calibration") from None
+    except RotqError as error:
+        raise RotqError(f"{error}; --kv dense serves it unpacked") from None
+    if spec.needs_calibration:
+        click.echo(
+            f"{name}: no --kv-calibration, so constants that need no data ({found.spec.name}); "
+            "rotq calibrate-kv makes better ones",
+            err=True,
+        )
+    return found
+
+
+def load_on(path: Path, device: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model on a device, and its tokenizer."""
+    import torch
+
+    from rotq.checkpoint.load import load_model, load_tokenizer
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RotqError("--device cuda: this machine has none that torch can use")
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = load_model(
+        path,
+        dtype=dtype,
+        device_map=None if device == "cpu" else device,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def checked_settings(*, kv_memory: str, **limits: Any) -> Settings:
+    """click.UsageError where a limit is out of range."""
+    from rotq.serve.settings import Settings, parse_size
+
+    try:
+        return Settings(kv_memory=parse_size(kv_memory), **limits)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def require_packages(*names: str) -> None:
+    """RotqError where one is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RotqError(f"{', '.join(missing)} is not installed: pip install 'rotq[serve]'")

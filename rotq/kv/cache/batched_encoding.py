@@ -1,0 +1,99 @@
+"""Code the few tokens of a decode step for all layers at once.
+
+Coding one token takes some sixty small operations, which on a CPU cost the same for one layer and
+for all. Layers of the same format and rotation are therefore coded as one with more heads, after
+the forward pass: until then no other token attends to its tokens.
+
+Shape suffixes: B sequences, E columns to be coded, H KV heads of all layers together, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotq.kv.cache.layer import PackedLayer
+from rotq.kv.calibration.constants import Stack, stack
+from rotq.ops import SideTransform, pack_kv
+
+
+class Appender:
+    """Codes the tokens that layers of one kind left in ``uncoded``.
+
+    Args:
+        layers: Of one placement, format and rotation, on one device. One layer alone may have any.
+    """
+
+    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+        self.layers = layers
+        self.stack: Stack | None = None
+        if len(layers) > 1:
+            self.stack = stack([layer.transform for layer in layers])
+
+    def append(self) -> None:
+        """Write tokens into the layers' pages, if there are any."""
+        if self.stack is None:
+            self.layers[0].encode_rest()
+            return
+        tokens = [layer.uncoded for layer in self.layers if layer.uncoded is not None]
+        visible = self.layers[0].visible
+        if not tokens or visible is None:
+            return
+        layout, codec = visible.layout, self.stack.codec
+        form = codec.transform.format
+        k_BHED = torch.cat([k for k, _ in tokens], dim=1)
+        v_BHED = torch.cat([v for _, v in tokens], dim=1)
+        codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
+        b, e = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
+        slot = layout.encode_slot_BE[b, e]
+        page, offset = slot // form.page_size, slot % form.page_size
+        found = {
+            "k_codes": pack_kv(codes.k_codes_BHTD, form.k_bits),
+            "v_codes": pack_kv(codes.v_codes_BHTD, form.v_bits),
+            "k_norm": codes.k_norm_BHT,
+            "v_norm": codes.v_norm_BHT,
+        }
+        for name, value in found.items():
+            if value is not None:
+                by_layer = value.transpose(1, 2)[b, e].chunk(len(self.layers), dim=1)
+                for layer, new in zip(self.layers, by_layer, strict=True):
+                    getattr(layer.pages, name)[page, :, offset] = new
+        for layer in self.layers:
+            layer.uncoded = None
+
+    def constant_bytes(self) -> int:
+        """Bytes of the constants that are held once more, for all layers together."""
+        if self.stack is None:
+            return 0
+        sides = (self.stack.codec.transform.key, self.stack.codec.transform.value)
+        held = [getattr(side, item.name) for side in sides for item in fields(side)]
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+def appenders(layers: Sequence[PackedLayer]) -> list[Appender]:
+    """One for the layers of each kind; layers with a residual have one each."""
+    kinds: dict[Any, list[PackedLayer]] = {}
+    for index, layer in enumerate(layers):
+        transform, freq = layer.transform, layer.transform.inv_freq_R
+        kind = (
+            id(layer.placement),
+            transform.key.base_H.device,
+            transform.format,
+            transform.mean,
+            _settings(transform.key),
+            _settings(transform.value),
+            None if freq is None else (transform.rotary_scale, *freq.tolist()),
+            index if transform.format.residual != "none" else None,
+        )
+        kinds.setdefault(kind, []).append(layer)
+    return [Appender(found) for found in kinds.values()]
+
+
+def _settings(side: SideTransform) -> tuple[Any, ...]:
+    """What is no tensor, and where there is none."""
+    values = [getattr(side, item.name) for item in fields(side)]
+    return tuple(None if isinstance(value, Tensor) else (value,) for value in values)

@@ -1,0 +1,237 @@
+"""``PackedCache``: transformers' cache with packed keys and values.
+
+    cache = PackedCache(model, "llama-kv.safetensors")
+    model.generate(**inputs, past_key_values=cache)
+
+``Cache.update`` is told neither positions nor which tokens are padding, so a hook in front of the
+model's decoder tells the cache what each forward pass is about to add; see ``sequences``. The hook
+also takes the attention mask away: what is visible follows from positions. All layers are packed,
+sliding ones with their window, whose pages are released when they leave it.
+
+What cannot be served is refused, not approximated: masks that hide cached tokens, positions with
+gaps, attention with softcaps or learned sinks, layers that keep something else than keys and
+values, gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from rotq.errors import RotqError
+from rotq.kv.cache.attention import NAME
+from rotq.kv.cache.batched_encoding import Appender, appenders
+from rotq.kv.cache.hooks import WatchingCache, attach, attention_name, check_served, windows
+from rotq.kv.cache.layer import PackedLayer
+from rotq.kv.cache.pages import PageTable
+from rotq.kv.cache.placement import Placement
+from rotq.kv.cache.sequences import Sequences, Step
+from rotq.kv.calibration.file import KVCalibration, load_calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheReport:
+    """Memory of a cache, by allocated bytes."""
+
+    tokens: int
+    """Of all sequences; shared pages count for each."""
+    packed: int
+    """Bytes of pages, free ones included."""
+    whole: int
+    """Bytes of sinks and recent window."""
+    tables: int
+    """Bytes of page tables and masks."""
+    constants: int
+    """Bytes of the calibration, which all caches of a model share; not part of ``total``."""
+    elements: int
+    """Key and value elements of the tokens, all layers."""
+
+    @property
+    def total(self) -> int:
+        """Bytes that grow with the tokens."""
+        return self.packed + self.whole + self.tables
+
+    @property
+    def bits_per_element(self) -> float:
+        """Allocated bits per key or value element."""
+        return 8 * self.total / max(1, self.elements)
+
+    def below(self, dtype: torch.dtype) -> float:
+        """How many times smaller than a dense cache of ``dtype``."""
+        return self.elements * dtype.itemsize / max(1, self.total)
+
+
+class PackedCache(WatchingCache, Cache):
+    """Keys and values in 2 to 8 bits, read without being dequantized.
+
+    Sets the model's attention implementation to one that reads codes; for other caches that one is
+    sdpa. A cache is for one model.
+
+    Args:
+        model: A causal language model of transformers with rotary positions.
+        calibration: Made for this model, or the path of a file of ``rotq calibrate-kv``.
+
+    Raises:
+        RotqError: the model or the calibration cannot be served, or the file cannot be read.
+    """
+
+    def __init__(self, model: Any, calibration: KVCalibration | Path | str) -> None:
+        if not isinstance(calibration, KVCalibration):
+            calibration = load_calibration(Path(calibration), model.config)
+        check_served(model, calibration)
+        self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
+        self.recording = False
+        self._step: Step | None = None
+        self._appenders: list[Appender] | None = None
+        placements: dict[tuple[int, int], Placement] = {}
+        layers = []
+        for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
+            transform = calibration.layers[index]
+            size = transform.format.page_size
+            if (size, window) not in placements:
+                placements[size, window] = Placement(
+                    sequences=self.sequences, table=PageTable(page_size=size), window=window
+                )
+            layers.append(PackedLayer(transform, placements[size, window]))
+        self.placements = list(placements.values())
+        super().__init__(layers=layers)
+        self._decoder = weakref.ref(attach(model))
+
+    def begin(self, decoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """Prepare for a forward pass of the decoder with these arguments; returns what to pass.
+
+        Raises:
+            RotqError: the pass cannot be served.
+        """
+        if self._decoder() is not decoder:
+            raise RotqError("this PackedCache was made for another model")
+        if self._step is not None:
+            raise RotqError("a forward pass with this PackedCache failed halfway; call reset()")
+        name = attention_name(decoder)
+        if name != NAME:
+            raise RotqError(f"the model's attention is now {name!r}; PackedCache needs {NAME!r}")
+        if given.get("output_attentions"):
+            raise RotqError("packed attention has no attention weights to return")
+        source = given.get("input_ids")
+        source = given["inputs_embeds"] if source is None else source
+        batch, length = source.shape[:2]
+        mask, position = given.get("attention_mask"), given.get("position_ids")
+        if isinstance(mask, dict) or (position is not None and position.ndim != 2):
+            raise RotqError("PackedCache needs a plain 2-D attention mask and 2-D positions")
+        step = self.sequences.plan(batch, length, mask, position)
+        self._step = step
+        layouts = {
+            id(placement): placement.begin(step, recording=self.recording)
+            for placement in self.placements
+        }
+        for layer in self._packed_layers():
+            layer.layout = layouts[id(layer.placement)]
+        # four dimensions: transformers passes it on as it is, and builds none of its own
+        return given | {"attention_mask": torch.empty(batch, 1, length, 0, dtype=torch.bool)}
+
+    def finish(self) -> None:
+        """Take over what a forward pass added.
+
+        Raises:
+            RotqError: the model did not use the cache as a decoder does.
+        """
+        assert self._step is not None
+        for index, layer in enumerate(self._packed_layers()):
+            if layer.visible is None or not layer.visible.was_read:
+                raise RotqError(f"layer {index} of the model did not attend to the packed cache")
+        if self._appenders is None:
+            self._appenders = appenders(self._packed_layers())
+        for appender in self._appenders:
+            appender.append()
+        for layer in self._packed_layers():
+            layer.layout = layer.visible = None
+        self.sequences.advance(self._step)
+        self._step = None
+
+    def reset(self) -> None:
+        """Forget everything and free its memory."""
+        super().reset()
+        self.sequences.clear()
+        self.recording, self._step = False, None
+        for placement in self.placements:
+            placement.clear()
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves a window until ``crop``, which then is exact."""
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns: exactly, or not at all.
+
+        Args:
+            tokens_to_remove: Minus the number of columns.
+
+        Raises:
+            RotqError: tokens that would be whole again are packed; see
+                ``activate_past_recording``.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens, got {tokens_to_remove}")
+        if not self.sequences.counts:
+            return
+        columns = -tokens_to_remove
+        if columns > self.sequences.num_columns:
+            raise ValueError(f"cannot remove {columns} of {self.sequences.num_columns} columns")
+        counts = self.sequences.without_last(columns)
+        for placement in self.placements:
+            placement.check_crop(counts)
+        held = {id(item): item.crop(counts, columns) for item in self.placements}
+        for layer in self._packed_layers():
+            layer.hold(held[id(layer.placement)])
+        self.sequences.crop(columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i be what sequence ``beam_idx[i]`` was; full pages are shared."""
+        indices = beam_idx.tolist()
+        if not self.sequences.counts:
+            return
+        self.sequences.select(indices)
+        for placement in self.placements:
+            placement.select(indices)
+        for layer in self._packed_layers():
+            layer.select(indices)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences, in this order."""
+        self.reorder_cache(torch.arange(len(self.sequences.counts))[indices.cpu()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence ``repeats`` times."""
+        self.reorder_cache(torch.arange(len(self.sequences.counts)).repeat_interleave(repeats))
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of the tokens."""
+        return self.report().total
+
+    def report(self) -> CacheReport:
+        """Memory by allocated bytes."""
+        layers = self._packed_layers()
+        packed, whole = zip(*(layer.nbytes() for layer in layers), strict=True)
+        tokens = sum(self.sequences.counts)
+        widths = [
+            2 * la.transform.format.head_dim * la.transform.key.base_H.numel() for la in layers
+        ]
+        return CacheReport(
+            tokens=tokens,
+            packed=sum(packed),
+            whole=sum(whole),
+            tables=self.sequences.there_BN.nbytes
+            + sum(item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements),
+            constants=sum(item.constant_bytes() for item in (*layers, *(self._appenders or ()))),
+            elements=tokens * sum(widths),
+        )
+
+    def _packed_layers(self) -> list[PackedLayer]:
+        return self.layers

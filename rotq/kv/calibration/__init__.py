@@ -1,0 +1,1 @@
+"""Constants of the packed KV cache, from statistics of keys, values and queries."""

@@ -1,0 +1,247 @@
+"""What calibration found, in memory and as one safetensors file.
+
+The file's metadata hold the scheme, the model's hash, the source of the statistics and each
+layer's format, as one JSON object; its tensors are ``<layer>.<side>.<name>``. What is equal for
+all heads is stored once; inverses are not stored but taken again. A file is written aside and
+renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.kv.calibration.layer_constants import recoded, stored_inverse
+from rotq.kv.presets import KVSpec
+from rotq.models.rotary import kv_shapes
+from rotq.ops import KVFormat, KVTransform, SideTransform
+
+VERSION = 1
+_KIND = "rotq-kv-calibration"
+_SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
+_LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
+_HASHED = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+)
+
+
+@dataclass(kw_only=True)
+class KVCalibration:
+    """Constants of every layer under one scheme."""
+
+    spec: KVSpec
+    layers: dict[int, KVTransform]
+    model_hash: str
+    """Of the configuration it was made for; see ``hash_config``."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Calibration text, windows, what was chosen and why; empty without statistics."""
+
+    @property
+    def sinks(self) -> int:
+        """First tokens kept whole."""
+        return self.spec.sinks
+
+    @property
+    def recent(self) -> int:
+        """Last tokens kept whole."""
+        return self.spec.recent
+
+    def serves(self, spec: KVSpec) -> bool:
+        """Whether ``under(spec)`` exists: what differs is not fitted."""
+        free = ("name", "k_bits", "v_bits", "sinks", "recent", "boundary", "boundary_bits")
+        own = replace(self.spec, **{name: getattr(spec, name) for name in free})
+        same_bits = (self.spec.k_bits, self.spec.v_bits) == (spec.k_bits, spec.v_bits)
+        coded_alike = same_bits and self.spec.boundary == spec.boundary
+        fixed = self.spec.codebook == "gaussian" and self.spec.residual == "none"
+        return own == spec and (coded_alike or fixed)
+
+    def under(self, spec: KVSpec) -> KVCalibration:
+        """The same constants under another scheme, with the codebooks of its bits.
+
+        Raises:
+            ValueError: the scheme needs what was not fitted.
+        """
+        if not self.serves(spec):
+            raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
+        layers = {
+            layer: recoded(transform, *spec.layer_bits(layer, len(self.layers)))
+            for layer, transform in self.layers.items()
+        }
+        return replace(self, spec=spec, layers=layers)
+
+    def save(self, path: Path) -> None:
+        """Write the file; it is whole or absent.
+
+        Raises:
+            RotqError: it cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for layer, transform in self.layers.items():
+            tensors |= _layer_tensors(layer, transform)
+        facts = {
+            "version": VERSION,
+            "spec": self.spec.to_dict(),
+            "model_hash": self.model_hash,
+            "source": self.source,
+            "layers": {n: _layer_facts(transform) for n, transform in self.layers.items()},
+        }
+        # one key: the library writes several in an order of its own
+        _write(path, save(tensors, metadata={_KIND: json.dumps(facts)}))
+
+
+def hash_config(config: Any) -> str:
+    """sha256 over what decides the shape and position of keys and values."""
+    config = config.get_text_config(decoder=True)
+    values = {name: getattr(config, name, None) for name in _HASHED}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_calibration(path: Path, model_config: Any) -> KVCalibration:
+    """Read a file that ``KVCalibration.save`` wrote.
+
+    Args:
+        path: The file.
+        model_config: Of the model that it is for.
+
+    Raises:
+        RotqError: the file is missing, truncated, of another kind, version or model, or holds
+            numbers that are not finite.
+    """
+    found = _read(path)
+    wanted = hash_config(model_config)
+    if found.model_hash != wanted:
+        raise RotqError(
+            f"{path} was calibrated for another model (configuration {found.model_hash[:12]}, "
+            f"this one is {wanted[:12]}); run rotq calibrate-kv on this model"
+        )
+    if sorted(found.layers) != list(range(len(kv_shapes(model_config)))):
+        raise RotqError(f"{path} does not hold every layer of the model")
+    return found
+
+
+def _read(path: Path) -> KVCalibration:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KIND not in metadata:
+                raise RotqError(f"{path} is not a file of rotq calibrate-kv")
+            facts = json.loads(metadata[_KIND])
+            if facts["version"] != VERSION:
+                raise RotqError(f"{path} has version {facts['version']}, known is {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_finite(path, tensors)
+        return KVCalibration(
+            spec=KVSpec.from_dict(facts["spec"]),
+            layers={int(n): _layer(n, values, tensors) for n, values in facts["layers"].items()},
+            model_hash=facts["model_hash"],
+            source=facts["source"],
+        )
+    except FileNotFoundError:
+        raise RotqError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise RotqError(f"cannot read {path}: {error}") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise RotqError(f"{path} is damaged: {error}") from None
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RotqError(f"{path} is damaged: {name} is not finite")
+
+
+def _layer_facts(transform: KVTransform) -> dict[str, Any]:
+    return {
+        "format": asdict(transform.format),
+        "mean": transform.mean,
+        "rotary_scale": transform.rotary_scale,
+        "heads": transform.key.base_H.numel(),
+        "key_gain": transform.key.gain,
+        "value_gain": transform.value.gain,
+        "key_search": transform.key.search,
+        "value_search": transform.value.search,
+    }
+
+
+def _layer_tensors(layer: int, transform: KVTransform) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for side, held in (("key", transform.key), ("value", transform.value)):
+        for name in _SIDE:
+            tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
+        if held.metric_HDD is not None:
+            tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
+    for name in _LAYER:
+        value = getattr(transform, name)
+        if value is not None:
+            tensors[f"{layer}.{name}"] = value.clone()
+    return tensors
+
+
+def _stored_once(tensor: Tensor) -> Tensor:
+    equal = bool((tensor == tensor[:1]).all())
+    return (tensor[:1] if equal else tensor).clone().contiguous()
+
+
+def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVTransform:
+    format = KVFormat(**facts["format"])
+    return KVTransform(
+        format=format,
+        key=_side(layer, "key", facts, tensors),
+        value=_side(layer, "value", facts, tensors),
+        mean=facts["mean"],
+        rotary_scale=facts["rotary_scale"],
+        **{name: tensors.get(f"{layer}.{name}") for name in _LAYER},
+    )
+
+
+def _side(
+    layer: str, side: str, facts: dict[str, Any], tensors: dict[str, Tensor]
+) -> SideTransform:
+    held, search = {}, facts[f"{side}_search"]
+    for name in (*_SIDE, *(("metric_HDD",) if search else ())):
+        tensor = tensors[f"{layer}.{side}.{name}"]
+        held[name] = tensor.expand(facts["heads"], *tensor.shape[1:]).contiguous()
+    return SideTransform(
+        gain=facts[f"{side}_gain"],
+        search=search,
+        inverse_HDD=stored_inverse(held["matrix_HDD"]),
+        **held,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".partial")
+    try:
+        try:
+            with open(aside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+    except OSError as error:
+        raise RotqError(f"cannot write {path}: {error.strerror or error}") from None

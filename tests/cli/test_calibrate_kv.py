@@ -1,0 +1,221 @@
+"""`rotq calibrate-kv` and `rotq eval kv` on random models, without a trained one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from tiny_models import VOCAB, tiny_model
+
+from rotq.cli.main import main
+from rotq.errors import RotqError
+from rotq.kv.calibration.file import load_calibration
+
+KEYS = {
+    "preset",
+    "ppl",
+    "ppl_ratio",
+    "kl",
+    "top1",
+    "cosine",
+    "bits_per_element",
+    "bytes_per_token",
+    "attention_error",
+}
+SMALL = ["--num-samples", "2", "--calibration-seq-len", "64"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+class Letters:
+    """Token ids are the UTF-8 bytes, folded into the vocabulary of the tiny models."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1 + byte % (VOCAB - 1) for byte in text.encode()]}
+
+
+@pytest.fixture(autouse=True)
+def _models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(path: Path, **_: Any) -> Any:
+        if path.name == "missing":
+            raise RotqError(f"{path} does not exist")
+        if path.name == "mamba":
+            config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1)
+            return transformers.MambaForCausalLM(config).eval()
+        family = {"qwen": "qwen3", "narrow": "qwen2"}.get(path.name, "llama")
+        model = tiny_model(family, dtype=torch.float32)
+        if path.name == "nan":
+            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
+    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda path, **_: Letters())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    return str(file)
+
+
+def evaluate(text: str, *arguments: str) -> Result:
+    return run("eval", "kv", *arguments, "--text", text, "--windows", "2", "--seq-len", "32")
+
+
+def calibrated(tmp_path: Path, text: str, *arguments: str, model: str = "llama") -> str:
+    output = str(tmp_path / "kv.safetensors")
+    result = run("calibrate-kv", model, "-o", output, "--calibration", text, *SMALL, *arguments)
+    assert result.exit_code == 0, result.stderr
+    return output
+
+
+def test_calibrate_writes_what_can_be_loaded(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text)
+    found = load_calibration(Path(output), tiny_model("llama").config)
+    assert found.spec.name == "k3v3"
+    assert found.source["text"] == text
+    assert found.source["windows"] == [2, 64]
+    assert len(found.source["sha256"]) == 64
+
+
+def test_calibrate_reports(tmp_path: Path, text: str) -> None:
+    output = tmp_path / "kv"
+    command = ["calibrate-kv", "llama", "-o", str(output), "--calibration", text, *SMALL]
+    found = json.loads(run(*command, "--json").stdout)
+    assert (found["output"], found["preset"]) == (str(output), "k3v3")
+    assert found["bytes"] == output.stat().st_size
+    table = run(*command, "--kv", "turboesm").stdout
+    assert "turboesm" in table
+    assert "2 windows of 64 tokens" in " ".join(table.split())
+
+
+def test_calibration_repeats_bitwise(tmp_path: Path, text: str) -> None:
+    first = Path(calibrated(tmp_path, text)).read_bytes()
+    assert Path(calibrated(tmp_path, text)).read_bytes() == first
+    assert Path(calibrated(tmp_path, text, "--seed", "1")).read_bytes() != first
+
+
+def test_one_preset_is_one_object(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text)
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert found.keys() >= KEYS
+    assert found["preset"] == "k3v3"
+    assert len(found["attention_error"]) == 2
+    assert found["kl"] > 0
+
+
+def test_a_file_serves_other_bits_and_the_rest_is_calibrated_aloud(
+    tmp_path: Path, text: str
+) -> None:
+    output = calibrated(tmp_path, text)
+    names = "k2v2,k4v4,turboquant,turboesm"
+    result = evaluate(
+        text, "llama", "--kv", names, "--kv-calibration", output, "--calibration", text, *SMALL,
+        "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [values["preset"] for values in found] == names.split(",")
+    assert found[0]["kl"] > found[1]["kl"]
+    assert result.stderr == f"turboesm: not served by {output}, calibrated on {text}\n"
+
+
+def test_file_and_calibration_now_agree(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text)
+    held = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output, "--json")
+    now = evaluate(text, "llama", "--kv", "k3v3", "--calibration", text, *SMALL, "--json")
+    assert now.stderr == f"k3v3: calibrated on {text}\n"
+    assert json.loads(held.stdout)["kl"] == pytest.approx(json.loads(now.stdout)["kl"], rel=1e-6)
+
+
+def test_sinks_and_recent(text: str) -> None:
+    result = evaluate(
+        text, "llama", "--kv", "turboquant", "--sinks", "3", "--recent", "32", "--json"
+    )
+    found = json.loads(result.stdout)
+    assert (found["sinks"], found["recent"], found["top1"]) == (3, 32, 1.0)
+    assert found["bits_per_element"] == 32
+
+
+def test_table(text: str) -> None:
+    result = evaluate(text, "llama", "--kv", "turboquant")
+    for label in ("scheme", "bytes/token", "worst layer", "unquantized ppl", "stepwise cache"):
+        assert label in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["llama", "--kv", "k3v33"], 2, "no KV preset 'k3v33'; did you mean k3v3?"),
+        (["llama", "--kv", "k3v3,k3v3"], 2, "a preset is named twice"),
+        (["llama", "--kv", "k3v3", "--sinks", "5000"], 2, "sinks: 5000 is not between"),
+        (["missing", "--kv", "turboquant"], 1, "missing does not exist"),
+        (["mamba", "--kv", "turboquant"], 1, "mamba: not a decoder with a KV cache"),
+        (["narrow", "--kv", "turboquant"], 1, "width that is a multiple of 8"),
+        (["nan", "--kv", "turboquant"], 1, "logits are not finite"),
+        (["llama", "--kv", "k3v3", "--kv-calibration", "none"], 1, "none: no such file"),
+        (["llama", "--kv", "k3v3", "--windows", "999"], 1, "windows of 32 asked for"),
+    ],
+)
+def test_errors(text: str, arguments: list[str], exit_code: int, message: str) -> None:
+    result = run("eval", "kv", "--text", text, "--windows", "2", "--seq-len", "32", *arguments)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_calibration_of_another_model(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text, model="qwen")
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "was calibrated for another model" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_truncated_calibration(tmp_path: Path, text: str) -> None:
+    output = Path(calibrated(tmp_path, text))
+    output.write_bytes(output.read_bytes()[:1000])
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", str(output))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"cannot read {output}" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "options", "exit_code", "message"),
+    [
+        ("llama", "none/kv", [], 1, "is not a folder"),
+        ("llama", ".", [], 1, "it is a folder"),
+        ("missing", "kv", [], 1, "missing does not exist"),
+        ("mamba", "kv", [], 1, "mamba: not a decoder with a KV cache"),
+        ("nan", "kv", [], 1, "of layer 0 are not finite"),
+        ("llama", "kv", ["--kv", "k3"], 2, "no KV preset 'k3'; did you mean k3v3?"),
+        ("llama", "kv", ["--kv", "k3v3,k4v3"], 2, "fitted under one preset"),
+        ("llama", "kv", ["--calibration", "none.txt"], 1, "none.txt: no such file"),
+        ("llama", "kv", ["--calibration-seq-len", "5000"], 1, "too short"),
+    ],
+)
+def test_calibrate_errors(
+    tmp_path: Path,
+    text: str,
+    model: str,
+    output: str,
+    options: list[str],
+    exit_code: int,
+    message: str,
+) -> None:
+    given = ["--calibration", text, *SMALL, *options]
+    result = run("calibrate-kv", model, "-o", str(tmp_path / output), *given)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -1,0 +1,241 @@
+"""What a packed cache cannot serve is refused with a reason, and leaves the cache as it was."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from kv_oracle import calibration_of
+from tiny_models import CONFIGS, random_ids, tiny_model
+
+from rotq.errors import RotqError
+from rotq.kv.cache.packed_cache import PackedCache
+from rotq.kv.calibration.calibrate import data_oblivious
+from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.presets import preset
+
+IDS = random_ids(2, 8)
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def cache(model: Any) -> PackedCache:
+    """Four columns, the first of sequence 0 is padding."""
+    cache = PackedCache(model, calibration_of(model))
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    model(input_ids=IDS[:, :4], attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+MASK = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+NEXT = {"input_ids": IDS[:, 4:6], "attention_mask": MASK}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": None}, "mask differs"),
+        ({"attention_mask": MASK.flip(0)}, "mask differs"),
+        ({"attention_mask": MASK[:, :2]}, "mask of shape"),
+        ({"attention_mask": torch.ones(2, 1, 2, 6)}, "mask of shape"),
+        ({"attention_mask": {"full_attention": MASK}}, "2-D attention mask"),
+        ({"position_ids": torch.tensor([[4, 5], [4, 6]])}, "position 6 where 5 follows"),
+        ({"position_ids": torch.zeros(2, 2, dtype=torch.int64)}, "where 4 follows"),
+        ({"position_ids": torch.arange(4, 6).expand(3, 2, 2)}, "2-D positions"),
+        ({"input_ids": IDS[:1, 4:6], "attention_mask": MASK[:1]}, "holds 2 sequences, the input 1"),
+        ({"output_attentions": True}, "no attention weights"),
+    ],
+)
+@torch.no_grad()
+def test_inputs(model: Any, cache: PackedCache, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RotqError, match=message):
+        model.model(past_key_values=cache, **(NEXT | change))
+    # nothing happened: the right input goes on
+    assert cache.get_seq_length() == 4
+    model.model(past_key_values=cache, **NEXT)
+
+
+@torch.no_grad()
+def test_positions_by_name_or_order(model: Any, cache: PackedCache) -> None:
+    model.model(IDS[:, 4:6], MASK, torch.tensor([[4, 5], [4, 5]]), cache)
+    assert cache.get_seq_length() == 6
+    assert cache.sequences.counts == [5, 6]
+
+
+@torch.no_grad()
+def test_update_outside_of_the_model(cache: PackedCache) -> None:
+    key = torch.zeros(2, 2, 1, 16)
+    with pytest.raises(RotqError, match="outside of a forward pass"):
+        cache.update(key, key, 0)
+
+
+@torch.no_grad()
+def test_two_updates_of_a_layer_in_one_pass(
+    model: Any, cache: PackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = PackedCache.update
+
+    def twice(self: PackedCache, *args: Any) -> Any:
+        update(self, *args)
+        return update(self, *args)
+
+    monkeypatch.setattr(PackedCache, "update", twice)
+    with pytest.raises(RotqError, match="outside of a forward pass"):
+        model(past_key_values=cache, **NEXT)
+
+
+@torch.no_grad()
+def test_other_window() -> None:
+    model = tiny_model("mistral")
+    cache = PackedCache(model, calibration_of(model))
+    model.config.sliding_window = 6
+    with pytest.raises(RotqError, match="attends to 6 tokens, its packed layer was made for 5"):
+        model(input_ids=IDS, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_other_model(model: Any, cache: PackedCache) -> None:
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(RotqError, match="outside of a forward pass"):
+        other(past_key_values=cache, **NEXT)
+    PackedCache(other, calibration_of(other))
+    with pytest.raises(RotqError, match="for another model"):
+        other(past_key_values=cache, **NEXT)
+    with pytest.raises(RotqError, match="made for another model"):
+        PackedCache(tiny_model("qwen3"), calibration_of(model))
+
+
+@torch.no_grad()
+def test_other_attention(model: Any, cache: PackedCache) -> None:
+    model.set_attn_implementation("eager")
+    with pytest.raises(RotqError, match="attention is now 'eager'"):
+        model(past_key_values=cache, **NEXT)
+
+
+@torch.no_grad()
+def test_keys_changed_after_the_cache(
+    model: Any, cache: PackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = PackedCache.update
+
+    def changed(self: PackedCache, *args: Any) -> Any:
+        key, value = update(self, *args)
+        return key * 2, value
+
+    monkeypatch.setattr(PackedCache, "update", changed)
+    with pytest.raises(RotqError, match="changes keys after the cache"):
+        model(past_key_values=cache, **NEXT)
+
+
+@torch.no_grad()
+def test_forward_pass_that_failed_halfway(
+    model: Any, cache: PackedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(past_key_values=cache, **NEXT)
+    with pytest.raises(RotqError, match=r"failed halfway; call reset\(\)"):
+        model(past_key_values=cache, **NEXT)
+    cache.reset()
+    model(input_ids=IDS, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_layer_that_is_skipped(model: Any, cache: PackedCache) -> None:
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(RotqError, match="layer 1 of the model did not attend"):
+        model(past_key_values=cache, **NEXT)
+
+
+def test_gradients(model: Any) -> None:
+    model.requires_grad_(True)
+    cache = PackedCache(model, calibration_of(model))
+    with pytest.raises(RotqError, match="inference"):
+        model(input_ids=IDS, past_key_values=cache)
+
+
+def test_is_not_compiled(model: Any) -> None:
+    cache = PackedCache(model, calibration_of(model))
+    assert not cache.is_compileable
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(IDS, past_key_values=cache, cache_implementation="static", max_new_tokens=2)
+
+
+def other_family(class_name: str, **changes: Any) -> Any:
+    sizes = {**CONFIGS["llama"][1], "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, class_name)(**sizes, **heads, head_dim=16, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def oblivious(model: Any) -> KVCalibration:
+    return data_oblivious(model.config, preset("k3v3"))
+
+
+def test_softcap() -> None:
+    model = other_family("Gemma2Config", query_pre_attn_scalar=16)
+    with pytest.raises(RotqError, match="attn_logit_softcapping"):
+        PackedCache(model, oblivious(model))
+    assert model.config._attn_implementation != "rotq_packed"
+
+
+@torch.no_grad()
+def test_learned_sinks() -> None:
+    model = other_family("GptOssConfig", num_local_experts=2, num_experts_per_tok=1)
+    cache = PackedCache(model, oblivious(model))
+    with pytest.raises(RotqError, match="s_aux"):
+        model(input_ids=IDS, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_interleaved_rope_has_no_turning_mean() -> None:
+    model = other_family("CohereConfig")
+    calibration = oblivious(model)
+    # without a mean that turns it does not matter how the model turns
+    cache = PackedCache(model, calibration)
+    model(input_ids=IDS, past_key_values=cache)
+    model(input_ids=IDS[:, :1], past_key_values=cache)
+    for layer in calibration.layers.values():
+        layer.mean, layer.inv_freq_R = "rope", torch.ones(8)
+    with pytest.raises(RotqError, match="not known to turn"):
+        PackedCache(model, calibration)
+
+
+def test_other_frequencies(model: Any) -> None:
+    calibration = calibration_of(model)
+    calibration.layers[1].inv_freq_R = calibration.layers[1].inv_freq_R * 1.01
+    with pytest.raises(RotqError, match="layer 1 of the model is not known to turn"):
+        PackedCache(model, calibration)
+
+
+def test_missing_layer(model: Any) -> None:
+    calibration = calibration_of(model)
+    del calibration.layers[1]
+    with pytest.raises(RotqError, match="every layer"):
+        PackedCache(model, calibration)
+
+
+def test_other_layers_than_attention() -> None:
+    config = transformers.Lfm2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        full_attn_idxs=[1],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    calibration = calibration_of(tiny_model("llama"), mean="static")
+    calibration = replace(calibration, model_hash=hash_config(config))
+    with pytest.raises(RotqError, match="no packed cache for"):
+        PackedCache(model, calibration)

@@ -1,0 +1,278 @@
+"""PackedCache in the model and under generate(), against a dense cache of decoded codes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kv_oracle import calibration_of, oracle_cache
+from tiny_models import random_ids, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import rotq.kv
+from rotq.errors import RotqError
+from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
+from rotq.kv.cache.packed_cache import PackedCache
+from rotq.kv.calibration.calibrate import data_oblivious
+from rotq.kv.presets import preset
+from rotq.models.attention.replaced import replaced_attention
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "mixtral"]
+
+
+def logits_of(
+    model: Any,
+    cache: Any,
+    ids_BT: Tensor,
+    chunks: list[int],
+    mask_BT: Tensor | None = None,
+    position_BT: Tensor | None = None,
+) -> Tensor:
+    """Logits of all columns, fed in chunks of these lengths."""
+    found, at = [], 0
+    for length in chunks:
+        now = slice(at, at + length)
+        at += length
+        logits = model(
+            input_ids=ids_BT[:, now],
+            past_key_values=cache,
+            attention_mask=None if mask_BT is None else mask_BT[:, :at],
+            position_ids=None if position_BT is None else position_BT[:, now],
+        ).logits
+        found.append(logits)
+    assert at == ids_BT.shape[1]
+    return torch.cat(found, dim=1)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("recent", [0, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_stepwise_equals_decoded_history(family: str, recent: int) -> None:
+    model = tiny_model(family)
+    calibration = calibration_of(model, recent=recent)
+    ids, chunks = random_ids(2, 40), [7, *[1] * 20, 2, 9, 1, 1]
+    expected = logits_of(model, oracle_cache(calibration), ids, chunks)
+    found = logits_of(model, PackedCache(model, calibration), ids, chunks)
+    assert_close(found, expected)
+    plain = model(input_ids=ids).logits
+    assert (found - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("residual", ["none", "sign", "qjl"])
+@torch.no_grad()
+def test_evaluation_measures_what_stepwise_decoding_does(residual: str) -> None:
+    model = tiny_model("qwen3", dtype=torch.float32)
+    calibration = calibration_of(model, residual=residual)
+    ids = random_ids(1, 40)
+    with replaced_attention(model, QuantizedHistory(scheme_of(calibration))):
+        expected = model(input_ids=ids).logits
+    found = logits_of(model, PackedCache(model, calibration), ids, [1] * 40)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_default_positions_and_left_padding_without_positions() -> None:
+    """Without position_ids transformers counts columns: sequences start after their padding."""
+    model = tiny_model("llama")
+    calibration = calibration_of(model)
+    ids = random_ids(1, 24)
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), ids), dim=1)
+    mask = (torch.arange(29) >= 5).long()[None]
+    chunks = [9, 1, 1, 6, 12]
+    found = logits_of(model, PackedCache(model, calibration), padded, chunks, mask)
+    cache = PackedCache(model, calibration)
+    at = 0
+    for length in [4, 1, 1, 6, 12]:
+        now = slice(at, at + length)
+        at += length
+        expected = model(
+            input_ids=ids[:, now],
+            position_ids=torch.arange(5, 29)[None, now],
+            past_key_values=cache,
+        ).logits
+        assert_close(found[:, now.start + 5 : now.stop + 5], expected)
+
+
+@pytest.mark.parametrize("recent", [0, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_ragged_batches_equal_single_sequences(family: str, recent: int) -> None:
+    """Padding on the left, on the right of a turn, and a sequence that joins in the second turn."""
+    model = tiny_model(family)
+    calibration = calibration_of(model, recent=recent)
+    ids = random_ids(3, 34)
+    there = torch.ones(3, 34, dtype=torch.int64)
+    there[0, :6] = 0
+    there[1, 12:15] = 0
+    there[2, :15] = 0
+    position = (there.cumsum(1) - 1).clamp(min=0)
+    chunks = [15, 1, 1, 8, *[1] * 9]
+    found = logits_of(model, PackedCache(model, calibration), ids, chunks, there, position)
+    for b in range(3):
+        cache, at = PackedCache(model, calibration), 0
+        for length in chunks:
+            columns = torch.arange(at, at + length)
+            at += length
+            columns = columns[there[b, columns] == 1]
+            if columns.numel():
+                expected = model(input_ids=ids[b : b + 1, columns], past_key_values=cache).logits
+                assert_close(found[b : b + 1, columns], expected)
+
+
+@torch.no_grad()
+def test_beams_share_their_pages() -> None:
+    model = tiny_model("llama")
+    cache = PackedCache(model, calibration_of(model))
+    model(input_ids=random_ids(1, 2 + 5 * 16), past_key_values=cache)
+    before = cache.report().packed
+    cache.batch_repeat_interleave(4)
+    model(input_ids=random_ids(4, 1), past_key_values=cache)
+    # five full pages are shared, and each beam starts its own
+    assert cache.report().packed <= before * 9 / 5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("recent", [0, 5])
+@pytest.mark.parametrize("columns", [1, 20])
+@torch.no_grad()
+def test_crop_leaves_no_trace(family: str, recent: int, columns: int) -> None:
+    """Also where whole pages, the recent window and sinks are taken back."""
+    model = tiny_model(family)
+    calibration = calibration_of(model, recent=recent, sinks=3)
+    ids, more = random_ids(2, 30), random_ids(2, columns, seed=9)
+    for kept in (1, 21):
+        cache = PackedCache(model, calibration)
+        logits_of(model, cache, ids[:, :kept], [kept])
+        expected = logits_of(model, copy.deepcopy(cache), ids[:, kept:], [2, 1, 1, 26 - kept])
+        cache.activate_past_recording()
+        logits_of(model, cache, more, [columns])
+        cache.crop(-columns)
+        assert cache.get_seq_length() == kept
+        assert_close(logits_of(model, cache, ids[:, kept:], [2, 1, 1, 26 - kept]), expected)
+
+
+@torch.no_grad()
+def test_crop_without_recording_is_exact_or_refused() -> None:
+    model = tiny_model("llama")
+    cache = PackedCache(model, calibration_of(model))
+    assert cache.is_croppable
+    logits_of(model, cache, random_ids(1, 40), [40])
+    cache.crop(-30)
+    assert cache.get_seq_length() == 10
+    model = tiny_model("mistral")
+    for recent in (0, 4):
+        cache = PackedCache(model, calibration_of(model, recent=recent))
+        assert not cache.is_croppable
+        logits_of(model, cache, random_ids(1, 40), [40])
+        with pytest.raises(RotqError, match="activate_past_recording"):
+            cache.crop(-30)
+        # refused as a whole
+        assert cache.get_seq_length() == 40
+        model(input_ids=random_ids(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_from_a_file(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    calibration = data_oblivious(model.config, preset("k4v3"))
+    calibration.save(tmp_path / "kv.safetensors")
+    ids = random_ids(1, 20)
+    found, expected = (
+        logits_of(model, rotq.kv.PackedCache(model, given), ids, [10] * 2)
+        for given in (tmp_path / "kv.safetensors", calibration)
+    )
+    assert_close(found, expected)
+    with pytest.raises(RotqError, match="no such file"):
+        PackedCache(model, str(tmp_path / "other.safetensors"))
+
+
+@torch.no_grad()
+def test_reset_is_a_new_cache() -> None:
+    model = tiny_model("gemma3")
+    calibration = calibration_of(model, recent=3)
+    cache, ids = PackedCache(model, calibration), random_ids(2, 30)
+    expected = logits_of(model, cache, ids, [20, 10])
+    cache.reset()
+    assert cache.report().packed == cache.report().whole == cache.report().tokens == 0
+    assert_close(logits_of(model, cache, ids, [20, 10]), expected)
+
+
+@torch.no_grad()
+def test_pages_behind_the_window_are_released() -> None:
+    model = tiny_model("mistral")
+    cache = PackedCache(model, calibration_of(model))
+    logits_of(model, cache, random_ids(1, 64), [40, *[1] * 24])
+    (placement,) = cache.placements
+    # 5 visible tokens lie in at most two pages of 16
+    assert placement.table.num_pages <= 3
+
+
+@torch.no_grad()
+def test_other_caches_still_work() -> None:
+    model = tiny_model("gemma3")
+    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(input_ids=ids, attention_mask=mask, position_ids=position).logits
+    PackedCache(model, calibration_of(model))
+    assert model.config._attn_implementation == "rotq_packed"
+    found = logits_of(model, DynamicCache(config=model.config), ids, [12, 1, 7], mask, position)
+    assert_close(found[mask == 1], expected[mask == 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_model_in_low_precision(dtype: torch.dtype) -> None:
+    ids, chunks = random_ids(1, 30), [20, *[1] * 10]
+    exact = tiny_model("llama")
+    calibration = calibration_of(exact, recent=2)
+    expected = logits_of(exact, oracle_cache(calibration), ids, chunks)
+    model = tiny_model("llama", dtype=dtype)
+    found = logits_of(model, PackedCache(model, calibration), ids, chunks)
+    assert found.dtype == dtype
+    baseline = logits_of(model, oracle_cache(calibration), ids, chunks)
+    worst = (baseline.double() - expected).abs().max()
+    assert (found.double() - expected).abs().max() <= 2 * worst + 1e-5
+
+
+@torch.no_grad()
+def test_allocated_memory_at_long_context() -> None:
+    """k3v3 at head_dim 64 and the store's own page size: 9.8 x below fp32, 4.9 x below fp16."""
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = PackedCache(model, data_oblivious(config, preset("k3v3")))
+    for length in (4096, 2000, 1, 1):
+        model.model(input_ids=random_ids(1, length), past_key_values=cache)
+    report = cache.report()
+    dense = DynamicCache(config=config)
+    model.model(input_ids=random_ids(1, 64), past_key_values=dense)
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    assert dense_bytes / 64 * report.tokens == report.elements * 4
+    allocated = [
+        tensor
+        for layer in cache.layers
+        for tensor in (*layer.store.pages.tensors(), *layer.sinks, *layer.recent)
+    ]
+    tables = [placement.table.tensor() for placement in cache.placements]
+    assert report.total >= sum(
+        tensor.untyped_storage().nbytes() for tensor in (*allocated, *tables)
+    )
+    assert report.total == cache.nbytes
+    assert report.below(torch.float32) >= 9.8
+    assert report.below(torch.float16) >= 4.9
+    assert report.bits_per_element <= 32 / 9.8
