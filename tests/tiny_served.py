@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
-from rotq.serve.assembly import build_engine
-from rotq.serve.engine import Engine
-from rotq.serve.generation import Event, Generation
+from rotq.serve.engine.build import build_engine
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.generation import Event, Generation
+from rotq.serve.engine.sampling import Sampling
 from rotq.serve.run import Served, assemble
-from rotq.serve.sampling import Sampling
 from rotq.serve.settings import DENSE, Settings
 
 TEMPLATE = (

@@ -16,13 +16,13 @@ from typing import Any
 
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import KVCalibration
-from rotq.serve.assembly import build_engine
-from rotq.serve.engine import Engine
-from rotq.serve.generation import Event, Generation
-from rotq.serve.observer import Observer, State
-from rotq.serve.sampling import Sampling
+from rotq.serve.engine.build import build_engine
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.generation import Event, Generation
+from rotq.serve.engine.observer import Observer, State
+from rotq.serve.engine.sampling import Sampling
+from rotq.serve.engine.text_stream import Decode
 from rotq.serve.settings import DENSE, Settings
-from rotq.serve.text import Decode
 
 PERCENTILES = (50, 90, 99)
 _LOOK = 0.02

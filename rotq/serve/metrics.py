@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rotq.serve.engine import Engine
-from rotq.serve.generation import Generation
-from rotq.serve.observer import Observer, State
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.generation import Generation
+from rotq.serve.engine.observer import Observer, State
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

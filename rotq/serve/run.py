@@ -19,12 +19,12 @@ import uvicorn
 
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import KVCalibration
-from rotq.serve.app import create_app
-from rotq.serve.assembly import build_engine
-from rotq.serve.engine import Engine
-from rotq.serve.guard import LOOPBACK, Guard
+from rotq.serve.engine.build import build_engine
+from rotq.serve.engine.engine import Engine
+from rotq.serve.http.app import create_app
+from rotq.serve.http.guard import LOOPBACK, Guard
+from rotq.serve.http.service import Service
 from rotq.serve.metrics import Metrics
-from rotq.serve.service import Service
 from rotq.serve.settings import DENSE, Settings
 
 _LAST_WORDS = 5

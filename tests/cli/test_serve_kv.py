@@ -126,7 +126,7 @@ def test_packed_checkpoints(tmp_path: Path, format: str) -> None:
     from tiny_served import Listener, generation
 
     from rotq.checkpoint.load import load_model
-    from rotq.serve.assembly import build_engine
+    from rotq.serve.engine.build import build_engine
 
     written = write_checkpoint(tmp_path, grids=(W4,), format=format)
     found = []

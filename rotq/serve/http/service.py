@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from rotq.serve.answers import ChatWriter, Choice, CompletionWriter, Writer
-from rotq.serve.engine import Engine
-from rotq.serve.generation import Event, Generation
-from rotq.serve.refusal import Refusal, of_failure
-from rotq.serve.sampling import Sampling
-from rotq.serve.schemas import ChatRequest, Common, CompletionRequest
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.generation import Event, Generation
+from rotq.serve.engine.sampling import Sampling
+from rotq.serve.http.errors import Refusal, of_failure
+from rotq.serve.http.responses import ChatWriter, Choice, CompletionWriter, Writer
+from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest
+from rotq.serve.http.tokenization import Spelling
 from rotq.serve.settings import Settings
-from rotq.serve.spelling import Spelling
 
 _DEFAULT_COMPLETION = 16
 """OpenAI's default of ``max_tokens`` for completions."""

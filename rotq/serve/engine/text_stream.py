@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rotq.serve.sampling import Picked
+from rotq.serve.engine.sampling import Picked
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""

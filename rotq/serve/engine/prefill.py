@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rotq.serve.generation import Generation
-from rotq.serve.ledger import Ledger
-from rotq.serve.sampling import describe
-from rotq.serve.stepper import Stepper
+from rotq.serve.engine.generation import Generation
+from rotq.serve.engine.model_runner import Stepper
+from rotq.serve.engine.page_allocator import Ledger
+from rotq.serve.engine.sampling import describe
 
 
 def take_over(sequence: Generation, ledger: Ledger) -> int:

@@ -1,8 +1,8 @@
 """Turns, bounds and leaving."""
 
-from rotq.serve.generation import Generation
-from rotq.serve.sampling import Sampling
-from rotq.serve.waiting import WaitingRoom
+from rotq.serve.engine.generation import Generation
+from rotq.serve.engine.queue import WaitingRoom
+from rotq.serve.engine.sampling import Sampling
 
 
 def of(client: str, number: int = 0) -> Generation:

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rotq.serve.refusal import Refusal
-from rotq.serve.schemas import ChatRequest, CompletionRequest
+from rotq.serve.http.errors import Refusal
+from rotq.serve.http.schemas import ChatRequest, CompletionRequest
 
 
 class Spelling:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rotq.serve.ledger import Lease, Ledger, Shelf
+from rotq.serve.engine.page_allocator import Lease, Ledger, Shelf
 
 
 def ledger(pages: int = 8, sinks: int = 2, held: int = 4) -> Ledger:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rotq.kv.pool.pool import Row
-from rotq.serve.ledger import Lease
-from rotq.serve.sampling import Picked, Sampler, Sampling
-from rotq.serve.text import Decode, Piece, TextStream
+from rotq.serve.engine.page_allocator import Lease
+from rotq.serve.engine.sampling import Picked, Sampler, Sampling
+from rotq.serve.engine.text_stream import Decode, Piece, TextStream
 
 Finish = Literal["stop", "length"]
 Failure = Literal["timeout", "shutdown", "internal", "cancelled"]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotq.serve.generation import joined
-from rotq.serve.sampling import Picked
-from rotq.serve.text import Piece, TextStream
+from rotq.serve.engine.generation import joined
+from rotq.serve.engine.sampling import Picked
+from rotq.serve.engine.text_stream import Piece, TextStream
 
 
 def from_bytes(ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
-from rotq.serve.generation import Generation
+from rotq.serve.engine.generation import Generation
 
 
 class WaitingRoom:

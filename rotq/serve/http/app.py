@@ -14,12 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 import rotq
-from rotq.serve.answers import Choice
-from rotq.serve.guard import Guard
+from rotq.serve.http.errors import Refusal
+from rotq.serve.http.guard import Guard
+from rotq.serve.http.responses import Choice
+from rotq.serve.http.schemas import ChatRequest, CompletionRequest, ErrorBody
+from rotq.serve.http.service import Call, Service
 from rotq.serve.metrics import Metrics
-from rotq.serve.refusal import Refusal
-from rotq.serve.schemas import ChatRequest, CompletionRequest, ErrorBody
-from rotq.serve.service import Call, Service
 
 _GRACE = 15.0
 """Seconds beyond a request's own time-out, after which its connection is cut."""

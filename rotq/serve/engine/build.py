@@ -9,11 +9,11 @@ from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.pool.pool import PAGE_SIZE, Pool
-from rotq.serve.engine import Engine
-from rotq.serve.ledger import Ledger
-from rotq.serve.observer import Observer
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.model_runner import Stepper, rows_that_agree
+from rotq.serve.engine.observer import Observer
+from rotq.serve.engine.page_allocator import Ledger
 from rotq.serve.settings import Settings
-from rotq.serve.stepper import Stepper, rows_that_agree
 
 ROWS_CPU, ROWS_GPU = 8, 32
 """Of a decode step: a CPU pays for every row, a GPU hardly for the first few dozen."""

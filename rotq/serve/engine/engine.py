@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from rotq.kv.pool.pool import Cost, Row
-from rotq.serve.generation import Event, Failure, Generation
-from rotq.serve.ledger import Ledger
-from rotq.serve.observer import Observer, State
-from rotq.serve.prompts import pass_over, take_over
-from rotq.serve.stepper import Stepper
-from rotq.serve.waiting import WaitingRoom
+from rotq.serve.engine.generation import Event, Failure, Generation
+from rotq.serve.engine.model_runner import Stepper
+from rotq.serve.engine.observer import Observer, State
+from rotq.serve.engine.page_allocator import Ledger
+from rotq.serve.engine.prefill import pass_over, take_over
+from rotq.serve.engine.queue import WaitingRoom
 
 _IDLE = 0.05
 """Seconds between looks at deadlines while nothing runs."""

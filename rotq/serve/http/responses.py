@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from rotq.serve.generation import Event, joined
-from rotq.serve.sampling import Picked
-from rotq.serve.text import Piece
+from rotq.serve.engine.generation import Event, joined
+from rotq.serve.engine.sampling import Picked
+from rotq.serve.engine.text_stream import Piece
 
 Read = Callable[[int], str]
 """A token's own text."""

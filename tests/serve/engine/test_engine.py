@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.packed_cache import PackedCache
-from rotq.serve.engine import Engine
-from rotq.serve.sampling import Picked, Sampling
+from rotq.serve.engine.engine import Engine
+from rotq.serve.engine.sampling import Picked, Sampling
 
 CASES = [
     ("llama", "k3v3", torch.float32),

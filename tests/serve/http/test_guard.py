@@ -5,7 +5,7 @@ import json
 from collections.abc import MutableMapping
 from typing import Any
 
-from rotq.serve.guard import App, Guard, Receive, Scope, Send
+from rotq.serve.http.guard import App, Guard, Receive, Scope, Send
 
 Message = MutableMapping[str, Any]
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}

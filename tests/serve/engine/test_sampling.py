@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rotq.serve.sampling import Sampler, Sampling
+from rotq.serve.engine.sampling import Sampler, Sampling
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 2.0])
 DRAWS = 4000

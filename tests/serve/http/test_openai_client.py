@@ -17,7 +17,7 @@ from tiny_served import (
 )
 
 from rotq.checkpoint.load import load_model, load_tokenizer
-from rotq.serve.sampling import Picked
+from rotq.serve.engine.sampling import Picked
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rotq.serve.generation import Generation
+from rotq.serve.engine.generation import Generation
 
 
 @dataclass(frozen=True, kw_only=True)
