@@ -34,7 +34,7 @@ regress: setup  ## presets on small models, against the figures on record
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/regress.py
 
 compile: setup  ## compile every kernel for every target, and compare with kernels/COMPILE.md
-	$(BIN)/python -m rotq_kernels.compile_check.check
+	$(BIN)/python -m rotq_kernels.compile_check
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

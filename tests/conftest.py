@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-# tests have no packages (--import-mode=importlib); this lets them import tiny_models
-sys.path.insert(0, str(Path(__file__).parent))
+# tests have no packages (--import-mode=importlib); this lets them import what lies in support/
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 # Triton decides when a kernel is defined, that is at the first import of rotq.ops
 if not torch.cuda.is_available():

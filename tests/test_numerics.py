@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rotq.inversion import inverse
+from rotq.numerics import inverse
 
 
 @pytest.mark.parametrize("K", [1, 7, 64, 256, 400])

@@ -55,7 +55,7 @@ class BlockResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Flatness:
-    """How evenly the inputs of one site use a quantizer's range; ``rotq.evaluation.flatness`` defines it."""
+    """How evenly the inputs of one site use a quantizer's range, see ``evaluation.flatness``."""
 
     max_over_rms: float
     kurtosis: float

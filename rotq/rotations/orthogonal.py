@@ -19,7 +19,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from rotq.inversion import inverse
+from rotq.numerics import inverse
 
 REFLECTORS = 32
 """Of a Householder parametrization; a multiple of two."""

@@ -2,7 +2,7 @@
 
     mean_t KL-Top(p_t || p^_t)
 
-Blocks are streamed, see ``rotq.models.streaming``; R1's and R2's gradients are summed over blocks before
+Blocks are streamed, see ``models.streaming``; R1's and R2's gradients are summed over blocks before
 they go through the parametrization. OSTQuant (arXiv 2501.13987) with these differences: factors are
 fused by the function that fuses them into the result, and the range of what is rounded is
 differentiated (``fake_quantize``).

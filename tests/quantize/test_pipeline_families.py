@@ -62,7 +62,7 @@ def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:
-    """A model of tests/tiny_models.py in fp32, and a text of numbered words."""
+    """A model of tests/support/tiny_models.py in fp32, and a text of numbered words."""
     model = tiny_model(name, dtype=torch.float32)
     model.save_pretrained(folder)
     ids = torch.randint(1, 97, (400,), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from rotq.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SMALL = ["--num-samples", "4", "--seq-len", "64"]
 

@@ -1,1 +1,1 @@
-"""``python -m rotq_kernels.compile_check.check``: every kernel compiled ahead of time."""
+"""``python -m rotq_kernels.compile_check``: every kernel compiled ahead of time."""

@@ -1,6 +1,6 @@
 """Compile every kernel for every target without a GPU, and compare with the figures on record.
 
-    python -m rotq_kernels.compile_check.check [--json] [--update] [--only REGEX] [--target sm_90]
+    python -m rotq_kernels.compile_check [--json] [--update] [--only REGEX] [--target sm_90]
 
 A module of this package lists what to compile in COMPILE_CASES, dicts with
 
@@ -66,14 +66,16 @@ Row = dict[str, Any]
 
 def cases() -> Iterator[tuple[str, Case]]:
     """Names and cases of all modules; the first of each kernel is a headline."""
-    for module in pkgutil.iter_modules(rotq_kernels.__path__):
+    for module in pkgutil.walk_packages(rotq_kernels.__path__, "rotq_kernels."):
+        if module.name.startswith("rotq_kernels.compile_check"):
+            continue
         seen: set[str] = set()
-        found = getattr(importlib.import_module(f"rotq_kernels.{module.name}"), "COMPILE_CASES", [])
-        for case in found:
+        for case in getattr(importlib.import_module(module.name), "COMPILE_CASES", []):
             constants = " ".join(f"{key}={value}" for key, value in case["constants"].items())
             first = case["kernel"].__name__ not in seen
             seen.add(case["kernel"].__name__)
-            name = f"{module.name}: {case.get('name', constants)}"
+            short = module.name.removeprefix("rotq_kernels.")
+            name = f"{short}: {case.get('name', constants)}"
             yield name, {**case, "headline": case.get("headline", first)}
 
 
@@ -176,7 +178,7 @@ def print_opcodes(pattern: str, target: str) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m rotq_kernels.compile_check.check")
+    parser = argparse.ArgumentParser(prog="python -m rotq_kernels.compile_check")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--update", action="store_true", help=f"write {REPORT.name}, COMPILE.md")
     parser.add_argument("--headlines", action="store_true", help="headline cases only")
@@ -209,7 +211,3 @@ def main() -> int:
     sys.stdout.write(json.dumps(rows, indent=1) + "\n" if given.json else render(rows))
     sys.stderr.writelines(f"worse: {line}\n" for line in worse)
     return 1 if worse else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

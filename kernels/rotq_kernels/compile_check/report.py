@@ -6,8 +6,8 @@ from typing import Any
 
 import triton
 
-REPORT = Path(__file__).with_name("compile_report.json")
-TABLE = Path(__file__).parents[1] / "COMPILE.md"
+REPORT = Path(__file__).with_name("report.json")
+TABLE = Path(__file__).parents[2] / "COMPILE.md"
 
 TOLERANCE = 1.05
 """Figures may grow by so much."""
@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 HEADING = """# What the kernels compile to
 
-Made by `python -m rotq_kernels.compile_check.check --update` with Triton {version} and no GPU: counts
-are static, and occupancy and roofline are **modelled** from them (`rotq_kernels/roofline.py`),
+Made by `python -m rotq_kernels.compile_check --update` with Triton {version} and no GPU: counts
+are static, and occupancy and roofline are **modelled** from them (`compile_check/roofline.py`),
 not measured. The tests fail where a figure gets worse.
 
 - instr: instructions of the whole kernel; loop: those of its main loop, "-" where that was

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rotq.inversion import inverse
 from rotq.kv.calibration.codebook import Codebook, gaussian_codebook
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, Rotary
+from rotq.numerics import inverse
 from rotq.ops import KVFormat, KVTransform, SideTransform
 from rotq.rotations.hadamard import orthogonal
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotq.inversion import inverse
+from rotq.numerics import inverse
 
 _SOURCE_SHRINK = 0.1
 _METRIC_SHRINK = 0.02

@@ -1,4 +1,4 @@
-"""Attention that rotates and rounds its heads at run time (see ``rotq.layers.online_heads``), in any family.
+"""Attention that rotates and rounds its heads at run time, in any family.
 
 transformers dispatches attention by name (``config._attn_implementation``). What an attention
 module is to do is an attribute of it; a module without the attribute computes what sdpa computes.

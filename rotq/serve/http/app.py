@@ -106,7 +106,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 def _add_watching_routes(
     app: FastAPI, service: Service, metrics: Metrics, describe: Callable[[], dict[str, Any]]
 ) -> None:
-    page = files("rotq.serve").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("rotq.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
     async def root() -> HTMLResponse:

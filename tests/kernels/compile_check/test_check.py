@@ -119,9 +119,7 @@ def test_names_are_unique() -> None:
 
 
 def test_every_case_is_on_record() -> None:
-    assert row_names() == set(read_report()), (
-        "run python -m rotq_kernels.compile_check.check --update"
-    )
+    assert row_names() == set(read_report()), "run python -m rotq_kernels.compile_check --update"
 
 
 def test_page_is_the_record() -> None:
@@ -133,7 +131,7 @@ def run_check(*arguments: str, interpret: bool = False) -> "subprocess.Completed
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     return subprocess.run(
-        [sys.executable, "-m", "rotq_kernels.compile_check.check", *arguments],
+        [sys.executable, "-m", "rotq_kernels.compile_check", *arguments],
         env=environment,
         capture_output=True,
         text=True,

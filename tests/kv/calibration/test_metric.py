@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from rotq.inversion import inverse
 from rotq.kv.calibration.metric import balanced_metric, symmetric_power
+from rotq.numerics import inverse
 
 
 def positive(seed: int, heads: int = 2, width: int = 8, spread: float = 3.0) -> Tensor:

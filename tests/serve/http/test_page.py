@@ -121,6 +121,6 @@ def test_every_field_has_a_label(browser: webdriver.Chrome, server: Running) -> 
 
 
 def test_nothing_comes_from_elsewhere() -> None:
-    page = (Path(__file__).parents[2] / "rotq" / "serve" / "page.html").read_text()
+    page = (Path(__file__).parents[3] / "rotq" / "serve" / "http" / "page.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
