@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rotq.ops import (
-    KVTransform,
+    KVConstants,
     dequantize_residual,
     dequantize_side,
     key_mean,
@@ -46,7 +46,7 @@ class KVCodec:
         transform: The layer's constants; tensors on the device of what is encoded.
     """
 
-    def __init__(self, transform: KVTransform) -> None:
+    def __init__(self, transform: KVConstants) -> None:
         self.transform = transform
 
     def encode(self, k_BHTD: Tensor, v_BHTD: Tensor, position_BT: Tensor) -> KVCodes:

@@ -38,7 +38,7 @@ class KVSpec:
     """Lloyd-Max for the unit normal; the same iterated on the head's own y / rms(y); or k-means of
     y itself, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
-    """See ``rotq_kernels.kv.format.SideTransform``."""
+    """See ``rotq_kernels.kv.format.SideConstants``."""
     search: int = 4
     """Elements of a token that may leave their nearest level so that errors cancel where they
     cost most; only encoding pays for it."""

@@ -11,10 +11,10 @@ from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.codec import KVCodec
 from rotq.kv.presets import KVSpec, preset
 from rotq.models.rotary import Rotary
-from rotq.ops import KVTransform, decode_norm, level_values
+from rotq.ops import KVConstants, decode_norm, level_values
 
 
-def transform_of(spec: KVSpec) -> KVTransform:
+def transform_of(spec: KVSpec) -> KVConstants:
     return data_oblivious(tiny_model("llama").config, spec).layers[0]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from rotq_kernels.kv.format import KVFormat, KVTransform, SideTransform
+from rotq_kernels.kv.format import KVConstants, KVFormat, SideConstants
 
 LLOYD_MAX = {2: [1, 3], 3: [1, 3, 5, 9], 4: [3, 9, 15, 22, 29, 37, 48, 63]}
 """Positive levels, near those for the unit normal."""
@@ -12,7 +12,7 @@ UNITS = {2: 0.4955, 3: 0.2438, 4: 0.0432, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.
 
 def side_of(
     num_heads: int, head_dim: int, bits: int, *, seed: int, gain: str = "lsq", mean: float = 1.0
-) -> SideTransform:
+) -> SideConstants:
     """Random well-conditioned matrices and means; a level table of its own for each head."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,7 +34,7 @@ def side_of(
         # outer levels a step apart from head to head
         outer_HL = torch.arange(num_heads)[:, None] % 2 * (level_L.abs() == level_L.abs().max())
         levels_HL = (level_L + outer_HL * level_L.sign()).to(torch.int8)
-    return SideTransform(
+    return SideConstants(
         matrix_HDD=matrix_HDD,
         inverse_HDD=(turn_HDD / stretch_HD[:, None]).mT.contiguous(),
         mean_HD=mean * normal(num_heads, head_dim),
@@ -54,7 +54,7 @@ def transform_of(
     gain: str = "lsq",
     rotary_pairs: int | None = None,
     seed: int = 0,
-) -> KVTransform:
+) -> KVConstants:
     """Constants of a layer; partial RoPE with ``rotary_pairs`` below half the head."""
     D = form.head_dim
     R = D // 2 if rotary_pairs is None else rotary_pairs
@@ -70,7 +70,7 @@ def transform_of(
         for side, bits in ((key, form.k_bits), (value, form.v_bits)):
             side.base_H.fill_(float(torch.tensor(UNITS[bits]).log2()))
     scale = 0.2 / UNITS[form.k_bits] if form.residual == "sign" else 0.8
-    return KVTransform(
+    return KVConstants(
         format=form,
         key=key,
         value=value,
@@ -84,7 +84,7 @@ def transform_of(
 
 
 def tokens_of(
-    transform: KVTransform, batch: int, length: int, *, seed: int = 0
+    transform: KVConstants, batch: int, length: int, *, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (B, H, T, D) of unit scale; keys without their mean."""
     H, D = transform.key.mean_HD.shape

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rotq_kernels.kv.format import DenseKV, KVFormat, KVPages, KVTransform, SideTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages, SideConstants
 
 PAGES = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
 SIDE = ("inverse_HDD", "matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
@@ -23,7 +23,7 @@ def flatten_pages(pages: KVPages) -> Tensors:
     return [getattr(pages, name) for name in PAGES]
 
 
-def flatten_transform(transform: KVTransform) -> Tensors:
+def flatten_transform(transform: KVConstants) -> Tensors:
     """Tensors of keys and of values in the order of SIDE, then those of LAYER."""
     sides = [getattr(side, name) for side in (transform.key, transform.value) for name in SIDE]
     return sides + [getattr(transform, name) for name in LAYER]
@@ -41,14 +41,14 @@ def restore_pages(tensors: Sequence[Tensor | None], form: KVFormat) -> KVPages:
 
 def restore_transform(
     tensors: Sequence[Tensor | None], form: KVFormat, *, mean: str, rotary_scale: float
-) -> KVTransform:
+) -> KVConstants:
     """Undo ``flatten_transform``; the sides' ``gain``, which only encoding reads, is not kept."""
     number = len(SIDE)
     key, value = (
-        SideTransform(**dict(zip(SIDE, side, strict=True)))  # type: ignore[arg-type]
+        SideConstants(**dict(zip(SIDE, side, strict=True)))  # type: ignore[arg-type]
         for side in (tensors[:number], tensors[number : 2 * number])
     )
-    return KVTransform(
+    return KVConstants(
         format=form,
         key=key,
         value=value,

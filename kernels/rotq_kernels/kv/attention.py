@@ -26,7 +26,7 @@ from rotq_kernels.kv.arguments import (
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.decode.launch import MAX_ROWS, attend_packed
 from rotq_kernels.kv.encode.launch import dequantize_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
 from rotq_kernels.kv.prefill.launch import packed_prefill
 
 DECODE_ROWS = 64
@@ -43,7 +43,7 @@ def packed_attention(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dense: DenseKV | None = None,
     window: int = 0,
@@ -104,7 +104,7 @@ def packed_attention_reference(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dense: DenseKV | None = None,
     window: int = 0,
@@ -158,7 +158,7 @@ def _attend_long_chunk(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     **keywords: Any,
 ) -> Tensor:
     """More query rows than a decode tile holds: decode steps for a few, else a prefill."""
@@ -188,7 +188,7 @@ def _check(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     dense: DenseKV | None,
 ) -> None:
     form, H = pages.format, pages.k_codes.shape[1]

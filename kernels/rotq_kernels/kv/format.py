@@ -139,7 +139,7 @@ class KVPages:
 
 
 @dataclass(kw_only=True)
-class SideTransform:
+class SideConstants:
     """How one side, keys or values, of one layer becomes codes. fp32 unless said otherwise."""
 
     matrix_HDD: Tensor
@@ -167,12 +167,12 @@ class SideTransform:
 
 
 @dataclass(kw_only=True)
-class KVTransform:
+class KVConstants:
     """All constants of one layer."""
 
     format: KVFormat
-    key: SideTransform
-    value: SideTransform
+    key: SideConstants
+    value: SideConstants
     mean: Literal["none", "static", "rope"] = "none"
     """What is removed from keys."""
     inv_freq_R: Tensor | None = None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.format import KVTransform
+from rotq_kernels.kv.format import KVConstants
 from rotq_kernels.kv.rope_mean import mean_query
 
 
@@ -36,7 +36,7 @@ class TurnedQuery:
     """None where no mean is removed."""
 
 
-def turn_query(q_BMTD: Tensor, transform: KVTransform, *, scale: float) -> TurnedQuery:
+def turn_query(q_BMTD: Tensor, transform: KVConstants, *, scale: float) -> TurnedQuery:
     """Turn queries, after RoPE, into the bases of the packed keys.
 
     Args:
@@ -57,7 +57,7 @@ def turn_query(q_BMTD: Tensor, transform: KVTransform, *, scale: float) -> Turne
     )
 
 
-def _residual_query(levels_BHND: Tensor, transform: KVTransform) -> Tensor | None:
+def _residual_query(levels_BHND: Tensor, transform: KVConstants) -> Tensor | None:
     """What meets the signs; they are multiplied by s_t, by g_t where that is stored."""
     form = transform.format
     if form.residual == "none":

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rotq_kernels.kv.encode.tile import cos_sin
-from rotq_kernels.kv.format import KVTransform
+from rotq_kernels.kv.format import KVConstants
 
 
 def mean_query(
-    x_BHND: Tensor, transform: KVTransform
+    x_BHND: Tensor, transform: KVConstants
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Coefficients of the score that the keys' mean gives at each position.
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
 from rotq.kv.cache.placement import Layout
-from rotq.ops import DenseKV, KVPages, KVTransform, packed_attention
+from rotq.ops import DenseKV, KVConstants, KVPages, packed_attention
 
 NAME = "rotq_packed"
 """In ``config._attn_implementation``."""
@@ -42,7 +42,7 @@ class Visible:
     """What the queries of one layer can see in one forward pass."""
 
     pages: KVPages
-    transform: KVTransform
+    transform: KVConstants
     layout: Layout
     dense: DenseKV
     """Sinks, the recent window and the fresh tokens."""

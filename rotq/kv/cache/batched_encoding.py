@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.calibration.constants import Stack, stack
-from rotq.ops import SideTransform, pack_kv
+from rotq.ops import SideConstants, pack_kv
 
 
 class Appender:
@@ -93,7 +93,7 @@ def appenders(layers: Sequence[PackedLayer]) -> list[Appender]:
     return [Appender(found) for found in kinds.values()]
 
 
-def _settings(side: SideTransform) -> tuple[Any, ...]:
+def _settings(side: SideConstants) -> tuple[Any, ...]:
     """What is no tensor, and where there is none."""
     values = [getattr(side, item.name) for item in fields(side)]
     return tuple(None if isinstance(value, Tensor) else (value,) for value in values)

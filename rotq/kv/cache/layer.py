@@ -17,7 +17,7 @@ from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import Layout, Placement
 from rotq.kv.calibration.constants import on
-from rotq.ops import DenseKV, KVPages, KVTransform, encode_kv
+from rotq.ops import DenseKV, KVConstants, KVPages, encode_kv
 
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
@@ -37,7 +37,7 @@ class PackedLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, transform: KVTransform, placement: Placement) -> None:
+    def __init__(self, transform: KVConstants, placement: Placement) -> None:
         super().__init__()
         self.given = self.transform = transform
         self.placement = placement

@@ -22,7 +22,7 @@ from rotq.kv.calibration.layer_constants import (
 from rotq.kv.calibration.statistics import LayerStatistics, collect
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, kv_shapes
-from rotq.ops import KVTransform, SideTransform
+from rotq.ops import KVConstants, SideConstants
 
 _TYPICAL_RESIDUAL = 0.2
 """rms of what 3-bit codes leave, in units of rms(y); only centres the range of its norm."""
@@ -85,7 +85,7 @@ def data_oblivious(config: Any, spec: KVSpec) -> KVCalibration:
     return KVCalibration(spec=spec, layers=layers, model_hash=hash_config(config))
 
 
-def _oblivious_layer(spec: KVSpec, shape: KVShape, layer: int, num_layers: int) -> KVTransform:
+def _oblivious_layer(spec: KVSpec, shape: KVShape, layer: int, num_layers: int) -> KVConstants:
     format = kv_format(spec, shape.head_dim, layer, num_layers)
     scale_H = gamma_base_H = None
     if spec.residual == "qjl":
@@ -105,7 +105,7 @@ def _oblivious_layer(spec: KVSpec, shape: KVShape, layer: int, num_layers: int) 
     )
 
 
-def _oblivious_side(spec: KVSpec, shape: KVShape, bits: int) -> SideTransform:
+def _oblivious_side(spec: KVSpec, shape: KVShape, bits: int) -> SideConstants:
     book = gaussian_codebook(bits)
     H, D = shape.num_heads, shape.head_dim
     unit_H = torch.full((H,), book.unit)

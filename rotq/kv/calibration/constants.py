@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rotq.kv.codec import KVCodec
-from rotq.ops import KVTransform, SideTransform
+from rotq.ops import KVConstants, SideConstants
 
 
 class Stack:
@@ -25,7 +25,7 @@ class Stack:
         transforms: Of these layers; held, so that they can be told by identity.
     """
 
-    def __init__(self, transforms: Sequence[KVTransform]) -> None:
+    def __init__(self, transforms: Sequence[KVConstants]) -> None:
         self.transforms = transforms
         key = _stacked([transform.key for transform in transforms])
         value = _stacked([transform.value for transform in transforms])
@@ -35,7 +35,7 @@ class Stack:
 _STACKS: WeakValueDictionary[tuple[int, ...], Stack] = WeakValueDictionary()
 
 
-def stack(transforms: Sequence[KVTransform]) -> Stack:
+def stack(transforms: Sequence[KVConstants]) -> Stack:
     """The constants of several layers as one, the same for all who ask."""
     identity = tuple(map(id, transforms))
     found = _STACKS.get(identity) or Stack(transforms)
@@ -43,11 +43,11 @@ def stack(transforms: Sequence[KVTransform]) -> Stack:
     return found
 
 
-def _stacked(sides: Sequence[SideTransform]) -> SideTransform:
+def _stacked(sides: Sequence[SideConstants]) -> SideConstants:
     """One side with the heads of all; its settings are those of each."""
     joined: dict[str, Any] = {
         item.name: torch.cat([getattr(side, item.name) for side in sides])
-        for item in fields(SideTransform)
+        for item in fields(SideConstants)
         if isinstance(getattr(sides[0], item.name), Tensor)
     }
     # coding does not need it
@@ -55,10 +55,10 @@ def _stacked(sides: Sequence[SideTransform]) -> SideTransform:
     return replace(sides[0], **joined)
 
 
-_ELSEWHERE: WeakValueDictionary[tuple[int, torch.device], KVTransform] = WeakValueDictionary()
+_ELSEWHERE: WeakValueDictionary[tuple[int, torch.device], KVConstants] = WeakValueDictionary()
 
 
-def on(device: torch.device, given: KVTransform) -> KVTransform:
+def on(device: torch.device, given: KVConstants) -> KVConstants:
     """Constants on a device, the same for all who ask.
 
     Who holds what comes back must hold ``given`` too, so that its identity stays its own.

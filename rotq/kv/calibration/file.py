@@ -25,7 +25,7 @@ from rotq.errors import RotqError
 from rotq.kv.calibration.layer_constants import recoded, stored_inverse
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import kv_shapes
-from rotq.ops import KVFormat, KVTransform, SideTransform
+from rotq.ops import KVConstants, KVFormat, SideConstants
 
 VERSION = 1
 _KIND = "rotq-kv-calibration"
@@ -50,7 +50,7 @@ class KVCalibration:
     """Constants of every layer under one scheme."""
 
     spec: KVSpec
-    layers: dict[int, KVTransform]
+    layers: dict[int, KVConstants]
     model_hash: str
     """Of the configuration it was made for; see ``hash_config``."""
     source: dict[str, Any] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
             raise RotqError(f"{path} is damaged: {name} is not finite")
 
 
-def _layer_facts(transform: KVTransform) -> dict[str, Any]:
+def _layer_facts(transform: KVConstants) -> dict[str, Any]:
     return {
         "format": asdict(transform.format),
         "mean": transform.mean,
@@ -184,7 +184,7 @@ def _layer_facts(transform: KVTransform) -> dict[str, Any]:
     }
 
 
-def _layer_tensors(layer: int, transform: KVTransform) -> dict[str, Tensor]:
+def _layer_tensors(layer: int, transform: KVConstants) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for side, held in (("key", transform.key), ("value", transform.value)):
         for name in _SIDE:
@@ -203,9 +203,9 @@ def _stored_once(tensor: Tensor) -> Tensor:
     return (tensor[:1] if equal else tensor).clone().contiguous()
 
 
-def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVTransform:
+def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVConstants:
     format = KVFormat(**facts["format"])
-    return KVTransform(
+    return KVConstants(
         format=format,
         key=_side(layer, "key", facts, tensors),
         value=_side(layer, "value", facts, tensors),
@@ -217,12 +217,12 @@ def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVT
 
 def _side(
     layer: str, side: str, facts: dict[str, Any], tensors: dict[str, Tensor]
-) -> SideTransform:
+) -> SideConstants:
     held, search = {}, facts[f"{side}_search"]
     for name in (*_SIDE, *(("metric_HDD",) if search else ())):
         tensor = tensors[f"{layer}.{side}.{name}"]
         held[name] = tensor.expand(facts["heads"], *tensor.shape[1:]).contiguous()
-    return SideTransform(
+    return SideConstants(
         gain=facts[f"{side}_gain"],
         search=search,
         inverse_HDD=stored_inverse(held["matrix_HDD"]),

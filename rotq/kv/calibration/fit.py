@@ -31,9 +31,9 @@ from rotq.kv.calibration.statistics import LayerStatistics
 from rotq.kv.presets import KVSpec
 from rotq.ops import (
     TABLE_BITS,
+    KVConstants,
     KVFormat,
-    KVTransform,
-    SideTransform,
+    SideConstants,
     dequantize_side,
     quantize_side,
 )
@@ -45,7 +45,7 @@ _FITTED_NUMBERS = 1 << 16
 """That a codebook is fitted to."""
 
 
-def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KVTransform:
+def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KVConstants:
     """Constants of one layer under a scheme."""
     rotary = statistics.rotary
     key = fit_key(statistics, spec, format)
@@ -74,7 +74,7 @@ def centred_keys(statistics: LayerStatistics, spec: KVSpec) -> Tensor:
     return statistics.k_HND - mean_HND
 
 
-def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideTransform:
+def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
     """The key side; where the scheme leaves alpha open, each head takes what errs least.
 
     The error is mean e M e over sampled keys, M the weighted second moment of the queries.
@@ -88,7 +88,7 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
 
 
-def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideTransform:
+def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
     """The value side."""
     mean_HD = statistics.value_mean_HD
     if not spec.value_mean:
@@ -113,7 +113,7 @@ def balanced(
 
 def coding_error(
     x_HND: Tensor,
-    side: SideTransform,
+    side: SideConstants,
     bits: int,
     norm: Literal["log8", "float16", "none"],
     metric_HDD: Tensor,
@@ -155,7 +155,7 @@ def _fit_side(
     spec: KVSpec,
     bits: int,
     metric_HDD: Tensor | None,
-) -> SideTransform:
+) -> SideConstants:
     y_HND = x_HND.double() @ matrix_HDD.mT
     rms_HN = y_HND.square().mean(-1).sqrt().clamp(min=1e-30)
     if spec.codebook == "kmeans":
@@ -197,7 +197,7 @@ def _best_side(
     metric_HDD: Tensor | None,
     spec: KVSpec,
     bits: int,
-) -> SideTransform:
+) -> SideConstants:
     """Of several A, the one whose errors cost least, head by head."""
     sides = [_fit_side(A_HDD, x_HND, mean_HD, spec, bits, metric_HDD) for A_HDD in matrices]
     if len(sides) == 1:
@@ -207,14 +207,14 @@ def _best_side(
     return _pick(sides, torch.stack(errors).argmin(0))
 
 
-def _pick(sides: list[SideTransform], choice_H: Tensor) -> SideTransform:
+def _pick(sides: list[SideConstants], choice_H: Tensor) -> SideConstants:
     """Head by head."""
 
     def pick(name: str) -> Tensor:
         found = [getattr(side, name) for side in sides]
         return torch.stack([found[int(choice)][head] for head, choice in enumerate(choice_H)])
 
-    return SideTransform(
+    return SideConstants(
         matrix_HDD=pick("matrix_HDD"),
         inverse_HDD=pick("inverse_HDD"),
         mean_HD=sides[0].mean_HD,

@@ -21,7 +21,7 @@ from rotq.kv.calibration.codebook import Codebook, gaussian_codebook
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, Rotary
 from rotq.numerics import inverse
-from rotq.ops import KVFormat, KVTransform, SideTransform
+from rotq.ops import KVConstants, KVFormat, SideConstants
 from rotq.rotations.hadamard import orthogonal
 
 _BASIS_SEED = 0
@@ -59,7 +59,7 @@ def side_transform(
     base_H: Tensor,
     metric_HDD: Tensor | None = None,
     search: int = 0,
-) -> SideTransform:
+) -> SideConstants:
     """One side's constants in fp32; the inverse is taken in fp64.
 
     Args:
@@ -71,7 +71,7 @@ def side_transform(
         metric_HDD: What an error of y costs, for ``search``.
         search: Elements of a token that may move.
     """
-    return SideTransform(
+    return SideConstants(
         matrix_HDD=matrix_HDD.float().contiguous(),
         inverse_HDD=stored_inverse(matrix_HDD),
         mean_HD=mean_HD.float().contiguous(),
@@ -130,12 +130,12 @@ def layer_transform(
     shape: KVShape,
     format: KVFormat,
     *,
-    key: SideTransform,
-    value: SideTransform,
+    key: SideConstants,
+    value: SideConstants,
     rotary: Rotary | None,
     residual_scale_H: Tensor | None = None,
     gamma_base_H: Tensor | None = None,
-) -> KVTransform:
+) -> KVConstants:
     """A layer's transform; ``mean="rope"`` becomes static where the layer's RoPE is unknown."""
     mean = "static" if spec.mean == "rope" and rotary is None else spec.mean
     turned = mean == "rope" and rotary is not None
@@ -143,7 +143,7 @@ def layer_transform(
     if spec.residual == "qjl":
         make = gaussian_sketch if spec.sketch == "gaussian" else orthogonal_sketch
         sketch_DD = make(shape.head_dim)
-    return KVTransform(
+    return KVConstants(
         format=format,
         key=key,
         value=value,
@@ -156,7 +156,7 @@ def layer_transform(
     )
 
 
-def recoded(transform: KVTransform, k_bits: int, v_bits: int) -> KVTransform:
+def recoded(transform: KVConstants, k_bits: int, v_bits: int) -> KVConstants:
     """The same with other bits: codebooks for the unit normal where they change."""
     form = replace(transform.format, k_bits=k_bits, v_bits=v_bits)
     return replace(
@@ -167,7 +167,7 @@ def recoded(transform: KVTransform, k_bits: int, v_bits: int) -> KVTransform:
     )
 
 
-def _recoded_side(side: SideTransform, old_bits: int, bits: int) -> SideTransform:
+def _recoded_side(side: SideConstants, old_bits: int, bits: int) -> SideConstants:
     if bits == old_bits:
         return side
     book, heads = gaussian_codebook(bits), side.base_H.numel()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rotq.kv.calibration.layer_constants import centred_base, unbiased_scale
 from rotq.kv.presets import KVSpec
-from rotq.ops import KVTransform, SideTransform, decode_norm, level_values, quantize_side
+from rotq.ops import KVConstants, SideConstants, decode_norm, level_values, quantize_side
 
 
 def fit_residual(
-    x_HND: Tensor, transform: KVTransform, spec: KVSpec
+    x_HND: Tensor, transform: KVConstants, spec: KVSpec
 ) -> tuple[Tensor, Tensor | None]:
     """``residual_scale_H`` and ``gamma_base_H`` of keys whose mean has been removed."""
     bits, side = transform.format.k_bits, transform.key
@@ -43,7 +43,7 @@ def fit_residual(
     return fitted_H, centred_base(typical_H, torch.ones_like(typical_H))
 
 
-def _scale(stored: Tensor | None, side: SideTransform) -> Tensor:
+def _scale(stored: Tensor | None, side: SideConstants) -> Tensor:
     """s (H, N, 1), or (H, 1, 1) where nothing is stored."""
     if stored is None:
         return side.base_H.exp2()[:, None, None]

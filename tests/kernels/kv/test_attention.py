@@ -21,7 +21,7 @@ from rotq_kernels.kv.arguments import (
 from rotq_kernels.kv.attention import packed_attention, packed_attention_reference
 from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.encode.one_side import turned_mean
-from rotq_kernels.kv.format import DenseKV, KVFormat, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
 from rotq_kernels.kv.query import turn_query
 from rotq_kernels.kv.rope_mean import mean_query
 
@@ -57,7 +57,7 @@ def arguments(dtype: torch.dtype = torch.float32, tokens: int = 2) -> dict[str, 
 
 def token_by_token(given: dict[str, Any], window: int) -> Tensor:
     """One query head and token at a time, written from the definition, in fp64."""
-    transform: KVTransform = given["transform"]
+    transform: KVConstants = given["transform"]
     k_BHTD, v_BHTD = dequantize_kv_reference(
         given["pages"], given["page_table_BJ"], given["length_B"], given["start_B"], transform,
         dtype=torch.float64,

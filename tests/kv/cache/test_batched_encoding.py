@@ -14,7 +14,7 @@ from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
 from rotq.kv.cache.sequences import Sequences
-from rotq.ops import KVFormat, KVTransform
+from rotq.ops import KVConstants, KVFormat
 
 FORM = KVFormat(head_dim=16, k_bits=3, v_bits=4, page_size=16)
 PLACEMENT = Placement(
@@ -22,7 +22,7 @@ PLACEMENT = Placement(
 )
 
 
-def number_of_kinds(*transforms: KVTransform) -> int:
+def number_of_kinds(*transforms: KVConstants) -> int:
     return len(appenders([PackedLayer(transform, PLACEMENT) for transform in transforms]))
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotq_kernels.kv.cpu.levels import level_reader, signs
-from rotq_kernels.kv.format import DenseKV, KVPages, KVTransform, decode_norm
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages, decode_norm
 
 CHUNK = 12288
 """Packed tokens, of all KV heads together, whose levels are held at a time."""
@@ -48,7 +48,7 @@ def packed_attention_cpu(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dense: DenseKV | None = None,
     window: int = 0,
@@ -148,7 +148,7 @@ def _softmax(scores_HMN: Tensor, position_N: Tensor, query: _Queries, window: in
 class _History:
     """The packed tokens of one sequence after the other."""
 
-    def __init__(self, pages: KVPages, transform: KVTransform) -> None:
+    def __init__(self, pages: KVPages, transform: KVConstants) -> None:
         form = pages.format
         self.pages, self.transform = pages, transform
         self.keys = level_reader(transform.key, form.k_bits, form.head_dim)
@@ -238,7 +238,7 @@ class _History:
         return read.transpose(0, 1).flatten(1, 2)[:, skip : skip + len(span)].contiguous()
 
 
-def _add_mean(scores_HMN: Tensor, query: _Queries, transform: KVTransform, first: int) -> Tensor:
+def _add_mean(scores_HMN: Tensor, query: _Queries, transform: KVConstants, first: int) -> Tensor:
     """Add the scores of the keys' mean at positions from ``first`` on, in place."""
     if transform.mean == "none":
         return scores_HMN

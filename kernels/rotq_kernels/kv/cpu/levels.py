@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.format import TABLE_BITS, SideTransform
+from rotq_kernels.kv.format import TABLE_BITS, SideConstants
 from rotq_kernels.layout import unpack_kv
 
 
@@ -78,7 +78,7 @@ class LevelReader:
         return found.view(torch.int8).view(*words_HNW.shape[:2], -1)
 
 
-def level_reader(side: SideTransform, bits: int, head_dim: int) -> LevelReader:
+def level_reader(side: SideConstants, bits: int, head_dim: int) -> LevelReader:
     """Of one side of a layer. Layers with the same levels, as a rule all, share one."""
     levels = tuple(map(tuple, side.levels_HL.tolist()))
     return _reader(levels[:1] if len(set(levels)) == 1 else levels, bits, head_dim)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
 from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
-from rotq_kernels.kv.format import DenseKV, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
 from rotq_kernels.kv.query import TurnedQuery, turn_query
 from rotq_kernels.kv.rope_mean import angle_table
 
@@ -32,7 +32,7 @@ def attend_packed(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dense: DenseKV | None = None,
     window: int = 0,
@@ -95,7 +95,7 @@ def tile_sizes(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
 
 
 def _decode_arguments(
-    q_BMTD: Tensor, pages: KVPages, transform: KVTransform, turned: TurnedQuery, window: int
+    q_BMTD: Tensor, pages: KVPages, transform: KVConstants, turned: TurnedQuery, window: int
 ) -> dict[str, Any]:
     form, key, value = pages.format, transform.key, transform.value
     rows = turned.levels_BHND.shape[2]
@@ -180,7 +180,7 @@ def _attend_dense(
 
 def _merge(
     q_BMTD: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     turned: TurnedQuery,
     splits: int,
     partial: tuple[Tensor, Tensor, Tensor],

@@ -19,7 +19,7 @@ from rotq_kernels.kv.encode.reference import (
     encode_side_reference,
     sides,
 )
-from rotq_kernels.kv.format import TABLE_BITS, KVFormat, KVPages, KVTransform, SideTransform
+from rotq_kernels.kv.format import TABLE_BITS, KVConstants, KVFormat, KVPages, SideConstants
 
 __all__ = ["dequantize_kv_reference", "encode_kv", "encode_kv_reference", "encode_kv_triton"]
 
@@ -29,7 +29,7 @@ def encode_kv(
     v_BHTD: Tensor,
     position_BT: Tensor,
     slot_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     pages: KVPages,
 ) -> None:
     """Quantize keys and values into pages, for prefill and for appending alike.
@@ -55,7 +55,7 @@ def encode_kv_triton(
     v_BHTD: Tensor,
     position_BT: Tensor,
     slot_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     pages: KVPages,
 ) -> None:
     """Launch the kernel for either side. On CPU tensors this needs TRITON_INTERPRET=1."""
@@ -78,7 +78,7 @@ def _check(
     v_BHTD: Tensor,
     position_BT: Tensor,
     slot_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     pages: KVPages,
 ) -> None:
     form = pages.format
@@ -106,7 +106,7 @@ def _check(
         raise ValueError("a qjl residual needs sketch_DD and gamma_base_H")
 
 
-def _check_side(side: SideTransform, bits: int, form: KVFormat, H: int) -> None:
+def _check_side(side: SideConstants, bits: int, form: KVFormat, H: int) -> None:
     D = form.head_dim
     expected = {
         "matrix_HDD": (H, D, D),

@@ -2,7 +2,7 @@
 
 A token's row x, its mean already removed, becomes (symbols as in ``kv_format``)
 
-    y = A x,  u = y / rms(y),  q = number of thresholds below u,  s by ``SideTransform.gain``
+    y = A x,  u = y / rms(y),  q = number of thresholds below u,  s by ``SideConstants.gain``
 
 and comes back as A^-1 (s L[q] + residual). A row of zeros has u = 0 and the smallest norm there is.
 With ``norm="none"`` u is y itself and s is 2^base.
@@ -18,8 +18,8 @@ from torch import Tensor
 from rotq_kernels.kv.encode.search import search_codes
 from rotq_kernels.kv.format import (
     TABLE_BITS,
-    KVTransform,
-    SideTransform,
+    KVConstants,
+    SideConstants,
     decode_norm,
     encode_norm,
     level_values,
@@ -52,7 +52,7 @@ def turned_mean(
 
 
 def key_mean(
-    transform: KVTransform, position_BT: Tensor, dtype: torch.dtype = torch.float32
+    transform: KVConstants, position_BT: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What is removed from keys: (B, H, T, D), or broadcasting to it."""
     mean_HD = transform.key.mean_HD
@@ -66,7 +66,7 @@ def key_mean(
 
 
 def quantize_side(
-    x_BHTD: Tensor, side: SideTransform, bits: int, norm: Literal["log8", "float16", "none"]
+    x_BHTD: Tensor, side: SideConstants, bits: int, norm: Literal["log8", "float16", "none"]
 ) -> tuple[Tensor, Tensor | None]:
     """Codes and stored norms of rows whose mean has been removed; see ``kv_search`` for ``search``.
 
@@ -100,7 +100,7 @@ def quantize_side(
 
 
 def _searched(
-    y_BHTD: Tensor, codes_BHTD: Tensor, side: SideTransform, bits: int
+    y_BHTD: Tensor, codes_BHTD: Tensor, side: SideConstants, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Codes that are better together, and their scale; rows whose steps are tiny stay."""
     assert side.metric_HDD is not None
@@ -118,7 +118,7 @@ def _searched(
 def dequantize_side(
     codes_BHTD: Tensor,
     norm_BHT: Tensor | None,
-    side: SideTransform,
+    side: SideConstants,
     bits: int,
     *,
     residual_BHTD: Tensor | None = None,
@@ -133,7 +133,7 @@ def dequantize_side(
 
 
 def quantize_residual(
-    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, transform: KVTransform
+    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, transform: KVConstants
 ) -> tuple[Tensor, Tensor | None]:
     """The sign bits of keys whose mean has been removed, after ``quantize_side``.
 
@@ -149,7 +149,7 @@ def quantize_residual(
 
 
 def left_over(
-    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, side: SideTransform, bits: int
+    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, side: SideConstants, bits: int
 ) -> Tensor:
     """y - s L[q] in fp32, with the norm as it is stored."""
     kept_BHTD = side_scale(norm_BHT, side.base_H) * side_levels(codes_BHTD, side, bits)
@@ -177,7 +177,7 @@ def dequantize_residual(
     sign_BHTD: Tensor,
     norm_BHT: Tensor | None,
     gamma_BHT: Tensor | None,
-    transform: KVTransform,
+    transform: KVConstants,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """What the bits add to s L[q]: s delta sigma, or g c S^T sigma; ``dtype`` (B, H, T, D)."""
@@ -192,12 +192,12 @@ def dequantize_residual(
     return weight_H11 * gamma * (sigma_BHTD @ transform.sketch_DD.to(dtype))
 
 
-def rotate(x_BHTD: Tensor, side: SideTransform) -> Tensor:
+def rotate(x_BHTD: Tensor, side: SideConstants) -> Tensor:
     """y = A x in fp32."""
     return x_BHTD.float() @ side.matrix_HDD.mT
 
 
-def side_levels(codes_BHTD: Tensor, side: SideTransform, bits: int) -> Tensor:
+def side_levels(codes_BHTD: Tensor, side: SideConstants, bits: int) -> Tensor:
     """fp32 L[q]."""
     if bits > TABLE_BITS:
         return codes_BHTD.float() - (2**bits - 1) / 2

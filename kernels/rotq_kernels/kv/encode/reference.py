@@ -19,7 +19,7 @@ from rotq_kernels.kv.encode.one_side import (
     residual_bits,
     turned_mean,
 )
-from rotq_kernels.kv.format import KVPages, KVTransform, SideTransform
+from rotq_kernels.kv.format import KVConstants, KVPages, SideConstants
 from rotq_kernels.layout import pack_kv, unpack_kv
 
 NORMS = {torch.uint8: "log8", torch.float16: "float16", None: "none"}
@@ -31,7 +31,7 @@ def encode_kv_reference(
     v_BHTD: Tensor,
     position_BT: Tensor,
     slot_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     pages: KVPages,
 ) -> None:
     """The definition of ``encode_kv``, in plain PyTorch."""
@@ -62,8 +62,8 @@ def encode_side_reference(
     metric_HDD: Tensor | None,
     search: int,
 ) -> None:
-    """Keys or values alone; arguments as ``SideTransform`` and ``KVPages`` have them."""
-    side = SideTransform(
+    """Keys or values alone; arguments as ``SideConstants`` and ``KVPages`` have them."""
+    side = SideConstants(
         matrix_HDD=matrix_HDD,
         inverse_HDD=matrix_HDD,  # not used
         mean_HD=mean_HD,
@@ -95,7 +95,7 @@ def dequantize_kv_reference(
     page_table_BJ: Tensor,
     length_B: Tensor,
     start_B: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def _write(stored: Tensor | None, new: Tensor | None, slot_BT: Tensor) -> None:
 
 
 def sides(
-    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVTransform, pages: KVPages
+    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVConstants, pages: KVPages
 ) -> Iterator[dict[str, Any]]:
     """Arguments of the operator for keys, then for values."""
     form, key = pages.format, transform.key
@@ -187,7 +187,7 @@ def sides(
     }
 
 
-def _constants(side: SideTransform) -> dict[str, Any]:
+def _constants(side: SideConstants) -> dict[str, Any]:
     return {
         "matrix_HDD": side.matrix_HDD,
         "levels_HL": side.levels_HL,

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rotq_kernels.kv.format import DenseKV, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
 from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel, packed_kernel
 from rotq_kernels.kv.query import turn_query
 
@@ -34,7 +34,7 @@ def packed_prefill(
     length_B: Tensor,
     start_B: Tensor,
     query_position_BT: Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     *,
     dense: DenseKV | None = None,
     window: int = 0,
@@ -92,7 +92,7 @@ def _attend_packed(
     q_BMTD: Tensor,
     pages: KVPages,
     where: tuple[Tensor, Tensor, Tensor, Tensor],
-    transform: KVTransform,
+    transform: KVConstants,
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,14 +158,14 @@ def _attend_packed(
     return sums_BHND, peak_BHN, weight_BHN
 
 
-def _angles(transform: KVTransform, position: Tensor) -> Tensor:
+def _angles(transform: KVConstants, position: Tensor) -> Tensor:
     """cos and sin of RoPE's angles: fp64 (..., 2, R)."""
     assert transform.inv_freq_R is not None
     angle = position[..., None].double() * transform.inv_freq_R.double()
     return torch.stack((angle.cos(), angle.sin()), dim=-2)
 
 
-def _without_turning_mean(transform: KVTransform) -> KVTransform:
+def _without_turning_mean(transform: KVConstants) -> KVConstants:
     """Of a mean that turns, what RoPE leaves as it is, which gives the same score everywhere."""
     if transform.mean != "rope":
         return transform

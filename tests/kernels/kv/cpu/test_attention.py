@@ -12,7 +12,7 @@ from rotq_kernels.kv.cpu import attention as kv_attention_cpu
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.cpu.levels import LevelReader
 from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVFormat, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
 
 LENGTHS = [75, 0, 1, 48]
 STARTS = [3, 0, 17, 900]
@@ -44,7 +44,7 @@ class Case:
 
     def __init__(
         self,
-        transform: KVTransform,
+        transform: KVConstants,
         group: int = 2,
         tokens: int = 5,
         dtype: torch.dtype = torch.float64,

@@ -20,7 +20,7 @@ from rotq_kernels.kv.encode.launch import (
     sides,
 )
 from rotq_kernels.kv.encode.one_side import dequantize_side, key_mean, quantize_side
-from rotq_kernels.kv.format import KVFormat, KVPages, KVTransform, SideTransform
+from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -120,7 +120,7 @@ def dirty_pages(form: KVFormat, num_pages: int, num_heads: int) -> KVPages:
     return pages
 
 
-def exact_transform(form: KVFormat, num_heads: int, mean: str = "static") -> KVTransform:
+def exact_transform(form: KVFormat, num_heads: int, mean: str = "static") -> KVConstants:
     """Integer matrices and means, so that all sums of integer tokens are exact in any order."""
     transform = transform_of(form, num_heads, mean=mean)
     generator = torch.Generator().manual_seed(5)
@@ -140,7 +140,7 @@ def on_device(holder: Any) -> Any:
         value = getattr(holder, field.name)
         if isinstance(value, torch.Tensor):
             moved[field.name] = value.to(DEVICE)
-        elif isinstance(value, SideTransform):
+        elif isinstance(value, SideConstants):
             moved[field.name] = on_device(value)
     return dataclasses.replace(holder, **moved)
 
@@ -150,7 +150,7 @@ def encode_by_kernel(
     v_BHTD: torch.Tensor,
     position_BT: torch.Tensor,
     slot_BT: torch.Tensor,
-    transform: KVTransform,
+    transform: KVConstants,
     pages: KVPages,
 ) -> None:
     """``encode_kv_triton`` where it runs; ``pages`` are modified where they are."""

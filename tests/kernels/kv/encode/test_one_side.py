@@ -14,12 +14,12 @@ from rotq_kernels.kv.encode.one_side import (
     quantize_side,
     turned_mean,
 )
-from rotq_kernels.kv.format import KVFormat, SideTransform
+from rotq_kernels.kv.format import KVFormat, SideConstants
 
 
-def plain_side(gain: str = "lsq", base: float = -8.0) -> SideTransform:
+def plain_side(gain: str = "lsq", base: float = -8.0) -> SideConstants:
     """Two bits, no rotation, thresholds -1, 0, 1."""
-    return SideTransform(
+    return SideConstants(
         matrix_HDD=torch.eye(8)[None],
         inverse_HDD=torch.eye(8)[None],
         mean_HD=torch.zeros(1, 8),

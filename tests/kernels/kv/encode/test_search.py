@@ -9,7 +9,7 @@ from kv_cases import side_of
 from torch import Tensor
 
 from rotq_kernels.kv.encode.one_side import dequantize_side, quantize_side, side_levels
-from rotq_kernels.kv.format import SideTransform, decode_norm, level_values
+from rotq_kernels.kv.format import SideConstants, decode_norm, level_values
 
 
 def metric(heads: int, width: int, *, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -20,7 +20,7 @@ def metric(heads: int, width: int, *, seed: int = 0, spread: float = 2.0) -> Ten
     return (basis_HDD * value_HD[:, None]) @ basis_HDD.mT
 
 
-def side_with(bits: int, search: int, *, width: int = 16) -> SideTransform:
+def side_with(bits: int, search: int, *, width: int = 16) -> SideConstants:
     side = side_of(2, width, bits, seed=1, mean=0.0)
     value_HL = level_values(side.levels_HL, bits)
     middle_HL = (value_HL[:, 1:] + value_HL[:, :-1]) / 2 * side.unit_H[:, None]
@@ -39,7 +39,7 @@ def rows(tokens: int = 50, width: int = 16, seed: int = 3) -> Tensor:
     return torch.randn(1, 2, tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def cost(x_BHTD: Tensor, side: SideTransform, bits: int) -> Tensor:
+def cost(x_BHTD: Tensor, side: SideConstants, bits: int) -> Tensor:
     """e W e of each token, with the norm as it is stored."""
     codes, norm = quantize_side(x_BHTD, side, bits, "float16")
     e_BHTD = (dequantize_side(codes, norm, side, bits) - x_BHTD).double()

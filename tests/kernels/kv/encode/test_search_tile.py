@@ -19,7 +19,7 @@ from rotq_kernels.kv.encode.launch import (
     encode_kv_triton,
     sides,
 )
-from rotq_kernels.kv.format import KVFormat, KVPages, KVTransform, SideTransform
+from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 CASES = {
     "k3v3 D64": KVFormat(head_dim=64, k_bits=3, v_bits=3, page_size=16),
@@ -29,7 +29,7 @@ CASES = {
 }
 
 
-def searched(side: SideTransform, seed: int) -> SideTransform:
+def searched(side: SideConstants, seed: int) -> SideConstants:
     """With a metric of a wide spectrum."""
     H, D, _ = side.matrix_HDD.shape
     generator = torch.Generator().manual_seed(seed)
@@ -39,13 +39,13 @@ def searched(side: SideTransform, seed: int) -> SideTransform:
     return replace(side, metric_HDD=metric_HDD, search=4)
 
 
-def transform_with_search(form: KVFormat) -> KVTransform:
+def transform_with_search(form: KVFormat) -> KVConstants:
     transform = transform_of(form, 2)
     key, value = searched(transform.key, 1), searched(transform.value, 2)
     return replace(transform, key=key, value=value)
 
 
-def encoded(name: str) -> tuple[KVTransform, tuple[Tensor, Tensor], list[KVPages], Tensor]:
+def encoded(name: str) -> tuple[KVConstants, tuple[Tensor, Tensor], list[KVPages], Tensor]:
     """Pages of the kernel, of the reference, and of the reference without search."""
     form = CASES[name]
     transform = transform_with_search(form)

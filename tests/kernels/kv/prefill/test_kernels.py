@@ -19,7 +19,7 @@ from rotq_kernels.kv.attention import (
     packed_attention_triton,
 )
 from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVFormat, KVPages, KVTransform
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
 from rotq_kernels.kv.prefill.launch import packed_prefill
 
 SINKS = 4
@@ -36,7 +36,7 @@ class Case:
     length_B: Tensor
     start_B: Tensor
     query_position_BT: Tensor
-    transform: KVTransform
+    transform: KVConstants
     dense: DenseKV | None
     window: int
     scale: float
