@@ -28,6 +28,7 @@ ANYWHERE = {"errors", ""}
 
 FILES = sorted((ROOT / "rotq").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "rotq_kernels").rglob("*.py"))
+ENGINE = [file for file in FILES if file.is_relative_to(ROOT / "rotq" / "serve" / "engine")]
 
 
 def area_of(file: Path) -> str:
@@ -69,6 +70,7 @@ def parse(file: Path) -> ast.Module:
 def test_there_is_something_to_check() -> None:
     assert len(FILES) > 30
     assert KERNELS
+    assert ENGINE
 
 
 @pytest.mark.parametrize("file", FILES, ids=identify)
@@ -89,6 +91,16 @@ def test_imports_point_right(file: Path) -> None:
 @pytest.mark.parametrize("file", KERNELS, ids=identify)
 def test_kernels_know_nothing_of_rotq(file: Path) -> None:
     assert not [name for name, _ in imports(parse(file)) if name.split(".")[0] == "rotq"]
+
+
+@pytest.mark.parametrize("file", ENGINE, ids=identify)
+def test_engine_knows_nothing_of_http(file: Path) -> None:
+    """It also runs without a server, and of ``rotq.serve`` it knows itself and the settings."""
+    for name, line in imports(parse(file)):
+        assert name.split(".")[0] not in {"fastapi", "starlette", "uvicorn"}, f"line {line}: {name}"
+        if f"{name}.".startswith("rotq.serve."):
+            known = name.startswith("rotq.serve.engine.") or name == "rotq.serve.settings"
+            assert known, f"line {line}: the engine imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=identify)
