@@ -107,9 +107,9 @@ def serve_kv(
     loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
     calibration = find_calibration(loaded, name, kv_calibration)
 
-    from rotq.serve.run import assemble, run
+    from rotq.serve.run import build_server, run
 
-    served = assemble(
+    served = build_server(
         loaded,
         tokenizer,
         calibration,

@@ -42,7 +42,7 @@ class Served:
     """What it is, for people."""
 
 
-def assemble(
+def build_server(
     model: Any,
     tokenizer: Any,
     calibration: KVCalibration | None,
@@ -53,7 +53,7 @@ def assemble(
     local: bool = False,
     on_error: Callable[[Exception], None] = lambda _: None,
 ) -> Served:
-    """Put a server together and start its engine.
+    """Build a server and start its engine.
 
     Args:
         model: A causal language model of transformers, in eval mode on one device.
@@ -133,7 +133,7 @@ def run(
     """Serve until a signal ends it.
 
     Args:
-        served: See ``assemble``.
+        served: See ``build_server``.
         host: Address to bind.
         port: 0 for any that is free.
         settings: Limits.

@@ -23,7 +23,7 @@ from rotq.serve.engine.build import build_engine
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.generation import Event, Generation
 from rotq.serve.engine.sampling import Sampling
-from rotq.serve.run import Served, assemble
+from rotq.serve.run import Served, build_server
 from rotq.serve.settings import DENSE, Settings
 
 TEMPLATE = (
@@ -151,7 +151,7 @@ def running_server(
     """A server on a free port of the loopback; its model is called ``tiny``."""
     limits = Settings(**{"kv_memory": 8 << 20, "max_batch": 8, **settings})
     errors: list[Exception] = []
-    served = assemble(
+    served = build_server(
         model,
         tokenizer,
         calibration_of(model, kv),
