@@ -2,6 +2,6 @@
 
 One thread, the engine's, owns the model and the pool of pages; the asyncio side checks requests,
 turns text to tokens and events to JSON, and talks to the engine by a queue and callbacks. Read in
-this order: ``ledger`` (who holds which page), ``stepper`` (forward passes of fixed shape),
+this order: ``page_allocator`` (who holds which page), ``stepper`` (forward passes of fixed shape),
 ``generation`` (one sequence), ``engine``, then ``schemas``, ``app`` and ``run``.
 """

@@ -152,7 +152,7 @@ def measure(
         peak_cache_bytes=max(state.cache_bytes for state in states),
         bits_per_element=peak.bits_per_element,
         cache_bytes_total=peak.cache_bytes_total,
-        capacity_tokens=engine.ledger.pages.size * engine.ledger.page_size,
+        capacity_tokens=engine.allocator.pages.size * engine.allocator.page_size,
         rows=engine.stepper.rows,
         load=asdict(load),
     )

@@ -109,8 +109,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 def _facts(
     engine: Engine, calibration: KVCalibration | None, name: str, model: Any
 ) -> dict[str, Any]:
-    cost, pages = engine.cost, engine.ledger.pages.size
-    page_bits = 8 * cost.page / (engine.ledger.page_size * cost.elements)
+    cost, pages = engine.cost, engine.allocator.pages.size
+    page_bits = 8 * cost.page / (engine.allocator.page_size * cost.elements)
     return {
         "model": name,
         "kv": DENSE if calibration is None else calibration.spec.name,
@@ -119,7 +119,7 @@ def _facts(
         "device": str(model.device),
         "page_bits_per_element": page_bits,
         "elements_per_token": cost.elements,
-        "capacity_tokens": pages * engine.ledger.page_size,
+        "capacity_tokens": pages * engine.allocator.page_size,
         "max_tokens": engine.longest,
         "max_batch": engine.max_batch,
         "max_queue": engine.waiting.limit,

@@ -12,7 +12,7 @@ from rotq.kv.pool.pool import PAGE_SIZE, Pool
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.model_runner import Stepper, rows_that_agree
 from rotq.serve.engine.observer import Observer
-from rotq.serve.engine.page_allocator import Ledger
+from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.settings import Settings
 
 ROWS_CPU, ROWS_GPU = 8, 32
@@ -67,10 +67,12 @@ def build_engine(
         )
     wanted = rows or min(settings.max_batch, ROWS_GPU if model.device.type == "cuda" else ROWS_CPU)
     stepper = Stepper(model, pool, rows=rows_that_agree(model, wanted))
-    ledger = Ledger(num_pages=num_pages, num_sinks=num_sinks, page_size=PAGE_SIZE, sinks=sinks)
+    allocator = PageAllocator(
+        num_pages=num_pages, num_sinks=num_sinks, page_size=PAGE_SIZE, sinks=sinks
+    )
     return Engine(
         stepper,
-        ledger,
+        allocator,
         cost,
         longest=longest,
         max_batch=settings.max_batch,

@@ -5,7 +5,7 @@ can be promised; one prompt, in turn, advances by one pass; all others decode on
 prompt delays a running text by one pass, never by its length.
 
 Greedy output does not depend on what else is being served: see ``stepper`` for the shapes, and
-``ledger`` for why a shared page holds what would have been computed.
+``page_allocator`` for why a shared page holds what would have been computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rotq.kv.pool.pool import Cost, Row
 from rotq.serve.engine.generation import Event, Failure, Generation
 from rotq.serve.engine.model_runner import Stepper
 from rotq.serve.engine.observer import Observer, State
-from rotq.serve.engine.page_allocator import Ledger
+from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.prefill import pass_over, take_over
 from rotq.serve.engine.queue import WaitingRoom
 
@@ -38,7 +38,7 @@ class Engine:
 
     Args:
         stepper: Of the model.
-        ledger: Of its pool.
+        allocator: Of its pool.
         cost: Of the pool's pages.
         longest: Tokens that a sequence may have.
         max_batch: Sequences that run together.
@@ -49,7 +49,7 @@ class Engine:
     def __init__(
         self,
         stepper: Stepper,
-        ledger: Ledger,
+        allocator: PageAllocator,
         cost: Cost,
         *,
         longest: int,
@@ -57,7 +57,7 @@ class Engine:
         max_queue: int,
         observer: Observer | None = None,
     ) -> None:
-        self.stepper, self.ledger, self.cost = stepper, ledger, cost
+        self.stepper, self.allocator, self.cost = stepper, allocator, cost
         self.longest, self.max_batch = longest, max_batch
         self.waiting = WaitingRoom(max_queue)
         self.observer = observer or Observer()
@@ -106,19 +106,19 @@ class Engine:
 
     def state(self) -> State:
         """A snapshot; any thread may ask, the numbers need not be of the very same moment."""
-        ledger, running = self.ledger, list(self._running)
+        allocator, running = self.allocator, list(self._running)
         tokens = sum(sequence.count for sequence in running)
-        leases = [lease for item in running if (lease := item.lease) is not None]
-        held = {page for lease in leases for page in list(lease.pages)}
-        first = {lease.sink for lease in leases if lease.sink is not None}
+        allocations = [sequence.allocation for sequence in running]
+        held = {page for part in allocations if part for page in list(part.pages)}
+        first = {part.sink for part in allocations if part and part.sink is not None}
         size = len(held) * self.cost.page + len(first) * self.cost.sinks
-        filled = ledger.pages.filled * self.cost.page + ledger.first.filled * self.cost.sinks
+        filled = allocator.pages.filled * self.cost.page + allocator.first.filled * self.cost.sinks
         return State(
             running=len(running),
             waiting=len(self.waiting),
             tokens=tokens,
-            pages=ledger.pages.filled,
-            pages_total=ledger.pages.size,
+            pages=allocator.pages.filled,
+            pages_total=allocator.pages.size,
             cache_bytes=filled,
             cache_bytes_total=self.stepper.pool.nbytes,
             bits_per_element=8 * size / (tokens * self.cost.elements) if tokens else 0.0,
@@ -148,12 +148,12 @@ class Engine:
         self.observer.failed(error)
         for sequence in list(self._running):
             self._fail(sequence, "internal")
-        ledger = self.ledger
-        self.ledger = Ledger(
-            num_pages=ledger.pages.size,
-            num_sinks=ledger.first.size,
-            page_size=ledger.page_size,
-            sinks=ledger.sinks,
+        allocator = self.allocator
+        self.allocator = PageAllocator(
+            num_pages=allocator.pages.size,
+            num_sinks=allocator.first.size,
+            page_size=allocator.page_size,
+            sinks=allocator.sinks,
         )
         self._failures += 1
         if self._failures >= _FAILURES:
@@ -172,28 +172,28 @@ class Engine:
 
     def _admit(self) -> None:
         while len(self._running) < self.max_batch:
-            sequence = self.waiting.admit(self._lease)
+            sequence = self.waiting.admit(self._allocate)
             if sequence is None:
                 return
             self._running.append(sequence)
             self._prompts.append(sequence)
 
-    def _lease(self, sequence: Generation) -> bool:
+    def _allocate(self, sequence: Generation) -> bool:
         if sequence.keys is None:
             # prompt tokens whose logits are wanted must be computed
             reuse = not sequence.prompt_logprobs
-            sequence.keys = self.ledger.keys(sequence.prompt) if reuse else []
-        sequence.lease = self.ledger.admit(sequence.keys, sequence.total)
-        return sequence.lease is not None
+            sequence.keys = self.allocator.keys(sequence.prompt) if reuse else []
+        sequence.allocation = self.allocator.admit(sequence.keys, sequence.total)
+        return sequence.allocation is not None
 
     def _prefill(self) -> bool:
         """One pass over one prompt; whether there was one."""
         while self._prompts:
             sequence = self._prompts.popleft()
-            if sequence.lease is None:
+            if sequence.allocation is None:
                 continue
-            self._reused += take_over(sequence, self.ledger)
-            computed, logits = pass_over(sequence, self.ledger, self.stepper)
+            self._reused += take_over(sequence, self.allocator)
+            computed, logits = pass_over(sequence, self.allocator, self.stepper)
             self._prompted += computed
             if sequence.prefilling:
                 self._prompts.append(sequence)
@@ -215,8 +215,8 @@ class Engine:
     def _step(self, group: Sequence[Generation]) -> Iterator[Tensor]:
         rows: list[Row] = []
         for sequence in group:
-            assert sequence.lease is not None
-            self.ledger.extend(sequence.lease, sequence.count + 1)
+            assert sequence.allocation is not None
+            self.allocator.extend(sequence.allocation, sequence.count + 1)
             rows.append(sequence.row(1))
         logits_BV = self.stepper.decode([item.generated[-1] for item in group], rows)
         return iter(logits_BV)
@@ -242,9 +242,9 @@ class Engine:
         self._retire(sequence, sequence.event(failure=failure))
 
     def _retire(self, sequence: Generation, event: Event) -> None:
-        if sequence.lease is not None:
-            self.ledger.release(sequence.lease)
-            sequence.lease = None
+        if sequence.allocation is not None:
+            self.allocator.release(sequence.allocation)
+            sequence.allocation = None
             self._running.remove(sequence)
         seconds = time.monotonic() - sequence.created
         if event.finish:

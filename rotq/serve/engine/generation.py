@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rotq.kv.pool.pool import Row
-from rotq.serve.engine.page_allocator import Lease
+from rotq.serve.engine.page_allocator import Allocation
 from rotq.serve.engine.sampling import Picked, Sampler, Sampling
 from rotq.serve.engine.text_stream import Decode, Piece, TextStream
 
@@ -72,7 +72,7 @@ class Generation:
     """Set by anyone; nobody listens any more."""
     keys: list[bytes] | None = None
     """Of its prompt's pages, once they are known."""
-    lease: Lease | None = None
+    allocation: Allocation | None = None
     count: int = 0
     """Tokens whose keys and values are stored."""
     generated: list[int] = field(default_factory=list)
@@ -97,9 +97,9 @@ class Generation:
 
     def row(self, fresh: int) -> Row:
         """It in a forward pass of so many of its tokens."""
-        assert self.lease is not None
-        sink = -1 if self.lease.sink is None else self.lease.sink
-        return Row(pages=self.lease.pages, sink=sink, count=self.count, fresh=fresh)
+        assert self.allocation is not None
+        sink = -1 if self.allocation.sink is None else self.allocation.sink
+        return Row(pages=self.allocation.pages, sink=sink, count=self.count, fresh=fresh)
 
     def accept(self, picked: Picked) -> Event:
         """Take a chosen token: its text, and whether it was the last."""

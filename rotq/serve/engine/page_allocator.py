@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
-class Shelf:
+class PagePool:
     """Numbered places that are free, held by someone, or kept for who asks for their key.
 
     Args:
@@ -84,7 +84,7 @@ class Shelf:
 
 
 @dataclass(kw_only=True)
-class Lease:
+class Allocation:
     """What one sequence holds."""
 
     keys: list[bytes]
@@ -95,7 +95,7 @@ class Lease:
     sink: int | None = None
 
 
-class Ledger:
+class PageAllocator:
     """Pages and sinks of a pool.
 
     Args:
@@ -107,8 +107,8 @@ class Ledger:
 
     def __init__(self, *, num_pages: int, num_sinks: int, page_size: int, sinks: int) -> None:
         self.page_size, self.sinks = page_size, sinks
-        self.pages = Shelf(num_pages)
-        self.first = Shelf(num_sinks)
+        self.pages = PagePool(num_pages)
+        self.first = PagePool(num_sinks)
         self._promised = 0
 
     def pages_for(self, tokens: int) -> int:
@@ -124,77 +124,77 @@ class Ledger:
             keys.append(key)
         return keys
 
-    def admit(self, keys: list[bytes], tokens: int) -> Lease | None:
+    def admit(self, keys: list[bytes], tokens: int) -> Allocation | None:
         """Promise a sequence all it may need; None while that is not possible.
 
         Args:
             keys: See ``keys``; none to take over nothing.
             tokens: At most so many, the prompt included.
         """
-        lease = Lease(keys=keys, promised=self.pages_for(tokens))
-        self._promised += lease.promised
-        while self.reuse(lease):
+        allocation = Allocation(keys=keys, promised=self.pages_for(tokens))
+        self._promised += allocation.promised
+        while self.reuse(allocation):
             pass
-        if lease.sink is None and self.sinks:
-            lease.sink = self.first.take() if self.first.available else None
-        if self._promised > self.pages.available or (self.sinks and lease.sink is None):
-            self.release(lease)
+        if allocation.sink is None and self.sinks:
+            allocation.sink = self.first.take() if self.first.available else None
+        if self._promised > self.pages.available or (self.sinks and allocation.sink is None):
+            self.release(allocation)
             return None
-        return lease
+        return allocation
 
-    def reuse(self, lease: Lease) -> bool:
+    def reuse(self, allocation: Allocation) -> bool:
         """Take over the next page of the prompt, if somebody has computed it."""
-        index = len(lease.pages)
-        if index >= len(lease.keys):
+        index = len(allocation.pages)
+        if index >= len(allocation.keys):
             return False
-        key = lease.keys[index]
+        key = allocation.keys[index]
         if self.sinks and index == 0:
-            return self._reuse_first(lease, key)
-        return self._hold(lease, self.pages.find(key))
+            return self._reuse_first(allocation, key)
+        return self._hold(allocation, self.pages.find(key))
 
-    def _reuse_first(self, lease: Lease, key: bytes) -> bool:
+    def _reuse_first(self, allocation: Allocation, key: bytes) -> bool:
         """The first page goes with its sinks."""
         sink = self.first.find(key)
         page = self.pages.find(key) if sink is not None else None
         if sink is not None and page is None:
             self.first.release(sink)
         elif sink is not None:
-            if lease.sink is not None:
-                self.first.release(lease.sink)
-            lease.sink = sink
-        return self._hold(lease, page)
+            if allocation.sink is not None:
+                self.first.release(allocation.sink)
+            allocation.sink = sink
+        return self._hold(allocation, page)
 
-    def _hold(self, lease: Lease, page: int | None) -> bool:
+    def _hold(self, allocation: Allocation, page: int | None) -> bool:
         if page is None:
             return False
         self._promised -= 1
-        lease.promised -= 1
-        lease.pages.append(page)
+        allocation.promised -= 1
+        allocation.pages.append(page)
         return True
 
-    def extend(self, lease: Lease, tokens: int) -> None:
+    def extend(self, allocation: Allocation, tokens: int) -> None:
         """Take pages until there are enough for so many tokens."""
-        while len(lease.pages) < self.pages_for(tokens):
-            assert lease.promised > 0, "a sequence outgrew its promise"
+        while len(allocation.pages) < self.pages_for(tokens):
+            assert allocation.promised > 0, "a sequence outgrew its promise"
             self._promised -= 1
-            lease.promised -= 1
-            lease.pages.append(self.pages.take())
+            allocation.promised -= 1
+            allocation.pages.append(self.pages.take())
 
-    def publish(self, lease: Lease, tokens: int) -> None:
+    def publish(self, allocation: Allocation, tokens: int) -> None:
         """Let others find the prompt pages that the first ``tokens`` tokens have filled."""
-        full = min(len(lease.keys), max(0, tokens - self.sinks) // self.page_size)
+        full = min(len(allocation.keys), max(0, tokens - self.sinks) // self.page_size)
         for index in range(full):
-            self.pages.publish(lease.pages[index], lease.keys[index])
-        if full and lease.sink is not None:
-            self.first.publish(lease.sink, lease.keys[0])
+            self.pages.publish(allocation.pages[index], allocation.keys[index])
+        if full and allocation.sink is not None:
+            self.first.publish(allocation.sink, allocation.keys[0])
 
-    def release(self, lease: Lease) -> None:
+    def release(self, allocation: Allocation) -> None:
         """Give everything back; the end of a prompt is given up before its beginning."""
-        self._promised -= lease.promised
-        lease.promised = 0
-        for page in reversed(lease.pages):
+        self._promised -= allocation.promised
+        allocation.promised = 0
+        for page in reversed(allocation.pages):
             self.pages.release(page)
-        lease.pages = []
-        if lease.sink is not None:
-            self.first.release(lease.sink)
-            lease.sink = None
+        allocation.pages = []
+        if allocation.sink is not None:
+            self.first.release(allocation.sink)
+            allocation.sink = None

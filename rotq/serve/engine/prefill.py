@@ -9,38 +9,40 @@ from torch import Tensor
 
 from rotq.serve.engine.generation import Generation
 from rotq.serve.engine.model_runner import Stepper
-from rotq.serve.engine.page_allocator import Ledger
+from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.sampling import describe
 
 
-def take_over(sequence: Generation, ledger: Ledger) -> int:
+def take_over(sequence: Generation, allocator: PageAllocator) -> int:
     """Take the pages of its prompt that others have computed until now; tokens found."""
-    lease = sequence.lease
-    assert lease is not None
-    while ledger.reuse(lease):
+    allocation = sequence.allocation
+    assert allocation is not None
+    while allocator.reuse(allocation):
         pass
-    if not lease.pages:
+    if not allocation.pages:
         return 0
-    found = ledger.sinks + len(lease.pages) * ledger.page_size - sequence.count
-    whole = found >= 0 and (not sequence.count or found % ledger.page_size == 0)
+    found = allocator.sinks + len(allocation.pages) * allocator.page_size - sequence.count
+    whole = found >= 0 and (not sequence.count or found % allocator.page_size == 0)
     assert whole, "a pass over a prompt did not end where a page ends"
     sequence.count += found
     sequence.cached += found
     return found
 
 
-def pass_over(sequence: Generation, ledger: Ledger, stepper: Stepper) -> tuple[int, Tensor]:
+def pass_over(
+    sequence: Generation, allocator: PageAllocator, stepper: Stepper
+) -> tuple[int, Tensor]:
     """Compute the next tokens of its prompt; how many, and logits of which the last are last."""
-    assert sequence.lease is not None
+    assert sequence.allocation is not None
     end = stepper.pass_end(sequence.count, len(sequence.prompt))
-    ledger.extend(sequence.lease, end)
+    allocator.extend(sequence.allocation, end)
     ids = sequence.prompt[sequence.count : end]
     wanted = sequence.prompt_logprobs
     logits = stepper.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
     if wanted:
         _describe(sequence, end, logits)
     sequence.count = end
-    ledger.publish(sequence.lease, end)
+    allocator.publish(sequence.allocation, end)
     return len(ids), logits
 
 

@@ -116,9 +116,9 @@ def test_company_changes_nothing_while_pages_are_short() -> None:
     model, work = served_model(), mixed_work(14, seed=3)
     wanted = alone(model, "k3v3", work)
     with running_engine(model, "k3v3", kv_memory=80_000) as engine:
-        assert engine.ledger.pages.size < 10
+        assert engine.allocator.pages.size < 10
         assert together(engine, work) == wanted
-        assert engine.ledger.pages.available == engine.ledger.pages.size
+        assert engine.allocator.pages.available == engine.allocator.pages.size
 
 
 def test_seeds_do_not_feel_company() -> None:
@@ -171,7 +171,7 @@ def test_a_cancelled_sequence_frees_its_pages() -> None:
         assert listener.wait().failure == "cancelled"
         assert listener_of.wait().failure == "cancelled"
         assert len(listener.events) < 500
-        assert engine.ledger.pages.available == engine.ledger.pages.size
+        assert engine.allocator.pages.available == engine.allocator.pages.size
 
 
 def test_a_late_sequence_ends() -> None:

@@ -67,12 +67,12 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> 
         before = engine.state().generated
     wait_until(engine.idle)
     assert engine.state().generated - before < 600
-    assert engine.ledger.pages.available == engine.ledger.pages.size - _kept(server)
+    assert engine.allocator.pages.available == engine.allocator.pages.size - _kept(server)
 
 
 def _kept(server: Running) -> int:
-    shelf = server.served.engine.ledger.pages
-    return shelf.size - shelf.available
+    pool = server.served.engine.allocator.pages
+    return pool.size - pool.available
 
 
 def test_a_request_that_takes_too_long() -> None:
