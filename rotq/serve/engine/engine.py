@@ -24,7 +24,7 @@ from rotq.serve.engine.model_runner import Stepper
 from rotq.serve.engine.observer import Observer, State
 from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.prefill import pass_over, take_over
-from rotq.serve.engine.queue import WaitingRoom
+from rotq.serve.engine.queue import FairQueue
 
 _IDLE = 0.05
 """Seconds between looks at deadlines while nothing runs."""
@@ -59,7 +59,7 @@ class Engine:
     ) -> None:
         self.stepper, self.allocator, self.cost = stepper, allocator, cost
         self.longest, self.max_batch = longest, max_batch
-        self.waiting = WaitingRoom(max_queue)
+        self.waiting = FairQueue(max_queue)
         self.observer = observer or Observer()
         self._running: list[Generation] = []
         self._prompts: deque[Generation] = deque()

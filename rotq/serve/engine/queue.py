@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from rotq.serve.engine.generation import Generation
 
 
-class WaitingRoom:
+class FairQueue:
     """Sequences that were accepted and not yet admitted; safe to share between threads.
 
     Args:
@@ -31,7 +31,7 @@ class WaitingRoom:
         return self._number
 
     def enter(self, sequences: Sequence[Generation]) -> bool:
-        """Let all of a request in, or none if they are too many, or the room is closed."""
+        """Let all of a request in, or none if they are too many, or the queue is closed."""
         with self._lock:
             if self._closed or self._number + len(sequences) > self.limit:
                 return False
