@@ -153,7 +153,7 @@ def measure(
         bits_per_element=peak.bits_per_element,
         cache_bytes_total=peak.cache_bytes_total,
         capacity_tokens=engine.allocator.pages.size * engine.allocator.page_size,
-        rows=engine.stepper.rows,
+        rows=engine.runner.rows,
         load=asdict(load),
     )
 

@@ -123,7 +123,7 @@ def _facts(
         "max_tokens": engine.longest,
         "max_batch": engine.max_batch,
         "max_queue": engine.waiting.limit,
-        "rows": engine.stepper.rows,
+        "rows": engine.runner.rows,
     }
 
 

@@ -10,7 +10,7 @@ from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.pool.pool import PAGE_SIZE, Pool
 from rotq.serve.engine.engine import Engine
-from rotq.serve.engine.model_runner import Stepper, rows_that_agree
+from rotq.serve.engine.model_runner import ModelRunner, rows_that_agree
 from rotq.serve.engine.observer import Observer
 from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.settings import Settings
@@ -66,12 +66,12 @@ def build_engine(
             table_width=table_width,
         )
     wanted = rows or min(settings.max_batch, ROWS_GPU if model.device.type == "cuda" else ROWS_CPU)
-    stepper = Stepper(model, pool, rows=rows_that_agree(model, wanted))
+    runner = ModelRunner(model, pool, rows=rows_that_agree(model, wanted))
     allocator = PageAllocator(
         num_pages=num_pages, num_sinks=num_sinks, page_size=PAGE_SIZE, sinks=sinks
     )
     return Engine(
-        stepper,
+        runner,
         allocator,
         cost,
         longest=longest,

@@ -4,7 +4,7 @@ Each round: those who have gone or are late leave; the waiting are admitted whil
 can be promised; one prompt, in turn, advances by one pass; all others decode one token. So a long
 prompt delays a running text by one pass, never by its length.
 
-Greedy output does not depend on what else is being served: see ``stepper`` for the shapes, and
+Greedy output does not depend on what else is being served: see ``model_runner`` for the shapes, and
 ``page_allocator`` for why a shared page holds what would have been computed.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rotq.kv.pool.pool import Cost, Row
 from rotq.serve.engine.generation import Event, Failure, Generation
-from rotq.serve.engine.model_runner import Stepper
+from rotq.serve.engine.model_runner import ModelRunner
 from rotq.serve.engine.observer import Observer, State
 from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.prefill import pass_over, take_over
@@ -37,7 +37,7 @@ class Engine:
     """Serves sequences until it is closed.
 
     Args:
-        stepper: Of the model.
+        runner: Of the model.
         allocator: Of its pool.
         cost: Of the pool's pages.
         longest: Tokens that a sequence may have.
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        stepper: Stepper,
+        runner: ModelRunner,
         allocator: PageAllocator,
         cost: Cost,
         *,
@@ -57,7 +57,7 @@ class Engine:
         max_queue: int,
         observer: Observer | None = None,
     ) -> None:
-        self.stepper, self.allocator, self.cost = stepper, allocator, cost
+        self.runner, self.allocator, self.cost = runner, allocator, cost
         self.longest, self.max_batch = longest, max_batch
         self.waiting = FairQueue(max_queue)
         self.observer = observer or Observer()
@@ -120,7 +120,7 @@ class Engine:
             pages=allocator.pages.filled,
             pages_total=allocator.pages.size,
             cache_bytes=filled,
-            cache_bytes_total=self.stepper.pool.nbytes,
+            cache_bytes_total=self.runner.pool.nbytes,
             bits_per_element=8 * size / (tokens * self.cost.elements) if tokens else 0.0,
             generated=self._generated,
             prompted=self._prompted,
@@ -193,7 +193,7 @@ class Engine:
             if sequence.allocation is None:
                 continue
             self._reused += take_over(sequence, self.allocator)
-            computed, logits = pass_over(sequence, self.allocator, self.stepper)
+            computed, logits = pass_over(sequence, self.allocator, self.runner)
             self._prompted += computed
             if sequence.prefilling:
                 self._prompts.append(sequence)
@@ -205,8 +205,8 @@ class Engine:
     def _decode(self) -> bool:
         """One token for everyone whose prompt is done; whether there was anyone."""
         ready = [sequence for sequence in self._running if not sequence.prefilling]
-        for first in range(0, len(ready), self.stepper.rows):
-            group = ready[first : first + self.stepper.rows]
+        for first in range(0, len(ready), self.runner.rows):
+            group = ready[first : first + self.runner.rows]
             for sequence, logits_V in zip(group, self._step(group), strict=True):
                 sequence.count += 1
                 self._choose(sequence, logits_V)
@@ -218,7 +218,7 @@ class Engine:
             assert sequence.allocation is not None
             self.allocator.extend(sequence.allocation, sequence.count + 1)
             rows.append(sequence.row(1))
-        logits_BV = self.stepper.decode([item.generated[-1] for item in group], rows)
+        logits_BV = self.runner.decode([item.generated[-1] for item in group], rows)
         return iter(logits_BV)
 
     def _choose(self, sequence: Generation, logits_V: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from rotq.kv.pool.pool import PAGE_SIZE, Pool, Row
 
 
-class Stepper:
+class ModelRunner:
     """Runs a model over the sequences of a pool.
 
     Args:

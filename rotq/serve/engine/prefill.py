@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rotq.serve.engine.generation import Generation
-from rotq.serve.engine.model_runner import Stepper
+from rotq.serve.engine.model_runner import ModelRunner
 from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.sampling import describe
 
@@ -30,15 +30,15 @@ def take_over(sequence: Generation, allocator: PageAllocator) -> int:
 
 
 def pass_over(
-    sequence: Generation, allocator: PageAllocator, stepper: Stepper
+    sequence: Generation, allocator: PageAllocator, runner: ModelRunner
 ) -> tuple[int, Tensor]:
     """Compute the next tokens of its prompt; how many, and logits of which the last are last."""
     assert sequence.allocation is not None
-    end = stepper.pass_end(sequence.count, len(sequence.prompt))
+    end = runner.pass_end(sequence.count, len(sequence.prompt))
     allocator.extend(sequence.allocation, end)
     ids = sequence.prompt[sequence.count : end]
     wanted = sequence.prompt_logprobs
-    logits = stepper.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
+    logits = runner.prefill(ids, sequence.row(len(ids)), all_logits=wanted)
     if wanted:
         _describe(sequence, end, logits)
     sequence.count = end

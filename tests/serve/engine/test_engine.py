@@ -85,7 +85,7 @@ def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype) -> No
         # once more, with everything to be found, in another order
         order = random.Random(1).sample(range(len(work)), len(work))
         assert together(engine, work, order) == wanted
-        assert engine.stepper.rows == (1 if family == "mixtral" else 6)
+        assert engine.runner.rows == (1 if family == "mixtral" else 6)
 
 
 @pytest.mark.parametrize(("kv", "length"), [("dense", 200), ("k3v3", 60)])

@@ -111,7 +111,7 @@ def test_a_body_that_is_too_large(server: Running) -> None:
 
 def test_failures_inside_stay_inside() -> None:
     with running_server(served_model(), byte_tokenizer()) as server:
-        model = server.served.engine.stepper.model
+        model = server.served.engine.runner.model
         forward = model.forward
 
         def failing(*_: Any, **__: Any) -> Any:

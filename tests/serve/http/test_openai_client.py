@@ -149,4 +149,4 @@ def test_company_changes_nothing_on_smollm2(smollm2: Running) -> None:
     alone = [picked(submit(prompt)) for prompt in work]
     together = [submit(prompt) for prompt in work]
     assert [picked(listener) for listener in together] == alone
-    assert engine.stepper.rows == 8
+    assert engine.runner.rows == 8
