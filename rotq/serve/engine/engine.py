@@ -23,7 +23,7 @@ from rotq.serve.engine.generation import Event, Failure, Generation
 from rotq.serve.engine.model_runner import ModelRunner
 from rotq.serve.engine.observer import Observer, State
 from rotq.serve.engine.page_allocator import PageAllocator
-from rotq.serve.engine.prefill import pass_over, take_over
+from rotq.serve.engine.prefill import prefill_chunk, reuse_prefix
 from rotq.serve.engine.queue import FairQueue
 
 _IDLE = 0.05
@@ -192,8 +192,8 @@ class Engine:
             sequence = self._prompts.popleft()
             if sequence.allocation is None:
                 continue
-            self._reused += take_over(sequence, self.allocator)
-            computed, logits = pass_over(sequence, self.allocator, self.runner)
+            self._reused += reuse_prefix(sequence, self.allocator)
+            computed, logits = prefill_chunk(sequence, self.allocator, self.runner)
             self._prompted += computed
             if sequence.prefilling:
                 self._prompts.append(sequence)

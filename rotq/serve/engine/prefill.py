@@ -1,4 +1,4 @@
-"""Reading a prompt: what others have computed of it, and one pass over what is left.
+"""Prefill: what others have computed of a prompt is reused, the rest computed chunk by chunk.
 
 Shape suffixes: V vocabulary.
 """
@@ -13,8 +13,8 @@ from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.sampling import describe
 
 
-def take_over(sequence: Generation, allocator: PageAllocator) -> int:
-    """Take the pages of its prompt that others have computed until now; tokens found."""
+def reuse_prefix(sequence: Generation, allocator: PageAllocator) -> int:
+    """Hold the pages of its prompt that others have computed until now; tokens found."""
     allocation = sequence.allocation
     assert allocation is not None
     while allocator.reuse(allocation):
@@ -29,10 +29,13 @@ def take_over(sequence: Generation, allocator: PageAllocator) -> int:
     return found
 
 
-def pass_over(
+def prefill_chunk(
     sequence: Generation, allocator: PageAllocator, runner: ModelRunner
 ) -> tuple[int, Tensor]:
-    """Compute the next tokens of its prompt; how many, and logits of which the last are last."""
+    """Compute the next chunk of its prompt in one pass: number of tokens, and logits (tokens, V).
+
+    Without ``prompt_logprobs`` the logits are the last token's only, (1, V).
+    """
     assert sequence.allocation is not None
     end = runner.pass_end(sequence.count, len(sequence.prompt))
     allocator.extend(sequence.allocation, end)
@@ -47,7 +50,7 @@ def pass_over(
 
 
 def _describe(sequence: Generation, end: int, logits: Tensor) -> None:
-    """Log probabilities of the tokens after those of the pass, as far as they are prompt."""
+    """Log probabilities of the tokens after those of the chunk, as far as they are prompt."""
     if not sequence.described:
         sequence.described.append(describe(sequence.prompt[0], logits[0], None))
     following = sequence.prompt[sequence.count + 1 : end + 1]
