@@ -13,7 +13,7 @@ from rotq.serve.engine.generation import Event, joined
 from rotq.serve.engine.sampling import Picked
 from rotq.serve.engine.text_stream import Piece
 
-Read = Callable[[int], str]
+TokenText = Callable[[int], str]
 """A token's own text."""
 
 
@@ -49,7 +49,7 @@ class Writer:
     """The objects of one request; subclasses know the endpoint."""
 
     model: str
-    read: Read
+    token_text: TokenText
     top: int | None
     """Likeliest tokens to report; None for no log probabilities."""
     prompt_lengths: Sequence[int]
@@ -152,17 +152,17 @@ class CompletionWriter(Writer):
     ) -> dict[str, Any] | None:
         if self.top is None:
             return None
-        prompt = prompt or ()
+        prompt, text = prompt or (), self.token_text
         picked = (*prompt, *piece.picked)
-        lengths = [len(self.read(item.token)) for item in prompt]
+        lengths = [len(text(item.token)) for item in prompt]
         offsets = list(accumulate(lengths, initial=0))[:-1]
         offsets += [echoed + offset for offset in piece.offsets]
         tops = [
-            None if item.logprob is None else {self.read(token): value for token, value in item.top}
+            None if item.logprob is None else {text(token): value for token, value in item.top}
             for item in picked
         ]
         return {
-            "tokens": [self.read(item.token) for item in picked],
+            "tokens": [text(item.token) for item in picked],
             "token_logprobs": [item.logprob for item in picked],
             "top_logprobs": tops if self.top else None,
             "text_offset": offsets,
@@ -213,7 +213,7 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.read(token)
+        text = self.token_text(token)
         # a part of a character has no text, and no bytes that could be told
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": known}

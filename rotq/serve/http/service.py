@@ -14,7 +14,7 @@ from rotq.serve.engine.sampling import Sampling
 from rotq.serve.http.errors import Refusal, of_failure
 from rotq.serve.http.responses import ChatWriter, Choice, CompletionWriter, Writer
 from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest
-from rotq.serve.http.tokenization import Spelling
+from rotq.serve.http.tokenization import Tokenization
 from rotq.serve.settings import Settings
 
 _DEFAULT_COMPLETION = 16
@@ -91,7 +91,7 @@ class Service:
     ) -> None:
         self.engine, self.name, self.settings = engine, name, settings
         self.end_tokens = end_tokens
-        self.spelling = Spelling(tokenizer, vocabulary)
+        self.tokenization = Tokenization(tokenizer, vocabulary)
         self.draining = False
 
     async def complete(self, request: CompletionRequest, client: str) -> Call:
@@ -101,18 +101,18 @@ class Service:
             Refusal: the request cannot be served, or not now.
         """
         self._check_model(request.model)
-        prompts = await asyncio.to_thread(self.spelling.prompts, request)
+        prompts = await asyncio.to_thread(self.tokenization.prompts, request)
         top = request.logprobs
         writer = CompletionWriter(
             model=self.name,
-            read=self.spelling.read,
+            token_text=self.tokenization.token_text,
             top=top,
             prompt_lengths=[len(ids) for ids in prompts],
         )
         choices = request.n or 1
         if request.echo:
             texts = [
-                prompt if isinstance(prompt, str) else self.spelling.speak(prompt)
+                prompt if isinstance(prompt, str) else self.tokenization.decode(prompt)
                 for prompt in request.prompts
             ]
             writer.echoed = [text for text in texts for _ in range(choices)]
@@ -129,10 +129,13 @@ class Service:
         self._check_model(request.model)
         if request.top_logprobs is not None and not request.logprobs:
             raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        ids = await asyncio.to_thread(self.spelling.conversation, request)
+        ids = await asyncio.to_thread(self.tokenization.conversation, request)
         top = (request.top_logprobs or 0) if request.logprobs else None
         writer = ChatWriter(
-            model=self.name, read=self.spelling.read, top=top, prompt_lengths=[len(ids)]
+            model=self.name,
+            token_text=self.tokenization.token_text,
+            top=top,
+            prompt_lengths=[len(ids)],
         )
         room = self.engine.longest - len(ids)
         limit = request.limit or max(1, min(self.settings.default_max_tokens, room))
@@ -180,7 +183,7 @@ class Service:
                     prompt=ids,
                     max_tokens=limit,
                     sampling=sampling,
-                    decode=self.spelling.speak,
+                    decode=self.tokenization.decode,
                     emit=call.listen(index),
                     client=request.user or client,
                     index=index % (request.n or 1),

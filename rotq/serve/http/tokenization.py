@@ -11,7 +11,7 @@ from rotq.serve.http.errors import Refusal
 from rotq.serve.http.schemas import ChatRequest, CompletionRequest
 
 
-class Spelling:
+class Tokenization:
     """A tokenizer, twice: encoding changes its state, so that has one of its own, and a lock.
 
     Args:
@@ -21,17 +21,17 @@ class Spelling:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.vocabulary = vocabulary
-        self._reader, self._speaker = tokenizer, copy.deepcopy(tokenizer)
-        self._reading = threading.Lock()
+        self._encoder, self._decoder = tokenizer, copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
 
-    def read(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """A token's own text, special ones by their names."""
-        text: str = self._speaker.decode([token], skip_special_tokens=False)
+        text: str = self._decoder.decode([token], skip_special_tokens=False)
         return text
 
-    def speak(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
-        text: str = self._speaker.decode(
+        text: str = self._decoder.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
@@ -58,15 +58,15 @@ class Spelling:
         Raises:
             Refusal: there is no template, or it does not take these messages.
         """
-        if not getattr(self._reader, "chat_template", None):
+        if not getattr(self._encoder, "chat_template", None):
             message = "this model has no chat template; use /v1/completions"
             raise Refusal(400, message, param="messages")
         messages = [message.plain() for message in request.messages]
         for plain in messages:
             _check_text(plain["content"], "messages")
         try:
-            with self._reading:
-                text: str = self._reader.apply_chat_template(
+            with self._lock:
+                text: str = self._encoder.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
                 )
         except Exception as fault:
@@ -78,8 +78,8 @@ class Spelling:
 
     def _encode(self, text: str, param: str, *, special: bool = True) -> list[int]:
         _check_text(text, param)
-        with self._reading:
-            ids: list[int] = self._reader(text, add_special_tokens=special)["input_ids"]
+        with self._lock:
+            ids: list[int] = self._encoder(text, add_special_tokens=special)["input_ids"]
         return ids
 
 
