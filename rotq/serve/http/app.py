@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 import rotq
-from rotq.serve.http.errors import Refusal
+from rotq.serve.http.errors import ApiError
 from rotq.serve.http.guard import Guard
 from rotq.serve.http.responses import Choice
 from rotq.serve.http.schemas import ChatRequest, CompletionRequest, ErrorBody
@@ -99,7 +99,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> dict[str, Any]:
         """The model, by its name."""
         if name != service.name:
-            raise Refusal(404, "no such model here", param="model", code="model_not_found")
+            raise ApiError(404, "no such model here", param="model", code="model_not_found")
         return card
 
 
@@ -119,7 +119,7 @@ def _add_watching_routes(
         """Whether requests are taken."""
         if service.draining or not service.engine.alive:
             status = "draining" if service.draining else "dead"
-            raise Refusal(503, f"the server is {status}", code=status)
+            raise ApiError(503, f"the server is {status}", code=status)
         return {"status": "ok"}
 
     @app.get("/stats", responses={401: _ERRORS[401]})
@@ -134,28 +134,28 @@ def _add_watching_routes(
 
 
 def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> Response:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
-        refusal = Refusal(error.status_code, str(error.detail))
-        return JSONResponse(refusal.body, error.status_code, error.headers)
+        body = ApiError(error.status_code, str(error.detail)).body
+        return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:
         # the framework raises it again, and the guard tells whoever runs the server
-        refusal = Refusal(500, "the server failed", code="internal_error")
-        return JSONResponse(refusal.body, refusal.status)
+        failure = ApiError(500, "the server failed", code="internal_error")
+        return JSONResponse(failure.body, failure.status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        refusal = _of_validation(error.errors())
-        return JSONResponse(refusal.body, refusal.status)
+        wrong = _of_validation(error.errors())
+        return JSONResponse(wrong.body, wrong.status)
 
 
-def _of_validation(errors: Sequence[Any]) -> Refusal:
+def _of_validation(errors: Sequence[Any]) -> ApiError:
     """The first thing that is wrong, in one line; never what was sent, which may be large."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
@@ -166,7 +166,7 @@ def _of_validation(errors: Sequence[Any]) -> Refusal:
         message = f"{'.'.join(place)[:100]} is not supported by this server"
     else:
         message = f"{'.'.join(place)[:100] or 'the body'}: {first['msg']}"
-    return Refusal(400, message, param=param and param[:100])
+    return ApiError(400, message, param=param and param[:100])
 
 
 def _client(request: Request) -> str:
@@ -213,8 +213,8 @@ async def _stream(call: Call, usage: bool) -> AsyncIterator[bytes]:
         if usage:
             yield _event(call.writer.last_chunk(choices))
         yield b"data: [DONE]\n\n"
-    except Refusal as refusal:
-        yield _event(refusal.body)
+    except ApiError as error:
+        yield _event(error.body)
     finally:
         call.cancel()
 

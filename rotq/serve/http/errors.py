@@ -20,7 +20,7 @@ _TYPES = {
 }
 
 
-class Refusal(Exception):  # noqa: N818
+class ApiError(Exception):
     """An answer that is an error.
 
     Args:
@@ -62,10 +62,10 @@ class Refusal(Exception):  # noqa: N818
         return found
 
 
-def of_failure(failure: str) -> Refusal:
+def of_failure(failure: str) -> ApiError:
     """For a sequence that the engine could not finish."""
     if failure == "timeout":
-        return Refusal(504, "the request took longer than this server allows", code="timeout")
+        return ApiError(504, "the request took longer than this server allows", code="timeout")
     if failure == "shutdown":
-        return Refusal(503, "the server is shutting down", code="shutting_down", retry_after=30)
-    return Refusal(500, "the server failed to compute an answer", code="internal_error")
+        return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
+    return ApiError(500, "the server failed to compute an answer", code="internal_error")

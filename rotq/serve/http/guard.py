@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from rotq.serve.http.errors import Refusal
+from rotq.serve.http.errors import ApiError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -67,13 +67,13 @@ class Guard:
             self._check(scope)
             async with asyncio.timeout(self.seconds):
                 await self.app(scope, self._limited(receive), answer)
-        except Refusal as refusal:
-            await answer.refuse(refusal)
+        except ApiError as error:
+            await answer.fail(error)
         except TimeoutError:
-            await answer.refuse(Refusal(408, "the request took too long", code="timeout"))
+            await answer.fail(ApiError(408, "the request took too long", code="timeout"))
         except Exception as error:
             self.on_error(error)
-            await answer.refuse(Refusal(500, "the server failed", code="internal_error"))
+            await answer.fail(ApiError(500, "the server failed", code="internal_error"))
         finally:
             self.count(_route(scope), answer.status or 499)
 
@@ -82,11 +82,11 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self.hosts and name.strip("[]") not in self.hosts:
-            raise Refusal(403, "this server answers to its own names only", code="unknown_host")
+            raise ApiError(403, "this server answers to its own names only", code="unknown_host")
         if self.api_key is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
-                raise Refusal(401, "a valid API key is needed", code="invalid_api_key")
+                raise ApiError(401, "a valid API key is needed", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             raise self._too_large()
@@ -105,9 +105,9 @@ class Guard:
 
         return limited
 
-    def _too_large(self) -> Refusal:
+    def _too_large(self) -> ApiError:
         message = f"the body is larger than {self.max_body} bytes"
-        return Refusal(413, message, code="body_too_large")
+        return ApiError(413, message, code="body_too_large")
 
 
 class _Answer:
@@ -122,18 +122,18 @@ class _Answer:
             self.status = message["status"]
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal) -> None:
+    async def fail(self, error: ApiError) -> None:
         """Answer with an error; a stream that has begun is cut off instead, by the server."""
         if self.status is not None:
             return
-        body = json.dumps(refusal.body).encode()
+        body = json.dumps(error.body).encode()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
-            **refusal.headers,
+            **error.headers,
         }
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await self({"type": "http.response.start", "status": refusal.status, "headers": raw})
+        await self({"type": "http.response.start", "status": error.status, "headers": raw})
         await self({"type": "http.response.body", "body": body})
 
 

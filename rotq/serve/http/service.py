@@ -11,7 +11,7 @@ from typing import Any
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.generation import Event, Generation
 from rotq.serve.engine.sampling import Sampling
-from rotq.serve.http.errors import Refusal, of_failure
+from rotq.serve.http.errors import ApiError, of_failure
 from rotq.serve.http.responses import ChatWriter, Choice, CompletionWriter, Writer
 from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest
 from rotq.serve.http.tokenization import Tokenization
@@ -44,7 +44,7 @@ class Call:
         """Until all sequences have ended.
 
         Raises:
-            Refusal: one of them failed.
+            ApiError: one of them failed.
         """
         left = len(self.sequences)
         while left:
@@ -98,7 +98,7 @@ class Service:
         """Begin to answer.
 
         Raises:
-            Refusal: the request cannot be served, or not now.
+            ApiError: the request cannot be served, or not now.
         """
         self._check_model(request.model)
         prompts = await asyncio.to_thread(self.tokenization.prompts, request)
@@ -124,11 +124,11 @@ class Service:
         """Begin to answer.
 
         Raises:
-            Refusal: the request cannot be served, or not now.
+            ApiError: the request cannot be served, or not now.
         """
         self._check_model(request.model)
         if request.top_logprobs is not None and not request.logprobs:
-            raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         ids = await asyncio.to_thread(self.tokenization.conversation, request)
         top = (request.top_logprobs or 0) if request.logprobs else None
         writer = ChatWriter(
@@ -143,7 +143,7 @@ class Service:
 
     def _check_model(self, name: str) -> None:
         if name != self.name:
-            raise Refusal(
+            raise ApiError(
                 404,
                 f"no model {name[:100]!r} here; this server has {self.name!r}",
                 param="model",
@@ -164,11 +164,11 @@ class Service:
         if self.draining or not self.engine.alive:
             raise of_failure("shutdown")
         if request.stream_options is not None and not request.stream:
-            raise Refusal(400, "stream_options needs stream: true", param="stream_options")
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
         call = Call(writer)
         wanted = [ids for ids in prompts for _ in range(request.n or 1)]
         if len(wanted) > max(1, self.settings.max_queue):
-            raise Refusal(400, f"at most {self.settings.max_queue} sequences in one request")
+            raise ApiError(400, f"at most {self.settings.max_queue} sequences in one request")
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=request.top_p or 1.0,
@@ -196,13 +196,13 @@ class Service:
         if not self.engine.submit(call.sequences):
             seconds = self.engine.retry_after()
             message = f"the queue is full; try again in {seconds} s"
-            raise Refusal(429, message, code="queue_full", retry_after=seconds)
+            raise ApiError(429, message, code="queue_full", retry_after=seconds)
         return call
 
     def _check_length(self, ids: Sequence[int], limit: int) -> None:
         longest = self.engine.longest
         if len(ids) + max(1, limit) - 1 > longest:
-            raise Refusal(
+            raise ApiError(
                 400,
                 f"a prompt of {len(ids)} tokens and {limit} more are over this server's limit of "
                 f"{longest} tokens",

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rotq.serve.http.errors import Refusal
+from rotq.serve.http.errors import ApiError
 from rotq.serve.http.schemas import ChatRequest, CompletionRequest
 
 
@@ -40,7 +40,7 @@ class Tokenization:
         """Token ids of every prompt.
 
         Raises:
-            Refusal: a prompt is no text, of no token, or has tokens that the model does not know.
+            ApiError: a prompt is no text, of no token, or has tokens that the model does not know.
         """
         found: list[list[int]] = []
         for prompt in request.prompts:
@@ -48,7 +48,7 @@ class Tokenization:
             wrong = next((token for token in ids if token >= self.vocabulary), None)
             if wrong is not None:
                 message = f"token {wrong} is not among the model's {self.vocabulary}"
-                raise Refusal(400, message, param="prompt")
+                raise ApiError(400, message, param="prompt")
             found.append(_some(ids, "prompt"))
         return found
 
@@ -56,11 +56,11 @@ class Tokenization:
         """Token ids of a conversation under the model's chat template.
 
         Raises:
-            Refusal: there is no template, or it does not take these messages.
+            ApiError: there is no template, or it does not take these messages.
         """
         if not getattr(self._encoder, "chat_template", None):
             message = "this model has no chat template; use /v1/completions"
-            raise Refusal(400, message, param="messages")
+            raise ApiError(400, message, param="messages")
         messages = [message.plain() for message in request.messages]
         for plain in messages:
             _check_text(plain["content"], "messages")
@@ -73,7 +73,7 @@ class Tokenization:
             # a template is a program of the model's, and may refuse in its own words
             line = " ".join(str(fault).split())[:200]
             reason = f"the model's chat template refuses these messages: {line}"
-            raise Refusal(400, reason, param="messages") from fault
+            raise ApiError(400, reason, param="messages") from fault
         return _some(self._encode(text, "messages", special=False), "messages")
 
     def _encode(self, text: str, param: str, *, special: bool = True) -> list[int]:
@@ -89,10 +89,10 @@ def _check_text(text: str, param: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         message = "the text has lone surrogates, which are no characters"
-        raise Refusal(400, message, param=param) from error
+        raise ApiError(400, message, param=param) from error
 
 
 def _some(ids: list[int], param: str) -> list[int]:
     if not ids:
-        raise Refusal(400, f"{param}: this text gives the model no token", param=param)
+        raise ApiError(400, f"{param}: this text gives the model no token", param=param)
     return ids
