@@ -60,7 +60,7 @@ class Metrics(Observer):
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._answers = Counter(
+        self._responses = Counter(
             "rotq_http_responses",
             "Answers by route and status.",
             ["route", "status"],
@@ -91,9 +91,9 @@ class Metrics(Observer):
         self._failures.inc()
         self._on_error(error)
 
-    def answered(self, route: str, status: int) -> None:
+    def responded(self, route: str, status: int) -> None:
         """A request was."""
-        self._answers.labels(route, str(status)).inc()
+        self._responses.labels(route, str(status)).inc()
 
     def text(self) -> bytes:
         """In Prometheus' format."""

@@ -70,7 +70,7 @@ def create_app(
         hosts=hosts,
         max_body=service.settings.max_body,
         seconds=service.settings.request_timeout + _GRACE,
-        count=metrics.answered,
+        count=metrics.responded,
         on_error=on_error,
     )
 
@@ -80,13 +80,13 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt."""
         call = await service.complete(body, _client(request))
-        return await _answer(call, request, stream=bool(body.stream), usage=body.wants_usage)
+        return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
 
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         call = await service.chat(body, _client(request))
-        return await _answer(call, request, stream=bool(body.stream), usage=body.wants_usage)
+        return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
 
     card = {"id": service.name, "object": "model", "created": 0, "owned_by": "rotq"}
 
@@ -173,7 +173,7 @@ def _client(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def _answer(call: Call, request: Request, *, stream: bool, usage: bool) -> Response:
+async def _respond(call: Call, request: Request, *, stream: bool, usage: bool) -> Response:
     if stream:
         return StreamingResponse(
             _stream(call, usage),
@@ -185,7 +185,7 @@ async def _answer(call: Call, request: Request, *, stream: bool, usage: bool) ->
     try:
         await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
         if collecting.done():
-            return JSONResponse(call.writer.answer(collecting.result()))
+            return JSONResponse(call.writer.response(collecting.result()))
         # nobody is there to read it
         return Response(status_code=499)
     finally:

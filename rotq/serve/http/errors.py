@@ -21,7 +21,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Args:
         status: Of HTTP.

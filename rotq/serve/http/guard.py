@@ -1,7 +1,7 @@
 """What every request meets first: the host, the key, the size of its body, the time it may take.
 
 A plain ASGI layer, outside of the framework: it sees bytes before anybody parses them, and also
-the answers of the framework's own errors, so no traceback can leave.
+the framework's own error responses, so no traceback can leave.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Guard:
         hosts: Names that a request may be for; empty for all. A page of another site that has made
             its name point to this machine comes with a name of its own.
         max_body: Bytes.
-        seconds: Until an answer is cut off, as for readers who do not read.
-        count: Told path and status of every answer.
+        seconds: Until a response is cut off, as for readers who do not read.
+        count: Told path and status of every response.
         on_error: Told what nobody expected.
     """
 
@@ -62,20 +62,20 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send)
+        response = _Response(send)
         try:
             self._check(scope)
             async with asyncio.timeout(self.seconds):
-                await self.app(scope, self._limited(receive), answer)
+                await self.app(scope, self._limited(receive), response)
         except ApiError as error:
-            await answer.fail(error)
+            await response.fail(error)
         except TimeoutError:
-            await answer.fail(ApiError(408, "the request took too long", code="timeout"))
+            await response.fail(ApiError(408, "the request took too long", code="timeout"))
         except Exception as error:
             self.on_error(error)
-            await answer.fail(ApiError(500, "the server failed", code="internal_error"))
+            await response.fail(ApiError(500, "the server failed", code="internal_error"))
         finally:
-            self.count(_route(scope), answer.status or 499)
+            self.count(_route(scope), response.status or 499)
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -110,8 +110,8 @@ class Guard:
         return ApiError(413, message, code="body_too_large")
 
 
-class _Answer:
-    """Passes an answer on, and knows how far it has come."""
+class _Response:
+    """Passes a response on, and knows how far it has come."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -123,7 +123,7 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
-        """Answer with an error; a stream that has begun is cut off instead, by the server."""
+        """Respond with an error; a stream that has begun is cut off instead, by the server."""
         if self.status is not None:
             return
         body = json.dumps(error.body).encode()

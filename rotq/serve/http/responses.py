@@ -1,4 +1,4 @@
-"""Events of the engine as OpenAI's JSON objects: whole answers, and chunks of streams."""
+"""Events of the engine as OpenAI's JSON objects: whole responses, and chunks of streams."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Writer:
     chunk_kind = ""
     prefix = ""
 
-    def answer(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def response(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The whole."""
         written = [self.choice(index, choice) for index, choice in enumerate(choices)]
         return self._frame(self.kind, written) | {"usage": self.usage(choices)}
@@ -113,7 +113,7 @@ class CompletionWriter(Writer):
     """``/v1/completions``."""
 
     echoed: Sequence[str] | None = None
-    """Text of each choice's prompt, if it is part of the answer."""
+    """Text of each choice's prompt, if it is part of the response."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
