@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from rotq.cli.loading import load_on
 from rotq.cli.options import model_options, output_options
-from rotq.cli.serve_options import checked_settings, find_calibration, load_on, serving_options
+from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
 
 @click.group("bench")

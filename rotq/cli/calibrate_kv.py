@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rotq.cli.loading import load, show
 from rotq.cli.options import Command, model_options, output_options
 from rotq.errors import RotqError
 
@@ -125,14 +125,6 @@ def calibrate_all(
     ]
 
 
-def load(path: Path, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    from rotq.checkpoint.load import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return load_model(path, dtype=dtype, trust_remote_code=trust_remote_code), tokenizer
-
-
 def named_specs(names: str) -> list[KVSpec]:
     """Presets by name, separated by commas; click.UsageError where there is none of the name."""
     from rotq.kv.presets import preset
@@ -155,10 +147,3 @@ def _check_writable(path: Path) -> None:
         raise RotqError(f"cannot write {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK):
         raise RotqError(f"cannot write {path}: no permission for {folder}")
-
-
-def show(label: str) -> Any:
-    """Progress on a terminal; None where there is none."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, total: click.echo(f"\r{label} {done}/{total}", nl=done == total, err=True)

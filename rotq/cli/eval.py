@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from rotq.cli.loading import check_causal, show
 from rotq.cli.options import model_options, output_options
-from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.evaluation.perplexity import Evaluation, Protocol
@@ -126,25 +125,5 @@ def measure(
         ids_N,
         protocol=protocol,
         reference=models[1] if reference is not None else None,
-        on_window=_show_window if sys.stderr.isatty() else None,
+        on_window=show("window"),
     )
-
-
-def check_causal(path: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a model that predicts no next token.
-
-    Raises:
-        RotqError: it fills in masks.
-    """
-    from rotq.checkpoint.gguf import find_gguf
-    from rotq.checkpoint.source import load_config
-    from rotq.models.task import is_masked
-
-    if not path.exists() or find_gguf(path) is not None:
-        return
-    if is_masked(load_config(path, trust_remote_code=trust_remote_code)):
-        raise RotqError(f"{path} is a masked language model; score it with rotq eval pll")
-
-
-def _show_window(done: int, total: int) -> None:
-    click.echo(f"\rwindow {done}/{total}", nl=done == total, err=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import calibrate_all, calibration_options, load, named_specs, show
+from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
+from rotq.cli.loading import load, show
 from rotq.cli.options import model_options, output_options
 
 if TYPE_CHECKING:

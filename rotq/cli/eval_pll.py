@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import load, show
+from rotq.cli.loading import load, show
 from rotq.cli.options import model_options, output_options
 from rotq.errors import RotqError
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 import yaml
 
-from rotq.cli.eval import check_causal, measure
+from rotq.cli.eval import measure
+from rotq.cli.loading import check_causal
 from rotq.cli.options import model_options, output_options, recipe_options
 from rotq.errors import Stopped
 from rotq.recipe import Recipe

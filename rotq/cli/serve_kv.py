@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
+from rotq.cli.loading import load_on
 from rotq.cli.options import debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
     checked_settings,
     find_calibration,
-    load_on,
     require_packages,
     serving_options,
 )

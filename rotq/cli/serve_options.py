@@ -1,4 +1,4 @@
-"""What ``rotq serve-kv`` and ``rotq bench serve`` share: options, model, constants of the cache."""
+"""What ``rotq serve-kv`` and ``rotq bench serve`` share: options, limits, the cache's constants."""
 
 from __future__ import annotations
 
@@ -86,24 +86,6 @@ def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration 
             err=True,
         )
     return found
-
-
-def load_on(path: Path, device: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model on a device, and its tokenizer."""
-    import torch
-
-    from rotq.checkpoint.load import load_model, load_tokenizer
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RotqError("--device cuda: this machine has none that torch can use")
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load_model(
-        path,
-        dtype=dtype,
-        device_map=None if device == "cpu" else device,
-        trust_remote_code=trust_remote_code,
-    )
-    return model, tokenizer
 
 
 def checked_settings(*, kv_memory: str, **limits: Any) -> Settings:
