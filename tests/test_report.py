@@ -11,16 +11,10 @@ from job_reports import layer_result, make_report
 
 from rotq.recipe import Recipe
 from rotq.report import Estimate, JobReport, SiteEstimate, peak_rss
+from rotq.report.columns import WIDTH
+from rotq.report.lines import recipe_line, runtime_line
 from rotq.report.progress import PlainProgress, RichProgress
-from rotq.report.tables import (
-    WIDTH,
-    estimate_table,
-    evaluation_table,
-    inspection_table,
-    job_table,
-    recipe_line,
-    runtime_line,
-)
+from rotq.report.tables import estimate_table, evaluation_table, inspection_table, job_table
 
 EVALUATION = {
     "ppl": 31.2345,

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rotq.checkpoint.scheme import transformers_obstacle
-from rotq.report.tables import runtime_line
+from rotq.report.lines import runtime_line
 
 TEMPLATE = """\
 ---

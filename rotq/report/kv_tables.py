@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rotq.report.tables import facts, size
+from rotq.report.columns import facts
+from rotq.report.lines import size
 
 _COLUMNS = (
     ("scheme", "preset", "{}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rotq.report.tables import _table, _text, facts
+from rotq.report.columns import facts, make_table, render
 
 _COLUMNS = (
     ("pseudo-ppl", "masked", "{:.4f}"),
@@ -25,9 +25,9 @@ def pll_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each group of sequences, and the protocol."""
     rows = list(groups.values())
     columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in rows)]
-    table = _table("group", "residues", *(header for header, _, _ in columns))
+    table = make_table("group", "residues", *(header for header, _, _ in columns))
     for name, row in groups.items():
         cells = ["-" if row.get(key) is None else form.format(row[key]) for _, key, form in columns]
         table.add_row(name, str(row["residues"]), *cells)
     protocols = ((name, row["protocol"]) for name, row in groups.items())
-    return f"{_text(table)}\n{facts(protocols)}"
+    return f"{render(table)}\n{facts(protocols)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rotq.report.tables import facts, size
+from rotq.report.columns import facts
+from rotq.report.lines import size
 
 
 def bench_table(found: Sequence[dict[str, Any]]) -> str:

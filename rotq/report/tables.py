@@ -1,26 +1,23 @@
-"""Results as text for people: plain lines and tables of at most 80 columns.
-
-The only place that formats numbers. Sizes in MB and GB are 10^6 and 10^9 bytes.
-"""
+"""Results of a job as text for people: what it cost, what it would cost, what a checkpoint is."""
 
 from __future__ import annotations
 
-import io
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rotq.report.columns import facts, make_table, render
+from rotq.report.lines import (
+    duration,
+    flatness_line,
+    quantization_line,
+    recipe_line,
+    rotation_line,
+    runtime_line,
+    size,
+    transform_line,
+)
 from rotq.report.results import Estimate, JobReport, LayerResult
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-WIDTH = 80
-"""Columns."""
-
-ROTATIONS = ("residual", "value", "attention", "down")
-"""Keys of the recipe's section and of the report's."""
 
 _SHOWN_LAYERS = 5
 
@@ -86,7 +83,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
 
 def estimate_table(estimate: Estimate) -> str:
     """A dry run: layers of one name pattern on one line, then what the job needs."""
-    table = _table("layer", "shape", "bits", "group", "bits/weight")
+    table = make_table("layer", "shape", "bits", "group", "bits/weight")
     groups: dict[tuple[str, ...], int] = {}
     for site in estimate.sites:
         key = (
@@ -105,7 +102,7 @@ def estimate_table(estimate: Estimate) -> str:
         ("peak memory", f"{size(estimate.peak_memory_bytes)}, estimated"),
         ("scratch disk", size(estimate.scratch_disk_bytes)),
     ]
-    return _text(table) + "\n" + facts(rows)
+    return render(table) + "\n" + facts(rows)
 
 
 def inspection_table(found: dict[str, Any], report: JobReport | None, verified: int | None) -> str:
@@ -141,136 +138,18 @@ def inspection_table(found: dict[str, Any], report: JobReport | None, verified: 
     return facts(rows) + layer_tables(report.layers) + _notes(report.notes)
 
 
-def quantization_line(config: dict[str, Any] | None) -> str:
-    """The quantization_config of a checkpoint in a few words."""
-    if config is None:
-        return "none"
-    parts = [str(config.get("quant_method")), str(config.get("format", ""))]
-    groups = config.get("config_groups") or {}
-    kinds = sorted({f"{group['weights']['num_bits']} bits" for group in groups.values()})
-    ignored = config.get("ignore") or []
-    kept = f"{len(ignored)} modules kept" if ignored else ""
-    return ", ".join(part for part in (*parts, *kinds, kept) if part)
-
-
-def flatness_line(flatness: dict[str, dict[str, dict[str, float | None]]]) -> str:
-    """max/rms of each kind of site, median over blocks, before and after the rotations."""
-    kinds: dict[str, list[dict[str, dict[str, float | None]]]] = {}
-    for name, change in flatness.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(change)
-    parts = []
-    for kind, changes in kinds.items():
-        before, after = (
-            statistics.median(change[when]["max_over_rms"] or 0.0 for change in changes)
-            for when in ("before", "after")
-        )
-        parts.append(f"{kind} {before:.1f} to {after:.1f}")
-    return ", ".join(parts)
-
-
-def runtime_line(config: dict[str, Any]) -> str:
-    """What a quantization_config asks of the runtime besides packed weights; empty for nothing."""
-    groups = (config.get("config_groups") or {}).values()
-    inputs = {_rounding(group.get("input_activations"), "token") for group in groups} - {""}
-    attention = config.get("attention") or {}
-    heads = _rounding(attention.get("kv_cache"), "head and token")
-    turned = [f"{kind} before {len(t)} targets" for kind, t in (config.get("online") or {}).items()]
-    parts = [
-        *(f"inputs {rounding}" for rounding in sorted(inputs)),
-        *([f"keys and values {heads}"] if heads else []),
-        *([f"{attention['rotation']} on queries and keys"] if attention.get("rotation") else []),
-        *turned,
-    ]
-    return "; ".join(parts)
-
-
-def _rounding(args: dict[str, Any] | None, per: str) -> str:
-    if not args:
-        return ""
-    kind = "symmetric" if args["symmetric"] else "asymmetric"
-    return f"{args['num_bits']} bits {kind} per {per}"
-
-
-def rotation_line(rotation: dict[str, Any]) -> str:
-    """What was rotated, and how well the function was preserved."""
-    built = [f"{name} {rotation[name]}" for name in ROTATIONS if name in rotation]
-    difference = rotation.get("largest_relative_difference")
-    if not built:
-        return "none"
-    kept = "" if difference is None else f"; logits kept to {difference:.1e}"
-    return ", ".join(built) + kept
-
-
-def transform_line(transform: dict[str, Any]) -> str:
-    """How the rotations were found: losses and angles, or candidates and their scores."""
-    if "scores" in transform:
-        scores = ", ".join(f"{name} {score:.4g}" for name, score in transform["scores"].items())
-        return f"{transform['chosen']}, by {transform['judge']} of {scores}"
-    parts = [str(transform["method"])]
-    for name in ("layers", "model", "optrot"):
-        if name in transform:
-            phase = transform[name]
-            before, after = phase["loss_first_quarter"], phase["loss_last_quarter"]
-            parts.append(f"{phase['steps']} steps, loss {before:.3g} to {after:.3g}")
-    if "residual_angle" in transform:
-        parts.append(f"R1 turned by {transform['residual_angle']:.3f} rad")
-    return ", ".join(parts)
-
-
-def recipe_line(recipe: dict[str, Any]) -> str:
-    """A recipe in a few words."""
-    weights, rotation = recipe["weights"], recipe["rotation"]
-    group = weights["group_size"]
-    turned = [name for name in ROTATIONS if rotation.get(name, "none") != "none"]
-    parts = [
-        f"{weights['bits']} bits",
-        "per channel" if group == -1 else f"group {group}",
-        "symmetric" if weights["symmetric"] else "asymmetric",
-        *(
-            f"{label}{recipe[key]['bits']}"
-            for label, key in (("A", "activations"), ("KV", "kv_cache"))
-            if recipe.get(key, {}).get("bits", 16) != 16
-        ),
-        recipe["solver"]["method"],
-        *(["rotated " + "+".join(turned)] if turned else []),
-    ]
-    return f"{recipe['name']}: {', '.join(parts)}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in MB or GB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-
-
-def facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Labels and texts in two columns; long texts wrap under their own column."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in rows:
-        table.add_row(label, text)
-    return _text(table)
-
-
 def layer_tables(layers: Sequence[LayerResult]) -> str:
     """The layers with the largest relative error, and the slowest ones."""
     if not layers:
         return ""
-    worst = _table("worst layers", "relative error", "loss", "bits")
+    worst = make_table("worst layers", "relative error", "loss", "bits")
     for layer in sorted(layers, key=lambda layer: -layer.relative_error)[:_SHOWN_LAYERS]:
         error = f"{layer.relative_error:.3%}"
         worst.add_row(layer.name, error, f"{layer.loss:.3g}", f"{layer.bits_per_weight:.2f}")
-    slowest = _table("slowest layers", "seconds", "shape")
+    slowest = make_table("slowest layers", "seconds", "shape")
     for layer in sorted(layers, key=lambda layer: -layer.seconds)[:_SHOWN_LAYERS]:
         slowest.add_row(layer.name, f"{layer.seconds:.2f}", "{} x {}".format(*layer.shape))
-    return f"\n{_text(worst)}\n{_text(slowest)}"
+    return f"\n{render(worst)}\n{render(slowest)}"
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -279,23 +158,3 @@ def _notes(notes: Sequence[str]) -> str:
 
 def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _table(*headers: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="right" if index else "left", overflow="fold")
-    return table
-
-
-def _text(table: Table) -> str:
-    from rich.console import Console
-
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=WIDTH, color_system=None, highlight=False)
-    console.print(table)
-    lines = buffer.getvalue().splitlines()
-    return "".join(f"{line.rstrip()}\n" for line in lines)

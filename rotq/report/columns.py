@@ -1,0 +1,47 @@
+"""Text for people in columns, at most 80 wide."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 80
+"""Of a terminal, in characters."""
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Labels and texts in two columns; long texts wrap under their own column."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(label, text)
+    return render(table)
+
+
+def make_table(*headers: str) -> Table:
+    """An empty table: the first column to the left, figures to the right, long cells wrapped."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def render(table: Table) -> str:
+    """Plain lines without colors, whatever the terminal."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=WIDTH, color_system=None, highlight=False)
+    console.print(table)
+    lines = buffer.getvalue().splitlines()
+    return "".join(f"{line.rstrip()}\n" for line in lines)
