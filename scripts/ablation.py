@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rotq.calibration.data import read_text, tokenize
+from rotq.calibration.data import tokenize
+from rotq.calibration.texts import read_text
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate
 from rotq.quantize.pipeline import quantize_model

@@ -22,7 +22,7 @@ import torch
 from fetch_smollm2 import PACKAGE, find_gguf
 from train_tiny import make_tiny
 
-from rotq.calibration.data import read_text
+from rotq.calibration.texts import read_text
 from rotq.checkpoint.gguf import convert
 from rotq.cli.eval import measure
 from rotq.evaluation.perplexity import Protocol

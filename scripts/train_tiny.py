@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rotq.calibration.data import read_text, tokenize
+from rotq.calibration.data import tokenize
+from rotq.calibration.texts import read_text
 
 SEQ_LEN = 128
 BATCH = 16

@@ -106,7 +106,8 @@ def measure(
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
-    from rotq.calibration.data import read_text, tokenize
+    from rotq.calibration.data import tokenize
+    from rotq.calibration.texts import read_text
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.evaluation.perplexity import evaluate
 

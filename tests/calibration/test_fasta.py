@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rotq.calibration.data import read_text
 from rotq.calibration.fasta import is_fasta, parse_fasta, read_fasta
+from rotq.calibration.texts import read_text
 from rotq.errors import RotqError
 
 PLAIN = b">sp|P1|A_X first protein\nMKT\nayiA\n\n; a comment\n>b\nGG XU\n"

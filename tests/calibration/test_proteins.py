@@ -8,7 +8,8 @@ import torch
 from tiny_proteins import esm_tokenizer, sequences, spaced_tokenizer, write_fasta
 
 from rotq.calibration.batches import Batch, bucketed, padded
-from rotq.calibration.data import load_windows, read_text, tokenize
+from rotq.calibration.data import load_windows, tokenize
+from rotq.calibration.texts import read_text
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
 
