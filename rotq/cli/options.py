@@ -28,7 +28,7 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
 
 
 def output_options(command: Command) -> Command:
-    """``--json`` and ``--debug``."""
+    """``--json`` as ``as_json``, and ``--debug``, which ``debug_wanted`` asks for."""
     for option in (
         click.option(
             "--debug",
@@ -45,7 +45,7 @@ def output_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """``--dtype`` and ``--trust-remote-code``."""
+    """``--dtype`` and ``--trust-remote-code``, as ``load`` takes them."""
     for option in (
         click.option(
             "--trust-remote-code", is_flag=True, help="Run Python code that the model brings."

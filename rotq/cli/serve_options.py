@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def serving_options(command: Command) -> Command:
-    """Of the cache and the batch."""
+    """Options of the cache and the batch: memory, constants, sequences, device."""
     for option in (
         click.option(
             "--device",
@@ -89,7 +89,7 @@ def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration 
 
 
 def checked_settings(*, kv_memory: str, **limits: Any) -> Settings:
-    """click.UsageError where a limit is out of range."""
+    """Settings of a command's limits; click.UsageError where one is out of range."""
     from rotq.serve.settings import Settings, parse_size
 
     try:
@@ -99,7 +99,7 @@ def checked_settings(*, kv_memory: str, **limits: Any) -> Settings:
 
 
 def require_packages(*names: str) -> None:
-    """RotqError where one is not installed."""
+    """Raise RotqError, with what to install, where a package is missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise RotqError(f"{', '.join(missing)} is not installed: pip install 'rotq[serve]'")

@@ -31,7 +31,7 @@ _LOOK = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What clients ask for."""
+    """Requests of equal clients, drawn with a seed: the same for every cache."""
 
     requests: int
     clients: int
@@ -42,7 +42,7 @@ class Load:
     seed: int = 0
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Token ids of every request."""
+        """Token ids of every request's prompt, uniform over the vocabulary."""
         drawn = random.Random(self.seed)
         shortest = max(1, self.prompt_tokens // 2)
         return [
@@ -56,33 +56,33 @@ class Load:
 
 @dataclass(kw_only=True)
 class Measured:
-    """Of one cache under one load; times in seconds."""
+    """Figures of one cache under one load; times in seconds."""
 
     kv: str
     seconds: float
     output_tokens_per_second: float
     total_tokens_per_second: float
-    """Prompts included."""
+    """Prompt tokens and output tokens."""
     first_token: dict[str, float]
     """From a request's arrival, by percentile."""
     inter_token: dict[str, float]
     request: dict[str, float]
     peak_running: int
     peak_tokens: int
-    """Of running sequences."""
+    """Most tokens that running sequences had stored at once."""
     peak_cache_bytes: int
-    """With something in them."""
+    """Most bytes of pages and sinks that held something."""
     bits_per_element: float
-    """At the peak of tokens, all in."""
+    """Per key or value element when most tokens were stored, unfilled parts of pages included."""
     cache_bytes_total: int
     capacity_tokens: int
-    """That the pool's pages hold."""
+    """Tokens that all pages of the pool hold."""
     rows: int
-    """Of a decode step."""
+    """Sequences of a decode step, padding included."""
     load: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, ready for JSON."""
         return asdict(self)
 
 

@@ -75,28 +75,25 @@ class Metrics(Observer):
         self.registry.register(_EngineCollector(engine.state))
 
     def first_token(self, seconds: float) -> None:
-        """Since a sequence came."""
         self._first.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """Since its token before."""
         self._next.observe(seconds)
 
     def retired(self, sequence: Generation, outcome: str, seconds: float) -> None:
-        """Since a sequence came."""
         self._whole.labels(outcome).observe(seconds)
 
     def failed(self, error: Exception) -> None:
-        """A forward pass did."""
+        """Count it, and pass it to ``on_error``."""
         self._failures.inc()
         self._on_error(error)
 
     def responded(self, route: str, status: int) -> None:
-        """A request was."""
+        """Count a response of a route."""
         self._responses.labels(route, str(status)).inc()
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

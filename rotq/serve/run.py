@@ -33,13 +33,13 @@ _LAST_WORDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server's parts, the engine started."""
+    """The parts of a server whose engine has been started."""
 
     app: Guard
     service: Service
     engine: Engine
     facts: dict[str, Any]
-    """What it is, for people."""
+    """What is served and how, for the line at start and for ``/stats``."""
 
 
 def build_server(
@@ -93,7 +93,7 @@ def build_server(
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """That the model's generation settings, its configuration or its tokenizer name."""
+    """Tokens that end a text, as generation settings, configuration and tokenizer name them."""
     found: set[int] = set()
     config = getattr(model, "generation_config", None)
     for named in (
@@ -181,7 +181,7 @@ async def _serve(server: _Server, bound: socket.socket, on_ready: Callable[[int]
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which drains the engine."""
+    """A uvicorn server whose end drains the engine."""
 
     def __init__(self, config: uvicorn.Config, served: Served, settings: Settings) -> None:
         super().__init__(config)

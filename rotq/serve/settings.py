@@ -10,24 +10,24 @@ DENSE = "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Limits of a server."""
+    """Limits of a server: memory, sequences, tokens, time."""
 
     kv_memory: int = 1 << 30
     """Bytes of the cache, allocated at start."""
     max_batch: int = 32
-    """Sequences that run together."""
+    """Sequences that run together; more wait."""
     max_queue: int = 128
-    """Sequences that wait."""
+    """Sequences that may wait; beyond it requests get 429."""
     max_length: int = 0
     """Tokens of a sequence; 0 takes what the model and the cache allow."""
     default_max_tokens: int = 256
-    """Of a chat answer whose request does not say."""
+    """Of a chat response whose request does not say."""
     request_timeout: float = 300.0
     """Seconds from a request's arrival to its end."""
     drain_timeout: float = 30.0
     """Seconds that running requests get after SIGTERM."""
     max_body: int = 4 << 20
-    """Bytes of a request."""
+    """Largest body of a request, in bytes."""
 
     def __post_init__(self) -> None:
         for name in ("kv_memory", "max_batch", "default_max_tokens", "max_body"):

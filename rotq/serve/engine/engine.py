@@ -72,7 +72,7 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="rotq-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread, which admits and runs what is submitted."""
         self._thread.start()
 
     def submit(self, sequences: Sequence[Generation]) -> bool:
@@ -89,15 +89,15 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it serves."""
+        """Whether the thread runs and still takes sequences."""
         return self._thread.is_alive() and not self._stop
 
     def idle(self) -> bool:
-        """Nothing runs or waits."""
+        """Whether nothing runs and nothing waits."""
         return not self._running and not len(self.waiting)
 
     def close(self, failure: Failure = "shutdown") -> None:
-        """End what runs and waits, and the thread."""
+        """Fail what runs and waits with ``failure``, and end the thread."""
         self.waiting.close()
         self._stop_with = failure
         self._stop = True

@@ -33,13 +33,13 @@ class Event:
     prompt: tuple[Picked, ...] | None = None
     """Of all prompt tokens, if they were asked for; in the first event."""
     completion_tokens: int = 0
-    """So far."""
+    """Tokens generated up to this event."""
     cached_tokens: int = 0
     """Of the prompt, found in pages of others."""
 
     @property
     def last(self) -> bool:
-        """Nothing comes after it."""
+        """Whether no event follows, as it has a finish or a failure."""
         return self.finish is not None or self.failure is not None
 
 
@@ -65,19 +65,19 @@ class Generation:
     """End the text, and are no part of it."""
     prompt_logprobs: bool = False
     deadline: float = float("inf")
-    """Of ``time.monotonic``."""
+    """When the sequence fails with ``timeout``, on the clock of ``time.monotonic``."""
     number: int = field(default_factory=lambda: next(_NUMBERS))
     created: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     """Set by anyone; nobody listens any more."""
     keys: list[bytes] | None = None
-    """Of its prompt's pages, once they are known."""
+    """Keys of its prompt's pages, once they are known."""
     allocation: Allocation | None = None
     count: int = 0
     """Tokens whose keys and values are stored."""
     generated: list[int] = field(default_factory=list)
     described: list[Picked] = field(default_factory=list)
-    """Prompt tokens, if ``prompt_logprobs``."""
+    """Prompt tokens with log probabilities that no event has carried yet."""
     cached: int = 0
     last_emitted: float = 0.0
 
@@ -96,7 +96,7 @@ class Generation:
         return self.count < len(self.prompt)
 
     def row(self, fresh: int) -> Row:
-        """It in a forward pass of so many of its tokens."""
+        """Its place in a forward pass over ``fresh`` of its tokens."""
         assert self.allocation is not None
         sink = -1 if self.allocation.sink is None else self.allocation.sink
         return Row(pages=self.allocation.pages, sink=sink, count=self.count, fresh=fresh)
@@ -122,7 +122,7 @@ class Generation:
         finish: Finish | None = None,
         failure: Failure | None = None,
     ) -> Event:
-        """About now."""
+        """An event with the current counts, and with prompt tokens that were not yet told."""
         prompt = None
         if self.described:
             prompt, self.described = tuple(self.described), []
@@ -137,7 +137,7 @@ class Generation:
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """One piece of several."""
+    """Texts and tokens of several pieces, one behind the other."""
     return Piece(
         text="".join(piece.text for piece in pieces),
         picked=tuple(item for piece in pieces for item in piece.picked),

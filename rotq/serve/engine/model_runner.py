@@ -65,7 +65,7 @@ class ModelRunner:
         return logits[: len(rows), 0]
 
     def padding(self) -> Row:
-        """A row that nobody looks at."""
+        """A row without a sequence: it fills a step, and its result is dropped."""
         return Row(sink=-1)
 
     @torch.inference_mode()

@@ -40,7 +40,7 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Places that nobody holds."""
+        """Places that can be taken: free ones, and kept ones that nobody holds."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -49,7 +49,7 @@ class PagePool:
         return self.size - len(self._free)
 
     def take(self) -> int:
-        """A place for something new."""
+        """Hold a place for something new; if none is free, the one kept longest gives way."""
         if not self._free:
             oldest, _ = self._idle.popitem(last=False)
             del self._place_of[self._key_of.pop(oldest)]
@@ -73,7 +73,7 @@ class PagePool:
             self._place_of[key] = place
 
     def release(self, place: int) -> None:
-        """Stop holding it."""
+        """Stop holding a place: it is kept if it has a key, else free once nobody holds it."""
         self._holders[place] -= 1
         if self._holders[place]:
             return
@@ -85,7 +85,7 @@ class PagePool:
 
 @dataclass(kw_only=True)
 class Allocation:
-    """What one sequence holds."""
+    """Pages and sinks that one sequence holds, and how many more it was promised."""
 
     keys: list[bytes]
     """Of the pages that its prompt fills, but for the last token of the prompt."""
@@ -112,7 +112,7 @@ class PageAllocator:
         self._promised = 0
 
     def pages_for(self, tokens: int) -> int:
-        """Pages of a sequence of so many tokens."""
+        """Pages that a sequence of so many tokens takes; its sinks are not in pages."""
         return max(0, -(-(tokens - self.sinks) // self.page_size))
 
     def keys(self, prompt: Sequence[int]) -> list[bytes]:

@@ -67,6 +67,6 @@ class FairQueue:
             return left
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Refuse all that come from now on; those who wait stay."""
         with self._lock:
             self._closed = True

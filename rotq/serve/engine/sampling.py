@@ -18,14 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen."""
+    """How one sequence's tokens are chosen."""
 
     temperature: float = 1.0
-    """0 takes the likeliest."""
+    """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Likeliest tokens that together have this probability, in (0, 1]."""
     top_k: int = 0
-    """Likeliest tokens; 0 for all."""
+    """Only so many of the likeliest tokens may be chosen; 0 for all."""
     seed: int | None = None
     logprobs: int | None = None
     """Report the chosen token's log probability and so many of the likeliest; None for neither."""
@@ -37,9 +37,9 @@ class Picked:
 
     token: int
     logprob: float | None = None
-    """Nats."""
+    """Of the model before temperature, in nats; None if it was not asked for."""
     top: tuple[tuple[int, float], ...] = ()
-    """Likeliest tokens, descending."""
+    """Likeliest tokens and their log probabilities, descending."""
 
 
 class Sampler:
@@ -56,7 +56,7 @@ class Sampler:
         self._random = random.Random(f"{sampling.seed}/{index}") if seeded else random.Random()
 
     def pick(self, logits_V: Tensor) -> Picked:
-        """Choose a token."""
+        """Choose a token, and describe it as ``sampling.logprobs`` asks."""
         return describe(self._choose(logits_V), logits_V, self.sampling.logprobs)
 
     def _choose(self, logits_V: Tensor) -> int:

@@ -71,7 +71,7 @@ class TextStream:
         return self._take(fresh, last=False)
 
     def finish(self) -> Piece:
-        """What was held back."""
+        """All text and tokens that were held back, as no more tokens come."""
         return self._take(self._fresh(wait=False) or "", last=True)
 
     def _fresh(self, *, wait: bool) -> str | None:

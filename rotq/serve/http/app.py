@@ -78,13 +78,13 @@ def create_app(
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue a prompt."""
+        """Continue a prompt, or score it."""
         call = await service.complete(body, _client(request))
         return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
 
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation."""
+        """Continue a conversation under the model's chat template."""
         call = await service.chat(body, _client(request))
         return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
 
@@ -92,7 +92,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})
     async def models() -> dict[str, Any]:
-        """The one model."""
+        """List the model; a server has one."""
         return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{name:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
@@ -116,7 +116,7 @@ def _add_watching_routes(
 
     @app.get("/health", responses={503: _ERRORS[503]})
     async def health() -> dict[str, str]:
-        """Whether requests are taken."""
+        """200 while requests are taken, 503 while draining or dead."""
         if service.draining or not service.engine.alive:
             status = "draining" if service.draining else "dead"
             raise ApiError(503, f"the server is {status}", code=status)
@@ -124,12 +124,12 @@ def _add_watching_routes(
 
     @app.get("/stats", responses={401: _ERRORS[401]})
     async def stats() -> dict[str, Any]:
-        """The cache and the queue, now."""
+        """The cache and the queue at this moment, for the page."""
         return describe()
 
     @app.get("/metrics", responses={401: _ERRORS[401]}, response_class=Response)
     async def prometheus() -> Response:
-        """For Prometheus."""
+        """Counters and histograms in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

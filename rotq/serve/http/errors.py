@@ -46,14 +46,14 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
+        """The error as OpenAI's clients parse it."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Besides those of every answer."""
+        """Headers that only errors have."""
         found = {}
         if self.retry_after is not None:
             found["Retry-After"] = str(self.retry_after)

@@ -22,7 +22,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/openapi.json")
-"""Need no key."""
+"""Paths that are served without a key."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
@@ -58,7 +58,7 @@ class Guard:
         self.count, self.on_error = count, on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Check one request, pass it on, and count its response."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -14,12 +14,12 @@ from rotq.serve.engine.sampling import Picked
 from rotq.serve.engine.text_stream import Piece
 
 TokenText = Callable[[int], str]
-"""A token's own text."""
+"""The text of a single token, special ones by their names."""
 
 
 @dataclass(kw_only=True)
 class Choice:
-    """What has come of one choice so far."""
+    """What has come of one choice of a request so far."""
 
     pieces: list[Piece] = field(default_factory=list)
     finish: str | None = None
@@ -28,19 +28,19 @@ class Choice:
     cached: int = 0
 
     def add(self, event: Event) -> None:
-        """Take an event."""
+        """Take an event with its text."""
         self.pieces.append(event.piece)
         self.finish = event.finish or self.finish
         self.prompt = event.prompt or self.prompt
         self.count(event)
 
     def count(self, event: Event) -> None:
-        """Take an event's numbers only."""
+        """Take an event's counts only, for a stream whose text is sent and forgotten."""
         self.tokens, self.cached = event.completion_tokens, event.cached_tokens
 
     @property
     def piece(self) -> Piece:
-        """All of it."""
+        """The pieces of all events as one."""
         return joined(self.pieces)
 
 
@@ -53,7 +53,7 @@ class Writer:
     top: int | None
     """Likeliest tokens to report; None for no log probabilities."""
     prompt_lengths: Sequence[int]
-    """Tokens of each prompt."""
+    """Tokens of each prompt; every prompt has the same number of choices."""
     identity: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -62,16 +62,16 @@ class Writer:
     prefix = ""
 
     def response(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The whole."""
+        """The complete response body."""
         written = [self.choice(index, choice) for index, choice in enumerate(choices)]
         return self._frame(self.kind, written) | {"usage": self.usage(choices)}
 
     def chunk(self, index: int, event: Event) -> dict[str, Any]:
-        """A part of a stream."""
+        """The body of one chunk of a stream."""
         return self._frame(self.chunk_kind, [self.delta(index, event)])
 
     def last_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The counts of a stream."""
+        """The chunk behind all text, which has the token counts."""
         return self._frame(self.chunk_kind, []) | {"usage": self.usage(choices)}
 
     def usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -91,11 +91,11 @@ class Writer:
         """The first chunk of a choice, where there is one before any text."""
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """In a whole answer."""
+        """A choice as part of the response body."""
         raise NotImplementedError
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        """In a chunk."""
+        """An event as part of a chunk."""
         raise NotImplementedError
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Writer:
 
 @dataclass(kw_only=True)
 class CompletionWriter(Writer):
-    """``/v1/completions``."""
+    """Bodies of ``/v1/completions``: plain text."""
 
     echoed: Sequence[str] | None = None
     """Text of each choice's prompt, if it is part of the response."""
@@ -119,7 +119,6 @@ class CompletionWriter(Writer):
     prefix = "cmpl"
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """In a whole answer."""
         echoed, piece = self.echoed[index] if self.echoed else "", choice.piece
         return {
             "index": index,
@@ -129,7 +128,7 @@ class CompletionWriter(Writer):
         }
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        """In a chunk; the echoed prompt is a chunk of its own."""
+        """The event's text without the echoed prompt, which is a chunk of its own."""
         echoed = len(self.echoed[index]) if self.echoed else 0
         return {
             "index": index,
@@ -139,7 +138,7 @@ class CompletionWriter(Writer):
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The prompt, if it is echoed."""
+        """The echoed prompt, if one was asked for."""
         if not self.echoed:
             return None
         return self._frame(self.kind, [self._plain(index, self.echoed[index])])
@@ -171,14 +170,13 @@ class CompletionWriter(Writer):
 
 @dataclass(kw_only=True)
 class ChatWriter(Writer):
-    """``/v1/chat/completions``."""
+    """Bodies of ``/v1/chat/completions``: messages of the assistant."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """In a whole answer."""
         piece = choice.piece
         return {
             "index": index,
@@ -188,7 +186,6 @@ class ChatWriter(Writer):
         }
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
-        """In a chunk."""
         return {
             "index": index,
             "delta": {"content": event.piece.text} if event.piece.text else {},
@@ -197,7 +194,7 @@ class ChatWriter(Writer):
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Who speaks."""
+        """The role without text, as OpenAI's streams begin."""
         delta = {"role": "assistant", "content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._frame(self.chunk_kind, [choice])

@@ -21,19 +21,17 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """Nothing is converted, nothing is ignored."""
+    """Converts nothing, and refuses fields that it does not list."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
-    """Of a stream."""
-
     include_usage: bool | None = None
 
 
 class ResponseFormat(Strict):
-    """Plain text only."""
+    """Plain text, the only format there is."""
 
     type: Literal["text"]
 
@@ -59,17 +57,17 @@ class Common(Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
+        """Stop strings as a tuple, however they were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def wants_usage(self) -> bool:
-        """A last chunk with counts."""
+        """Whether the stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class CompletionRequest(Common):
-    """``POST /v1/completions``."""
+    """Body of ``POST /v1/completions``."""
 
     prompt: (
         str
@@ -85,7 +83,7 @@ class CompletionRequest(Common):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or more."""
+        """The prompts as a list, however they were given."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -93,21 +91,21 @@ class CompletionRequest(Common):
 
 
 class TextPart(Strict):
-    """Of a message."""
+    """A part of a message; parts of other types are refused."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
-    """Of a conversation."""
+    """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Role and text, as chat templates take them."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         named = {"name": self.name} if self.name is not None else {}
@@ -115,7 +113,7 @@ class Message(Strict):
 
 
 class ChatRequest(Common):
-    """``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -128,12 +126,12 @@ class ChatRequest(Common):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer."""
+        """Tokens that may be generated; the newer of the two fields wins."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class ErrorDetail(BaseModel):
-    """OpenAI's."""
+    """What went wrong, in OpenAI's fields."""
 
     message: str
     type: str
@@ -142,6 +140,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is no success."""
+    """Body of every response that is no success."""
 
     error: ErrorDetail

@@ -55,14 +55,14 @@ class Call:
             left -= event.last
 
     async def collect(self) -> list[Choice]:
-        """All choices in the end."""
+        """All choices, once all sequences have ended."""
         choices = [Choice() for _ in self.sequences]
         async for index, event in self.events():
             choices[index].add(event)
         return choices
 
     def cancel(self) -> None:
-        """Nobody listens any more; nothing for what has ended."""
+        """Have the engine drop what has not ended, as nobody listens any more."""
         for sequence in self.sequences:
             sequence.cancelled = True
 
