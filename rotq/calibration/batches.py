@@ -17,7 +17,7 @@ class Batch:
     """Windows that are run together."""
 
     ids_BT: Tensor
-    """int64."""
+    """int64 token ids, padding included."""
     mask_BT: Tensor | None = None
     """int64, 1 where a token is and 0 where padding is; None where nothing is padded."""
     special_BT: Tensor | None = None
@@ -30,11 +30,11 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """Tokens that are not padding."""
         return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())
 
     def lengths(self) -> list[int]:
-        """Tokens of each window."""
+        """Tokens of each window, padding left out."""
         if self.mask_BT is None:
             return [self.ids_BT.shape[1]] * len(self.ids_BT)
         lengths: list[int] = self.mask_BT.sum(1).tolist()

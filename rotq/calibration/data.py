@@ -31,14 +31,14 @@ from rotq.recipe import Calibration
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """What calibration runs on."""
+    """Token windows for calibration, in batches, and the text they were drawn from."""
 
     batches: tuple[Batch, ...]
-    """On the CPU."""
+    """Tensors on the CPU."""
     source: str
     """The file, id or corpus name as it was given."""
     sha256: str
-    """Of the text."""
+    """Of the text's file or content, see ``Text``."""
     tokens: int
     """Tokens of the whole text, or residues of the file, that the windows were drawn from."""
     note: str = ""
@@ -61,7 +61,7 @@ class Windows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the windows."""
+        """Tokens in all windows, padding left out."""
         return sum(batch.num_tokens for batch in self.batches)
 
 

@@ -34,12 +34,12 @@ _GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One protein."""
+    """One sequence of a FASTA file and its header."""
 
     name: str
     """Up to the first space of the header."""
     sequence: str
-    """Upper case letters."""
+    """Residues as upper case letters, without gaps and stops."""
     description: str = ""
     """The rest of the header."""
 

@@ -59,7 +59,7 @@ class ResidueCodec:
 
     @property
     def num_special(self) -> int:
-        """How many those are."""
+        """Number of special tokens around a sequence."""
         return sum(map(len, self.around))
 
     @property

@@ -112,5 +112,5 @@ class Streams:
 
     @property
     def batches(self) -> Sequence[Batch]:
-        """The tokens."""
+        """Token ids and masks that both streams' hidden states belong to."""
         return self.quantized.batches

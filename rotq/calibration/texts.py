@@ -33,7 +33,7 @@ class Text:
     sha256: str
     """Of the file's bytes; of the UTF-8 content where there is no file."""
     records: tuple[Record, ...] = ()
-    """Of a FASTA file."""
+    """The sequences, where the file is FASTA; else empty."""
     note: str = ""
     """What was found in a FASTA file, and what was left out of it."""
 

@@ -83,7 +83,7 @@ def load_gguf(gguf: Path, *, dtype: Any, device_map: Any = None) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Convert one file."""
+    """Convert one GGUF file, ``arguments[0]``, to a dense checkpoint in ``arguments[1]``."""
     import torch
     from transformers import AutoTokenizer
 

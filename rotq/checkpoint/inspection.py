@@ -26,14 +26,14 @@ class Inspection:
     files: dict[str, int]
     """Bytes by name, every file of the folder."""
     config: dict[str, Any]
-    """config.json."""
+    """The content of config.json."""
     report: JobReport | None
     recipe: dict[str, Any] | None
     provenance: dict[str, Any] | None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization_config of config.json."""
+        """The ``quantization_config`` of config.json; None for a dense checkpoint."""
         return self.config.get("quantization_config")
 
     def to_dict(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class RotqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes are integers."""
+        """False: codes are integers, which have no gradient."""
         return False
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

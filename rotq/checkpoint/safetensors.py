@@ -45,12 +45,12 @@ CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where one tensor lies."""
+    """A tensor of a file: its type, shape and place."""
 
     name: str
     file: Path
     dtype: str
-    """A key of ITEM_BYTES."""
+    """As the header spells it, a key of ``ITEM_BYTES``."""
     shape: tuple[int, ...]
     start: int
     """Bytes from the start of the file."""
@@ -116,7 +116,7 @@ class Part:
     shape: tuple[int, ...]
     num_bytes: int
     write: Callable[[BinaryIO], None]
-    """Writes the ``num_bytes`` bytes."""
+    """Writes exactly ``num_bytes`` bytes to the file."""
 
 
 def write_parts(path: Path, parts: Sequence[Part], metadata: dict[str, str]) -> None:

@@ -118,7 +118,7 @@ def _tensor_part(name: str, tensor: Tensor) -> Part:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """``layers.2`` before ``layers.10``."""
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
     pieces = re.split(r"(\d+)", name)
     return [(1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces]
 

@@ -32,14 +32,14 @@ class DecodingEvaluation:
     cache: str
     cosine: float
     worst_cosine: float
-    """Of a sequence's mean."""
+    """Of the sequence with the lowest mean over its positions."""
     one_pass: float
     ratio: float
-    """Of one_pass to the dense cache's."""
+    """``one_pass`` as a multiple of the dense cache's."""
     bytes: int
     """Held at the end of the longest sequence."""
     bits_per_element: float
-    """Of those, by key and value element."""
+    """``bytes`` in bits, for each key and value element."""
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,12 +33,12 @@ class Divergence:
 
     @property
     def kl(self) -> float:
-        """Nats per token."""
+        """Mean KL(reference || model), in nats per token."""
         return self.kl_sum / self.positions
 
     @property
     def top1(self) -> float:
-        """0 to 1."""
+        """Share of positions where both most likely tokens are the same."""
         return self.agreements / self.positions
 
 

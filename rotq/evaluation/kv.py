@@ -44,10 +44,10 @@ class KVEvaluation:
     bytes_per_token: float
     """Packed bytes of a token that is not kept whole, all layers."""
     attention_error: list[float]
-    """By layer."""
+    """Relative squared error of each layer's attention output, first layer first."""
     reference_ppl: float
     tokens: int
-    """Scored positions."""
+    """Positions that were scored, over all windows."""
     sinks: int
     recent: int
     protocol: str
@@ -68,7 +68,7 @@ def bits_per_element(scheme: KVScheme, length: int, dtype: torch.dtype) -> float
 
 @dataclass
 class _Sums:
-    """Of one scheme over windows."""
+    """Running sums of one scheme over windows."""
 
     nll: float = 0.0
     cosine: float = 0.0

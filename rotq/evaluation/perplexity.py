@@ -30,12 +30,12 @@ CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is scored."""
+    """Which windows of a text are scored, and which of their positions."""
 
     windows: int = 16
     """Windows taken from the start of the text; 0 takes all that fit."""
     seq_len: int = 1024
-    """Tokens per window."""
+    """Tokens of a window."""
     stride: int = 0
     """Tokens between window starts; 0 is the windowed protocol, without overlap."""
 
@@ -91,7 +91,7 @@ class Evaluation:
     """Share of positions where both models' most likely token is the same."""
     reference_ppl: float | None
     tokens: int
-    """Scored positions."""
+    """Positions that were scored, over all windows."""
     protocol: str
 
     def to_dict(self) -> dict[str, Any]:

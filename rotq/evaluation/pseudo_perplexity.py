@@ -31,7 +31,7 @@ from rotq.evaluation.divergence import Divergence, compare
 
 @dataclass(frozen=True, kw_only=True)
 class PLLProtocol:
-    """What is scored."""
+    """Which sequences of a file are scored, and which of their residues."""
 
     sequences: int = 32
     """Taken from the start of a file; 0 takes all."""
@@ -79,7 +79,7 @@ class PLLEvaluation:
     reference_accuracy: float | None
     sequences: int
     residues: int
-    """Masked, one at a time."""
+    """Residues that were masked, one at a time."""
     protocol: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class _Row:
 
 @dataclass
 class _Sums:
-    """Over scored positions."""
+    """Running sums of one model over scored positions."""
 
     nll: float = 0.0
     correct: int = 0

@@ -32,7 +32,7 @@ class KVScheme:
 
     name: str
     coders: dict[int, Coder]
-    """By layer."""
+    """A coder for each layer that has keys and values, by its number."""
     sinks: int
     recent: int
     stored_bits: float
@@ -42,7 +42,7 @@ class KVScheme:
 
 
 def scheme_of(calibration: KVCalibration) -> KVScheme:
-    """Our codec with its constants."""
+    """Our codec as a scheme, with the constants of a calibration."""
     elements, bits = 0, 0.0
     for transform in calibration.layers.values():
         form, num_heads = transform.format, transform.key.base_H.numel()
@@ -88,7 +88,7 @@ class QuantizedHistory:
         return [self.error_energy[layer] / self.energy[layer] for layer in sorted(self.energy)]
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """(B, T, H G, D)."""
+        """The attention's output, (B, T, H G, D)."""
         if call.layer not in self.coders:
             raise RotqError(f"{call.layer + 1} layers, and constants for {len(self.coders)}")
         k_BHSD, v_BHSD = call.k_BKTD, call.v_BKTD

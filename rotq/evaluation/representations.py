@@ -31,11 +31,11 @@ APART = 6
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalBasis:
-    """h <- (h R^T) g + c."""
+    """Leads hidden states back to the original basis: h <- (h R^T) g + c."""
 
     R_DD: Tensor
     gain_D: Tensor
-    """Of the reference's final norm."""
+    """Gain of the reference's final norm."""
     added_D: Tensor | None
 
     def restore(self, hidden_MD: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class OriginalBasis:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of a model with its reference."""
+    """How near a model's hidden states and contact maps are to its reference's."""
 
     embedding_cosine: float
     contact_overlap: float | None

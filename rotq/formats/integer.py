@@ -22,7 +22,7 @@ class Codes:
     bits: int
     """Bits per code, 2 to 8."""
     symmetric: bool
-    """No zero point."""
+    """Whether z = 0 for all groups, so that no zero point is stored."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -81,7 +81,7 @@ class Quantized:
     """Codes, scales and zero points of one weight."""
 
     q_NK: Tensor
-    """int8, in [q_min, q_max]."""
+    """int8 codes in [q_min, q_max]."""
     scale_NG: Tensor
     """Storage dtype (fp16, bf16 or fp32), positive, in units of the weight per code step."""
     zero_NG: Tensor | None

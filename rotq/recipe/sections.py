@@ -32,7 +32,7 @@ class Override:
     group_size: int = 0
     """Columns per scale, -1 per channel; 0 keeps the recipe's."""
     keep: bool = False
-    """Leave these layers unquantized."""
+    """Leave these layers as they are, unquantized."""
 
     def __post_init__(self) -> None:
         try:
@@ -54,7 +54,7 @@ class Weights:
     group_fallback: Literal["error", "auto"] = "error"
     """Where the group size does not divide: stop, or take the largest legal one below it."""
     symmetric: bool = False
-    """No zero points."""
+    """Scales alone; otherwise a zero point goes with every scale."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Storage type of the scales."""
     overrides: tuple[Override, ...] = ()
@@ -93,7 +93,7 @@ class Activations:
     bits: int = 16
     """Bits per code, 2 to 8; 16 leaves activations as they are."""
     symmetric: bool = False
-    """No zero points."""
+    """Scales alone; otherwise a zero point goes with every scale."""
 
     def __post_init__(self) -> None:
         check("bits", self.bits, codes_or_off(self.bits), "2 to 8, or 16")
@@ -106,7 +106,7 @@ class KVCache:
     bits: int = 16
     """Bits per code, 2 to 8; 16 leaves keys and values as they are."""
     symmetric: bool = False
-    """No zero points."""
+    """Scales alone; otherwise a zero point goes with every scale."""
 
     def __post_init__(self) -> None:
         check("bits", self.bits, codes_or_off(self.bits), "2 to 8, or 16")
@@ -121,13 +121,13 @@ class Calibration:
     masked: float = 0.15
     """Share of residues that a masked language model of proteins finds masked."""
     num_samples: int = 64
-    """Windows drawn."""
+    """Windows that are drawn from the text."""
     seq_len: int = 1024
-    """Tokens per window."""
+    """Tokens of each window."""
     batch_size: int = 4
-    """Windows per forward pass."""
+    """Windows of one forward pass."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the windows' draw; the rotation has its own."""
     offload: bool = False
     """Keep the activation streams in files in the job folder instead of in memory."""
     precision: Literal["highest", "medium"] = "medium"
@@ -213,7 +213,7 @@ class Solver:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What is written."""
+    """The format and the files of the checkpoint."""
 
     format: Literal["compressed-tensors", "rotq"] = "compressed-tensors"
     """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations."""

@@ -53,7 +53,7 @@ class Transform:
         "hadamard",
         "optrot",
     )
-    """Of ``auto``."""
+    """What ``auto`` tries, and ``judge`` picks the best of."""
     judge: Literal["proxy", "kl"] = "proxy"
     """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
 

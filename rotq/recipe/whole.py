@@ -22,7 +22,7 @@ from rotq.recipe.training import Transform, Tuning
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One job, whole."""
+    """Every choice of one job, by section; sections are checked alone, then together."""
 
     name: str = "default"
     """Equal to the name of its file."""

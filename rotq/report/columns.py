@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 80
-"""Of a terminal, in characters."""
+"""Characters of a line."""
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:

@@ -114,5 +114,5 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as m:ss."""
+    """Minutes and seconds, as 3:07 min."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

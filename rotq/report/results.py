@@ -22,12 +22,12 @@ def peak_rss() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """One quantized linear layer."""
+    """How one linear layer was quantized, and what it lost."""
 
     name: str
-    """Full module name."""
+    """Full name of the module, as ``model.layers.3.mlp.down_proj``."""
     shape: tuple[int, int]
-    """Out features, in features."""
+    """(out features, in features)."""
     bits: int
     group_size: int
     """Columns per scale that were used; -1 per channel."""
@@ -45,7 +45,7 @@ class LayerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """One decoder block."""
+    """What one decoder block cost to quantize, all its layers together."""
 
     index: int
     seconds: float
@@ -67,7 +67,7 @@ class Flatness:
 
 @dataclass(frozen=True, kw_only=True)
 class JobReport:
-    """Everything ``report.json`` holds."""
+    """The content of ``report.json``: what a job was given, made and measured."""
 
     recipe: dict[str, Any]
     """As resolved; a job repeats from it."""
@@ -89,7 +89,7 @@ class JobReport:
     """The source's parameters at its own dtype."""
     seconds: float
     peak_rss: int
-    """In bytes."""
+    """Largest resident memory of the process, in bytes."""
     rotation: dict[str, Any] = field(default_factory=dict)
     """Name of each rotation, and the figure of the function-preservation check."""
     transform: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class JobReport:
     """By full name of the site ("model.layers.3.down"): fields of ``Flatness`` before and after
     the rotations; empty where nothing is rotated or rounded at run time."""
     notes: tuple[str, ...] = ()
-    """Warnings."""
+    """Warnings, each a line for people."""
     evaluation: dict[str, Any] | None = None
     """Of the checkpoint against the source: ppl, reference_ppl, kl, top1, tokens, protocol."""
     schema_version: int = SCHEMA_VERSION
@@ -144,7 +144,7 @@ class SiteEstimate:
 
     name: str
     shape: tuple[int, int]
-    """Out features, in features."""
+    """(out features, in features)."""
     bits: int
     group_size: int
     bits_per_weight: float

@@ -63,7 +63,7 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> str:
-    """An evaluation alone."""
+    """The figures of ``rotq eval ppl``, one below the other."""
     return facts(evaluation_rows(evaluation))
 
 

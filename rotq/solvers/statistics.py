@@ -46,7 +46,7 @@ class Moments:
             self.weight_sum += weight_M.double().sum().item()
 
     def hessian_KK(self) -> Tensor:
-        """H, fp32, exactly symmetric."""
+        """H, the weighted mean of x x^T over tokens, in fp32 and exactly symmetric."""
         mean_KK = self.hessian_sum_KK / max(self.weight_sum, 1e-30)
         return (mean_KK + mean_KK.T).div_(2)
 
