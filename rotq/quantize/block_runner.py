@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
-from rotq.calibration.streams import Streams, Track
+from rotq.calibration.streams import Stream, Streams
 from rotq.layers.quant_linear import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
@@ -31,16 +31,16 @@ class Passes:
     precision: str
     """Of fp32 products, see ``rotq.numerics``."""
 
-    def advance(self, index: int, block: nn.Module, track: Track) -> None:
-        """Replace the track's hidden states by the block's outputs."""
+    def advance(self, index: int, block: nn.Module, stream: Stream) -> None:
+        """Replace the stream's hidden states by the block's outputs."""
         with matmul_precision(self.precision):
-            for batch, hidden_BTD in enumerate(track.hidden):
+            for batch, hidden_BTD in enumerate(stream.hidden):
                 hidden_BTD = hidden_BTD.to(self.device)
-                mask_BT = track.batches[batch].mask_on(self.device)
+                mask_BT = stream.batches[batch].mask_on(self.device)
                 kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-                with self._replayed(block, track, batch):
-                    track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
-        track.forget()
+                with self._replayed(block, stream, batch):
+                    stream.hidden[batch] = run_block(block, hidden_BTD, kwargs)
+        stream.forget()
 
     def collect(
         self,
@@ -58,7 +58,7 @@ class Passes:
             stage: Sites whose inputs no unrounded layer of the stage decides.
             blocks: The original one, and the one whose earlier stages are rounded.
             weights: Importance of each batch's tokens, (B, T); None counts all once.
-            last: Take the original track to the end of the block.
+            last: Take the original stream to the end of the block.
 
         Returns:
             By name of the site.
@@ -110,7 +110,7 @@ class Passes:
         self,
         index: int,
         block: nn.Module,
-        track: Track,
+        stream: Stream,
         batch: int,
         names: Iterable[str],
         settled: bool,
@@ -121,23 +121,25 @@ class Passes:
 
         What the attention's output projection is given is remembered once it is settled.
         """
-        hidden_BTD = track.hidden[batch].to(self.device)
-        mask_BT = track.batches[batch].mask_on(self.device)
+        hidden_BTD = stream.hidden[batch].to(self.device)
+        mask_BT = stream.batches[batch].mask_on(self.device)
         kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
         output_projection = self.skeleton.adapter.attention_output
-        new = settled and track.attention(batch) is None
+        new = settled and stream.attention(batch) is None
         wanted = {*names, output_projection} if new else set(names)
-        with self._replayed(block, track, batch):
+        with self._replayed(block, stream, batch):
             seen, output_BTD = capture_inputs(
                 block, wanted, hidden_BTD, kwargs, to_the_end=to_the_end
             )
         if new:
-            track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
+            stream.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
         multiplied = {name: prepared_input(block.get_submodule(name), seen[name]) for name in names}
         return multiplied, output_BTD
 
-    def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
-        attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
+    def _replayed(
+        self, block: nn.Module, stream: Stream, batch: int
+    ) -> AbstractContextManager[None]:
+        attention_BTK, adapter = stream.attention(batch), self.skeleton.adapter
         if attention_BTK is None:
             return nullcontext()
         return replayed(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotq.calibration.streams import Stream, Streams, Track
+from rotq.calibration.streams import BatchStore, Stream, Streams
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import describe_source, read_tensor
@@ -241,30 +241,30 @@ def _start(
     fused.pop(f"{skeleton.adapter.head}.weight", None)
     if not quantizer.needs_data:
         return None
-    tracks = [_track(setup, "quantized")]
+    streams = [_stream(setup, "quantized")]
     if setup.recipe.needs_original:
-        tracks.append(_track(setup, "original"))
+        streams.append(_stream(setup, "original"))
     for number, batch in enumerate(setup.windows.batches):
         hidden_BTD = skeleton.embed(fused, batch.ids_BT, batch.mask_BT)
-        for track in tracks:
-            track.hidden[number] = hidden_BTD
-    return Streams(quantized=tracks[0], original=tracks[1] if tracks[1:] else None)
+        for stream in streams:
+            stream.hidden[number] = hidden_BTD
+    return Streams(quantized=streams[0], original=streams[1] if streams[1:] else None)
 
 
-def _track(setup: Setup, name: str) -> Track:
+def _stream(setup: Setup, name: str) -> Stream:
     batches = setup.windows.batches
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
         files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
     hidden, attended = (
-        Stream.empty(
+        BatchStore.empty(
             [torch.Size((*batch.ids_BT.shape, width)) for batch in batches], setup.dtype, file
         )
         for width, file in zip(
             (setup.skeleton.config.hidden_size, _attended(setup.skeleton)), files, strict=True
         )
     )
-    return Track(hidden, attended, batches)
+    return Stream(hidden, attended, batches)
 
 
 def _attended(skeleton: Skeleton) -> int:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.batches import Batch
-from rotq.calibration.streams import Stream
+from rotq.calibration.streams import BatchStore
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
 from rotq.job.folder import OUTER, TUNING, Job, block_part, tuned_part
@@ -56,7 +56,7 @@ class Setting:
 
 
 def tune(
-    setting: Setting, blocks: Sequence[nn.Module], batches: Sequence[Batch], original: Stream
+    setting: Setting, blocks: Sequence[nn.Module], batches: Sequence[Batch], original: BatchStore
 ) -> None:
     """Train, and write every part of the job anew with what was found; codes are copied.
 
@@ -112,7 +112,7 @@ def _train(
     blocks: list[TunableBlock],
     outer: TunableOuter,
     batches: Sequence[Batch],
-    original: Stream,
+    original: BatchStore,
 ) -> list[float]:
     tuning = setting.recipe.tuning
     changes = [*outer.vectors.changes.values(), *(c for block in blocks for c in block.changes())]
