@@ -14,8 +14,8 @@ from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
-from rotq.evaluation.flatness import Change
-from rotq.job.folder import Job, block_part
+from rotq.evaluation.flatness import FlatnessChange
+from rotq.job.folder import JobFolder, block_part
 from rotq.job.plan import Plan
 from rotq.layers.quant_linear import QuantLinear
 from rotq.models.skeleton import Skeleton
@@ -24,11 +24,11 @@ from rotq.report import peak_rss
 
 
 def save_block(
-    job: Job,
+    job: JobFolder,
     skeleton: Skeleton,
     index: int,
     outcome: Outcome,
-    flatness: Mapping[str, Change],
+    flatness: Mapping[str, FlatnessChange],
     seconds: float,
 ) -> None:
     """Write the block's part: packed layers, and the rest in the model's dtype."""

@@ -21,9 +21,9 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import describe_source, read_tensor
 from rotq.errors import Stopped
-from rotq.evaluation.flatness import Change, FlatnessMeter
+from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
 from rotq.fusion.fuse import fuse_outer
-from rotq.job.folder import OUTER, TUNING, block_part, open_job
+from rotq.job.folder import OUTER, TUNING, block_part, open_folder
 from rotq.job.parts import save_block
 from rotq.job.plan import make_estimate
 from rotq.memory import release_memory, settled_objects
@@ -60,7 +60,7 @@ def quantize_model(
         output: Created; while the job runs its files are in ``output`` + ".partial".
         device: Where blocks run and are solved.
         dtype: Of activations and of what stays dense: "auto" is the checkpoint's.
-        resume: "auto", "required" or "never", see ``open_job``.
+        resume: "auto", "required" or "never", see ``open_folder``.
         overwrite: Replace an existing ``output`` once the new one is complete.
         trust_remote_code: Let transformers run code that comes with the model.
         progress: Listener.
@@ -75,14 +75,14 @@ def quantize_model(
         Stopped: interrupted; the job can be resumed.
     """
     progress = progress or Progress()
-    with open_job(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
+    with open_folder(output, resume=resume, overwrite=overwrite) as job, torch.no_grad():
         try:
             setup = set_up(model, recipe, job, device, dtype, trust_remote_code, progress)
             with settled_objects():
                 return _run(setup)
         except KeyboardInterrupt:
             raise Stopped(
-                f"stopped; finished blocks are kept in {job.folder}, "
+                f"stopped; finished blocks are kept in {job.path}, "
                 "the same command continues from there"
             ) from None
 
@@ -177,7 +177,7 @@ def _find_basis(setup: Setup) -> Basis:
 
 def _rotated(
     setup: Setup, probe: Probe, meter: FlatnessMeter | None, index: int
-) -> tuple[nn.Module, dict[str, Change]]:
+) -> tuple[nn.Module, dict[str, FlatnessChange]]:
     """The original block in the model's dtype, rotated; and what that did to its inputs."""
     exact = setup.skeleton.load_block(index, setup.source, device=setup.device, dtype=torch.float64)
     if meter is None:
@@ -255,7 +255,7 @@ def _stream(setup: Setup, name: str) -> Stream:
     batches = setup.windows.batches
     files: list[Path | None] = [None, None]
     if setup.recipe.calibration.offload:
-        files = [setup.job.folder / f"{kind}-{name}" for kind in ("hidden", "attention")]
+        files = [setup.job.path / f"{kind}-{name}" for kind in ("hidden", "attention")]
     hidden, attended = (
         BatchStore.empty(
             [torch.Size((*batch.ids_BT.shape, width)) for batch in batches], setup.dtype, file

@@ -22,7 +22,7 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import Source
-from rotq.job.folder import OUTER, TRANSFORM, TUNING, Job, block_part
+from rotq.job.folder import OUTER, TRANSFORM, TUNING, JobFolder, block_part
 from rotq.job.plan import Plan, has_experts
 from rotq.layers.online_heads import OnlineHeads
 from rotq.models.skeleton import Skeleton
@@ -37,7 +37,7 @@ class Made:
     source: Source
     skeleton: Skeleton
     recipe: Recipe
-    job: Job
+    job: JobFolder
     plan: Plan
     windows: Windows
     dtype: torch.dtype

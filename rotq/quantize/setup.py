@@ -15,7 +15,7 @@ import rotq
 from rotq.calibration.data import Windows, load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, open_source
-from rotq.job.folder import Job
+from rotq.job.folder import JobFolder
 from rotq.job.parts import restored_block
 from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
@@ -35,7 +35,7 @@ class Setup:
     source: Source
     skeleton: Skeleton
     recipe: Recipe
-    job: Job
+    job: JobFolder
     plan: Plan
     basis: Basis
     windows: Windows
@@ -53,7 +53,7 @@ class Setup:
 def set_up(
     model: Path,
     recipe: Recipe,
-    job: Job,
+    job: JobFolder,
     device: str,
     dtype: str,
     trust_remote_code: bool,
@@ -61,7 +61,7 @@ def set_up(
 ) -> Setup:
     """Everything that can be refused is refused here, before the first block."""
     started = time.monotonic()
-    source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+    source = open_source(model, gguf_dir=job.path / "source", trust_remote_code=trust_remote_code)
     # first, because tokenizing a text of some MB is what most memory is used for until then
     windows = load_windows(
         recipe.calibration,

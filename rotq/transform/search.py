@@ -14,7 +14,7 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
-from rotq.job.folder import TRANSFORM, Job
+from rotq.job.folder import TRANSFORM, JobFolder
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 from rotq.transform.methods import CANDIDATES, Found
@@ -54,7 +54,7 @@ def find_basis(setting: Setting, drawn: Basis) -> Basis:
     return _restored(job, drawn)
 
 
-def _restored(job: Job, drawn: Basis) -> Basis:
+def _restored(job: JobFolder, drawn: Basis) -> Basis:
     tensors = {entry.name: read_tensor(entry) for entry in read_entries(job.part(TRANSFORM))}
     description = job.results(TRANSFORM)["description"]
     return replace(drawn.with_tensors(tensors), description=description)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq.job.folder import Job
+from rotq.job.folder import JobFolder
 from rotq.job.plan import MEASURED_TOKENS, Plan
 from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
@@ -30,7 +30,7 @@ JUDGED_WINDOWS = 4
 class Setting:
     """What the search works on."""
 
-    job: Job
+    job: JobFolder
     skeleton: Skeleton
     source: TensorSource
     plan: Plan

@@ -29,7 +29,7 @@ from rotq.calibration.batches import Batch
 from rotq.calibration.streams import BatchStore
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
-from rotq.job.folder import OUTER, TUNING, Job, block_part, tuned_part
+from rotq.job.folder import OUTER, TUNING, JobFolder, block_part, tuned_part
 from rotq.job.plan import Plan
 from rotq.memory import large_blocks_mapped
 from rotq.models.skeleton import Skeleton
@@ -47,7 +47,7 @@ MAPPED_FROM = 3 << 19
 class Setting:
     """What the training works on."""
 
-    job: Job
+    job: JobFolder
     skeleton: Skeleton
     plan: Plan
     recipe: Recipe

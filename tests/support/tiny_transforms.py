@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny_models import MemorySource, random_ids, tiny_model
 
-from rotq.job.folder import Job
+from rotq.job.folder import JobFolder
 from rotq.job.plan import make_plan
 from rotq.models.attention.online import use_online_attention
 from rotq.models.skeleton import Skeleton
@@ -55,7 +55,7 @@ def make_setting(
     use_online_attention(skeleton.model)
     recipe = load_recipe(None, choices)
     return Setting(
-        job=Job(folder, folder / "out", overwrite=False),
+        job=JobFolder(folder, folder / "out", overwrite=False),
         skeleton=skeleton,
         source=source,
         plan=make_plan(skeleton, recipe, torch.float32),
