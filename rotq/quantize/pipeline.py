@@ -19,21 +19,20 @@ from torch import nn
 from rotq.calibration.streams import BatchStore, Stream, Streams
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import describe_source, read_tensor
+from rotq.checkpoint.source import read_tensor
 from rotq.errors import Stopped
 from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
 from rotq.fusion.fuse import fuse_outer
 from rotq.job.folder import OUTER, TUNING, block_part, open_folder
 from rotq.job.parts import save_block
-from rotq.job.plan import make_estimate
 from rotq.memory import release_memory, settled_objects
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.block_quantizer import BlockQuantizer
 from rotq.quantize.invariance import Probe
 from rotq.quantize.publish import Made, finish
-from rotq.quantize.setup import Setup, set_up, starting_basis, versions, wanted_dtype
+from rotq.quantize.setup import Setup, set_up, versions
 from rotq.recipe import Recipe
-from rotq.report import Estimate, JobReport, Progress, peak_rss
+from rotq.report import JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
 from rotq.transform.search import find_basis
 from rotq.transform.windows import Setting as BasisSetting
@@ -85,20 +84,6 @@ def quantize_model(
                 f"stopped; finished blocks are kept in {job.path}, "
                 "the same command continues from there"
             ) from None
-
-
-def estimate(
-    model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
-) -> Estimate:
-    """What ``quantize_model`` would make and need; reads the config and file headers only.
-
-    Raises:
-        ValueError, RotqError: as ``quantize_model``.
-    """
-    source = describe_source(model, trust_remote_code=trust_remote_code)
-    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    starting_basis(recipe, skeleton)
-    return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
 
 
 def _run(setup: Setup) -> JobReport:

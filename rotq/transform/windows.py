@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotq.job.folder import JobFolder
-from rotq.job.plan import MEASURED_TOKENS, Plan
+from rotq.job.plan import Plan
 from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Recipe, Transform
@@ -21,6 +21,9 @@ from rotq.report import Progress
 from rotq.transform.model_loss import Lesson, teach
 from rotq.transform.student import Student
 from rotq.transform.teacher import next_tokens
+
+MEASURED_TOKENS = 8192
+"""Calibration tokens that closed forms, layer errors and proxies are taken from."""
 
 JUDGED_WINDOWS = 4
 """Windows of the calibration text that ``judge: kl`` scores on; they are not trained on."""

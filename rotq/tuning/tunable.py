@@ -20,9 +20,12 @@ from torch.func import functional_call
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
 from rotq.job.parts import packed_layers
-from rotq.job.plan import TUNED_POSITIONS, Plan
+from rotq.job.plan import Plan
 from rotq.layers.quant_linear import QuantLinear
 from rotq.models.skeleton import Skeleton
+
+TUNED_POSITIONS = 32
+"""Positions whose logits tuning holds at a time."""
 
 
 class Vectors:
