@@ -130,49 +130,61 @@ def _report(
     seconds: float,
 ) -> JobReport:
     """What was made, from what, and the figures that the parts were recorded with."""
-    skeleton, folder = job.skeleton, job.folder
-    blocks = {
-        skeleton.block_name(index): folder.results(block_part(index))
-        for index in range(skeleton.num_blocks)
-    }
-    layers = tuple(_layer(layer) for block in blocks.values() for layer in block["layers"])
+    names = [job.skeleton.block_name(index) for index in range(job.skeleton.num_blocks)]
+    parts = [job.folder.results(block_part(index)) for index in range(job.skeleton.num_blocks)]
+    layers = tuple(_layer(layer) for part in parts for layer in part["layers"])
     parameters = sum(prod(entry.shape) for entry in job.source.entries.values())
     total_bytes = sum(file.stat().st_size for file in weights)
     return JobReport(
         recipe=job.recipe.to_dict(),
         model=job.source.path.name,
         model_hash=job.source.fingerprint(),
-        data={
-            "source": job.windows.source,
-            "sha256": job.windows.sha256,
-            "tokens": job.windows.num_tokens,
-        },
+        data={**_data(job), "tokens": job.windows.num_tokens},
         versions=versions(),
         layers=layers,
-        blocks=tuple(
-            BlockResult(index=index, seconds=block["seconds"], peak_rss=block["peak_rss"])
-            for index, block in enumerate(blocks.values())
-        ),
+        blocks=_blocks(parts),
         bits_per_weight=_bits_per_weight(layers),
         bits_per_weight_all_in=8 * total_bytes / parameters,
         bytes=total_bytes,
         original_bytes=parameters * job.dtype.itemsize,
         seconds=seconds,
         peak_rss=peak_rss(),
-        rotation={
-            **check.basis.description,
-            "checksum": check.basis.checksum(),
-            "largest_relative_difference": check.worst,
-        },
-        transform=folder.results(TRANSFORM) if folder.recorded(TRANSFORM) else {},
-        importance={name: block["effective_share"] for name, block in blocks.items()},
+        rotation=_rotation(check),
+        transform=_recorded(job, TRANSFORM),
+        importance={name: part["effective_share"] for name, part in zip(names, parts, strict=True)},
         flatness={
             f"{name}.{site}": change
-            for name, block in blocks.items()
-            for site, change in block["flatness"].items()
+            for name, part in zip(names, parts, strict=True)
+            for site, change in part["flatness"].items()
         },
-        tuning=folder.results(TUNING) if folder.recorded(TUNING) else {},
+        tuning=_recorded(job, TUNING),
         notes=notes,
+    )
+
+
+def _recorded(job: Job, name: str) -> dict[str, Any]:
+    """What a step has recorded; empty where the job had no such step."""
+    return job.folder.results(name) if job.folder.recorded(name) else {}
+
+
+def _data(job: Job) -> dict[str, Any]:
+    """Where the calibration windows come from."""
+    return {"source": job.windows.source, "sha256": job.windows.sha256}
+
+
+def _rotation(check: InvarianceCheck) -> dict[str, Any]:
+    """The bases in words, their checksum, and the worst figure of the check."""
+    return {
+        **check.basis.description,
+        "checksum": check.basis.checksum(),
+        "largest_relative_difference": check.worst,
+    }
+
+
+def _blocks(parts: Sequence[dict[str, Any]]) -> tuple[BlockResult, ...]:
+    return tuple(
+        BlockResult(index=index, seconds=part["seconds"], peak_rss=part["peak_rss"])
+        for index, part in enumerate(parts)
     )
 
 
@@ -194,7 +206,7 @@ def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     return {
         "model": job.source.path.name,
         "model_hash": job.source.fingerprint(),
-        "data": {"source": job.windows.source, "sha256": job.windows.sha256},
+        "data": _data(job),
         "versions": versions(),
         "files": {file.name: _sha256(file) for file in files},
     }

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import tiny_model
-from tiny_transforms import LEARNED, make_job, spoil_block
+from tiny_transforms import LEARNED, spoil_block
 
 from rotq.errors import RotqError
 from rotq.formats.activations import fake_quantize

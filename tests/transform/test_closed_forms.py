@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import MemorySource, random_ids, tiny_model
-from tiny_transforms import W4A4KV4, make_job
+from tiny_transforms import W4A4KV4
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid

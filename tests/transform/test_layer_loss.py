@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_job
+from memory_jobs import make_job
+from tiny_transforms import LEARNED, SCALED, W4A4KV4
 
 from rotq.calibration.capture import capture_inputs
 from rotq.formats.activations import fake_quantize

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import tiny_model
-from tiny_transforms import LEARNED, make_job
+from tiny_transforms import LEARNED
 
 from rotq.rotations.basis import build_basis
 from rotq.transform.model_loss import Lesson, backward, mean_loss, teach

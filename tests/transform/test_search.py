@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_jobs import SMALL, make_checkpoint, quantize
-from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_job, spoil_block
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError

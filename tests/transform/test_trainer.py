@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_transforms import LEARNED, SCALED, make_job
+from memory_jobs import make_job
+from tiny_transforms import LEARNED, SCALED
 
 from rotq.rotations.basis import build_basis
 from rotq.transform.methods import balanced, learned
