@@ -25,12 +25,13 @@ from rotq.rotations.basis import Basis
 TOLERANCE = 1e-9
 """Largest accepted difference in fp64, relative to the largest value."""
 CHECKED_TOKENS = 64
+"""Of the first calibration window, at most."""
 VOCABULARY_ROWS = 4096
 """The head is compared on about this many evenly spaced tokens."""
 
 
 class InvarianceCheck:
-    """Hidden states of the checked tokens before the current block."""
+    """Takes a few tokens through the original, the rotated and the rounded blocks, and compares."""
 
     def __init__(self, job: Job, basis: Basis) -> None:
         self.skeleton, self.basis = job.skeleton, basis

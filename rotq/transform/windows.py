@@ -16,7 +16,7 @@ from rotq.transform.student import Student
 from rotq.transform.teacher import next_tokens
 
 MEASURED_TOKENS = 8192
-"""Calibration tokens that closed forms, layer errors and proxies are taken from."""
+"""Calibration tokens that closed forms, layer losses and proxies are taken from."""
 
 JUDGED_WINDOWS = 4
 """Windows of the calibration text that ``judge: kl`` scores on; they are not trained on."""
