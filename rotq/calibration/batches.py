@@ -28,6 +28,10 @@ class Batch:
         """bool, what is not padding, as one row; None where nothing is padded."""
         return None if self.mask_BT is None else self.mask_BT.flatten().bool()
 
+    def without_padding(self, x_M: Tensor) -> Tensor:
+        """The rows of ``x_M``, one per token, that are no padding; (M, ...) on any device."""
+        return x_M if self.real_M is None else x_M[self.real_M.to(x_M.device)]
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""

@@ -30,7 +30,9 @@ from rotq.recipe import Importance
 QUERY_BLOCK = 128
 
 
-def token_weights(score_BT: Tensor, importance: Importance, batch: Batch | None = None) -> Tensor:
+def weights_from_scores(
+    score_BT: Tensor, importance: Importance, batch: Batch | None = None
+) -> Tensor:
     """Scale scores to weights with mean 1 over the tokens of every window; (B, T) fp32.
 
     A window whose scores are all equal gets all ones.

@@ -18,7 +18,7 @@ from rotq.calibration.batches import Batch
 from rotq.errors import RotqError
 
 
-class Stream:
+class BatchStore:
     """Batches of hidden states, in memory or in a file that is read batch by batch."""
 
     def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> None:
@@ -28,18 +28,18 @@ class Stream:
         self._offsets = [0, *accumulate(sizes)]
 
     @classmethod
-    def empty(cls, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> Stream:
+    def empty(cls, shapes: list[torch.Size], dtype: torch.dtype, file: Path | None) -> BatchStore:
         """Room for one batch per shape; ``file`` keeps it on disk instead of in memory.
 
         Raises:
             RotqError: no room on the disk.
         """
-        stream = cls(shapes, dtype, file)
+        store = cls(shapes, dtype, file)
         if file is None:
-            stream._batches = [torch.empty(shape, dtype=dtype) for shape in shapes]
+            store._batches = [torch.empty(shape, dtype=dtype) for shape in shapes]
         else:
-            stream._write(0, b"")
-        return stream
+            store._write(0, b"")
+        return store
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -75,14 +75,14 @@ class Stream:
             raise RotqError(f"cannot keep activations in {self._file}: {error.strerror}") from None
 
 
-class Track:
+class Stream:
     """One model's way through the blocks: its hidden states, and what its attention came to.
 
     Once queries, keys and values of a block change no more, what the attention's output projection
     reads is remembered, and later passes over the block replay it instead of computing it again.
     """
 
-    def __init__(self, hidden: Stream, attention: Stream, batches: Sequence[Batch]) -> None:
+    def __init__(self, hidden: BatchStore, attention: BatchStore, batches: Sequence[Batch]) -> None:
         self.hidden, self._attention = hidden, attention
         self.batches = batches
         self._remembered: set[int] = set()
@@ -105,9 +105,9 @@ class Track:
 class Streams:
     """Where calibration stands before a block, batch by batch."""
 
-    quantized: Track
+    quantized: Stream
     """Through the partly quantized model."""
-    original: Track | None
+    original: Stream | None
     """Through the original model; None where nothing needs it: no target correction."""
 
     @property

@@ -97,7 +97,7 @@ def quantize(
 
 
 def _dry_run(model: Path, recipe: Recipe, *, as_json: bool, **options: Any) -> None:
-    from rotq.quantize.pipeline import estimate
+    from rotq.quantize.estimate import estimate
     from rotq.report.tables import estimate_table
 
     with _usage():

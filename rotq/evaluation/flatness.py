@@ -40,7 +40,7 @@ _REGULARIZATION = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class FlatnessChange:
     """One site's figures."""
 
     before: Flatness
@@ -85,7 +85,7 @@ class FlatnessMeter:
         self._after = [self.skeleton.embed(fused, ids_BT) for ids_BT in self.sample]
 
     @torch.no_grad()
-    def measure(self, index: int, before: nn.Module, after: nn.Module) -> dict[str, Change]:
+    def measure(self, index: int, before: nn.Module, after: nn.Module) -> dict[str, FlatnessChange]:
         """Figures of every kind of site in a block, by name; of experts the first stands for all.
 
         Args:
@@ -95,7 +95,7 @@ class FlatnessMeter:
         """
         first, self._before = self._figures(index, before, self._before)
         second, self._after = self._figures(index, after, self._after)
-        return {name: Change(before=first[name], after=second[name]) for name in first}
+        return {name: FlatnessChange(before=first[name], after=second[name]) for name in first}
 
     def _figures(
         self, index: int, block: nn.Module, hidden: Sequence[Tensor]

@@ -24,22 +24,22 @@ from rotq.checkpoint.files import read_json, write_json
 from rotq.errors import RotqError
 
 
-class Job:
+class JobFolder:
     """An open job folder, locked against a second process."""
 
-    def __init__(self, folder: Path, output: Path, *, overwrite: bool) -> None:
-        self.folder = folder
+    def __init__(self, path: Path, output: Path, *, overwrite: bool) -> None:
+        self.path = path
         self.output = output
         self._overwrite = overwrite
 
     @property
     def checkpoint(self) -> Path:
         """Where the result is assembled before it takes its name."""
-        return self.folder / "checkpoint"
+        return self.path / "checkpoint"
 
     def part(self, name: str) -> Path:
         """The tensors of a part: "outer" or a block's name from ``block_part``."""
-        return self.folder / f"{name}.safetensors"
+        return self.path / f"{name}.safetensors"
 
     def latest(self, name: str) -> Path:
         """The tensors of a part as they go into the checkpoint: tuned, if the job came to that."""
@@ -51,7 +51,7 @@ class Job:
         Raises:
             RotqError: the folder belongs to a job with other inputs; names what differs.
         """
-        file = self.folder / "job.json"
+        file = self.path / "job.json"
         if not file.exists():
             write_json(file, fingerprint)
             return
@@ -59,7 +59,7 @@ class Job:
         differing = [key for key in fingerprint if before.get(key) != fingerprint[key]]
         if differing:
             raise RotqError(
-                f"{self.folder} holds a job with another {', '.join(differing)}; "
+                f"{self.path} holds a job with another {', '.join(differing)}; "
                 "use --resume never to discard it"
             )
 
@@ -87,12 +87,12 @@ class Job:
             shutil.rmtree(old, ignore_errors=True)
             self.output.rename(old)
         self.checkpoint.rename(self.output)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.path)
         if old.exists():
             shutil.rmtree(old)
 
     def _results(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.path / f"{name}.json"
 
 
 OUTER = "outer"
@@ -118,7 +118,7 @@ def tuned_part(name: str) -> str:
 
 
 @contextmanager
-def open_job(output: Path, *, resume: str, overwrite: bool) -> Iterator[Job]:
+def open_folder(output: Path, *, resume: str, overwrite: bool) -> Iterator[JobFolder]:
     """Open or create OUT.partial.
 
     Args:
@@ -134,28 +134,28 @@ def open_job(output: Path, *, resume: str, overwrite: bool) -> Iterator[Job]:
         raise ValueError(f"resume must be auto, required or never, got {resume!r}")
     if output.exists() and not overwrite:
         raise RotqError(f"{output} exists; choose another output or pass --overwrite")
-    folder = output.with_name(output.name + ".partial")
-    if resume == "required" and not (folder / "job.json").exists():
-        raise RotqError(f"nothing to resume in {folder}")
-    with _locked(folder) as lock:
+    path = output.with_name(output.name + ".partial")
+    if resume == "required" and not (path / "job.json").exists():
+        raise RotqError(f"nothing to resume in {path}")
+    with _locked(path) as lock:
         if resume == "never":
-            for entry in folder.iterdir():
+            for entry in path.iterdir():
                 if entry != lock:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield Job(folder, output, overwrite=overwrite)
+        yield JobFolder(path, output, overwrite=overwrite)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    lock = folder / "lock"
+def _locked(path: Path) -> Iterator[Path]:
+    lock = path / "lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         handle = lock.open("w")
     except OSError as error:
-        raise RotqError(f"cannot write to {folder}: {error.strerror}") from None
+        raise RotqError(f"cannot write to {path}: {error.strerror}") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RotqError(f"another process is working in {folder}") from None
+            raise RotqError(f"another process is working in {path}") from None
         yield lock

@@ -1,84 +1,40 @@
-"""Parts of a job on disk: a finished block written, and read back when the job is resumed."""
+"""Parts of a job read back from the disk: packed layers, and whole blocks made dense."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
-from rotq.evaluation.flatness import Change
-from rotq.job.folder import Job, block_part
+from rotq.job.context import Job
 from rotq.job.plan import Plan
 from rotq.layers.quant_linear import QuantLinear
-from rotq.models.skeleton import Skeleton
-from rotq.quantize.block_quantizer import Outcome
-from rotq.report import peak_rss
 
 
-def save_block(
-    job: Job,
-    skeleton: Skeleton,
-    index: int,
-    outcome: Outcome,
-    flatness: Mapping[str, Change],
-    seconds: float,
-) -> None:
-    """Write the block's part: packed layers, and the rest in the model's dtype."""
-    prefix = skeleton.block_name(index)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in outcome.block.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if path not in outcome.quantized or leaf != "weight":
-            tensors[f"{prefix}.{name}"] = tensor
-    for path, quantized in outcome.quantized.items():
-        tensors |= packed_tensors(f"{prefix}.{path}", quantized)
-    save_tensors(job.part(block_part(index)), tensors)
-    job.record(
-        block_part(index),
-        {
-            "layers": [asdict(layer) for layer in outcome.layers],
-            "effective_share": outcome.effective_share,
-            "flatness": {site: asdict(change) for site, change in flatness.items()},
-            "seconds": seconds,
-            "peak_rss": peak_rss(),
-        },
-    )
-
-
-def restored_block(
-    part: Path,
-    skeleton: Skeleton,
-    index: int,
-    block: nn.Module,
-    plan: Plan,
-    device: torch.device,
-) -> nn.Module:
+def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Module:
     """A finished block: the part's tensors, packed ones made dense, in a copy of ``block``.
 
     Args:
-        part: From ``save_block``, or what tuning made of it.
+        part: As the quantizer has saved it, or what tuning made of it.
+        index: Of the block in the model.
         block: Has the structure; its parameters may be on meta.
     """
-    prefix = skeleton.block_name(index)
+    prefix = job.skeleton.block_name(index)
     tensors = {entry.name: read_tensor(entry) for entry in read_entries(part)}
     restored = copy.deepcopy(block)
-    plan.round_online(restored, prefix, skeleton.adapter)
+    job.plan.round_online(restored, prefix, job.skeleton.adapter)
     dtype = next(block.parameters()).dtype
     state = {
         f"{name}.weight": layer.dequantize(dtype)
-        for name, layer in packed_layers(plan, tensors).items()
+        for name, layer in packed_layers(job.plan, tensors).items()
     }
     state = {name: (tensors | state)[f"{prefix}.{name}"] for name in restored.state_dict()}
     restored.load_state_dict(state, assign=True)
-    return restored.to(device).requires_grad_(False)
+    return restored.to(job.device).requires_grad_(False)
 
 
 def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantLinear]:

@@ -10,21 +10,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rotq.calibration.streams import Streams
+from rotq.checkpoint.export import packed_tensors
+from rotq.checkpoint.shards import save_tensors
+from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.integer import Grid, Quantized
-from rotq.job.plan import Plan
+from rotq.job.context import Job
+from rotq.job.folder import block_part
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
-from rotq.models.skeleton import Skeleton
-from rotq.quantize.block_runner import Passes
-from rotq.quantize.token_weights import TokenWeigher, effective_share
-from rotq.recipe import Recipe
-from rotq.report import LayerResult, Progress
+from rotq.quantize.block_runner import BlockRunner
+from rotq.quantize.token_weights import effective_share, token_weights
+from rotq.report import LayerResult, peak_rss
 from rotq.solvers.solve import Options, Solution, solve, split_rows
 from rotq.solvers.statistics import Moments
 
@@ -33,7 +35,7 @@ ROWS_PER_SOLVE = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class QuantizedBlock:
     """What became of one block."""
 
     block: nn.Module
@@ -46,40 +48,23 @@ class Outcome:
 
 
 class BlockQuantizer:
-    """Settings shared by all blocks of a job."""
+    """Rounds the linear layers of a job's blocks, one block at a time."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        recipe: Recipe,
-        plan: Plan,
-        device: torch.device,
-        progress: Progress,
-    ) -> None:
-        self.skeleton, self.recipe, self.plan = skeleton, recipe, plan
-        self.device, self.progress = device, progress
-        precision = recipe.calibration.precision
-        self.passes = Passes(skeleton=skeleton, device=device, precision=precision)
-        self.weigher = TokenWeigher(skeleton, recipe, device)
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.runner = BlockRunner(job)
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether anything in the recipe looks at activations."""
-        solver = self.recipe.solver
-        searched = solver.scale_search in ("diagonal", "hessian")
-        return solver.method != "rtn" or searched or self.recipe.tuning.steps > 0
-
-    def quantize(self, index: int, original: nn.Module, streams: Streams | None) -> Outcome:
+    def quantize(self, index: int, original: nn.Module, streams: Streams | None) -> QuantizedBlock:
         """Quantize block ``index``; of the streams, the original one is advanced past it.
 
         Args:
             index: Its position in the model.
             original: Already rotated, on the device, not modified.
-            streams: None if ``needs_data`` is false.
+            streams: None if the recipe needs no data.
         """
-        working = copy.deepcopy(original)
-        self.plan.round_online(working, self.skeleton.block_name(index), self.skeleton.adapter)
-        weights = None if streams is None else self.weigher.weights(index, working, streams)
+        job, working = self.job, copy.deepcopy(original)
+        job.plan.round_online(working, job.skeleton.block_name(index), job.skeleton.adapter)
+        weights = None if streams is None else token_weights(job, index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
         stages = self._stages(index, working)
@@ -87,7 +72,7 @@ class BlockQuantizer:
             moments: dict[str, Moments] = {}
             if streams is not None:
                 last = stage is stages[-1]
-                moments = self.passes.collect(
+                moments = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
             for site in stage:
@@ -97,8 +82,8 @@ class BlockQuantizer:
                 # what a solver has freed would add to what the next one needs
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
-            self.passes.advance(index, original, streams.original)
-        return Outcome(
+            self.runner.advance(index, original, streams.original)
+        return QuantizedBlock(
             block=working,
             quantized=quantized,
             layers=tuple(layers),
@@ -118,7 +103,7 @@ class BlockQuantizer:
         """
         started = time.monotonic()
         original, working = blocks
-        grids = {name: self.plan.grids[self._full(index, name)] for name in site.linears}
+        grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
         with large_blocks_mapped():
             solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
         seconds = (time.monotonic() - started) / len(solutions)
@@ -127,26 +112,26 @@ class BlockQuantizer:
             weight_NK = _linear(working, name).weight
             weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
             results.append(self._result(self._full(index, name), solution, seconds))
-            self.progress.layer_done(results[-1])
+            self.job.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results
 
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
         """Sites whose moments are collected in one pass; kept layers are left out."""
-        sites = self.skeleton.adapter.sites(block)
+        sites = self.job.skeleton.adapter.sites(block)
         kinds = list(dict.fromkeys(site.name.split(".")[0] for site in sites))
         stages: dict[int, list[Site]] = {}
         for site in sites:
             planned = tuple(
-                name for name in site.linears if self._full(index, name) in self.plan.grids
+                name for name in site.linears if self._full(index, name) in self.job.plan.grids
             )
             if planned:
                 position = kinds.index(site.name.split(".")[0])
-                stage = stages.setdefault(min(position, self.recipe.solver.passes - 1), [])
+                stage = stages.setdefault(min(position, self.job.recipe.solver.passes - 1), [])
                 stage.append(Site(name=site.name, linears=planned))
         return [tuple(stage) for stage in stages.values()]
 
     def _full(self, index: int, name: str) -> str:
-        return f"{self.skeleton.block_name(index)}.{name}"
+        return f"{self.job.skeleton.block_name(index)}.{name}"
 
     def _solve(
         self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None
@@ -160,7 +145,7 @@ class BlockQuantizer:
             yield from zip(names, split_rows(solution, sizes), strict=True)
 
     def _options(self, site: Site) -> Options:
-        solver = self.recipe.solver
+        solver = self.job.recipe.solver
         down = site.name.split(".")[0] == "down" and solver.target_correction_down != -1
         return Options(
             method=solver.method,
@@ -170,13 +155,13 @@ class BlockQuantizer:
             search_steps=solver.search_steps,
             target_correction=solver.target_correction_down if down else solver.target_correction,
             refine_sweeps=solver.refine_sweeps,
-            scale_dtype=self.plan.scale_dtype,
+            scale_dtype=self.job.plan.scale_dtype,
         )
 
     def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
-        grid, shape = self.plan.grids[full], self.plan.shapes[full]
+        grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]
         loss = solution.loss_N.double().sum().item()
-        scale_bits = self.plan.scale_dtype.itemsize * 8
+        scale_bits = self.job.plan.scale_dtype.itemsize * 8
         return LayerResult(
             name=full,
             shape=shape,
@@ -189,6 +174,35 @@ class BlockQuantizer:
             seconds=seconds,
             bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
         )
+
+
+def save_block(
+    job: Job,
+    index: int,
+    quantized: QuantizedBlock,
+    flatness: Mapping[str, FlatnessChange],
+    seconds: float,
+) -> None:
+    """Write the block's part: packed layers, and the rest in the model's dtype."""
+    prefix = job.skeleton.block_name(index)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in quantized.block.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if path not in quantized.quantized or leaf != "weight":
+            tensors[f"{prefix}.{name}"] = tensor
+    for path, codes in quantized.quantized.items():
+        tensors |= packed_tensors(f"{prefix}.{path}", codes)
+    save_tensors(job.folder.part(block_part(index)), tensors)
+    job.folder.record(
+        block_part(index),
+        {
+            "layers": [asdict(layer) for layer in quantized.layers],
+            "effective_share": quantized.effective_share,
+            "flatness": {site: asdict(change) for site, change in flatness.items()},
+            "seconds": seconds,
+            "peak_rss": peak_rss(),
+        },
+    )
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

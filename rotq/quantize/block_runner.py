@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
-from rotq.calibration.streams import Streams, Track
+from rotq.calibration.streams import BatchStore, Stream, Streams
+from rotq.job.context import Job
 from rotq.layers.quant_linear import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
@@ -22,25 +25,37 @@ from rotq.numerics import matmul_precision
 from rotq.solvers.statistics import Moments
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """How blocks are run."""
+@dataclass(frozen=True)
+class BlockRunner:
+    """Runs blocks over the calibration windows, on the job's device and in its precision."""
 
-    skeleton: Skeleton
-    device: torch.device
-    precision: str
-    """Of fp32 products, see ``rotq.numerics``."""
+    job: Job
 
-    def advance(self, index: int, block: nn.Module, track: Track) -> None:
-        """Replace the track's hidden states by the block's outputs."""
-        with matmul_precision(self.precision):
-            for batch, hidden_BTD in enumerate(track.hidden):
-                hidden_BTD = hidden_BTD.to(self.device)
-                mask_BT = track.batches[batch].mask_on(self.device)
-                kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-                with self._replayed(block, track, batch):
-                    track.hidden[batch] = run_block(block, hidden_BTD, kwargs)
-        track.forget()
+    def start(self, outer: dict[str, Tensor]) -> Streams | None:
+        """The streams before the first block; None where nothing looks at activations.
+
+        Args:
+            outer: Tensors outside the blocks, in the basis.
+        """
+        job = self.job
+        if not job.recipe.needs_data:
+            return None
+        quantized = _empty_stream(job, "quantized")
+        original = _empty_stream(job, "original") if job.recipe.needs_original else None
+        for number, batch in enumerate(job.windows.batches):
+            hidden_BTD = job.skeleton.embed(outer, batch.ids_BT, batch.mask_BT)
+            for stream in filter(None, (quantized, original)):
+                stream.hidden[number] = hidden_BTD
+        return Streams(quantized=quantized, original=original)
+
+    def advance(self, index: int, block: nn.Module, stream: Stream) -> None:
+        """Replace the stream's hidden states by the block's outputs."""
+        with matmul_precision(self.job.recipe.calibration.precision):
+            for batch in range(len(stream.batches)):
+                hidden_BTD, kwargs = self._given(index, stream, batch)
+                with self._replayed(block, stream, batch):
+                    stream.hidden[batch] = run_block(block, hidden_BTD, kwargs)
+        stream.forget()
 
     def collect(
         self,
@@ -58,93 +73,132 @@ class Passes:
             stage: Sites whose inputs no unrounded layer of the stage decides.
             blocks: The original one, and the one whose earlier stages are rounded.
             weights: Importance of each batch's tokens, (B, T); None counts all once.
-            last: Take the original track to the end of the block.
+            last: Take the original stream to the end of the block.
 
         Returns:
             By name of the site.
         """
-        original, working = blocks
-        firsts = {site.name: site.linears[0] for site in stage}
-        settled = self._attention_is_settled(stage)
         moments: dict[str, Moments] = {}
         with (
-            matmul_precision(self.precision),
-            calibrating(original),
-            calibrating(working),
+            matmul_precision(self.job.recipe.calibration.precision),
+            calibrating(blocks[0]),
+            calibrating(blocks[1]),
         ):
-            for batch, tokens in enumerate(streams.batches):
-                names = firsts.values()
-                seen, _ = self._inputs(index, working, streams.quantized, batch, names, settled)
-                targets: dict[str, Tensor] = {}
-                if streams.original is not None:
-                    targets, output_BTD = self._inputs(
-                        index, original, streams.original, batch, names, settled, to_the_end=last
-                    )
-                    if output_BTD is not None:
-                        streams.original.hidden[batch] = output_BTD
-                weight_M = None if weights is None else weights[batch].flatten()
-                counted_M = tokens.real_M
-                for name, first in firsts.items():
+            for number, batch in enumerate(streams.batches):
+                seen, targets = self._both_inputs(index, stage, blocks, streams, number, last)
+                weight_M = None
+                if weights is not None:
+                    weight_M = batch.without_padding(weights[number].flatten())
+                for name, x_MK in seen.items():
                     if name not in moments:
                         cross = streams.original is not None
-                        features = seen[first].shape[-1]
-                        moments[name] = Moments(features, cross=cross, device=self.device)
-                    target_MK = targets.get(first)
-                    moments[name].add(
-                        _rows(seen[first], counted_M),
-                        None if target_MK is None else _rows(target_MK, counted_M),
-                        None if weight_M is None else _rows(weight_M, counted_M),
-                    )
+                        moments[name] = Moments(x_MK.shape[-1], cross=cross, device=self.job.device)
+                    moments[name].add(x_MK, targets.get(name), weight_M)
         if last and streams.original is not None:
             streams.original.forget()
         return moments
 
-    def _attention_is_settled(self, stage: tuple[Site, ...]) -> bool:
-        """Whether what the attention's output projection reads changes no more."""
-        adapter = self.skeleton.adapter
-        names = [name for site in stage for name in site.linears]
-        inner = [name for name in names if name.startswith(f"{adapter.attention}.")]
-        return bool(adapter.attention) and set(inner) <= {adapter.attention_output}
+    def _both_inputs(
+        self,
+        index: int,
+        stage: tuple[Site, ...],
+        blocks: tuple[nn.Module, nn.Module],
+        streams: Streams,
+        batch: int,
+        last: bool,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the sites read of one batch, (M, K) by name: on the quantized stream, the original.
+
+        At the last stage the original stream is taken past the block.
+        """
+        original, working = blocks
+        seen, _ = self._inputs(index, stage, working, streams.quantized, batch)
+        if streams.original is None:
+            return seen, {}
+        targets, output_BTD = self._inputs(
+            index, stage, original, streams.original, batch, to_the_end=last
+        )
+        if output_BTD is not None:
+            streams.original.hidden[batch] = output_BTD
+        return seen, targets
 
     def _inputs(
         self,
         index: int,
+        stage: tuple[Site, ...],
         block: nn.Module,
-        track: Track,
+        stream: Stream,
         batch: int,
-        names: Iterable[str],
-        settled: bool,
         *,
         to_the_end: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the named layers' weights multiply, and the block's output if it was run whole.
+        """What the sites' weights multiply, and the block's output if it was run whole.
 
         What the attention's output projection is given is remembered once it is settled.
         """
-        hidden_BTD = track.hidden[batch].to(self.device)
-        mask_BT = track.batches[batch].mask_on(self.device)
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-        output_projection = self.skeleton.adapter.attention_output
-        new = settled and track.attention(batch) is None
-        wanted = {*names, output_projection} if new else set(names)
-        with self._replayed(block, track, batch):
+        hidden_BTD, kwargs = self._given(index, stream, batch)
+        firsts = {site.name: site.linears[0] for site in stage}
+        output_projection = self.job.skeleton.adapter.attention_output
+        new = self._attention_is_settled(stage) and stream.attention(batch) is None
+        wanted = {*firsts.values(), *([output_projection] if new else [])}
+        with self._replayed(block, stream, batch):
             seen, output_BTD = capture_inputs(
                 block, wanted, hidden_BTD, kwargs, to_the_end=to_the_end
             )
         if new:
-            track.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
-        multiplied = {name: prepared_input(block.get_submodule(name), seen[name]) for name in names}
+            stream.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
+        without_padding = stream.batches[batch].without_padding
+        multiplied = {
+            name: without_padding(prepared_input(block.get_submodule(path), seen[path]))
+            for name, path in firsts.items()
+        }
         return multiplied, output_BTD
 
-    def _replayed(self, block: nn.Module, track: Track, batch: int) -> AbstractContextManager[None]:
-        attention_BTK, adapter = track.attention(batch), self.skeleton.adapter
+    def _given(self, index: int, stream: Stream, batch: int) -> tuple[Tensor, dict[str, Any]]:
+        """What a block is run with: hidden states (B, T, D) and keyword arguments."""
+        hidden_BTD = stream.hidden[batch].to(self.job.device)
+        mask_BT = stream.batches[batch].mask_on(self.job.device)
+        return hidden_BTD, self.job.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
+
+    def _attention_is_settled(self, stage: Iterable[Site]) -> bool:
+        """Whether what the attention's output projection reads changes no more."""
+        adapter = self.job.skeleton.adapter
+        names = [name for site in stage for name in site.linears]
+        inner = [name for name in names if name.startswith(f"{adapter.attention}.")]
+        return bool(adapter.attention) and set(inner) <= {adapter.attention_output}
+
+    def _replayed(
+        self, block: nn.Module, stream: Stream, batch: int
+    ) -> AbstractContextManager[None]:
+        attention_BTK, adapter = stream.attention(batch), self.job.skeleton.adapter
         if attention_BTK is None:
             return nullcontext()
         return replayed(
-            block, adapter.attention, adapter.attention_output, attention_BTK.to(self.device)
+            block, adapter.attention, adapter.attention_output, attention_BTK.to(self.job.device)
         )
 
 
-def _rows(tensor: Tensor, counted_M: Tensor | None) -> Tensor:
-    """The rows that are no padding."""
-    return tensor if counted_M is None else tensor[counted_M.to(tensor.device)]
+def _empty_stream(job: Job, name: str) -> Stream:
+    """Room for hidden states and attention of all windows, on the disk if the recipe says so."""
+    widths = {
+        "hidden": job.skeleton.config.hidden_size,
+        "attention": _attended(job.skeleton),
+    }
+    stores = {}
+    for kind, width in widths.items():
+        file: Path | None = None
+        if job.recipe.calibration.offload:
+            file = job.folder.path / f"{kind}-{name}"
+        shapes = [torch.Size((*batch.ids_BT.shape, width)) for batch in job.windows.batches]
+        stores[kind] = BatchStore.empty(shapes, job.dtype, file)
+    return Stream(stores["hidden"], stores["attention"], job.windows.batches)
+
+
+def _attended(skeleton: Skeleton) -> int:
+    """Features that the attention's output projection reads; 0 where it is not known."""
+    if not skeleton.adapter.attention:
+        return 0
+    path = skeleton.adapter.attention_output
+    linear = skeleton.blocks[0].get_submodule(path)
+    assert isinstance(linear, nn.Linear), f"{path} is a linear layer"
+    return linear.in_features

@@ -16,25 +16,26 @@ from torch import Tensor, nn
 from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
+from rotq.job.context import Job
 from rotq.models.exact import exact_norms
 from rotq.models.families.esm import exact_rotary
-from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 
 TOLERANCE = 1e-9
 """Largest accepted difference in fp64, relative to the largest value."""
-PROBE_TOKENS = 64
+CHECKED_TOKENS = 64
+"""Of the first calibration window, at most."""
 VOCABULARY_ROWS = 4096
 """The head is compared on about this many evenly spaced tokens."""
 
 
-class Probe:
-    """Hidden states of the probe tokens before the current block."""
+class InvarianceCheck:
+    """Takes a few tokens through the original, the rotated and the rounded blocks, and compares."""
 
-    def __init__(self, skeleton: Skeleton, basis: Basis, ids_BT: Tensor) -> None:
-        self.skeleton, self.basis = skeleton, basis
-        self.ids_BT = ids_BT[:1, :PROBE_TOKENS]
+    def __init__(self, job: Job, basis: Basis) -> None:
+        self.skeleton, self.basis = job.skeleton, basis
+        self.ids_BT = job.windows.first_BT[:, :CHECKED_TOKENS]
         self.worst = 0.0
         """Largest relative difference so far."""
 

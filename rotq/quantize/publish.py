@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rotq.calibration.data import Windows
 from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
@@ -21,168 +18,196 @@ from rotq.checkpoint.reload import check_reload
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import transformers_obstacle
 from rotq.checkpoint.shards import assemble
-from rotq.checkpoint.source import Source
-from rotq.job.folder import OUTER, TRANSFORM, TUNING, Job, block_part
-from rotq.job.plan import Plan, has_experts
+from rotq.checkpoint.source import read_tensor
+from rotq.job.context import Job
+from rotq.job.folder import OUTER, TRANSFORM, TUNING, block_part
+from rotq.job.plan import has_experts
 from rotq.layers.online_heads import OnlineHeads
-from rotq.models.skeleton import Skeleton
-from rotq.recipe import Recipe
-from rotq.report import BlockResult, JobReport, LayerResult, Progress, peak_rss
+from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.setup import versions
+from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
+from rotq.rotations.basis import Basis
 
 
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """A job whose parts are all on the disk."""
-
-    source: Source
-    skeleton: Skeleton
-    recipe: Recipe
-    job: Job
-    plan: Plan
-    windows: Windows
-    dtype: torch.dtype
-    down: str | None
-    """Kind of R4, the online rotation before the MLP's last linear."""
-    rotation: dict[str, Any]
-    """Names of the rotations, checksum, and the figure of the function-preservation check."""
-    probe_ids_BT: Tensor
-    probe_logits_BTV: Tensor
-    versions: dict[str, str]
-    seconds: float
-    trust_remote_code: bool
-    progress: Progress
-
-
-def finish(made: Made) -> JobReport:
+def publish(
+    job: Job, check: InvarianceCheck, *, seconds: float, trust_remote_code: bool
+) -> JobReport:
     """Make the checkpoint, check it, give it its name.
+
+    Args:
+        job: All of its parts are on the disk.
+        check: Behind the last block.
+        seconds: That the job took.
+        trust_remote_code: For the process that loads the checkpoint.
 
     Raises:
         CheckFailed: a fresh process does not reproduce the quantized model's logits.
         RotqError: the disk is full, or the checkpoint does not load.
     """
-    folder = made.job.checkpoint
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    names = [OUTER, *(block_part(index) for index in range(made.skeleton.num_blocks))]
-    parts = [made.job.latest(name) for name in names]
-    limit = int(made.recipe.output.max_shard_gb * 1e9)
-    weights = assemble(parts, folder, limit, rename=made.source.stored_name)
-    quantization = _quantization(made)
-    stored = {entry.name for entry in read_entries(made.job.part(OUTER))}
-    untied = made.skeleton.tied and f"{made.skeleton.adapter.head}.weight" in stored
+    folder = job.folder.checkpoint
+    weights = _assemble(job, folder)
+    quantization = _quantization(job, check.basis)
     write_metadata(
         folder,
-        made.source,
+        job.source,
         quantization=quantization,
-        recipe=made.recipe.to_dict(),
+        recipe=job.recipe.to_dict(),
         provenance={},
-        dtype=made.dtype,
-        untied=untied,
+        dtype=job.dtype,
+        untied=_is_untied(job),
     )
-    made.progress.message("checking the checkpoint in a fresh process")
-    check_reload(
-        folder,
-        made.probe_ids_BT,
-        made.probe_logits_BTV,
-        trust_remote_code=made.trust_remote_code,
-    )
-    report = _report(made, weights, _notes(made, quantization))
+    job.progress.message("checking the checkpoint in a fresh process")
+    logits_BTV = check.logits(_outer(job))
+    check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
+    report = _report(job, check, weights, _notes(job, quantization), seconds)
     write_json(folder / REPORT, report.to_dict())
-    write_json(folder / PROVENANCE, _provenance(made, folder))
-    made.job.publish()
+    write_json(folder / PROVENANCE, _provenance(job, folder))
+    job.folder.publish()
     return report
 
 
-def _quantization(made: Made) -> dict[str, Any]:
+def _assemble(job: Job, folder: Path) -> list[Path]:
+    """The shards of the checkpoint, in a new folder, under the names of the source."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    names = [OUTER, *(block_part(index) for index in range(job.skeleton.num_blocks))]
+    limit = int(job.recipe.output.max_shard_gb * 1e9)
+    parts = [job.folder.latest(name) for name in names]
+    return assemble(parts, folder, limit, rename=job.source.stored_name)
+
+
+def _outer(job: Job) -> dict[str, Tensor]:
+    """Tensors outside the blocks, as they are in the checkpoint."""
+    entries = read_entries(job.folder.latest(OUTER))
+    return {entry.name: read_tensor(entry) for entry in entries}
+
+
+def _is_untied(job: Job) -> bool:
+    """Whether the rotation has given a head of its own to a model that shared its embedding."""
+    stored = {entry.name for entry in read_entries(job.folder.part(OUTER))}
+    return job.skeleton.tied and f"{job.skeleton.adapter.head}.weight" in stored
+
+
+def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
+    """The config's section: grids, layers that are kept, what happens at run time."""
     linears = [
         name
-        for name, module in made.skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in made.plan.grids
+        for name, module in job.skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in job.plan.grids
     ]
     online: dict[str, str] = {}
-    if made.down is not None:
-        for index, block in enumerate(made.skeleton.blocks):
-            prefix = made.skeleton.block_name(index)
-            writers = made.skeleton.adapter.mlp_writers(block)
-            online |= {f"{prefix}.{path}": made.down for path in writers}
+    if basis.down_kind is not None:
+        for index, block in enumerate(job.skeleton.blocks):
+            prefix = job.skeleton.block_name(index)
+            writers = job.skeleton.adapter.mlp_writers(block)
+            online |= {f"{prefix}.{path}": basis.down_kind for path in writers}
     return quantization_config(
-        made.plan.grids,
+        job.plan.grids,
         linears,
-        made.recipe.output.format,
+        job.recipe.output.format,
         online,
-        inputs=made.plan.inputs,
-        heads=OnlineHeads(rotated=made.recipe.rotation.attention != "none", grid=made.plan.kv),
+        inputs=job.plan.inputs,
+        heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
     )
 
 
-def _notes(made: Made, quantization: dict[str, Any]) -> tuple[str, ...]:
+def _notes(job: Job, quantization: dict[str, Any]) -> tuple[str, ...]:
     """Warnings of the plan, and what other loaders cannot do with the result."""
-    obstacle = transformers_obstacle(quantization, has_experts=has_experts(made.skeleton))
+    obstacle = transformers_obstacle(quantization, has_experts=has_experts(job.skeleton))
     if obstacle is None:
-        return made.plan.notes
+        return job.plan.notes
     note = f"transformers cannot load this checkpoint without rotq: {obstacle}"
-    made.progress.message(note)
-    return (*made.plan.notes, note)
+    job.progress.message(note)
+    return (*job.plan.notes, note)
 
 
-def _report(made: Made, weights: Sequence[Path], notes: tuple[str, ...]) -> JobReport:
-    recorded = [made.job.results(block_part(i)) for i in range(made.skeleton.num_blocks)]
-    layers = tuple(
-        LayerResult(**{**layer, "shape": tuple(layer["shape"])})
-        for block in recorded
-        for layer in block["layers"]
-    )
-    sizes = [prod(layer.shape) for layer in layers]
-    packed_bits = sum(
-        layer.bits_per_weight * size for layer, size in zip(layers, sizes, strict=True)
-    )
-    parameters = sum(prod(entry.shape) for entry in made.source.entries.values())
+def _report(
+    job: Job,
+    check: InvarianceCheck,
+    weights: Sequence[Path],
+    notes: tuple[str, ...],
+    seconds: float,
+) -> JobReport:
+    """What was made, from what, and the figures that the parts were recorded with."""
+    names = [job.skeleton.block_name(index) for index in range(job.skeleton.num_blocks)]
+    parts = [job.folder.results(block_part(index)) for index in range(job.skeleton.num_blocks)]
+    layers = tuple(_layer(layer) for part in parts for layer in part["layers"])
+    parameters = sum(prod(entry.shape) for entry in job.source.entries.values())
     total_bytes = sum(file.stat().st_size for file in weights)
     return JobReport(
-        recipe=made.recipe.to_dict(),
-        model=str(made.source.path.name),
-        model_hash=made.source.fingerprint(),
-        data={
-            "source": made.windows.source,
-            "sha256": made.windows.sha256,
-            "tokens": made.windows.num_tokens,
-        },
-        versions=made.versions,
+        recipe=job.recipe.to_dict(),
+        model=job.source.path.name,
+        model_hash=job.source.fingerprint(),
+        data={**_data(job), "tokens": job.windows.num_tokens},
+        versions=versions(),
         layers=layers,
-        blocks=tuple(
-            BlockResult(index=index, seconds=block["seconds"], peak_rss=block["peak_rss"])
-            for index, block in enumerate(recorded)
-        ),
-        bits_per_weight=packed_bits / max(sum(sizes), 1),
+        blocks=_blocks(parts),
+        bits_per_weight=_bits_per_weight(layers),
         bits_per_weight_all_in=8 * total_bytes / parameters,
         bytes=total_bytes,
-        original_bytes=parameters * made.dtype.itemsize,
-        seconds=made.seconds,
+        original_bytes=parameters * job.dtype.itemsize,
+        seconds=seconds,
         peak_rss=peak_rss(),
-        rotation=made.rotation,
-        transform=made.job.results(TRANSFORM) if made.job.recorded(TRANSFORM) else {},
-        importance={
-            made.skeleton.block_name(index): block["effective_share"]
-            for index, block in enumerate(recorded)
-        },
+        rotation=_rotation(check),
+        transform=_recorded(job, TRANSFORM),
+        importance={name: part["effective_share"] for name, part in zip(names, parts, strict=True)},
         flatness={
-            f"{made.skeleton.block_name(index)}.{site}": change
-            for index, block in enumerate(recorded)
-            for site, change in block["flatness"].items()
+            f"{name}.{site}": change
+            for name, part in zip(names, parts, strict=True)
+            for site, change in part["flatness"].items()
         },
-        tuning=made.job.results(TUNING) if made.job.recorded(TUNING) else {},
+        tuning=_recorded(job, TUNING),
         notes=notes,
     )
 
 
-def _provenance(made: Made, folder: Path) -> dict[str, Any]:
+def _recorded(job: Job, name: str) -> dict[str, Any]:
+    """What a step has recorded; empty where the job had no such step."""
+    return job.folder.results(name) if job.folder.recorded(name) else {}
+
+
+def _data(job: Job) -> dict[str, Any]:
+    """Where the calibration windows come from."""
+    return {"source": job.windows.source, "sha256": job.windows.sha256}
+
+
+def _rotation(check: InvarianceCheck) -> dict[str, Any]:
+    """The bases in words, their checksum, and the worst figure of the check."""
+    return {
+        **check.basis.description,
+        "checksum": check.basis.checksum(),
+        "largest_relative_difference": check.worst,
+    }
+
+
+def _blocks(parts: Sequence[dict[str, Any]]) -> tuple[BlockResult, ...]:
+    return tuple(
+        BlockResult(index=index, seconds=part["seconds"], peak_rss=part["peak_rss"])
+        for index, part in enumerate(parts)
+    )
+
+
+def _layer(recorded: dict[str, Any]) -> LayerResult:
+    return LayerResult(**{**recorded, "shape": tuple(recorded["shape"])})
+
+
+def _bits_per_weight(layers: Sequence[LayerResult]) -> float:
+    """Of packed layers, their scales and zero points."""
+    sizes = [prod(layer.shape) for layer in layers]
+    packed_bits = sum(
+        layer.bits_per_weight * size for layer, size in zip(layers, sizes, strict=True)
+    )
+    return packed_bits / max(sum(sizes), 1)
+
+
+def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     files = sorted(file for file in folder.iterdir() if file.name not in (REPORT, PROVENANCE))
     return {
-        "model": made.source.path.name,
-        "model_hash": made.source.fingerprint(),
-        "data": {"source": made.windows.source, "sha256": made.windows.sha256},
-        "versions": made.versions,
+        "model": job.source.path.name,
+        "model_hash": job.source.fingerprint(),
+        "data": _data(job),
+        "versions": versions(),
         "files": {file.name: _sha256(file) for file in files},
     }
 

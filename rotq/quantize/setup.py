@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import platform
-import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import rotq
-from rotq.calibration.data import Windows, load_windows
+from rotq.calibration.data import load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, open_source
-from rotq.job.folder import Job
-from rotq.job.parts import restored_block
-from rotq.job.plan import Plan, make_plan
+from rotq.job.context import Job
+from rotq.job.folder import JobFolder
+from rotq.job.plan import make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
 from rotq.models.registry import GenericAdapter, find_adapter
@@ -28,40 +25,27 @@ from rotq.report import Progress
 from rotq.rotations.basis import Basis, build_basis
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What stays the same while the blocks go by."""
-
-    source: Source
-    skeleton: Skeleton
-    recipe: Recipe
-    job: Job
-    plan: Plan
-    basis: Basis
-    windows: Windows
-    device: torch.device
-    dtype: torch.dtype
-    trust_remote_code: bool
-    progress: Progress
-    started: float
-
-    def restored(self, part: Path, index: int, structure: nn.Module) -> nn.Module:
-        """Block ``index`` as a saved part has it; ``structure`` gives it its modules."""
-        return restored_block(part, self.skeleton, index, structure, self.plan, self.device)
-
-
-def set_up(
+def setup(
     model: Path,
     recipe: Recipe,
-    job: Job,
+    folder: JobFolder,
+    *,
     device: str,
     dtype: str,
     trust_remote_code: bool,
     progress: Progress,
-) -> Setup:
-    """Everything that can be refused is refused here, before the first block."""
-    started = time.monotonic()
-    source = open_source(model, gguf_dir=job.folder / "source", trust_remote_code=trust_remote_code)
+) -> tuple[Job, Basis]:
+    """Everything that can be refused is refused here, before the first block.
+
+    Args:
+        model, recipe, device, dtype, trust_remote_code, progress: As for ``quantize_model``.
+        folder: Claimed for the job, or refused if it holds another one.
+
+    Returns:
+        The job, and the bases that its recipe draws: what the search for its basis starts from.
+    """
+    gguf_dir = folder.path / "source"
+    source = open_source(model, gguf_dir=gguf_dir, trust_remote_code=trust_remote_code)
     # first, because tokenizing a text of some MB is what most memory is used for until then
     windows = load_windows(
         recipe.calibration,
@@ -71,35 +55,23 @@ def set_up(
     release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
-    basis = starting_basis(recipe, skeleton)
+    drawn = starting_basis(recipe, skeleton)
     wanted = wanted_dtype(dtype, source)
-    plan = make_plan(skeleton, recipe, wanted)
-    job.claim(
-        {
-            "recipe": recipe.to_dict(),
-            "model": source.fingerprint(),
-            "data": windows.sha256,
-            "dtype": str(wanted),
-            "device": device,
-            "versions": versions(),
-        }
-    )
-    for note in filter(None, (*plan.notes, windows.note)):
-        progress.message(note)
-    return Setup(
+    job = Job(
+        recipe=recipe,
         source=source,
         skeleton=skeleton,
-        recipe=recipe,
-        job=job,
-        plan=plan,
-        basis=basis,
+        plan=make_plan(skeleton, recipe, wanted),
         windows=windows,
+        folder=folder,
         device=torch.device(device),
         dtype=wanted,
-        trust_remote_code=trust_remote_code,
         progress=progress,
-        started=started,
     )
+    folder.claim(fingerprint(job))
+    for note in filter(None, (*job.plan.notes, windows.note)):
+        progress.message(note)
+    return job, drawn
 
 
 def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
@@ -118,6 +90,18 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     return basis
 
 
+def fingerprint(job: Job) -> dict[str, object]:
+    """What a job must have in common with the one it continues."""
+    return {
+        "recipe": job.recipe.to_dict(),
+        "model": job.source.fingerprint(),
+        "data": job.windows.sha256,
+        "dtype": str(job.dtype),
+        "device": str(job.device),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Of everything that decides the bytes of the result."""
     packages = ("torch", "transformers", "safetensors")
@@ -129,6 +113,11 @@ def versions() -> dict[str, str]:
 
 
 def wanted_dtype(name: str, source: Source) -> torch.dtype:
+    """The dtype of that name; the checkpoint's for "auto".
+
+    Raises:
+        ValueError: the name is none of a dtype that jobs run in.
+    """
     if name == "auto":
         return source.dtype
     dtypes = ("float32", "bfloat16", "float16")

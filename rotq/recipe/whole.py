@@ -71,6 +71,12 @@ class Recipe:
             )
 
     @property
+    def needs_data(self) -> bool:
+        """Whether anything looks at activations."""
+        searched = self.solver.scale_search in ("diagonal", "hessian")
+        return self.solver.method != "rtn" or searched or self.tuning.steps > 0
+
+    @property
     def needs_original(self) -> bool:
         """Whether the original model's activations are wanted next to the quantized one's."""
         return self.solver.needs_original or self.tuning.steps > 0

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
+from rotq.job.context import Job
 from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
-from rotq.models.loading import TensorSource
 from rotq.models.scalings import Scaling, scalings
-from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import Basis
 
 
@@ -53,13 +52,11 @@ class Squares:
         return square_K.clamp(min=positive.min().item() if positive.numel() else 1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Balancer:
     """Closed-form bases of one model."""
 
-    skeleton: Skeleton
-    source: TensorSource
-    device: torch.device
+    job: Job
 
     @torch.no_grad()
     def measure(self, embedded: Sequence[Tensor]) -> list[Squares]:
@@ -68,10 +65,10 @@ class Balancer:
         Args:
             embedded: (B, T, D) batches, as the first block is given them.
         """
-        skeleton, hidden = self.skeleton, list(embedded)
+        skeleton, hidden = self.job.skeleton, list(embedded)
         found = []
         for index in range(skeleton.num_blocks):
-            block = skeleton.load_block(index, self.source, device=self.device, dtype=torch.float32)
+            block = self.job.load_block(index, torch.float32)
             squares = Squares()
             handles = self._watch(block, squares)
             with calibrating(block):
@@ -94,7 +91,7 @@ class Balancer:
             wanted: Names of scalings.
         """
         factors = {}
-        for index, layer in enumerate(scalings(self.skeleton, wanted)):
+        for index, layer in enumerate(scalings(self.job.skeleton, wanted)):
             for name, scaling in layer.items():
                 free = self._free(squares[index], name, scaling, basis)
                 centred = free.log() - free.log().mean()
@@ -120,7 +117,7 @@ class Balancer:
 
     def _watch(self, block: nn.Module, squares: Squares) -> list[Any]:
         """Hooks that add what passes through a block."""
-        adapter = self.skeleton.adapter
+        adapter = self.job.skeleton.adapter
 
         def before(path: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> Any:
             def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -152,7 +149,7 @@ class Balancer:
 
     def _add_weights(self, block: nn.Module, squares: Squares) -> None:
         """What the weights that read features have in squares, per feature."""
-        adapter = self.skeleton.adapter
+        adapter = self.job.skeleton.adapter
         readers = {
             "qkv": (adapter.attention_norm, (adapter.query, adapter.key, adapter.value)),
             "gate_up": (adapter.mlp_norm, adapter.mlp_readers(block)),

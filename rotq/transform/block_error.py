@@ -45,8 +45,8 @@ def backward(
     named = parameters.basis().tensors()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     basis = parameters.start.with_tensors(leaves)
-    num_blocks, total = student.skeleton.num_blocks, 0.0
-    hidden_BTD = student.skeleton.embed(outer, ids_BT.to(student.device))
+    num_blocks, total = student.job.skeleton.num_blocks, 0.0
+    hidden_BTD = student.job.skeleton.embed(outer, ids_BT.to(student.job.device))
     for index in range(num_blocks):
         output_BTD = _original(student, index, hidden_BTD)
         loss = block_loss(student, index, basis, hidden_BTD, output_BTD) / num_blocks
@@ -72,7 +72,7 @@ def block_loss(
         hidden_BTD: What the original block is given.
         output_BTD: What it makes of it.
     """
-    kwargs = student.skeleton.block_kwargs(index, hidden_BTD)
+    kwargs = student.job.skeleton.block_kwargs(index, hidden_BTD)
     found_BTD = student.run_block(index, basis, kwargs, in_basis(hidden_BTD, basis))
     error_BT = (found_BTD - in_basis(output_BTD, basis)).float().square().sum(-1)
     energy_BT = output_BTD.float().square().sum(-1)
@@ -81,12 +81,12 @@ def block_loss(
 
 @torch.no_grad()
 def _original(student: Student, index: int, hidden_BTD: Tensor) -> Tensor:
-    skeleton = student.skeleton
-    block = skeleton.load_block(index, student.source, device=student.device, dtype=student.dtype)
-    return run_block(block, hidden_BTD, skeleton.block_kwargs(index, hidden_BTD))
+    job = student.job
+    block = job.load_block(index, job.dtype)
+    return run_block(block, hidden_BTD, job.skeleton.block_kwargs(index, hidden_BTD))
 
 
 @torch.no_grad()
 def _first_not_finite(student: Student, index: int, basis: Basis, hidden_BTD: Tensor) -> str:
-    kwargs = student.skeleton.block_kwargs(index, hidden_BTD)
+    kwargs = student.job.skeleton.block_kwargs(index, hidden_BTD)
     return student.first_not_finite(index, basis, kwargs, in_basis(hidden_BTD, basis))

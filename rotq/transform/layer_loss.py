@@ -25,11 +25,9 @@ from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
 from rotq.fusion.maps import Map, block_maps
-from rotq.job.plan import Plan
+from rotq.job.context import Job
 from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
-from rotq.models.loading import TensorSource
-from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import Basis
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
@@ -58,16 +56,12 @@ class Readers:
 
 
 @dataclass(kw_only=True)
-class LayerError:
+class LayerLoss:
     """The loss of one model; ``measure`` first."""
 
-    skeleton: Skeleton
-    source: TensorSource
-    plan: Plan
-    damping: float
+    job: Job
     folds_gains: bool
     """R1 moves the gains of norms into the weights."""
-    device: torch.device
     hidden: list[list[Tensor]] = field(default_factory=list)
     """(B, T, D) inputs of every block in the original model, by block and batch; on the CPU."""
     sites: list[list[Readers]] = field(default_factory=list)
@@ -77,8 +71,8 @@ class LayerError:
     def measure(self, embedded: Sequence[Tensor]) -> None:
         """Run the original model over (B, T, D) batches of embedded calibration tokens."""
         batches = list(embedded)
-        for index in range(self.skeleton.num_blocks):
-            block = self._load(index)
+        for index in range(self.job.skeleton.num_blocks):
+            block = self.job.load_block(index, torch.float32)
             self.hidden.append([hidden_BTD.cpu() for hidden_BTD in batches])
             seen = [self._features(index, block, hidden_BTD) for hidden_BTD in batches]
             self.sites.append(self._sites(index, block, [features for features, _ in seen]))
@@ -90,11 +84,11 @@ class LayerError:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
         basis = parameters.start.with_tensors(leaves)
         total = 0.0
-        chosen = spaced(step, self.skeleton.num_blocks, BLOCKS_PER_STEP)
+        chosen = spaced(step, self.job.skeleton.num_blocks, BLOCKS_PER_STEP)
         for index in chosen:
             batches = self.hidden[index]
             hidden_BTD = batches[step % len(batches)]
-            hidden_BTD = hidden_BTD[:, : max(1, TOKENS // len(hidden_BTD))].to(self.device)
+            hidden_BTD = hidden_BTD[:, : max(1, TOKENS // len(hidden_BTD))].to(self.job.device)
             loss = self._block_loss(index, hidden_BTD, basis) / len(chosen)
             loss.backward()
             total += loss.item()
@@ -102,7 +96,8 @@ class LayerError:
         return total
 
     def _block_loss(self, index: int, hidden_BTD: Tensor, basis: Basis) -> Tensor:
-        skeleton, block = self.skeleton, self._load(index)
+        job, skeleton = self.job, self.job.skeleton
+        block = job.load_block(index, torch.float32)
         with torch.no_grad():
             features, _ = self._features(index, block, hidden_BTD)
         stored = dict(block.named_parameters())
@@ -112,10 +107,10 @@ class LayerError:
         losses = []
         for site in self.sites[index]:
             read = reads[site.linears[0]]
-            squared_step = torch.zeros((), device=self.device)
-            if self.plan.inputs is not None:
+            squared_step = torch.zeros((), device=job.device)
+            inputs = job.plan.inputs
+            if inputs is not None:
                 x_MK = _in_basis(features[site.site], read, site.site)
-                inputs = self.plan.inputs
                 squared_step = squared_steps(x_MK, inputs.bits, inputs.symmetric).mean()
             spread = site.spread / _mean_scale(read, site.site).square()
             for path in site.linears:
@@ -123,7 +118,7 @@ class LayerError:
                 error = squared_step * weight_NK.square().sum()
                 if path in written:
                     weight_NK = writes[path].on_rows(weight_NK)
-                grid = self.plan.grids[f"{skeleton.block_name(index)}.{path}"]
+                grid = job.plan.grids[f"{skeleton.block_name(index)}.{path}"]
                 rows = weight_NK.unflatten(-1, (-1, grid.columns_per_group(weight_NK.shape[1])))
                 steps_NG = squared_steps(rows, grid.bits, grid.symmetric)
                 error = error + steps_NG.mean(-1).sum() * spread
@@ -137,7 +132,7 @@ class LayerError:
 
         Behind norms it is taken without their gain where that is moved into the weights.
         """
-        adapter, features = self.skeleton.adapter, dict[str, Tensor]()
+        adapter, features = self.job.skeleton.adapter, dict[str, Tensor]()
 
         def see(name: str, norm: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = normalized(module, args[0]) if norm else args[0]
@@ -152,7 +147,7 @@ class LayerError:
             module = block.get_submodule(norm or site.linears[0])
             hook = functools.partial(see, site.name, norm)
             handles.append(module.register_forward_pre_hook(hook))
-        kwargs = self.skeleton.block_kwargs(index, hidden_BTD)
+        kwargs = self.job.skeleton.block_kwargs(index, hidden_BTD)
         with calibrating(block):
             output_BTD = run_block(block, hidden_BTD, kwargs)
         for handle in handles:
@@ -162,16 +157,17 @@ class LayerError:
     def _sites(
         self, index: int, block: nn.Module, seen: Sequence[dict[str, Tensor]]
     ) -> list[Readers]:
-        adapter, prefix = self.skeleton.adapter, self.skeleton.block_name(index)
+        job, adapter = self.job, self.job.skeleton.adapter
+        prefix = job.skeleton.block_name(index)
         norms = {"qkv": adapter.attention_norm, "gate_up": adapter.mlp_norm}
         folded = norms if self.folds_gains else {}
         gains = {name: self._gain(block, norm) for name, norm in folded.items()}
         found = []
         for site in adapter.sites(block):
-            planned = tuple(p for p in site.linears if f"{prefix}.{p}" in self.plan.grids)
+            planned = tuple(p for p in site.linears if f"{prefix}.{p}" in job.plan.grids)
             if not planned:
                 continue
-            moments = Moments(seen[0][site.name].shape[1], cross=False, device=self.device)
+            moments = Moments(seen[0][site.name].shape[1], cross=False, device=job.device)
             for features in seen:
                 moments.add(features[site.name], None, None)
             hessian_KK = moments.hessian_KK()
@@ -180,16 +176,13 @@ class LayerError:
                 weight_NK = block.get_parameter(f"{path}.weight") * gains.get(site.name, 1.0)
                 products_NK = (weight_NK @ hessian_KK) * weight_NK
                 energy[path] = max(products_NK.double().sum().item(), 1e-30)
-            damped_KK, _ = damp(hessian_KK, self.damping)
+            damped_KK, _ = damp(hessian_KK, job.recipe.solver.damping)
             spread = inverse_factor(damped_KK).diagonal().double().pow(-2).sum().item()
             found.append(Readers(site=site.name, linears=planned, spread=spread, energy=energy))
         return found
 
     def _gain(self, block: nn.Module, norm: str) -> Tensor:
-        return self.skeleton.adapter.norm_offset + block.get_parameter(f"{norm}.weight")
-
-    def _load(self, index: int) -> nn.Module:
-        return self.skeleton.load_block(index, self.source, device=self.device, dtype=torch.float32)
+        return self.job.skeleton.adapter.norm_offset + block.get_parameter(f"{norm}.weight")
 
 
 def spaced(step: int, total: int, count: int) -> list[int]:

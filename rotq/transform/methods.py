@@ -1,4 +1,4 @@
-"""Ways to come to a basis, each a function of the setting and of what was drawn."""
+"""Ways to come to a basis, each a function of the windows and of what was drawn."""
 
 from __future__ import annotations
 
@@ -9,99 +9,90 @@ from typing import Any
 
 from torch import Tensor
 
+from rotq.job.context import Job
 from rotq.job.folder import TRANSFORM
 from rotq.rotations.basis import Basis
-from rotq.transform import block_error, optrot
-from rotq.transform import model_loss as through_model
+from rotq.transform import block_error, model_loss, optrot
 from rotq.transform.balance import Balancer
-from rotq.transform.layer_loss import LayerError
+from rotq.transform.layer_loss import LayerLoss
 from rotq.transform.parameters import Parameters, movement
 from rotq.transform.trainer import Backward, Pace, Trainer
-from rotq.transform.windows import Setting
+from rotq.transform.windows import TrainingWindows
 
 Found = tuple[Basis, dict[str, Any]]
 """A basis, and what is to be reported about it."""
 
 
-def without_rotation(setting: Setting, drawn: Basis) -> Found:
+def without_rotation(windows: TrainingWindows, drawn: Basis) -> Found:
     """Neither R1 nor R2; what is applied online stays."""
     online = {k: text for k, text in drawn.description.items() if k not in ("residual", "value")}
     return replace(drawn.with_tensors({}), description=online), {}
 
 
-def as_drawn(setting: Setting, drawn: Basis) -> Found:
+def as_drawn(windows: TrainingWindows, drawn: Basis) -> Found:
     """What the recipe's ``rotation`` says."""
     return drawn, {}
 
 
-def balanced(setting: Setting, drawn: Basis) -> Found:
+def balanced(windows: TrainingWindows, drawn: Basis) -> Found:
     """Scales in closed form, rotations as drawn."""
-    return _found(_start(setting, drawn), drawn, "balanced", {})
+    return _found(_start(windows, drawn), drawn, "balanced", {})
 
 
-def optrot_trained(setting: Setting, drawn: Basis) -> Found:
+def optrot_trained(windows: TrainingWindows, drawn: Basis) -> Found:
     """Trained on the fourth powers of the weights."""
-    options = setting.options
-    parameters = _parameters(setting, drawn, {}, scaled=())
-    backward = functools.partial(
-        optrot.backward, setting.skeleton, setting.source, parameters, device=setting.device
-    )
+    job, options = windows.job, windows.job.recipe.transform
+    parameters = _parameters(job, drawn, {}, scaled=())
+    backward = functools.partial(optrot.backward, job, parameters)
     pace = Pace(steps=options.steps, angle=options.angle, scale_rate=options.scale_rate)
-    figures = _train(setting, "optrot", Trainer(parameters, pace, backward))
+    figures = _train(job, "optrot", Trainer(parameters, pace, backward))
     return _found(parameters, drawn, "optrot", {"optrot": figures})
 
 
-def learned(setting: Setting, drawn: Basis) -> Found:
+def learned(windows: TrainingWindows, drawn: Basis) -> Found:
     """Closed form, then trained on single layers, then on windows, as far as asked for."""
-    options, figures = setting.options, {}
-    parameters = _start(setting, drawn)
+    job, options, figures = windows.job, windows.job.recipe.transform, {}
+    parameters = _start(windows, drawn)
     if options.layer_steps:
-        error = LayerError(
-            skeleton=setting.skeleton,
-            source=setting.source,
-            plan=setting.plan,
-            damping=setting.recipe.solver.damping,
-            folds_gains=drawn.residual_DD is not None,
-            device=setting.device,
-        )
-        error.measure(setting.embedded())
+        loss = LayerLoss(job=job, folds_gains=drawn.residual_DD is not None)
+        loss.measure(windows.embedded())
         pace = Pace(
             steps=options.layer_steps,
             angle=options.layer_angle,
             scale_rate=options.layer_scale_rate,
         )
-        trainer = Trainer(parameters, pace, functools.partial(error.backward, parameters))
-        figures["layers"] = _train(setting, "layers", trainer)
-        parameters = _parameters(setting, *parameters.restart(), scaled=options.scalings)
+        trainer = Trainer(parameters, pace, functools.partial(loss.backward, parameters))
+        figures["layers"] = _train(job, "layers", trainer)
+        parameters = _parameters(job, *parameters.restart(), scaled=options.scalings)
     if options.steps:
         pace = Pace(steps=options.steps, angle=options.angle, scale_rate=options.scale_rate)
         name = "blocks" if options.objective == "block_mse" else "model"
-        trainer = Trainer(parameters, pace, _on_windows(setting, parameters))
-        figures[name] = _train(setting, name, trainer)
+        trainer = Trainer(parameters, pace, _on_windows(windows, parameters))
+        figures[name] = _train(job, name, trainer)
     return _found(parameters, drawn, "learned", figures)
 
 
-def _on_windows(setting: Setting, parameters: Parameters) -> Backward:
+def _on_windows(windows: TrainingWindows, parameters: Parameters) -> Backward:
     """The recipe's objective on one window per step."""
-    options, student, outer = setting.options, setting.student, setting.outer
-    windows = setting.training_windows[: options.steps]
+    options, student, outer = windows.job.recipe.transform, windows.student, windows.outer
+    trained_on = windows.trained_on[: options.steps]
     if options.objective == "block_mse":
 
         def from_blocks(step: int) -> float:
-            ids_BT = windows[step % len(windows)]
+            ids_BT = trained_on[step % len(trained_on)]
             return block_error.backward(student, parameters, outer, ids_BT, step)
 
         return from_blocks
-    lessons = setting.lessons(windows)
+    lessons = windows.lessons(trained_on)
 
     def from_logits(step: int) -> float:
         lesson = lessons[step % len(lessons)]
-        return through_model.backward(student, parameters, outer, lesson, step)
+        return model_loss.backward(student, parameters, outer, lesson, step)
 
     return from_logits
 
 
-CANDIDATES: Mapping[str, Callable[[Setting, Basis], Found]] = {
+METHODS: Mapping[str, Callable[[TrainingWindows, Basis], Found]] = {
     "none": without_rotation,
     "hadamard": as_drawn,
     "fixed": balanced,
@@ -110,42 +101,42 @@ CANDIDATES: Mapping[str, Callable[[Setting, Basis], Found]] = {
 }
 
 
-def _start(setting: Setting, drawn: Basis) -> Parameters:
+def _start(windows: TrainingWindows, drawn: Basis) -> Parameters:
     """The closed form of what the recipe balances, else as drawn."""
-    options = setting.options
+    job, options = windows.job, windows.job.recipe.transform
     factors: dict[str, Tensor] = {}
     if options.balance:
-        balancer = Balancer(skeleton=setting.skeleton, source=setting.source, device=setting.device)
-        squares = balancer.measure(setting.embedded())
+        balancer = Balancer(job)
+        squares = balancer.measure(windows.embedded())
         factors = balancer.scales(squares, drawn, options.balance)
-    return _parameters(setting, drawn, factors, scaled=options.scalings)
+    return _parameters(job, drawn, factors, scaled=options.scalings)
 
 
 def _parameters(
-    setting: Setting, start: Basis, factors: Mapping[str, Tensor], scaled: Sequence[str]
+    job: Job, start: Basis, factors: Mapping[str, Tensor], scaled: Sequence[str]
 ) -> Parameters:
     return Parameters(
         start,
-        setting.skeleton,
+        job.skeleton,
         scaled=scaled,
         factors=factors,
-        parametrization=setting.options.parametrization,
-        butterfly=setting.options.down == "butterfly",
-        device=setting.device,
+        parametrization=job.recipe.transform.parametrization,
+        butterfly=job.recipe.transform.down == "butterfly",
+        device=job.device,
     )
 
 
-def _train(setting: Setting, name: str, trainer: Trainer) -> dict[str, Any]:
+def _train(job: Job, name: str, trainer: Trainer) -> dict[str, Any]:
     """Run a trainer to its end, from its last state if there is one; returns its losses."""
     steps = trainer.pace.steps
-    state = setting.job.part(f"{TRANSFORM}-{name}")
+    state = job.folder.part(f"{TRANSFORM}-{name}")
     if state.exists():
         trainer.restore(state)
     while len(trainer.losses) < steps:
         loss = trainer.step()
         done = len(trainer.losses)
-        setting.progress.transform_step(name, done - 1, steps, loss)
-        if done % setting.options.save_every == 0 or done == steps:
+        job.progress.transform_step(name, done - 1, steps, loss)
+        if done % job.recipe.transform.save_every == 0 or done == steps:
             trainer.save(state)
     quarter = max(1, steps // 4)
     return {

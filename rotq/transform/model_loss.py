@@ -55,12 +55,12 @@ def backward(
     named = parameters.basis().tensors()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     basis = parameters.start.with_tensors(leaves)
-    embedded_BTD = student.skeleton.embed(outer, lesson.ids_BT.to(student.device))
+    embedded_BTD = student.job.skeleton.embed(outer, lesson.ids_BT.to(student.job.device))
     rotated_BTD = in_basis(embedded_BTD, basis)
     runs = student.runs(basis, embedded_BTD)
     states = run_forward(runs, rotated_BTD.detach())
     last_BTD = states.pop()
-    logits = _logits(student.skeleton, outer, basis)
+    logits = _logits(student.job.skeleton, outer, basis)
     loss, slope_BTD = head_loss(logits, last_BTD, lesson.targets)
     if not math.isfinite(loss):
         where = _first_not_finite(student, basis, [*states, last_BTD])
@@ -79,10 +79,10 @@ def mean_loss(
     """Loss of a basis over windows, in nats per token."""
     total = 0.0
     for lesson in lessons:
-        embedded_BTD = student.skeleton.embed(outer, lesson.ids_BT.to(student.device))
+        embedded_BTD = student.job.skeleton.embed(outer, lesson.ids_BT.to(student.job.device))
         runs = student.runs(basis, embedded_BTD)
         last_BTD = run_forward(runs, in_basis(embedded_BTD, basis))[-1]
-        logits = _logits(student.skeleton, outer, basis)
+        logits = _logits(student.job.skeleton, outer, basis)
         total += head_loss(logits, last_BTD, lesson.targets)[0]
     return total / len(lessons)
 
@@ -92,12 +92,10 @@ def teach(
     student: Student, outer: dict[str, Tensor], windows: Sequence[Tensor], top_k: int
 ) -> list[Targets]:
     """What the original model makes likely in each window (1, T); one block in memory at a time."""
-    skeleton = student.skeleton
-    states = [skeleton.embed(outer, ids_BT.to(student.device)) for ids_BT in windows]
+    job, skeleton = student.job, student.job.skeleton
+    states = [skeleton.embed(outer, ids_BT.to(job.device)) for ids_BT in windows]
     for index in range(skeleton.num_blocks):
-        block = skeleton.load_block(
-            index, student.source, device=student.device, dtype=student.dtype
-        )
+        block = job.load_block(index, job.dtype)
         for window, hidden_BTD in enumerate(states):
             kwargs = skeleton.block_kwargs(index, hidden_BTD)
             states[window] = run_block(block, hidden_BTD, kwargs)
@@ -123,6 +121,6 @@ def _first_not_finite(student: Student, basis: Basis, states: Sequence[Tensor]) 
         if index == 0:
             return "the embedding"
         given_BTD = states[index - 1]
-        kwargs = student.skeleton.block_kwargs(index - 1, given_BTD)
+        kwargs = student.job.skeleton.block_kwargs(index - 1, given_BTD)
         return student.first_not_finite(index - 1, basis, kwargs, given_BTD)
     return "the head"

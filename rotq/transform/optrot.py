@@ -15,21 +15,13 @@ import torch
 from torch import Tensor
 
 from rotq.fusion.fuse import fused_tensors
-from rotq.models.loading import TensorSource
-from rotq.models.skeleton import Skeleton
+from rotq.job.context import Job
 from rotq.transform.layer_loss import BLOCKS_PER_STEP, spaced
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import pass_on
 
 
-def backward(
-    skeleton: Skeleton,
-    source: TensorSource,
-    parameters: Parameters,
-    step: int,
-    *,
-    device: torch.device,
-) -> float:
+def backward(job: Job, parameters: Parameters, step: int) -> float:
     """Kurtosis-like mean of w^4 / (mean w^2)^2 over layers: 3 for normal weights, 1 at least.
 
     Adds its gradients to the free parameters. The blocks of a step follow those of the step before.
@@ -38,14 +30,14 @@ def backward(
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in named.items()}
     basis = parameters.start.with_tensors(leaves)
     total = 0.0
-    chosen = spaced(step, skeleton.num_blocks, BLOCKS_PER_STEP)
+    chosen = spaced(step, job.skeleton.num_blocks, BLOCKS_PER_STEP)
     for index in chosen:
-        block = skeleton.load_block(index, source, device=device, dtype=torch.float32)
+        block = job.load_block(index, torch.float32)
         stored = dict(block.named_parameters())
-        fused = dict(fused_tensors(block, stored, skeleton.adapter, basis, index))
+        fused = dict(fused_tensors(block, stored, job.skeleton.adapter, basis, index))
         flatness = [
             _flatness(fused[f"{path}.weight"])
-            for site in skeleton.adapter.sites(block)
+            for site in job.skeleton.adapter.sites(block)
             for path in site.linears
             if f"{path}.weight" in fused
         ]

@@ -21,31 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs, run_block
-from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.fusion.fuse import fuse_block, in_basis
-from rotq.job.plan import Plan
+from rotq.job.context import Job
 from rotq.layers.quant_linear import OnlineLinear
 from rotq.models.experts import calibrating
-from rotq.models.loading import TensorSource
-from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import Basis
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Judge:
-    """What the scores are about."""
+    """Scores bases of one model, with the job's grids and damping."""
 
-    skeleton: Skeleton
-    source: TensorSource
-    plan: Plan
-    activations: ActivationGrid | None
-    """Grid of what linears read; None leaves that term out."""
-    damping: float
-    """Of the Hessians."""
-    device: torch.device
+    job: Job
 
     @torch.no_grad()
     def scores(self, bases: Mapping[str, Basis], embedded: Sequence[Tensor]) -> dict[str, float]:
@@ -55,30 +45,28 @@ class Judge:
             bases: By name.
             embedded: (B, T, D) calibration tokens as the original model embeds them, by batch.
         """
-        skeleton, hidden = self.skeleton, list(embedded)
+        job, skeleton, hidden = self.job, self.job.skeleton, list(embedded)
         scores = dict.fromkeys(bases, 0.0)
         for index in range(skeleton.num_blocks):
             kwargs = [skeleton.block_kwargs(index, hidden_BTD) for hidden_BTD in hidden]
             batches = list(zip(hidden, kwargs, strict=True))
             for name, basis in bases.items():
-                block = self._load(index)
+                block = job.load_block(index, torch.float32)
                 fuse_block(block, skeleton.adapter, basis, index)
                 turned = [(in_basis(hidden_BTD, basis), given) for hidden_BTD, given in batches]
                 scores[name] += self._block_score(index, block, turned)
-            block = self._load(index)
+            block = job.load_block(index, torch.float32)
             hidden = [run_block(block, hidden_BTD, given) for hidden_BTD, given in batches]
         return scores
-
-    def _load(self, index: int) -> nn.Module:
-        return self.skeleton.load_block(index, self.source, device=self.device, dtype=torch.float32)
 
     def _block_score(
         self, index: int, block: nn.Module, batches: Sequence[tuple[Tensor, dict[str, Any]]]
     ) -> float:
-        prefix, total = self.skeleton.block_name(index), 0.0
+        job, total = self.job, 0.0
+        prefix, grids = job.skeleton.block_name(index), job.plan.grids
         sites = [
-            (site.linears[0], [p for p in site.linears if f"{prefix}.{p}" in self.plan.grids])
-            for site in self.skeleton.adapter.sites(block)
+            (site.linears[0], [p for p in site.linears if f"{prefix}.{p}" in grids])
+            for site in job.skeleton.adapter.sites(block)
         ]
         moments: dict[str, Moments] = {}
         steps: dict[str, float] = {}
@@ -90,7 +78,7 @@ class Judge:
                     if isinstance(linear, OnlineLinear):
                         x_MK = linear.prepare_input(x_MK)
                     if first not in moments:
-                        moments[first] = Moments(x_MK.shape[1], cross=False, device=self.device)
+                        moments[first] = Moments(x_MK.shape[1], cross=False, device=job.device)
                     moments[first].add(x_MK, None, None)
                     steps[first] = steps.get(first, 0.0) + self._squared_steps(x_MK)
         for first, planned in sites:
@@ -98,15 +86,16 @@ class Judge:
             step = steps[first] / max(moments[first].tokens, 1)
             for path in planned:
                 weight_NK = block.get_parameter(f"{path}.weight")
-                grid = self.plan.grids[f"{prefix}.{path}"]
-                total += layer_score(weight_NK, hessian_KK, grid, step, self.damping)
+                grid, damping = grids[f"{prefix}.{path}"], job.recipe.solver.damping
+                total += layer_score(weight_NK, hessian_KK, grid, step, damping)
         return total
 
     def _squared_steps(self, x_MK: Tensor) -> float:
-        """Sum over tokens of the square of the grid's step."""
-        if self.activations is None:
+        """Sum over tokens of the square of the grid's step; 0 where inputs are not rounded."""
+        inputs = self.job.plan.inputs
+        if inputs is None:
             return 0.0
-        return squared_steps(x_MK, self.activations.bits, self.activations.symmetric).sum().item()
+        return squared_steps(x_MK, inputs.bits, inputs.symmetric).sum().item()
 
 
 def layer_score(

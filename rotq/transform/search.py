@@ -14,62 +14,62 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
-from rotq.job.folder import TRANSFORM, Job
+from rotq.job.context import Job
+from rotq.job.folder import TRANSFORM, JobFolder
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.transform.methods import CANDIDATES, Found
+from rotq.transform.methods import METHODS, Found
 from rotq.transform.model_loss import mean_loss
 from rotq.transform.proxy import Judge
-from rotq.transform.windows import JUDGED_WINDOWS, Setting
+from rotq.transform.windows import TrainingWindows
 
 
-def find_basis(setting: Setting, drawn: Basis) -> Basis:
+def search_basis(job: Job, drawn: Basis) -> Basis:
     """The basis the job is to use; what is reported is recorded under ``TRANSFORM``.
 
     Args:
-        setting: Its source has the adapter's names.
+        job: What is searched for goes into its folder.
         drawn: What ``build_basis`` made of the recipe.
 
     Raises:
         RotqError: the training diverged (names step and place), or the model does not allow a
             scaling.
     """
-    job, method = setting.job, setting.options.method
-    if method == "fixed" and not setting.options.scalings:
+    method = job.recipe.transform.method
+    if method == "fixed" and not job.recipe.transform.scalings:
         return drawn
-    if setting.skeleton.adapter.layer_norm:
+    if job.skeleton.adapter.layer_norm:
         raise RotqError(
-            f"transform.method={method} is not possible for {setting.skeleton.adapter.family} "
+            f"transform.method={method} is not possible for {job.skeleton.adapter.family} "
             "models: their R1 has to leave the all-ones direction alone; use method fixed"
         )
-    if job.finished(TRANSFORM):
-        return _restored(job, drawn)
+    if job.folder.finished(TRANSFORM):
+        return _restored(job.folder, drawn)
     started = time.monotonic()
-    with matmul_precision(setting.recipe.calibration.precision):
-        find = _choose if method == "auto" else CANDIDATES[method]
-        basis, results = find(setting, drawn)
-    save_tensors(job.part(TRANSFORM), basis.tensors())
+    with matmul_precision(job.recipe.calibration.precision):
+        search = _choose if method == "auto" else METHODS[method]
+        basis, results = search(TrainingWindows(job), drawn)
+    save_tensors(job.folder.part(TRANSFORM), basis.tensors())
     told = {"description": basis.description, "seconds": time.monotonic() - started}
-    job.record(TRANSFORM, {"method": method, **results, **told})
-    return _restored(job, drawn)
+    job.folder.record(TRANSFORM, {"method": method, **results, **told})
+    return _restored(job.folder, drawn)
 
 
-def _restored(job: Job, drawn: Basis) -> Basis:
-    tensors = {entry.name: read_tensor(entry) for entry in read_entries(job.part(TRANSFORM))}
-    description = job.results(TRANSFORM)["description"]
+def _restored(folder: JobFolder, drawn: Basis) -> Basis:
+    tensors = {entry.name: read_tensor(entry) for entry in read_entries(folder.part(TRANSFORM))}
+    description = folder.results(TRANSFORM)["description"]
     return replace(drawn.with_tensors(tensors), description=description)
 
 
-def _choose(setting: Setting, drawn: Basis) -> Found:
+def _choose(windows: TrainingWindows, drawn: Basis) -> Found:
     """Make every candidate, score all, keep the best."""
-    made: dict[str, Found] = {
-        name: CANDIDATES[name](setting, drawn) for name in setting.options.candidates
-    }
-    scores = _scores(setting, {name: basis for name, (basis, _) in made.items()})
+    options = windows.job.recipe.transform
+    made: dict[str, Found] = {name: METHODS[name](windows, drawn) for name in options.candidates}
+    scores = _scores(windows, {name: basis for name, (basis, _) in made.items()})
     best = min(scores, key=scores.__getitem__)
-    judge = setting.options.judge
+    judge = options.judge
     told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
-    setting.progress.message(f"transform: {best} by {judge} ({told})")
+    windows.job.progress.message(f"transform: {best} by {judge} ({told})")
     candidates = {name: figures for name, (_, figures) in made.items()}
     return made[best][0], {
         "judge": judge,
@@ -79,19 +79,12 @@ def _choose(setting: Setting, drawn: Basis) -> Found:
     }
 
 
-def _scores(setting: Setting, bases: Mapping[str, Basis]) -> dict[str, float]:
-    if setting.options.judge == "kl":
-        lessons = setting.lessons(setting.windows[-JUDGED_WINDOWS:])
-        student = replace(setting.student, rounds_weights=True)
-        return {
-            name: mean_loss(student, basis, setting.outer, lessons) for name, basis in bases.items()
-        }
-    judge = Judge(
-        skeleton=setting.skeleton,
-        source=setting.source,
-        plan=setting.plan,
-        activations=setting.plan.inputs,
-        damping=setting.recipe.solver.damping,
-        device=setting.device,
-    )
-    return judge.scores(bases, setting.embedded())
+def _scores(windows: TrainingWindows, bases: Mapping[str, Basis]) -> dict[str, float]:
+    job = windows.job
+    if job.recipe.transform.judge == "proxy":
+        return Judge(job).scores(bases, windows.embedded())
+    lessons = windows.lessons(windows.judged_on)
+    student = replace(windows.student, rounds_weights=True)
+    return {
+        name: mean_loss(student, basis, windows.outer, lessons) for name, basis in bases.items()
+    }

@@ -21,9 +21,7 @@ from torch.func import functional_call
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.fusion.fuse import fused_tensors, rotate_online
-from rotq.job.plan import Plan
-from rotq.models.loading import TensorSource
-from rotq.models.skeleton import Skeleton
+from rotq.job.context import Job
 from rotq.rotations.basis import Basis
 
 
@@ -31,20 +29,16 @@ from rotq.rotations.basis import Basis
 class Student:
     """A model in a basis, block by block."""
 
-    skeleton: Skeleton
-    source: TensorSource
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
+    job: Job
     rounds_weights: bool
 
     def runs(self, basis: Basis, like_BTD: Tensor) -> list[functools.partial[Tensor]]:
         """Functions of hidden states, one per block, for inputs of this shape."""
         return [
             functools.partial(
-                self.run_block, index, basis, self.skeleton.block_kwargs(index, like_BTD)
+                self.run_block, index, basis, self.job.skeleton.block_kwargs(index, like_BTD)
             )
-            for index in range(self.skeleton.num_blocks)
+            for index in range(self.job.skeleton.num_blocks)
         ]
 
     def run_block(
@@ -57,11 +51,11 @@ class Student:
 
     def fused_block(self, index: int, basis: Basis) -> tuple[nn.Module, dict[str, Tensor]]:
         """A block that rounds as the finished model will, and the parameters to run it with."""
-        skeleton, prefix = self.skeleton, self.skeleton.block_name(index)
-        block = skeleton.load_block(index, self.source, device=self.device, dtype=self.dtype)
+        job, skeleton = self.job, self.job.skeleton
+        prefix, block = skeleton.block_name(index), job.load_block(index, job.dtype)
         stored = dict(block.named_parameters())
         tensors = {
-            name: tensor.to(self.dtype)
+            name: tensor.to(job.dtype)
             for name, tensor in fused_tensors(block, stored, skeleton.adapter, basis, index)
         }
         rotate_online(block, skeleton.adapter, basis, index)
@@ -70,10 +64,10 @@ class Student:
             downs = skeleton.adapter.mlp_writers(block)
             angles = basis.down_angles[index].unbind()
             tensors |= {f"{p}.input_angles": a for p, a in zip(downs, angles, strict=True)}
-        self.plan.round_online(block, prefix, skeleton.adapter)
+        job.plan.round_online(block, prefix, skeleton.adapter)
         if self.rounds_weights:
             for name, weight_NK in {**stored, **tensors}.items():
-                grid = self.plan.grids.get(f"{prefix}.{name.removesuffix('.weight')}")
+                grid = job.plan.grids.get(f"{prefix}.{name.removesuffix('.weight')}")
                 if grid is not None and name.endswith(".weight"):
                     like = ActivationGrid(bits=grid.bits, symmetric=grid.symmetric)
                     rounded_NK = fake_quantize(weight_NK, like, group_size=grid.group_size)
@@ -91,9 +85,9 @@ class Student:
             if not torch.isfinite(output).all():
                 found.append(name)
 
-        for site in self.skeleton.adapter.sites(block):
+        for site in self.job.skeleton.adapter.sites(block):
             for path in site.linears:
                 hook = functools.partial(look, path)
                 block.get_submodule(path).register_forward_hook(hook)
         functional_call(block, tensors, (hidden_BTD,), kwargs)
-        return ".".join([self.skeleton.block_name(index), *found[:1]])
+        return ".".join([self.job.skeleton.block_name(index), *found[:1]])

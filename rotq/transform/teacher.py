@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq.job.plan import TRAINED_POSITIONS
+TRAINED_POSITIONS = 128
+"""Positions whose logits the training of a basis holds at a time."""
 
 Logits = Callable[[Tensor], Tensor]
 """Hidden states behind the last block, (B, C, D), to logits (B, C, V)."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,66 +28,38 @@ from rotq.calibration.batches import Batch
 from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
-from rotq.job.folder import OUTER, TUNING, Job, block_part, tuned_part
-from rotq.job.plan import Plan
+from rotq.job.context import Job
+from rotq.job.folder import OUTER, TUNING, block_part, tuned_part
 from rotq.memory import large_blocks_mapped
-from rotq.models.skeleton import Skeleton
 from rotq.models.streaming import run_backward, run_forward
 from rotq.numerics import matmul_precision
-from rotq.recipe import Recipe
-from rotq.report import Progress
 from rotq.tuning.tunable import TunableBlock, TunableOuter
 
 MAPPED_FROM = 3 << 19
 """Bytes: weights in the making come and go with each block; 30 MB less for a fifth of the time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the training works on."""
-
-    job: Job
-    skeleton: Skeleton
-    plan: Plan
-    recipe: Recipe
-    device: torch.device
-    progress: Progress
-
-
-def tune(
-    setting: Setting, blocks: Sequence[nn.Module], batches: Sequence[Batch], original: Stream
-) -> None:
+def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
     """Train, and write every part of the job anew with what was found; codes are copied.
 
     Args:
-        setting: All of its parts are finished.
+        job: All of its parts are finished.
         blocks: From ``hollow``, one per block of the model.
-        batches: The calibration tokens.
-        original: (B, T, D) outputs of the original model's last block, batch by batch.
+        original: The original model's stream, behind its last block.
 
     Raises:
         RotqError: the divergence is not finite; names the step.
     """
-    job = setting.job
-    trained = [
-        TunableBlock(
-            job.part(block_part(index)),
-            setting.plan,
-            setting.skeleton.block_name(index),
-            block,
-            setting.device,
-        )
-        for index, block in enumerate(blocks)
-    ]
-    outer = TunableOuter(job.part(OUTER), setting.skeleton, setting.device)
+    trained = [TunableBlock(job, index, block) for index, block in enumerate(blocks)]
+    outer = TunableOuter(job)
     with large_blocks_mapped(MAPPED_FROM):
-        divergences = _train(setting, trained, outer, batches, original)
+        divergences = _train(job, trained, outer, original)
     for index, block in enumerate(trained):
-        save_tensors(job.part(tuned_part(block_part(index))), block.tuned())
-    save_tensors(job.part(tuned_part(OUTER)), outer.tensors())
+        save_tensors(job.folder.part(tuned_part(block_part(index))), block.tuned())
+    save_tensors(job.folder.part(tuned_part(OUTER)), outer.tensors())
     quarter = max(1, len(divergences) // 4)
     first, last = divergences[:quarter], divergences[-quarter:]
-    job.record(
+    job.folder.record(
         TUNING,
         {
             "steps": len(divergences),
@@ -108,39 +79,36 @@ def hollow(block: nn.Module) -> nn.Module:
 
 
 def _train(
-    setting: Setting,
-    blocks: list[TunableBlock],
-    outer: TunableOuter,
-    batches: Sequence[Batch],
-    original: Stream,
+    job: Job, blocks: list[TunableBlock], outer: TunableOuter, original: Stream
 ) -> list[float]:
-    tuning = setting.recipe.tuning
+    """All steps; the divergence before each."""
+    tuning = job.recipe.tuning
     changes = [*outer.vectors.changes.values(), *(c for block in blocks for c in block.changes())]
     optimizer = torch.optim.Adam(changes, lr=tuning.learning_rate, betas=(0.9, 0.95))
-    windows = _windows(setting, batches)
+    windows = _windows(job, original.batches)
     divergences: list[float] = []
-    with matmul_precision(setting.recipe.calibration.precision), torch.enable_grad():
+    with matmul_precision(job.recipe.calibration.precision), torch.enable_grad():
         for step in range(tuning.steps):
             batch, part = windows[step % len(windows)]
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning.steps)
             optimizer.zero_grad()
-            ids_BT = batches[batch].ids_BT[part]
-            divergence = _backward(setting, blocks, outer, ids_BT, original[batch][part])
+            ids_BT = original.batches[batch].ids_BT[part]
+            divergence = _backward(job, blocks, outer, ids_BT, original.hidden[batch][part])
             if not divergence < float("inf"):
                 raise RotqError(f"tuning: the divergence is {divergence} at step {step + 1}")
             optimizer.step()
             divergences.append(divergence)
-            setting.progress.tuning_step(step, tuning.steps, divergence)
+            job.progress.tuning_step(step, tuning.steps, divergence)
     return divergences
 
 
-def _windows(setting: Setting, batches: Sequence[Batch]) -> list[tuple[int, tuple[slice, slice]]]:
+def _windows(job: Job, batches: Sequence[Batch]) -> list[tuple[int, tuple[slice, slice]]]:
     """Number of the batch, and the part of it, for every window; padding is cut off.
 
     A model that sees both sides must be given the window that the original was given.
     """
-    longest = 0 if setting.skeleton.masked else setting.recipe.tuning.seq_len
+    longest = 0 if job.skeleton.masked else job.recipe.tuning.seq_len
     return [
         (number, (slice(row, row + 1), slice(min(length, longest or length))))
         for number, batch in enumerate(batches)
@@ -154,21 +122,21 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _backward(
-    setting: Setting,
+    job: Job,
     blocks: list[TunableBlock],
     outer: TunableOuter,
     ids_BT: Tensor,
     original_BTD: Tensor,
 ) -> float:
     """Gradients of one window's divergence, added to the changes; returns the divergence."""
-    skeleton = setting.skeleton
-    hidden_BTD = skeleton.embed(outer.stored, ids_BT.to(setting.device))
+    skeleton = job.skeleton
+    hidden_BTD = skeleton.embed(outer.stored, ids_BT.to(job.device))
     kwargs = [skeleton.block_kwargs(index, hidden_BTD) for index in range(len(blocks))]
     runs = [
         functools.partial(block.run, kwargs=given)
         for block, given in zip(blocks, kwargs, strict=True)
     ]
     *states, last_BTD = run_forward(runs, hidden_BTD)
-    divergence, slope_BTD = outer.divergence(last_BTD, original_BTD.to(setting.device))
+    divergence, slope_BTD = outer.divergence(last_BTD, original_BTD.to(job.device))
     run_backward(runs, states, slope_BTD)
     return divergence

@@ -10,7 +10,6 @@ G groups, g columns of a group, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,13 @@ from torch.func import functional_call
 
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
+from rotq.job.context import Job
+from rotq.job.folder import OUTER, block_part
 from rotq.job.parts import packed_layers
-from rotq.job.plan import TUNED_POSITIONS, Plan
 from rotq.layers.quant_linear import QuantLinear
-from rotq.models.skeleton import Skeleton
+
+TUNED_POSITIONS = 32
+"""Positions whose logits tuning holds at a time."""
 
 
 class Vectors:
@@ -47,24 +49,19 @@ class Vectors:
 class TunableBlock:
     """A finished block whose weights are functions of the trained changes."""
 
-    def __init__(
-        self, part: Path, plan: Plan, prefix: str, block: nn.Module, device: torch.device
-    ) -> None:
+    def __init__(self, job: Job, index: int, block: nn.Module) -> None:
         """
         Args:
-            part: From ``save_block``.
-            plan: Of the job.
-            prefix: The block's full name.
+            job: Its part for the block is finished.
+            index: Of the block in the model.
             block: Its structure; its parameters may be on meta.
-            device: Where it is run.
         """
-        self.part, self.plan, self.prefix = part, plan, prefix
-        self.block, self.device = block, device
+        self.job, self.index, self.block = job, index, block
         stored = self._stored()
         self.vectors = Vectors(stored)
         self.scale_changes = {
             name: _change(layer.weight_scale)
-            for name, layer in packed_layers(self.plan, stored).items()
+            for name, layer in packed_layers(job.plan, stored).items()
         }
 
     def changes(self) -> Iterator[Tensor]:
@@ -74,8 +71,9 @@ class TunableBlock:
 
     def run(self, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The block's output with the changes as they are now."""
+        prefix = f"{self.job.skeleton.block_name(self.index)}."
         tensors = {
-            name.removeprefix(f"{self.prefix}."): tensor
+            name.removeprefix(prefix): tensor
             for name, tensor in self._weights(hidden_BTD.dtype).items()
         }
         output = functional_call(self.block, tensors, (hidden_BTD,), kwargs)
@@ -94,7 +92,7 @@ class TunableBlock:
     def _weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         stored = self._stored()
         weights: dict[str, Tensor] = {}
-        for name, layer in packed_layers(self.plan, stored).items():
+        for name, layer in packed_layers(self.job.plan, stored).items():
             for key in layer.state_dict():
                 del stored[f"{name}.{key}"]
             scale_NG = layer.weight_scale.float() * self.scale_changes[name].exp()
@@ -102,8 +100,7 @@ class TunableBlock:
         return stored | self.vectors.current() | weights
 
     def _stored(self) -> dict[str, Tensor]:
-        entries = read_entries(self.part)
-        return {entry.name: read_tensor(entry).to(self.device) for entry in entries}
+        return _read(self.job, block_part(self.index))
 
 
 class _Weight(torch.autograd.Function):
@@ -132,9 +129,9 @@ def _levels(layer: QuantLinear) -> Tensor:
 class TunableOuter:
     """What lies outside the blocks: the final norm is trained, embedding and head are not."""
 
-    def __init__(self, part: Path, skeleton: Skeleton, device: torch.device) -> None:
-        self.skeleton = skeleton
-        self.stored = {e.name: read_tensor(e).to(device) for e in read_entries(part)}
+    def __init__(self, job: Job) -> None:
+        self.skeleton = job.skeleton
+        self.stored = _read(job, OUTER)
         self.vectors = Vectors(self.stored)
 
     def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
@@ -170,6 +167,12 @@ def _divergence(original_BCV: Tensor, logits_BCV: Tensor) -> tuple[float, Tensor
     p_BCV = log_p_BCV.exp()
     total = p_BCV.mul(log_p_BCV.sub_(log_q_BCV)).sum().item()
     return total, log_q_BCV.exp_().sub_(p_BCV)
+
+
+def _read(job: Job, part: str) -> dict[str, Tensor]:
+    """A part's tensors before tuning, on the job's device."""
+    entries = read_entries(job.folder.part(part))
+    return {entry.name: read_tensor(entry).to(job.device) for entry in entries}
 
 
 def _change(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rotq.calibration.capture import capture_inputs, replayed, run_block
-from rotq.calibration.streams import Stream
+from rotq.calibration.streams import BatchStore
 from rotq.formats.activations import ActivationGrid
 from rotq.layers.quant_linear import OnlineLinear
 from rotq.rotations.hadamard import random_signs
@@ -88,11 +88,11 @@ def test_online_layers_are_seen_before_they_rotate_and_round():
     torch.testing.assert_close(seen["second"], block.first(hidden_BTD.view(5, 4)).relu())
 
 
-def test_streams_in_memory_and_in_a_file_hold_the_same(tmp_path):
+def test_batches_in_memory_and_in_a_file_hold_the_same(tmp_path):
     shapes = [torch.Size((2, 3, 4)), torch.Size((1, 3, 4))]
     for dtype in (torch.float32, torch.bfloat16):
-        memory = Stream.empty(shapes, dtype, None)
-        file = Stream.empty(shapes, dtype, tmp_path / "stream")
+        memory = BatchStore.empty(shapes, dtype, None)
+        file = BatchStore.empty(shapes, dtype, tmp_path / "batches")
         for batch, shape in enumerate(shapes):
             hidden = torch.randn(shape).to(dtype)
             memory[batch] = hidden

@@ -8,7 +8,7 @@ from rotq.calibration.importance import (
     attention_received,
     frequency_score,
     hidden_score,
-    token_weights,
+    weights_from_scores,
 )
 from rotq.recipe import Importance
 
@@ -18,7 +18,7 @@ from rotq.recipe import Importance
 def test_weights_have_mean_one_and_keep_the_order(scaling, power):
     score_BT = torch.rand(3, 500)
     importance = Importance(strategy="attention", scaling=scaling, floor=0.05, power=power)
-    weight_BT = token_weights(score_BT, importance)
+    weight_BT = weights_from_scores(score_BT, importance)
     torch.testing.assert_close(weight_BT.mean(-1), torch.ones(3))
     order = score_BT.argsort(-1)
     assert (weight_BT.gather(1, order).diff(dim=-1) >= 0).all()
@@ -27,7 +27,7 @@ def test_weights_have_mean_one_and_keep_the_order(scaling, power):
 
 
 def test_equal_scores_give_equal_weights():
-    weight_BT = token_weights(torch.full((2, 9), 4.0), Importance(strategy="attention"))
+    weight_BT = weights_from_scores(torch.full((2, 9), 4.0), Importance(strategy="attention"))
     assert torch.equal(weight_BT, torch.ones(2, 9))
 
 
@@ -36,7 +36,7 @@ def test_a_sink_flattens_minmax_but_not_the_others():
     score_BT[0, 0] = 1000.0
 
     def spread(scaling: str) -> float:
-        weight_BT = token_weights(score_BT, Importance(strategy="attention", scaling=scaling))
+        weight_BT = weights_from_scores(score_BT, Importance(strategy="attention", scaling=scaling))
         return float(weight_BT[0, 1:].max() / weight_BT[0, 1:].min())
 
     assert spread("minmax") < 1.1
@@ -93,7 +93,7 @@ PADDED = Batch(
 def test_padding_has_no_weight_and_special_tokens_do_not_set_the_range(scaling):
     importance = Importance(strategy="attention", scaling=scaling)
     score_BT = torch.tensor([[90.0, 1, 2, 3, 4, -80], [70, 1, 2, 60, 1e6, -1e6]])
-    weight_BT = token_weights(score_BT, importance, PADDED)
+    weight_BT = weights_from_scores(score_BT, importance, PADDED)
     torch.testing.assert_close(weight_BT.sum(1), torch.tensor([6.0, 4.0]))
     assert weight_BT[1, 4:].tolist() == [0, 0]
     assert torch.equal(weight_BT[:, 0], weight_BT.amax(1))
@@ -101,14 +101,16 @@ def test_padding_has_no_weight_and_special_tokens_do_not_set_the_range(scaling):
     assert weight_BT[0, 1] / weight_BT[0, 0] == pytest.approx(0.1, abs=0.02)
     assert weight_BT[0, 5] == weight_BT[0, 0]
     moved_BT = score_BT + torch.tensor([[1e3, 0, 0, 0, 0, 1e3], [1e3, 0, 0, 1e3, 5, 5]])
-    torch.testing.assert_close(token_weights(moved_BT, importance, PADDED), weight_BT)
+    torch.testing.assert_close(weights_from_scores(moved_BT, importance, PADDED), weight_BT)
 
 
 def test_without_padding_the_batch_changes_nothing():
     score_BT = torch.rand(2, 6)
-    plain = token_weights(score_BT, Importance(strategy="attention"))
+    plain = weights_from_scores(score_BT, Importance(strategy="attention"))
     batch = Batch(ids_BT=PADDED.ids_BT)
-    assert torch.equal(token_weights(score_BT, Importance(strategy="attention"), batch), plain)
+    assert torch.equal(
+        weights_from_scores(score_BT, Importance(strategy="attention"), batch), plain
+    )
 
 
 def test_padded_queries_give_no_attention():

@@ -25,7 +25,7 @@ def run(*arguments: str) -> Result:
 
 
 class Pipeline:
-    """Stands in for rotq.quantize.pipeline; keeps what it was called with."""
+    """Stands in for the pipeline and the estimate; keeps what it was called with."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -57,8 +57,9 @@ class Pipeline:
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     fake = Pipeline()
-    module = SimpleNamespace(quantize_model=fake.quantize_model, estimate=fake.estimate)
-    monkeypatch.setitem(sys.modules, "rotq.quantize.pipeline", module)
+    for module, name in (("pipeline", "quantize_model"), ("estimate", "estimate")):
+        stand_in = SimpleNamespace(**{name: getattr(fake, name)})
+        monkeypatch.setitem(sys.modules, f"rotq.quantize.{module}", stand_in)
     return fake
 
 

@@ -1,20 +1,8 @@
-"""The search for a basis on a tiny model in memory."""
+"""Recipes that search for a basis, and a block that spoils the search."""
 
 import math
-from pathlib import Path
-from typing import Any
 
-import torch
-from tiny_models import MemorySource, random_ids, tiny_model
-
-from rotq.job.folder import Job
-from rotq.job.plan import make_plan
-from rotq.models.attention.online import use_online_attention
-from rotq.models.skeleton import Skeleton
-from rotq.recipe import load_recipe
-from rotq.report.progress import Progress
 from rotq.transform.student import Student
-from rotq.transform.windows import Setting
 
 SCALED = ["qkv", "gate_up", "value", "query_key", "up"]
 W4A4KV4 = {
@@ -39,32 +27,6 @@ LEARNED = {
     "transform.save_every": 2,
     "transform.top_k": 32,
 }
-
-
-def make_setting(
-    folder: Path,
-    choices: dict[str, Any],
-    progress: Progress | None = None,
-    num_windows: int = 3,
-    name: str = "llama",
-) -> Setting:
-    """Windows of 24 random tokens; the job's folder is kept if it is there."""
-    folder.mkdir(exist_ok=True)
-    source = MemorySource(tiny_model(name, dtype=torch.float32))
-    skeleton = Skeleton.open(source)
-    use_online_attention(skeleton.model)
-    recipe = load_recipe(None, choices)
-    return Setting(
-        job=Job(folder, folder / "out", overwrite=False),
-        skeleton=skeleton,
-        source=source,
-        plan=make_plan(skeleton, recipe, torch.float32),
-        recipe=recipe,
-        windows=random_ids(num_windows, 24).split(1),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        progress=progress or Progress(),
-    )
 
 
 def spoil_block(monkeypatch, number: int = 1) -> None:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import tiny_model
-from tiny_transforms import LEARNED, make_setting, spoil_block
+from tiny_transforms import LEARNED, spoil_block
 
 from rotq.errors import RotqError
 from rotq.formats.activations import fake_quantize
@@ -15,7 +16,8 @@ from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
 from rotq.transform.block_error import backward, block_loss
 from rotq.transform.parameters import Parameters
-from rotq.transform.search import find_basis
+from rotq.transform.search import search_basis
+from rotq.transform.windows import TrainingWindows
 
 BLOCK_MSE = {**LEARNED, "transform.objective": "block_mse", "transform.down": "butterfly"}
 
@@ -26,16 +28,16 @@ class Interrupted(Progress):
             raise KeyboardInterrupt
 
 
-def find(setting):
-    skeleton = setting.skeleton
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    return drawn, find_basis(setting, drawn)
+def find(job):
+    skeleton = job.skeleton
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    return drawn, search_basis(job, drawn)
 
 
-def moved_parameters(setting):
-    skeleton, options = setting.skeleton, setting.options
+def moved_parameters(job):
+    skeleton, options = job.skeleton, job.recipe.transform
     parameters = Parameters(
-        build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config),
+        build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config),
         skeleton,
         scaled=options.scalings,
         factors={},
@@ -50,53 +52,59 @@ def moved_parameters(setting):
     return parameters
 
 
-def hidden_states(setting):
+def hidden_states(job):
     """Of the original model on the first window: before its blocks and behind each."""
     model = tiny_model("llama", dtype=torch.float32)
-    states = [setting.skeleton.embed(setting.outer, setting.windows[0])]
+    states = [job.skeleton.embed(TrainingWindows(job).outer, TrainingWindows(job).trained_on[0])]
     for index, layer in enumerate(model.model.layers):
-        kwargs = setting.skeleton.block_kwargs(index, states[-1])
+        kwargs = job.skeleton.block_kwargs(index, states[-1])
         states.append(layer(states[-1], **kwargs))
     return states
 
 
 def test_the_loss_is_the_error_of_the_fused_block(tmp_path):
-    setting = make_setting(tmp_path / "job", {**BLOCK_MSE, "kv_cache.bits": 16})
-    skeleton = setting.skeleton
-    basis = moved_parameters(setting).finished()
-    states = hidden_states(setting)
+    job = make_job(tmp_path / "job", {**BLOCK_MSE, "kv_cache.bits": 16})
+    skeleton = job.skeleton
+    basis = moved_parameters(job).finished()
+    states = hidden_states(job)
     # by hand: fused, inputs of linears rounded by hooks, no basis in training involved
-    block = skeleton.load_block(1, setting.source, device="cpu", dtype=torch.float32)
+    block = skeleton.load_block(1, job.source, device="cpu", dtype=torch.float32)
     fuse_block(block, skeleton.adapter, basis, 1)
     for site in skeleton.adapter.sites(block):
         for path in site.linears:
             linear = block.get_submodule(path)
             if path.endswith("down_proj"):
-                linear.input_grid = setting.plan.inputs
+                linear.input_grid = job.plan.inputs
             else:
                 linear.register_forward_pre_hook(
-                    lambda _, args: (fake_quantize(args[0], setting.plan.inputs),)
+                    lambda _, args: (fake_quantize(args[0], job.plan.inputs),)
                 )
     kwargs = skeleton.block_kwargs(1, states[1])
     found = block(in_basis(states[1], basis), **kwargs) @ basis.residual_DD.float().T
     expected = ((found - states[2]).square().sum(-1) / states[2].square().sum(-1)).mean()
-    loss = block_loss(setting.student, 1, basis, states[1], states[2])
+    loss = block_loss(TrainingWindows(job).student, 1, basis, states[1], states[2])
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     assert expected > 1e-3
 
 
 def test_gradients_are_summed_over_blocks(tmp_path):
-    setting = make_setting(tmp_path / "job", BLOCK_MSE)
-    parameters, states = moved_parameters(setting), hidden_states(setting)
+    job = make_job(tmp_path / "job", BLOCK_MSE)
+    parameters, states = moved_parameters(job), hidden_states(job)
     with torch.enable_grad():
-        loss = backward(setting.student, parameters, setting.outer, setting.windows[0], 0)
+        loss = backward(
+            TrainingWindows(job).student,
+            parameters,
+            TrainingWindows(job).outer,
+            TrainingWindows(job).trained_on[0],
+            0,
+        )
     streamed = {key: free.grad.clone() for key, free in parameters.free().items()}
     for free in parameters.free().values():
         free.grad = None
     with torch.enable_grad():
         basis = parameters.basis()
         losses = [
-            block_loss(setting.student, index, basis, states[index], states[index + 1])
+            block_loss(TrainingWindows(job).student, index, basis, states[index], states[index + 1])
             for index in (0, 1)
         ]
         whole = torch.stack(losses).mean()
@@ -110,13 +118,21 @@ def test_gradients_are_summed_over_blocks(tmp_path):
 
 def test_without_rounding_there_is_no_error(tmp_path):
     choices = {**BLOCK_MSE, "activations.bits": 16, "kv_cache.bits": 16}
-    setting = make_setting(tmp_path / "job", choices)
-    exact = replace(setting.student, rounds_weights=False)
-    parameters = moved_parameters(setting)
+    job = make_job(tmp_path / "job", choices)
+    exact = replace(TrainingWindows(job).student, rounds_weights=False)
+    parameters = moved_parameters(job)
     with torch.enable_grad():
-        loss = backward(exact, parameters, setting.outer, setting.windows[0], 0)
+        loss = backward(
+            exact, parameters, TrainingWindows(job).outer, TrainingWindows(job).trained_on[0], 0
+        )
         # what is rounded then are weights
-        rounded = backward(setting.student, parameters, setting.outer, setting.windows[0], 0)
+        rounded = backward(
+            TrainingWindows(job).student,
+            parameters,
+            TrainingWindows(job).outer,
+            TrainingWindows(job).trained_on[0],
+            0,
+        )
     assert loss < 1e-9
     assert rounded > 1e-4
 
@@ -124,12 +140,12 @@ def test_without_rounding_there_is_no_error(tmp_path):
 def test_without_rounding_no_basis_is_better_than_another(tmp_path):
     """Against any target: slopes of weights, of what is given and of the target cancel."""
     choices = {**BLOCK_MSE, "activations.bits": 16, "kv_cache.bits": 16}
-    setting = make_setting(tmp_path / "job", choices)
-    exact = replace(setting.student, rounds_weights=False)
-    parameters, states = moved_parameters(setting), hidden_states(setting)
+    job = make_job(tmp_path / "job", choices)
+    exact = replace(TrainingWindows(job).student, rounds_weights=False)
+    parameters, states = moved_parameters(job), hidden_states(job)
     target_BTD = torch.randn(states[1].shape, generator=torch.Generator().manual_seed(0))
     largest = {}
-    for name, student in (("exact", exact), ("rounded", setting.student)):
+    for name, student in (("exact", exact), ("rounded", TrainingWindows(job).student)):
         with torch.enable_grad():
             loss = block_loss(student, 0, parameters.basis(), states[0], target_BTD)
             free = {
@@ -154,20 +170,20 @@ def test_training_lowers_the_loss_and_repeats(tmp_path):
     }
     bases = []
     for run in ("first", "second"):
-        setting = make_setting(tmp_path / run, one, num_windows=1)
-        bases.append(find(setting)[1])
-    found = setting.job.results(TRANSFORM)
+        job = make_job(tmp_path / run, one, num_windows=1)
+        bases.append(find(job)[1])
+    found = job.folder.results(TRANSFORM)
     assert found["blocks"]["loss_last_quarter"] < 0.85 * found["blocks"]["loss_first_quarter"]
     assert "model" not in found
     assert bases[0].checksum() == bases[1].checksum()
 
 
 def test_a_training_that_was_stopped_ends_the_same(tmp_path):
-    _, basis = find(make_setting(tmp_path / "whole", BLOCK_MSE))
+    _, basis = find(make_job(tmp_path / "whole", BLOCK_MSE))
     with pytest.raises(KeyboardInterrupt):
-        find(make_setting(tmp_path / "job", BLOCK_MSE, Interrupted()))
+        find(make_job(tmp_path / "job", BLOCK_MSE, Interrupted()))
     assert (tmp_path / "job" / "transform-blocks.safetensors").exists()
-    _, found = find(make_setting(tmp_path / "job", BLOCK_MSE))
+    _, found = find(make_job(tmp_path / "job", BLOCK_MSE))
     assert found.checksum() == basis.checksum()
 
 
@@ -175,4 +191,4 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, monkeypatch):
     spoil_block(monkeypatch)
     where = r"the loss is nan at step 1, first in model\.layers\.1\.mlp\.up_proj"
     with pytest.raises(RotqError, match=where):
-        find(make_setting(tmp_path / "job", {**BLOCK_MSE, "transform.layer_steps": 0}))
+        find(make_job(tmp_path / "job", {**BLOCK_MSE, "transform.layer_steps": 0}))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import MemorySource, random_ids, tiny_model
-from tiny_transforms import W4A4KV4, make_setting
+from tiny_transforms import W4A4KV4
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
 from rotq.models.scalings import Scaling, scalings
-from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import SCALINGS, Basis, Scales
 from rotq.rotations.hadamard import orthogonal
 from rotq.solvers.solve import Options, solve
@@ -17,10 +17,11 @@ from rotq.transform import optrot
 from rotq.transform.balance import Balancer, _tied
 from rotq.transform.parameters import Parameters
 from rotq.transform.proxy import Judge, layer_score
+from rotq.transform.windows import TrainingWindows
 
 
 @pytest.fixture(scope="module")
-def balanced():
+def balanced(tmp_path_factory):
     """A model with features of very different size in front of down and o."""
     model = tiny_model("llama", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -29,11 +30,14 @@ def balanced():
         layer.mlp.up_proj.weight.mul_(spread[:, None])
         layer.self_attn.v_proj.weight[3].mul_(20)
         layer.self_attn.k_proj.weight[2].mul_(10)
-    source = MemorySource(model)
-    skeleton = Skeleton.open(source)
-    balancer = Balancer(skeleton=skeleton, source=source, device=torch.device("cpu"))
-    outer = skeleton.load_outer(source, dtype=torch.float32)
-    embedded = [skeleton.embed(outer, ids) for ids in random_ids(4, 32).split(2)]
+    job = make_job(
+        tmp_path_factory.mktemp("balanced") / "job",
+        {"weights.group_fallback": "auto"},
+        source=MemorySource(model),
+    )
+    outer = TrainingWindows(job).outer
+    embedded = [job.skeleton.embed(outer, ids) for ids in random_ids(4, 32).split(2)]
+    balancer = Balancer(job)
     return model, balancer, balancer.measure(embedded)
 
 
@@ -135,14 +139,12 @@ def test_a_feature_that_rope_leaves_counts_as_a_pair_of_itself():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3-moe-mixed", "llama-biases"])
-def test_every_family_gets_factors_of_the_right_shape(name):
-    source = MemorySource(tiny_model(name, dtype=torch.float32))
-    skeleton = Skeleton.open(source)
-    balancer = Balancer(skeleton=skeleton, source=source, device=torch.device("cpu"))
-    outer = skeleton.load_outer(source, dtype=torch.float32)
-    squares = balancer.measure([skeleton.embed(outer, random_ids(2, 12))])
+def test_every_family_gets_factors_of_the_right_shape(tmp_path, name):
+    job = make_job(tmp_path / "job", {"weights.group_fallback": "auto"}, name=name)
+    balancer = Balancer(job)
+    squares = balancer.measure(TrainingWindows(job).embedded())
     factors = balancer.scales(squares, Basis(), SCALINGS)
-    for index, layer in enumerate(scalings(skeleton, SCALINGS)):
+    for index, layer in enumerate(scalings(job.skeleton, SCALINGS)):
         for key, scaling in layer.items():
             found = factors[f"{index}.scales.{key}"]
             assert found.shape == scaling.shape
@@ -151,20 +153,18 @@ def test_every_family_gets_factors_of_the_right_shape(name):
 
 
 def test_optrot_flattens_and_is_invariant_to_what_norms_scale(tmp_path):
-    setting = make_setting(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
+    job = make_job(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
     drawn = Basis(residual_DD=torch.eye(48, dtype=torch.float64))
     parameters = Parameters(
         drawn,
-        setting.skeleton,
+        job.skeleton,
         scaled=(),
         factors={},
         parametrization="cayley",
         device=torch.device("cpu"),
     )
     with torch.enable_grad():
-        loss = optrot.backward(
-            setting.skeleton, setting.source, parameters, 0, device=torch.device("cpu")
-        )
+        loss = optrot.backward(job, parameters, 0)
     model = tiny_model("llama", dtype=torch.float64)
     kinds = []
     for layer in model.model.layers:
@@ -222,23 +222,14 @@ def test_the_layer_score_foretells_the_error_of_rounded_inputs():
 
 def test_the_judge_sees_outliers(tmp_path):
     """A basis that spreads an outlier channel has the lower score; the identity is the model's."""
-    setting = make_setting(tmp_path / "job", W4A4KV4)
+    job = make_job(tmp_path / "job", W4A4KV4)
     for index in (0, 1):
-        setting.source.tensors[f"model.layers.{index}.input_layernorm.weight"][5] = 30.0
-    judge = Judge(
-        skeleton=setting.skeleton,
-        source=setting.source,
-        plan=setting.plan,
-        activations=setting.plan.inputs,
-        damping=0.01,
-        device=torch.device("cpu"),
-    )
+        job.source.tensors[f"model.layers.{index}.input_layernorm.weight"][5] = 30.0
     bases = {
         "none": Basis(),
         "hadamard": Basis(residual_DD=orthogonal("hadamard", 48, 0)),
         "scaled": Basis(scales=(Scales(up_EI=torch.ones(1, 80, dtype=torch.float64)),) * 2),
     }
-    embedded = [setting.skeleton.embed(setting.outer, ids) for ids in setting.windows]
-    scores = judge.scores(bases, embedded)
+    scores = Judge(job).scores(bases, TrainingWindows(job).embedded())
     assert scores["hadamard"] < 0.8 * scores["none"]
     assert scores["scaled"] == pytest.approx(scores["none"], rel=1e-5)

@@ -1,8 +1,9 @@
-"""The layer error: features in the basis are those of the fused block, and less of it is better."""
+"""The layer loss: features in the basis are those of the fused block, and less of it is better."""
 
 import pytest
 import torch
-from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting
+from memory_jobs import make_job
+from tiny_transforms import LEARNED, SCALED, W4A4KV4
 
 from rotq.calibration.capture import capture_inputs
 from rotq.formats.activations import fake_quantize
@@ -13,23 +14,17 @@ from rotq.layers.quant_linear import OnlineLinear, prepared_input
 from rotq.models.scalings import scalings
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, Scales, build_basis
-from rotq.transform.layer_loss import LayerError, _in_basis, spaced
+from rotq.transform.layer_loss import LayerLoss, _in_basis, spaced
 from rotq.transform.methods import learned
 from rotq.transform.parameters import Parameters
 from rotq.transform.proxy import squared_steps
+from rotq.transform.windows import TrainingWindows
 
 
-def error_of(setting, *, folds_gains=True):
-    error = LayerError(
-        skeleton=setting.skeleton,
-        source=setting.source,
-        plan=setting.plan,
-        damping=0.01,
-        folds_gains=folds_gains,
-        device=torch.device("cpu"),
-    )
-    error.measure(setting.embedded())
-    return error
+def loss_of(job, *, folds_gains=True):
+    loss = LayerLoss(job=job, folds_gains=folds_gains)
+    loss.measure(TrainingWindows(job).embedded())
+    return loss
 
 
 def random_basis(skeleton):
@@ -51,16 +46,16 @@ def random_basis(skeleton):
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gemma3", "qwen3-moe-mixed"])
 def test_features_in_the_basis_are_what_the_fused_layers_read(tmp_path, name):
-    setting = make_setting(tmp_path / "job", W4A4KV4 | {"rotation.residual": "none"}, name=name)
-    skeleton, basis = setting.skeleton, random_basis(setting.skeleton)
-    error = error_of(setting, folds_gains=basis.residual_DD is not None)
-    hidden_BTD = setting.embedded()[0]
+    job = make_job(tmp_path / "job", W4A4KV4 | {"rotation.residual": "none"}, name=name)
+    skeleton, basis = job.skeleton, random_basis(job.skeleton)
+    loss = loss_of(job, folds_gains=basis.residual_DD is not None)
+    hidden_BTD = TrainingWindows(job).embedded()[0]
     R_DD = basis.residual_DD
     turned_BTD = hidden_BTD if R_DD is None else hidden_BTD @ R_DD.float()
-    block = skeleton.load_block(0, setting.source, device="cpu", dtype=torch.float32)
-    features, _ = error._features(0, block, hidden_BTD)
+    block = skeleton.load_block(0, job.source, device="cpu", dtype=torch.float32)
+    features, _ = loss._features(0, block, hidden_BTD)
     reads, _ = block_maps(block, dict(block.named_parameters()), skeleton.adapter, basis, 0)
-    fused = skeleton.load_block(0, setting.source, device="cpu", dtype=torch.float32)
+    fused = skeleton.load_block(0, job.source, device="cpu", dtype=torch.float32)
     fuse_block(fused, skeleton.adapter, basis, 0)
     firsts = {site.name: site.linears[0] for site in skeleton.adapter.sites(block)}
     kwargs = skeleton.block_kwargs(0, turned_BTD)
@@ -75,11 +70,11 @@ def test_features_in_the_basis_are_what_the_fused_layers_read(tmp_path, name):
         torch.testing.assert_close(ours, read, rtol=1e-3, atol=1e-4 * scale)
 
 
-def actual_error(setting, basis, index=1):
+def actual_error(job, basis, index=1):
     """Mean over linears of |Q(x') W'^T - x' W'^T|^2 / |x' W'^T|^2."""
-    skeleton = setting.skeleton
-    hidden_BTD = setting.embedded()[0]
-    fused = skeleton.load_block(index, setting.source, device="cpu", dtype=torch.float32)
+    skeleton = job.skeleton
+    hidden_BTD = TrainingWindows(job).embedded()[0]
+    fused = skeleton.load_block(index, job.source, device="cpu", dtype=torch.float32)
     fuse_block(fused, skeleton.adapter, basis, index)
     names = [p for site in skeleton.adapter.sites(fused) for p in site.linears]
     kwargs = skeleton.block_kwargs(index, hidden_BTD)
@@ -90,20 +85,20 @@ def actual_error(setting, basis, index=1):
         linear = fused.get_submodule(name)
         x = linear.prepare_input(seen[name]) if isinstance(linear, OnlineLinear) else seen[name]
         y = x @ linear.weight.T
-        rounded = fake_quantize(x, setting.plan.inputs) @ linear.weight.T
+        rounded = fake_quantize(x, job.plan.inputs) @ linear.weight.T
         shares.append((rounded - y).square().sum() / y.square().sum())
     return torch.stack(shares).mean().item()
 
 
 def test_the_loss_foretells_the_error_of_rounded_inputs(tmp_path):
-    setting = make_setting(tmp_path / "job", {**W4A4KV4, "weights.bits": 8}, num_windows=8)
-    skeleton = setting.skeleton
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    error = error_of(setting)
-    hidden_BTD = setting.embedded()[0]
+    job = make_job(tmp_path / "job", {**W4A4KV4, "weights.bits": 8}, num_windows=8)
+    skeleton = job.skeleton
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    loss = loss_of(job)
+    hidden_BTD = TrainingWindows(job).embedded()[0]
     single = drawn.with_tensors({n: t.float() for n, t in drawn.tensors().items()})
-    foretold = error._block_loss(1, hidden_BTD, single).item()
-    assert foretold == pytest.approx(actual_error(setting, drawn), rel=0.25)
+    foretold = loss._block_loss(1, hidden_BTD, single).item()
+    assert foretold == pytest.approx(actual_error(job, drawn), rel=0.25)
 
 
 @pytest.mark.parametrize("residual", ["none", "hadamard"])
@@ -111,15 +106,15 @@ def test_the_first_loss_is_that_of_the_start(tmp_path, residual):
     """With gains in the weights where R1 moves them there, in what is read where it does not."""
     choices = {**LEARNED, "rotation.residual": residual, "transform.layer_steps": 1}
     choices |= {"transform.steps": 0, "transform.balance": [], "weights.bits": 8}
-    setting = make_setting(tmp_path / "job", choices, num_windows=1)
-    skeleton = setting.skeleton
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    _, figures = learned(setting, drawn)
+    job = make_job(tmp_path / "job", choices, num_windows=1)
+    skeleton = job.skeleton
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    _, figures = learned(TrainingWindows(job), drawn)
     # what is read and what reads it, taken from the fused blocks
     expected = []
     for index in (0, 1):
-        hidden_BTD = error_of(setting, folds_gains=residual != "none").hidden[index][0]
-        block = skeleton.load_block(index, setting.source, device="cpu", dtype=torch.float32)
+        hidden_BTD = loss_of(job, folds_gains=residual != "none").hidden[index][0]
+        block = skeleton.load_block(index, job.source, device="cpu", dtype=torch.float32)
         fuse_block(block, skeleton.adapter, drawn, index)
         sites = skeleton.adapter.sites(block)
         turned_BTD = in_basis(hidden_BTD, drawn)
@@ -140,26 +135,26 @@ def test_the_first_loss_is_that_of_the_start(tmp_path, residual):
 
 def test_training_lowers_the_error_that_is_made(tmp_path):
     trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
-    setting = make_setting(tmp_path / "job", {**LEARNED, **trained}, num_windows=4)
-    skeleton = setting.skeleton
+    job = make_job(tmp_path / "job", {**LEARNED, **trained}, num_windows=4)
+    skeleton = job.skeleton
     # something to gain: features of very different size in front of down
     generator = torch.Generator().manual_seed(0)
     spread_I1 = (1.5 * torch.randn(80, 1, generator=generator)).exp()
     for index in (0, 1):
-        setting.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"] *= spread_I1
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    basis, figures = learned(setting, drawn)
+        job.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"] *= spread_I1
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    basis, figures = learned(TrainingWindows(job), drawn)
     assert figures["layers"]["loss_last_quarter"] < 0.9 * figures["layers"]["loss_first_quarter"]
-    assert actual_error(setting, basis) < 0.85 * actual_error(setting, drawn)
-    assert not setting.job.recorded(TRANSFORM)
+    assert actual_error(job, basis) < 0.85 * actual_error(job, drawn)
+    assert not job.folder.recorded(TRANSFORM)
 
 
 def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
     """Or the loss could be made as small as one likes by scaling weights down."""
-    setting = make_setting(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
-    skeleton, error = setting.skeleton, error_of(setting)
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    hidden_BTD = setting.embedded()[0]
+    job = make_job(tmp_path / "job", {**W4A4KV4, "activations.bits": 16})
+    skeleton, loss = job.skeleton, loss_of(job)
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    hidden_BTD = TrainingWindows(job).embedded()[0]
     losses = []
     for factor in (1.0, 3.0):
         scales = [
@@ -168,7 +163,7 @@ def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
         ]
         named = drawn.tensors() | Basis(scales=tuple(Scales.of(s) for s in scales)).tensors()
         single = drawn.with_tensors({n: t.float() for n, t in named.items()})
-        losses.append(error._block_loss(0, hidden_BTD, single).item())
+        losses.append(loss._block_loss(0, hidden_BTD, single).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -178,18 +173,18 @@ def test_butterflies_lower_the_error_that_is_made(tmp_path):
     others = [{"match": "self_attn|gate_proj|up_proj", "keep": True}]
     choices = {**LEARNED, **trained, **alone, "transform.down": "butterfly"}
     choices["weights.overrides"] = others
-    setting = make_setting(tmp_path / "job", choices, num_windows=4)
+    job = make_job(tmp_path / "job", choices, num_windows=4)
     # something to gain: two features stand out, and a rotation may share them out unevenly
     for index in (0, 1):
-        setting.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"][:2] *= 30
-    skeleton = setting.skeleton
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
-    basis, figures = learned(setting, drawn)
+        job.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"][:2] *= 30
+    skeleton = job.skeleton
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
+    basis, figures = learned(TrainingWindows(job), drawn)
     assert figures["layers"]["loss_last_quarter"] < 0.95 * figures["layers"]["loss_first_quarter"]
-    error = error_of(setting, folds_gains=False)
-    hidden_BTD = torch.cat(setting.embedded())
+    loss = loss_of(job, folds_gains=False)
+    hidden_BTD = torch.cat(TrainingWindows(job).embedded())
     before, after = (
-        sum(error._block_loss(index, hidden_BTD, one).item() for index in (0, 1))
+        sum(loss._block_loss(index, hidden_BTD, one).item() for index in (0, 1))
         for one in (drawn, basis)
     )
     assert after < 0.95 * before
@@ -197,9 +192,9 @@ def test_butterflies_lower_the_error_that_is_made(tmp_path):
 
 
 def test_gradients_reach_what_is_trained(tmp_path):
-    setting = make_setting(tmp_path / "job", W4A4KV4)
-    skeleton, error = setting.skeleton, error_of(setting)
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    job = make_job(tmp_path / "job", W4A4KV4)
+    skeleton, loss = job.skeleton, loss_of(job)
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
     parameters = Parameters(
         drawn,
         skeleton,
@@ -210,7 +205,7 @@ def test_gradients_reach_what_is_trained(tmp_path):
         device=torch.device("cpu"),
     )
     with torch.enable_grad():
-        error.backward(parameters, 0)
+        loss.backward(parameters, 0)
     for name, free in parameters.free().items():
         if not name.endswith("query_key"):
             assert free.grad is not None, name

@@ -4,18 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_models import tiny_model
-from tiny_transforms import LEARNED, make_setting
+from tiny_transforms import LEARNED
 
 from rotq.rotations.basis import build_basis
 from rotq.transform.model_loss import Lesson, backward, mean_loss, teach
 from rotq.transform.parameters import Parameters
 from rotq.transform.teacher import next_tokens
+from rotq.transform.windows import TrainingWindows
 
 
 def prepared(folder, choices, name="llama"):
-    setting = make_setting(folder, choices, name=name)
-    recipe, skeleton = setting.recipe, setting.skeleton
+    job = make_job(folder, choices, name=name)
+    recipe, skeleton = job.recipe, job.skeleton
     drawn = build_basis(recipe.rotation, skeleton.adapter, skeleton.config)
     parameters = Parameters(
         drawn,
@@ -30,22 +32,24 @@ def prepared(folder, choices, name="llama"):
     with torch.no_grad():
         for free in parameters.free().values():
             free.add_(0.1 * torch.randn(free.shape, generator=generator))
-    windows = setting.windows[:1]
-    targets = teach(setting.student, setting.outer, windows, 20)
-    return setting, parameters, Lesson(ids_BT=windows[0], targets=targets[0])
+    windows = TrainingWindows(job)
+    first = windows.trained_on[:1]
+    targets = teach(windows.student, windows.outer, first, 20)
+    return windows, parameters, Lesson(ids_BT=first[0], targets=targets[0])
 
 
-def unstreamed(setting, parameters, lesson):
+def unstreamed(windows, parameters, lesson):
     """The same loss as one graph, written down without slopes in closed form."""
-    student, skeleton, basis = setting.student, setting.skeleton, parameters.basis()
-    hidden_BTD = skeleton.embed(setting.outer, lesson.ids_BT)
+    student, basis = windows.student, parameters.basis()
+    skeleton = windows.job.skeleton
+    hidden_BTD = skeleton.embed(windows.outer, lesson.ids_BT)
     if basis.residual_DD is not None:
         hidden_BTD = hidden_BTD @ basis.residual_DD
     for run in student.runs(basis, hidden_BTD):
         hidden_BTD = run(hidden_BTD)
     if basis.residual_DD is not None:
         hidden_BTD = hidden_BTD @ basis.residual_DD.T
-    log_q = skeleton.logits(setting.outer, hidden_BTD)[0].log_softmax(-1)
+    log_q = skeleton.logits(windows.outer, hidden_BTD)[0].log_softmax(-1)
     log_p_Tk, token_Tk = lesson.targets.log_p_Tk, lesson.targets.token_Tk.long()
     return (log_p_Tk.exp() * (log_p_Tk - log_q.gather(-1, token_Tk))).sum(-1).mean()
 
@@ -56,14 +60,14 @@ def unstreamed(setting, parameters, lesson):
 )
 def test_gradients_are_those_of_the_whole_graph(tmp_path, name, down):
     choices = {**LEARNED, "transform.down": down}
-    setting, parameters, lesson = prepared(tmp_path / "job", choices, name)
+    windows, parameters, lesson = prepared(tmp_path / "job", choices, name)
     with torch.enable_grad():
-        loss = backward(setting.student, parameters, setting.outer, lesson, 0)
+        loss = backward(windows.student, parameters, windows.outer, lesson, 0)
     streamed = {key: free.grad.clone() for key, free in parameters.free().items()}
     for free in parameters.free().values():
         free.grad = None
     with torch.enable_grad():
-        whole = unstreamed(setting, parameters, lesson)
+        whole = unstreamed(windows, parameters, lesson)
         whole.backward()
     assert loss == pytest.approx(whole.item(), rel=1e-4)
     for key, free in parameters.free().items():
@@ -75,15 +79,15 @@ def test_gradients_are_those_of_the_whole_graph(tmp_path, name, down):
 @pytest.mark.parametrize("down", ["fixed", "butterfly"])
 def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path, down):
     choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16, "transform.down": down}
-    setting, parameters, lesson = prepared(tmp_path / "job", choices)
-    exact = replace(setting.student, rounds_weights=False)
+    windows, parameters, lesson = prepared(tmp_path / "job", choices)
+    exact = replace(windows.student, rounds_weights=False)
     basis = parameters.basis()
     detached = basis.with_tensors({n: t.detach() for n, t in basis.tensors().items()})
     entropy = (lesson.targets.log_p_Tk.exp() * 0).sum().item()
-    assert mean_loss(exact, detached, setting.outer, [lesson]) == pytest.approx(entropy, abs=1e-4)
+    assert mean_loss(exact, detached, windows.outer, [lesson]) == pytest.approx(entropy, abs=1e-4)
     # weights only: what is rounded then are weights
-    assert setting.student.rounds_weights
-    assert mean_loss(setting.student, detached, setting.outer, [lesson]) > 1e-2
+    assert windows.student.rounds_weights
+    assert mean_loss(windows.student, detached, windows.outer, [lesson]) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
@@ -93,11 +97,11 @@ def test_without_rounding_nothing_has_a_gradient(tmp_path, name):
     for bits in (16, 4):
         choices = {**LEARNED, "activations.bits": bits, "kv_cache.bits": bits}
         choices |= {"transform.down": "butterfly"}
-        setting, parameters, lesson = prepared(tmp_path / f"job-{bits}", choices, name)
+        windows, parameters, lesson = prepared(tmp_path / f"job-{bits}", choices, name)
         text = Lesson(ids_BT=lesson.ids_BT, targets=next_tokens(lesson.ids_BT[0]))
-        student = replace(setting.student, rounds_weights=False)
+        student = replace(windows.student, rounds_weights=False)
         with torch.enable_grad():
-            backward(student, parameters, setting.outer, text, 0)
+            backward(student, parameters, windows.outer, text, 0)
         largest[bits] = {key: free.grad.abs().max() for key, free in parameters.free().items()}
     for key, rounded in largest[4].items():
         assert largest[16][key] < 1e-3 * rounded, key

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_jobs import make_job
 from tiny_jobs import SMALL, make_checkpoint, quantize
-from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting, spoil_block
+from tiny_transforms import LEARNED, SCALED, W4A4KV4, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
@@ -17,7 +18,7 @@ from rotq.report.progress import Progress
 from rotq.rotations.basis import build_basis
 from rotq.rotations.butterfly import from_codes, to_codes
 from rotq.transform.parameters import Parameters
-from rotq.transform.search import find_basis
+from rotq.transform.search import search_basis
 
 
 class Interrupted(Progress):
@@ -36,10 +37,10 @@ class Told(Progress):
         self.messages.append(text)
 
 
-def find(setting):
-    rotation = setting.recipe.rotation
-    drawn = build_basis(rotation, setting.skeleton.adapter, setting.skeleton.config)
-    return drawn, find_basis(setting, drawn)
+def find(job):
+    rotation = job.recipe.rotation
+    drawn = build_basis(rotation, job.skeleton.adapter, job.skeleton.config)
+    return drawn, search_basis(job, drawn)
 
 
 BUTTERFLY = {**LEARNED, "transform.down": "butterfly"}
@@ -47,8 +48,8 @@ BUTTERFLY = {**LEARNED, "transform.down": "butterfly"}
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    setting = make_setting(tmp_path_factory.mktemp("learned") / "job", LEARNED)
-    return setting, *find(setting)
+    job = make_job(tmp_path_factory.mktemp("learned") / "job", LEARNED)
+    return job, *find(job)
 
 
 def test_a_learned_basis_is_orthogonal_and_positive(learned):
@@ -66,8 +67,8 @@ def test_a_learned_basis_is_orthogonal_and_positive(learned):
 
 
 def test_the_report_has_losses_angles_and_ranges(learned):
-    setting, _, _ = learned
-    found = setting.job.results(TRANSFORM)
+    job, _, _ = learned
+    found = job.folder.results(TRANSFORM)
     assert found["method"] == "learned"
     assert (found["layers"]["steps"], found["model"]["steps"]) == (3, 6)
     assert found["layers"]["loss_first_quarter"] > 0
@@ -86,25 +87,25 @@ def test_training_lowers_the_loss(tmp_path):
         "transform.angle": 0.05,
         "transform.balance": [],
     }
-    setting = make_setting(tmp_path / "job", one, num_windows=1)
-    find(setting)
-    found = setting.job.results(TRANSFORM)["model"]
+    job = make_job(tmp_path / "job", one, num_windows=1)
+    find(job)
+    found = job.folder.results(TRANSFORM)["model"]
     assert found["loss_last_quarter"] < 0.85 * found["loss_first_quarter"]
 
 
 def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
     _, _, basis = learned
     with pytest.raises(KeyboardInterrupt):
-        find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
+        find(make_job(tmp_path / "job", LEARNED, Interrupted()))
     assert (tmp_path / "job" / "transform-model.safetensors").exists()
-    again = make_setting(tmp_path / "job", LEARNED)
+    again = make_job(tmp_path / "job", LEARNED)
     _, found = find(again)
     assert found.checksum() == basis.checksum()
-    kept, whole = (one.job.results(TRANSFORM) for one in (again, learned[0]))
+    kept, whole = (one.folder.results(TRANSFORM) for one in (again, learned[0]))
     assert kept["layers"] == whole["layers"]
     assert kept["model"] == whole["model"]
     # a finished one is read back, not trained again
-    _, read = find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
+    _, read = find(make_job(tmp_path / "job", LEARNED, Interrupted()))
     assert read.checksum() == basis.checksum()
     assert read.description == found.description
 
@@ -113,7 +114,7 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path, monkeypatch):
     spoil_block(monkeypatch)
     where = "the loss is nan at step 1, first in model.layers.1.mlp.up_proj"
     with pytest.raises(RotqError, match=where):
-        find(make_setting(tmp_path / "job", LEARNED))
+        find(make_job(tmp_path / "job", LEARNED))
 
 
 def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path, monkeypatch
 
     monkeypatch.setattr("rotq.transform.model_loss.backward", backward)
     with pytest.raises(RotqError, match=r"gradient of 0\.scales\.up is not finite at step 1"):
-        find(make_setting(tmp_path / "job", LEARNED))
+        find(make_job(tmp_path / "job", LEARNED))
 
 
 @pytest.mark.parametrize("judge", ["proxy", "kl"])
@@ -137,9 +138,9 @@ def test_auto_scores_its_candidates_and_takes_the_least(tmp_path, judge):
         "transform.candidates": ["none", "hadamard", "optrot", "learned"],
     }
     progress = Told()
-    setting = make_setting(tmp_path / "job", chosen, progress, num_windows=6)
-    drawn, basis = find(setting)
-    found = setting.job.results(TRANSFORM)
+    job = make_job(tmp_path / "job", chosen, progress, num_windows=6)
+    drawn, basis = find(job)
+    found = job.folder.results(TRANSFORM)
     scores = found["scores"]
     assert set(scores) == {"none", "hadamard", "optrot", "learned"}
     assert len(set(scores.values())) == 4
@@ -152,40 +153,40 @@ def test_auto_scores_its_candidates_and_takes_the_least(tmp_path, judge):
 
 def test_none_keeps_what_is_online(tmp_path):
     chosen = {**W4A4KV4, "transform.method": "auto", "transform.candidates": ["none"]}
-    _, basis = find(make_setting(tmp_path / "job", chosen))
+    _, basis = find(make_job(tmp_path / "job", chosen))
     assert not basis.tensors()
     assert (basis.down, basis.attention) == ("hadamard", "hadamard")
     assert set(basis.description) == {"down", "attention"}
 
 
 def test_fixed_is_what_was_drawn(tmp_path):
-    setting = make_setting(tmp_path / "job", W4A4KV4)
-    drawn, basis = find(setting)
+    job = make_job(tmp_path / "job", W4A4KV4)
+    drawn, basis = find(job)
     assert basis is drawn
-    assert not setting.job.recorded(TRANSFORM)
+    assert not job.folder.recorded(TRANSFORM)
 
 
 def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        find(make_setting(tmp_path / "stopped", BUTTERFLY, Interrupted()))
-    _, resumed = find(make_setting(tmp_path / "stopped", BUTTERFLY))
-    setting = make_setting(tmp_path / "job", BUTTERFLY)
-    drawn, basis = find(setting)
+        find(make_job(tmp_path / "stopped", BUTTERFLY, Interrupted()))
+    _, resumed = find(make_job(tmp_path / "stopped", BUTTERFLY))
+    job = make_job(tmp_path / "job", BUTTERFLY)
+    drawn, basis = find(job)
     assert resumed.checksum() == basis.checksum()
     assert (drawn.down_kind, basis.down_kind) == ("hadamard", "butterfly")
     assert basis.description["down"] == "butterfly 20x4, learned"
     for angles in basis.down_angles:
         assert angles.shape == (1, 2, 20, 2)
         assert torch.equal(from_codes(to_codes(angles), torch.float64), angles)
-    assert 0.001 < setting.job.results(TRANSFORM)["down_pair_angle"] < 0.2
+    assert 0.001 < job.folder.results(TRANSFORM)["down_pair_angle"] < 0.2
 
 
 def test_an_mlp_of_no_pairs_has_no_butterfly(tmp_path):
-    setting = make_setting(tmp_path / "job", BUTTERFLY)
-    skeleton = setting.skeleton
+    job = make_job(tmp_path / "job", BUTTERFLY)
+    skeleton = job.skeleton
     for block in skeleton.blocks:
         block.mlp.down_proj = torch.nn.Linear(12, 48, device="meta")
-    drawn = build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
     with pytest.raises(RotqError, match=r"down=butterfly: a butterfly of order 12 has no pairs"):
         Parameters(
             drawn,

@@ -2,29 +2,31 @@
 
 import pytest
 import torch
-from tiny_transforms import LEARNED, SCALED, make_setting
+from memory_jobs import make_job
+from tiny_transforms import LEARNED, SCALED
 
 from rotq.rotations.basis import build_basis
 from rotq.transform.methods import balanced, learned
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import WARM_UP, Pace, Trainer, schedule
+from rotq.transform.windows import TrainingWindows
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
+def job(tmp_path_factory):
     choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 0}
-    return make_setting(tmp_path_factory.mktemp("train") / "job", choices)
+    return make_job(tmp_path_factory.mktemp("train") / "job", choices)
 
 
-def drawn_by(setting):
-    skeleton = setting.skeleton
-    return build_basis(setting.recipe.rotation, skeleton.adapter, skeleton.config)
+def drawn_by(job):
+    skeleton = job.skeleton
+    return build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
 
 
-def parameters_of(setting, factors=None):
+def parameters_of(job, factors=None):
     return Parameters(
-        drawn_by(setting),
-        setting.skeleton,
+        drawn_by(job),
+        job.skeleton,
         scaled=SCALED,
         factors=factors or {},
         parametrization="qr",
@@ -33,26 +35,26 @@ def parameters_of(setting, factors=None):
     )
 
 
-def test_factors_are_where_scales_start(setting):
+def test_factors_are_where_scales_start(job):
     factors = {"1.scales.up": torch.linspace(0.5, 2.0, 80)[None]}
-    scales = parameters_of(setting, factors).finished().scales
+    scales = parameters_of(job, factors).finished().scales
     torch.testing.assert_close(scales[1].up_EI, factors["1.scales.up"].double())
     assert (scales[0].up_EI == 1).all()
 
 
-def test_without_steps_the_closed_form_is_what_comes_out(setting):
+def test_without_steps_the_closed_form_is_what_comes_out(job):
     """Of what the recipe balances, and of nothing else."""
-    drawn = drawn_by(setting)
+    drawn = drawn_by(job)
     for find in (learned, balanced):
-        basis, _ = find(setting, drawn)
+        basis, _ = find(TrainingWindows(job), drawn)
         assert basis.scales[0].up_EI.std() > 0.05
         assert basis.scales[0].query_key_HK.std() > 0.01
         assert (basis.scales[0].qkv_D == 1).all()
         assert torch.equal(basis.residual_DD.sign(), drawn.residual_DD.sign())
 
 
-def test_a_restart_is_where_the_others_ended(setting):
-    first = parameters_of(setting)
+def test_a_restart_is_where_the_others_ended(job):
+    first = parameters_of(job)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for free in first.free().values():
@@ -60,7 +62,7 @@ def test_a_restart_is_where_the_others_ended(setting):
     start, factors = first.restart()
     second = Parameters(
         start,
-        setting.skeleton,
+        job.skeleton,
         scaled=SCALED,
         factors=factors,
         parametrization="qr",
@@ -81,8 +83,8 @@ def test_the_schedule_warms_up_and_ends_at_two_percent():
     assert steps[-1] == pytest.approx(0.02, abs=0.01)
 
 
-def test_steps_have_the_sizes_of_the_pace(setting):
-    parameters = parameters_of(setting)
+def test_steps_have_the_sizes_of_the_pace(job):
+    parameters = parameters_of(job)
 
     def backward(step: int) -> float:
         for free in parameters.free().values():

@@ -1,0 +1,161 @@
+"""What a job will cost, from the config alone: bits, bytes on the disk, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rotq.checkpoint.source import describe_source
+from rotq.job.plan import Plan, make_plan
+from rotq.models.skeleton import Skeleton
+from rotq.quantize.setup import starting_basis, wanted_dtype
+from rotq.recipe import Recipe
+from rotq.report import Estimate, SiteEstimate
+from rotq.transform.teacher import TRAINED_POSITIONS
+from rotq.transform.windows import MEASURED_TOKENS
+from rotq.tuning.tunable import TUNED_POSITIONS
+
+IMPORTED_BYTES = 400_000_000
+"""Resident memory of a process that has imported torch and transformers, as measured."""
+
+
+def estimate(
+    model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> Estimate:
+    """What ``quantize_model`` would make and need; reads the config and file headers only.
+
+    Raises:
+        ValueError, RotqError: as ``quantize_model``.
+    """
+    source = describe_source(model, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
+    starting_basis(recipe, skeleton)
+    return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
+
+
+def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:
+    """Bits, bytes and peak memory of a job; nothing but the config is read."""
+    sites = _sites(make_plan(skeleton, recipe, dtype))
+    packed_bits = sum(site.bits_per_weight * _numel(site.shape) for site in sites)
+    planned = sum(_numel(site.shape) for site in sites)
+    untied = _untied_head(skeleton, recipe)
+    dense = _stored_parameters(skeleton) + untied - planned
+    output_bytes = int(packed_bits / 8 + dense * dtype.itemsize)
+    streams = _stream_bytes(skeleton, recipe, dtype)
+    offload = recipe.calibration.offload
+    return Estimate(
+        sites=sites,
+        bits_per_weight=packed_bits / max(planned, 1),
+        output_bytes=output_bytes,
+        peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
+        scratch_disk_bytes=2 * output_bytes + (streams if offload else 0),
+    )
+
+
+def _sites(plan: Plan) -> tuple[SiteEstimate, ...]:
+    scale_bits = plan.scale_dtype.itemsize * 8
+    return tuple(
+        SiteEstimate(
+            name=name,
+            shape=plan.shapes[name],
+            bits=grid.bits,
+            group_size=grid.group_size,
+            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], scale_bits),
+        )
+        for name, grid in plan.grids.items()
+    )
+
+
+def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Hidden states of all calibration windows between two blocks."""
+    tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+    streams = 2 if recipe.needs_original else 1
+    return int(tokens * skeleton.config.hidden_size * dtype.itemsize * streams)
+
+
+def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Imports, then the larger of the outer tensors and one block with its statistics."""
+    block = skeleton.blocks[0]
+    widest = max(linear.in_features for linear in block.modules() if isinstance(linear, nn.Linear))
+    block_bytes = _numel_of(block.parameters()) * (8 + 2 * dtype.itemsize)
+    solving = 16 * 4 * widest**2
+    tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
+    activations = 6 * tokens * widest * dtype.itemsize
+    outer = 3 * _embedding_numel(skeleton) * dtype.itemsize
+    block_needs = block_bytes + max(solving, activations)
+    tuning, transform = (
+        need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
+    )
+    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform)
+
+
+def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """One block with gradients, hidden states between blocks, outer tensors, a chunk of logits."""
+    if not recipe.tuning.steps:
+        return 0
+    tokens = recipe.tuning.seq_len or recipe.calibration.seq_len
+    hidden = (skeleton.num_blocks + 1) * tokens * skeleton.config.hidden_size * dtype.itemsize
+    weights = _numel_of(skeleton.blocks[0].parameters()) * (4 + 2 * dtype.itemsize)
+    vocabulary = _embedding_numel(skeleton) // skeleton.config.hidden_size
+    logits = 4 * 4 * TUNED_POSITIONS * vocabulary
+    return hidden + weights + logits + _embedding_numel(skeleton) * dtype.itemsize
+
+
+def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Training a basis: one block fused with gradients, and what grows with the window.
+
+    The block is held as loaded and three times in fp32: fused, a product on the way, gradients. R1
+    is held about twelve times: start, parameters, gradients, moments, factors of its inverse.
+    """
+    options = recipe.transform
+    trained = {options.method, *(options.candidates if options.method == "auto" else ())}
+    if not trained & {"learned", "optrot"}:
+        return 0
+    config, block = skeleton.config, skeleton.blocks[0]
+    weights = _numel_of(block.parameters()) * (dtype.itemsize + 3 * 4)
+    rotations = 12 * 4 * config.hidden_size**2
+    if "learned" not in trained:
+        return weights + rotations
+    tokens = options.seq_len or recipe.calibration.seq_len
+    states = (skeleton.num_blocks + 1) * tokens * config.hidden_size * dtype.itemsize
+    measured = MEASURED_TOKENS * config.hidden_size * 4
+    if options.layer_steps:
+        measured *= skeleton.num_blocks + 1
+    widths = sum(
+        m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear)
+    )
+    graph = 4 * tokens * widths * 4
+    vocabulary = _embedding_numel(skeleton) // config.hidden_size
+    logits = 4 * 4 * TRAINED_POSITIONS * vocabulary
+    num_windows = min(options.steps, recipe.calibration.num_samples)
+    likely = num_windows * tokens * min(options.top_k, vocabulary) * 8
+    outer = _embedding_numel(skeleton) * dtype.itemsize * (1 if skeleton.tied else 2)
+    return weights + rotations + max(states + graph + logits + likely, measured) + outer
+
+
+def _stored_parameters(skeleton: Skeleton) -> int:
+    """Parameters of the source: a tied head is none of its own."""
+    tied_head = f"{skeleton.adapter.head}.weight" if skeleton.tied else ""
+    parameters = skeleton.model.named_parameters()
+    return _numel_of(parameter for name, parameter in parameters if name != tied_head)
+
+
+def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
+    """Parameters that untying adds: a rotated residual stream needs its own head."""
+    tied = skeleton.tied and recipe.rotation.residual != "none"
+    return _embedding_numel(skeleton) if tied else 0
+
+
+def _embedding_numel(skeleton: Skeleton) -> int:
+    return _numel_of(skeleton.model.get_submodule(skeleton.adapter.embedding).parameters())
+
+
+def _numel(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _numel_of(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

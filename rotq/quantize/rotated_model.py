@@ -1,0 +1,66 @@
+"""The original model in the job's basis, block by block, under the check that it is the same."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from rotq.checkpoint.shards import save_tensors
+from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
+from rotq.fusion.fuse import fuse_outer
+from rotq.job.context import Job
+from rotq.job.folder import OUTER
+from rotq.quantize.invariance import InvarianceCheck
+from rotq.rotations.basis import Basis
+
+
+class RotatedModel:
+    """Loads, rotates and checks; blocks are asked for in their order, after ``outer``."""
+
+    def __init__(self, job: Job, basis: Basis) -> None:
+        self.job, self.basis = job, basis
+        self.check = InvarianceCheck(job, basis)
+        self.meter = _flatness_meter(job, basis)
+
+    def outer(self) -> dict[str, Tensor]:
+        """What lies outside the blocks, rotated and saved; returned without the head."""
+        job, head = self.job, f"{self.job.skeleton.adapter.head}.weight"
+        original = job.skeleton.load_outer(job.source, dtype=job.dtype)
+        self.check.start(original)
+        if self.meter is not None:
+            self.meter.start(original)
+        fused = fuse_outer(original, job.skeleton.adapter, self.basis, in_place=True)
+        del original
+        self.check.start_quantized(fused)
+        if self.meter is not None:
+            self.meter.start_transformed(fused)
+        if not job.folder.finished(OUTER):
+            save_tensors(job.folder.part(OUTER), fused)
+            job.folder.record(OUTER, {"rotation": self.basis.checksum()})
+        return {name: tensor for name, tensor in fused.items() if name != head}
+
+    def block(self, index: int) -> tuple[nn.Module, dict[str, FlatnessChange]]:
+        """A block in the model's dtype, and what the rotation did to its sites' inputs."""
+        exact = self.job.load_block(index, torch.float64)
+        if self.meter is None:
+            return self.check.rotate_block(index, exact).to(self.job.dtype), {}
+        plain = copy.deepcopy(exact).to(self.job.dtype)
+        rotated = self.check.rotate_block(index, exact).to(self.job.dtype)
+        return rotated, self.meter.measure(index, plain, rotated)
+
+
+def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:
+    """None where flatness does not matter, or is not wanted."""
+    calibration = job.recipe.calibration
+    rounded = job.plan.inputs is not None or job.plan.kv is not None
+    if (basis.is_identity and not rounded) or not calibration.flatness_tokens:
+        return None
+    return FlatnessMeter(
+        job.skeleton,
+        job.windows.each(),
+        num_tokens=calibration.flatness_tokens,
+        device=job.device,
+        precision=calibration.precision,
+    )
