@@ -21,7 +21,7 @@ Residual (keys only): one more bit per element, bit 1 for +1, and the score gain
            g_t = rms of y - s_t L[q], stored as s_t is
 
 Shape suffixes: P pages, H KV heads, S tokens of a page, W words of a token, D head width,
-L levels of a codebook, R rotary pairs.
+L levels of a codebook, R rotary pairs, B sequences, N dense tokens, J pages of a sequence.
 """
 
 from __future__ import annotations
@@ -196,6 +196,24 @@ class DenseKV:
     v_BHND: Tensor
     position_BN: Tensor
     """int32 RoPE positions; -1 where there is no token."""
+
+
+@dataclass(kw_only=True)
+class KVHistory:
+    """What the queries of one layer can see: packed tokens, and tokens kept whole."""
+
+    pages: KVPages
+    page_table_BJ: Tensor
+    """int32, page j of sequence b; not read beyond a length."""
+    length_B: Tensor
+    """int32, packed tokens of each sequence; 0 is allowed."""
+    start_B: Tensor
+    """int32: packed token j of sequence b is at position start_B[b] + j."""
+    constants: KVConstants
+    dense: DenseKV | None = None
+    """Sinks, recent tokens and the chunk that the queries are of."""
+    window: int = 0
+    """Of sliding attention in tokens; 0 for none."""
 
 
 def level_values(levels_HL: Tensor, bits: int) -> Tensor:

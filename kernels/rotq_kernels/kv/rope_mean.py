@@ -23,28 +23,28 @@ from rotq_kernels.kv.format import KVConstants
 
 
 def mean_query(
-    x_BHND: Tensor, transform: KVConstants
+    x_BHND: Tensor, constants: KVConstants
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Coefficients of the score that the keys' mean gives at each position.
 
     Args:
         x_BHND: Scaled queries by KV head, fp32.
-        transform: Constants of the layer.
+        constants: Constants of the layer.
 
     Returns:
         Coefficients of cos and sin (B, H, N, R), None unless the mean turns, and the part that is
         the same everywhere (B, H, N), None without a mean.
     """
-    if transform.mean == "none":
+    if constants.mean == "none":
         return None, None, None
-    if transform.mean == "static":
-        return None, None, (x_BHND * transform.key.mean_HD[:, None]).sum(-1)
-    assert transform.inv_freq_R is not None
-    R, D = transform.inv_freq_R.shape[0], x_BHND.shape[-1]
+    if constants.mean == "static":
+        return None, None, (x_BHND * constants.key.mean_HD[:, None]).sum(-1)
+    assert constants.inv_freq_R is not None
+    R, D = constants.inv_freq_R.shape[0], x_BHND.shape[-1]
     x1, x2, rest = x_BHND.split([R, R, D - 2 * R], dim=-1)
-    mean1, mean2, mean_rest = transform.key.mean_HD[:, None].split([R, R, D - 2 * R], dim=-1)
-    cosine_BHNR = (x1 * mean1 + x2 * mean2) * transform.rotary_scale
-    sine_BHNR = (x2 * mean1 - x1 * mean2) * transform.rotary_scale
+    mean1, mean2, mean_rest = constants.key.mean_HD[:, None].split([R, R, D - 2 * R], dim=-1)
+    cosine_BHNR = (x1 * mean1 + x2 * mean2) * constants.rotary_scale
+    sine_BHNR = (x2 * mean1 - x1 * mean2) * constants.rotary_scale
     return cosine_BHNR, sine_BHNR, (rest * mean_rest).sum(-1)
 
 
