@@ -20,7 +20,7 @@ from torch import Tensor
 from rotq_kernels.kv.arguments import SCHEMA, flatten_history, restore_history
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference
 from rotq_kernels.kv.format import KVHistory
 from rotq_kernels.kv.prefill.launch import packed_prefill
 

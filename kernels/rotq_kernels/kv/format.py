@@ -163,7 +163,7 @@ class SideConstants:
     """W: what an error of y costs, for ``search``; symmetric, positive on its diagonal."""
     search: int = 0
     """Elements of a token that may leave their nearest level for a better one together
-    (``kv_search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
+    (``encode.search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rotq_kernels.kv.arguments import flatten_history, restore_history
 from rotq_kernels.kv.attention import packed_attention, packed_attention_reference
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.encode.one_side import turned_mean
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 from rotq_kernels.kv.query import turn_query
 from rotq_kernels.kv.rope_mean import mean_query

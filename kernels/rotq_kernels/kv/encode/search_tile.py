@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""The search of ``kv_search`` on a tile of tokens, for the kernel that encodes.
+"""The search of ``search`` on a tile of tokens, for the kernel that encodes.
 
 Shape suffixes: N tokens of a tile, D head width padded to a power of two, C blocks of K
 columns.

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotq_kernels.kv.cpu import attention
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.cpu.levels import LevelReader
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, KVPages
 
 LENGTHS = [75, 0, 1, 48]

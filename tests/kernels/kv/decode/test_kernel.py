@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotq_kernels.kv.attention import packed_attention_reference, packed_attention_triton
 from rotq_kernels.kv.decode import launch
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 
 RAGGED = [150, 0, 1]

@@ -10,16 +10,11 @@ import pytest
 import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 
-from rotq_kernels.kv.encode.kernel import tile
-from rotq_kernels.kv.encode.launch import (
-    _op,
-    dequantize_kv_reference,
-    encode_kv,
-    encode_kv_reference,
-    encode_kv_triton,
-    sides,
-)
+from rotq_kernels.kv.encode.arguments import SideArguments, side_arguments
+from rotq_kernels.kv.encode.launch import encode_kv_triton, tile_sizes
 from rotq_kernels.kv.encode.one_side import dequantize_side, key_mean, quantize_side
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encoding import _op, encode_kv
 from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -288,7 +283,7 @@ def test_kernel_takes_half_precision(dtype: torch.dtype) -> None:
 
 def test_long_prefill_takes_the_taller_tile() -> None:
     form = KVFormat(head_dim=32, k_bits=3, v_bits=3, page_size=64)
-    assert tile(32, 300)["BLOCK_N"] > tile(32, 20)["BLOCK_N"]
+    assert tile_sizes(32, 300)["BLOCK_N"] > tile_sizes(32, 20)["BLOCK_N"]
     transform = exact_transform(form, 1)
     x_BHTD = torch.randint(-4, 5, (1, 1, 300, 32), generator=torch.Generator().manual_seed(3))
     slot_BT, _, num_pages = paged_slots([290], form.page_size)
@@ -300,6 +295,12 @@ def test_long_prefill_takes_the_taller_tile() -> None:
     assert_same_pages(pages, expected)
 
 
+def test_operator_takes_the_fields_in_their_order() -> None:
+    arguments = torch.ops.rotq.encode_side.default._schema.arguments
+    fields = dataclasses.fields(SideArguments)
+    assert [argument.name for argument in arguments] == [field.name for field in fields]
+
+
 @pytest.mark.parametrize("name", ["k3v3", "k2v6 qjl", "k7v3 none"])
 def test_operator_is_what_it_says(name: str) -> None:
     """Aliasing and mutation as registered; CPU tensors run on the reference."""
@@ -309,8 +310,9 @@ def test_operator_is_what_it_says(name: str) -> None:
     slot_BT, _, num_pages = paged_slots([5, 3], form.page_size)
     position_BT = torch.arange(5).expand(2, -1)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
-    for side in sides(k_BHTD, v_BHTD, transform, dirty_pages(form, num_pages, 2)):
-        torch.library.opcheck(_op, (), {"position_BT": position_BT, "slot_BT": slot_BT, **side})
+    given = (k_BHTD, v_BHTD, position_BT, slot_BT, transform)
+    for side in side_arguments(*given, dirty_pages(form, num_pages, 2)):
+        torch.library.opcheck(_op, tuple(side.flat()))
     encode_kv(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages)
     encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
     assert_same_pages(pages, expected)

@@ -18,7 +18,7 @@ from rotq_kernels.kv.attention import (
     packed_attention_reference,
     packed_attention_triton,
 )
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 from rotq_kernels.kv.prefill.launch import packed_prefill
 
