@@ -224,6 +224,11 @@ def level_values(levels_HL: Tensor, bits: int) -> Tensor:
     return (codes_L - (2**bits - 1) / 2).expand(levels_HL.shape[0], -1)
 
 
+def level_words(levels_HL: Tensor, bits: int) -> Tensor | None:
+    """The table that kernels look up: rows of int8 as int32 words; None above TABLE_BITS."""
+    return levels_HL.contiguous().view(torch.int32) if bits <= TABLE_BITS else None
+
+
 def encode_norm(norm: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
     """Store norms: uint8 logarithms, nearest, clamped at both ends, or a cast to fp16.
 

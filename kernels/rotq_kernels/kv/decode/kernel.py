@@ -39,7 +39,7 @@ from rotq_kernels.kv.paging import (
     seen_tokens,
     value_range,
 )
-from rotq_kernels.kv.rope_mean import load_angles, load_coefficients, turn
+from rotq_kernels.kv.rope_mean_tile import load_angles, load_coefficients, turn
 from rotq_kernels.kv.unpack import from_lowest, load_table, quads_of
 
 _NOTHING = tl.constexpr(-1e30)

@@ -4,14 +4,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
-from rotq_kernels.kv.format import KVConstants, KVHistory
+from rotq_kernels.kv.format import KVConstants, KVHistory, level_words
 from rotq_kernels.kv.query import TurnedQuery, turn_query
 from rotq_kernels.kv.rope_mean import angle_table
+from rotq_kernels.launching import next_power_of_two, require_triton
 
 MAX_ROWS = 16
 """Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
@@ -38,6 +36,9 @@ def packed_decode(
     ``splits`` is the number of programs that share the packed tokens of a KV head. No size is
     read back from the device, so that a step can be captured in a CUDA graph.
     """
+    require_triton()
+    from rotq_kernels.kv.decode.kernel import decode_kernel
+
     B, M, T, _ = q_BMTD.shape
     H, table_width = history.pages.k_codes.shape[1], history.page_table_BJ.shape[1]
     rows = M // H * T
@@ -109,12 +110,12 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
         "k_norm_ptr": pages.k_norm,
         "k_sign_ptr": pages.k_sign,
         "k_gamma_ptr": pages.k_gamma,
-        "k_table_ptr": _table(key.levels_HL, form.k_bits),
+        "k_table_ptr": level_words(key.levels_HL, form.k_bits),
         "k_base_ptr": key.base_H.contiguous(),
         "gamma_base_ptr": constants.gamma_base_H if pages.k_gamma is not None else None,
         "v_codes_ptr": pages.v_codes,
         "v_norm_ptr": pages.v_norm,
-        "v_table_ptr": _table(value.levels_HL, form.v_bits),
+        "v_table_ptr": level_words(value.levels_HL, form.v_bits),
         "v_base_ptr": value.base_H.contiguous(),
         "D": form.head_dim,
         "R": R,
@@ -129,11 +130,6 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
     }
 
 
-def _table(levels_HL: Tensor, bits: int) -> Tensor | None:
-    """Rows of int8 as int32 words; None above 4 bits."""
-    return levels_HL.contiguous().view(torch.int32) if bits <= 4 else None
-
-
 def _attend_dense(
     q_BMTD: Tensor,
     position_BT: Tensor,
@@ -141,6 +137,8 @@ def _attend_dense(
     scale: float,
     partial: tuple[Tensor, Tensor, Tensor],
 ) -> None:
+    from rotq_kernels.kv.decode.merge import dense_kernel
+
     dense = history.dense
     assert dense is not None
     sums, peak, weight = partial
@@ -177,6 +175,8 @@ def _merge(
     splits: int,
     partial: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
+    from rotq_kernels.kv.decode.merge import merge_kernel
+
     sums, peak, weight = partial
     heads, partials, rows, D = sums.shape
     out_BMTD = torch.empty_like(q_BMTD)
@@ -195,7 +195,7 @@ def _merge(
         partials,
         D=D,
         N=MAX_ROWS,
-        P=triton.next_power_of_2(partials),
+        P=next_power_of_two(partials),
         BLOCK=block,
         PRECISION=_precision(True),
     )

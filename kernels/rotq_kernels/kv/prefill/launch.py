@@ -11,7 +11,7 @@ order that unpacks each tile of codes once for many query rows:
 Nothing of the size of the history is written: between the steps are sums of the size of the query.
 
 Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N query rows of a KV head
-(its M / H heads by T tokens), D head width.
+(its M / H heads by T tokens), D head width, Q tiles of a sequence's packed tokens, R rotary pairs.
 """
 
 import math
@@ -19,12 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory
-from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel, packed_kernel
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory, level_words
 from rotq_kernels.kv.query import turn_query
+from rotq_kernels.kv.rope_mean import angle_table
+from rotq_kernels.launching import require_triton
 
 
 def packed_prefill(
@@ -35,6 +35,9 @@ def packed_prefill(
     Arguments and result are those of ``packed_attention``, which calls this and is what to call;
     its reference is ``packed_attention_reference``.
     """
+    require_triton()
+    from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel
+
     H, value = history.pages.k_codes.shape[1], history.constants.value
     q_BMTD, position_BT = q_BMTD.contiguous(), position_BT.contiguous()
     sums_BHND, peak_BHN, weight_BHN = _attend_packed(q_BMTD, position_BT, history, scale)
@@ -44,7 +47,7 @@ def packed_prefill(
     k_BHND, v_BHND, dense_position_BN = _dense_tensors(history.dense, q_BMTD, H)
     N, T = sums_BHND.shape[2], q_BMTD.shape[2]
     tile = _tile(q_BMTD)
-    dense_chunk_kernel[(triton.cdiv(N, tile["N"]), sums_BHND.shape[0] * H)](
+    dense_chunk_kernel[(-(-N // tile["N"]), sums_BHND.shape[0] * H)](
         q_BMTD,
         k_BHND,
         v_BHND,
@@ -73,6 +76,8 @@ def _attend_packed(
     q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated sums (B, H, N, D), maxima in log2 and sums of weights (B, H, N), all fp32."""
+    from rotq_kernels.kv.prefill.kernels import packed_kernel
+
     pages, constants = history.pages, history.constants
     form, key, value = pages.format, constants.key, constants.value
     page_table_BJ, start_B = history.page_table_BJ.contiguous(), history.start_B.contiguous()
@@ -85,12 +90,13 @@ def _attend_packed(
     turning = constants.mean == "rope"
     origins = angles = None
     if turning:
-        tiles = triton.cdiv(page_table_BJ.shape[1] * form.page_size, tile["TILE"])
+        assert constants.inv_freq_R is not None
+        tiles = -(-page_table_BJ.shape[1] * form.page_size // tile["TILE"])
         first_BQ = start_B[:, None] + torch.arange(tiles, device=start_B.device) * tile["TILE"]
-        origins = _angles(constants, first_BQ).float()
-        angles = _angles(constants, torch.arange(tile["TILE"], device=start_B.device))
-        angles = angles.transpose(0, 1).contiguous().to(torch.float32 if exact else torch.float16)
-    packed_kernel[(triton.cdiv(N, tile["N"]), B * H)](
+        origins = _angles(constants.inv_freq_R, first_BQ)
+        angle_dtype = torch.float32 if exact else torch.float16
+        angles = angle_table(constants.inv_freq_R, tile["TILE"], angle_dtype)
+    packed_kernel[(-(-N // tile["N"]), B * H)](
         q_BMTD,
         turned.levels_BHND.contiguous(),
         _contiguous(turned.residual_BHND),
@@ -102,12 +108,12 @@ def _attend_packed(
         pages.k_norm,
         pages.k_sign,
         pages.k_gamma,
-        _table(key.levels_HL, form.k_bits),
+        level_words(key.levels_HL, form.k_bits),
         key.base_H,
         constants.gamma_base_H if pages.k_gamma is not None else None,
         pages.v_codes,
         pages.v_norm,
-        _table(value.levels_HL, form.v_bits),
+        level_words(value.levels_HL, form.v_bits),
         value.base_H,
         page_table_BJ,
         history.length_B.contiguous(),
@@ -135,11 +141,10 @@ def _attend_packed(
     return sums_BHND, peak_BHN, weight_BHN
 
 
-def _angles(constants: KVConstants, position: Tensor) -> Tensor:
-    """cos and sin of RoPE's angles: fp64 (..., 2, R)."""
-    assert constants.inv_freq_R is not None
-    angle = position[..., None].double() * constants.inv_freq_R.double()
-    return torch.stack((angle.cos(), angle.sin()), dim=-2)
+def _angles(inv_freq_R: Tensor, first_BQ: Tensor) -> Tensor:
+    """cos and sin of RoPE's angles at the first token of each tile: fp32 (B, Q, 2, R)."""
+    angle_BQR = first_BQ[..., None].double() * inv_freq_R.double()
+    return torch.stack((angle_BQR.cos(), angle_BQR.sin()), dim=-2).float()
 
 
 def _without_turning_mean(constants: KVConstants) -> KVConstants:
@@ -165,11 +170,6 @@ def _tile(q_BMTD: Tensor) -> dict[str, int]:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _table(levels_HL: Tensor, bits: int) -> Tensor | None:
-    """Rows of int8 as int32 words; None above 4 bits."""
-    return levels_HL.contiguous().view(torch.int32) if bits <= 4 else None
 
 
 def _dense_tensors(dense: DenseKV | None, q_BMTD: Tensor, H: int) -> tuple[Any, Any, Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rotq_kernels.kv.paging import load_norms
-from rotq_kernels.kv.rope_mean import load_angles
+from rotq_kernels.kv.rope_mean_tile import load_angles
 from rotq_kernels.kv.unpack import (
     code_of,
     from_lowest,

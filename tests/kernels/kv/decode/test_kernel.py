@@ -11,7 +11,7 @@ from prmt_emulation import emulate_prmt
 from torch import Tensor
 
 from rotq_kernels.kv.attention import packed_attention_reference, packed_attention_triton
-from rotq_kernels.kv.decode import launch
+from rotq_kernels.kv.decode import kernel
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 
@@ -269,7 +269,7 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     form = KVFormat(head_dim=64, k_bits=3, v_bits=4, residual=residual)
     case = Case(form, lengths=[150], starts=[5])
     ran = emulate_prmt(monkeypatch)
-    decode = launch.decode_kernel
+    decode = kernel.decode_kernel
     # with NVIDIA's tile of 8 query rows: a BLAS may sum in another order for another tile
     tile: dict[str, Any] = {"N": 8}
 
@@ -277,7 +277,7 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: tuple[int, int]) -> Any:
             return lambda **arguments: decode[grid](**arguments | tile)
 
-    monkeypatch.setattr(launch, "decode_kernel", Launcher())
+    monkeypatch.setattr(kernel, "decode_kernel", Launcher())
     portable = case.run()
     assert not ran
     tile["PTX"] = True
