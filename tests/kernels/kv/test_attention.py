@@ -11,7 +11,12 @@ from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
 from rotq_kernels.kv.arguments import flatten_history, restore_history
-from rotq_kernels.kv.attention import packed_attention, packed_attention_reference
+from rotq_kernels.kv.attention import (
+    _on_cuda,
+    packed_attention,
+    packed_attention_reference,
+    packed_attention_triton,
+)
 from rotq_kernels.kv.encode.one_side import turned_mean
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
@@ -111,6 +116,13 @@ def test_operator() -> None:
         torch.library.opcheck(
             torch.ops.rotq.packed_attention.default, (q_BMTD, given["position_BT"], 0.2, *flat)
         )
+
+
+def test_what_a_gpu_s_tensors_run_on() -> None:
+    given = arguments()
+    flat = flatten_history(given["history"])
+    found = _on_cuda(given["q_BMTD"], given["position_BT"], given["scale"], *flat)
+    assert torch.equal(found, packed_attention_triton(**given))
 
 
 def test_flat_arguments_are_all_and_come_back() -> None:
