@@ -1,4 +1,7 @@
-"""The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
+"""The operators rotq uses from ``rotq_kernels``; no other module imports that package.
+
+No Triton is imported before a tensor on a GPU needs it.
+"""
 
 from rotq_kernels.butterfly import butterfly, butterfly_reference
 from rotq_kernels.hadamard import hadamard, hadamard_reference
