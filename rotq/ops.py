@@ -1,9 +1,11 @@
-"""The operators rotq uses from ``rotq_kernels``; no other module imports that package."""
+"""The operators rotq uses from ``rotq_kernels``; no other module imports that package.
+
+No Triton is imported before a tensor on a GPU needs it.
+"""
 
 from rotq_kernels.butterfly import butterfly, butterfly_reference
 from rotq_kernels.hadamard import hadamard, hadamard_reference
 from rotq_kernels.kv.attention import packed_attention
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv, encode_kv_reference
 from rotq_kernels.kv.encode.one_side import (
     dequantize_residual,
     dequantize_side,
@@ -12,12 +14,15 @@ from rotq_kernels.kv.encode.one_side import (
     quantize_side,
     turned_mean,
 )
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encoding import encode_kv
 from rotq_kernels.kv.format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
     DenseKV,
     KVConstants,
     KVFormat,
+    KVHistory,
     KVPages,
     SideConstants,
     decode_norm,
@@ -33,6 +38,7 @@ __all__ = [
     "DenseKV",
     "KVConstants",
     "KVFormat",
+    "KVHistory",
     "KVPages",
     "SideConstants",
     "butterfly",

@@ -10,7 +10,7 @@ import torch
 # tests have no packages (--import-mode=importlib); this lets them import what lies in support/
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-# Triton decides when a kernel is defined, that is at the first import of rotq.ops
+# Triton decides when a kernel is defined, that is when a launcher first imports it
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

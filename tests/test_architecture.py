@@ -115,6 +115,11 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_kernels_folder_holds_one_package_and_its_documents() -> None:
+    found = {path.name for path in (ROOT / "kernels").glob("[!.]*")}
+    assert found == {"rotq_kernels", "README.md", "COMPILE.md"}
+
+
 def test_tests_are_no_packages() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

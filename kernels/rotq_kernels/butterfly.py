@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Orthogonal transform of rows with an angle for each pair: any order n = m p, p = 2^a.
 
 A row is m runs of p elements. Stage l of a turns each pair (x_2k, x_2k+1) of a run by its angle t,
@@ -14,13 +13,11 @@ A stages.
 """
 
 import math
-from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from rotq_kernels.hadamard import LONGEST_RUN, core_triton, fp32_products
+from rotq_kernels.launching import next_power_of_two, require_triton
 
 
 def butterfly(
@@ -96,40 +93,6 @@ def butterfly_cpu(
         return butterfly_reference(x_RK, core_MM, angles_AMQ, signs_K)
 
 
-@triton.jit
-def _butterfly_kernel(
-    x_ptr,
-    signs_ptr,
-    cos_ptr,
-    sin_ptr,
-    y_ptr,
-    num_runs,
-    stride_xr,
-    M,
-    HAS_SIGNS: tl.constexpr,
-    LOG_P: tl.constexpr,
-    P: tl.constexpr,
-    RUNS: tl.constexpr,
-):
-    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
-    j = tl.arange(0, P)
-    first = (run % M) * P
-    inside = (run < num_runs)[:, None] & (j < P)[None, :]
-    source = (run // M * stride_xr + first)[:, None] + j[None, :]
-    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)  # [RUNS, P]
-    if HAS_SIGNS:
-        x *= tl.load(signs_ptr + first[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
-    pair = (first // 2)[:, None] + tl.arange(0, P // 2)[None, :]
-    for stage in tl.static_range(LOG_P):
-        # runs beyond the last have run % M < M as well, so that every angle that is read exists
-        c = tl.load(cos_ptr + stage * M * (P // 2) + pair)  # [RUNS, P // 2]
-        s = tl.load(sin_ptr + stage * M * (P // 2) + pair)
-        a, b = tl.split(tl.reshape(x, (RUNS, P // 2, 2)))
-        both = tl.join(c * a + s * b, s * a - c * b)
-        x = tl.reshape(tl.permute(both, (0, 2, 1)), (RUNS, P))
-    tl.store(y_ptr + run[:, None] * P + j[None, :], x.to(y_ptr.dtype.element_ty), mask=inside)
-
-
 def butterfly_triton(
     x_RK: torch.Tensor,
     core_MM: torch.Tensor,
@@ -137,6 +100,9 @@ def butterfly_triton(
     signs_K: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernels. On CPU tensors this needs TRITON_INTERPRET=1."""
+    require_triton()
+    from rotq_kernels.butterfly_kernels import butterfly_kernel
+
     if x_RK.stride(1) != 1:
         x_RK = x_RK.contiguous()
     (R, K), M = x_RK.shape, core_MM.shape[0]
@@ -147,8 +113,8 @@ def butterfly_triton(
     if not R:
         return y_RK
     z_RK = y_RK if M == 1 else torch.empty((R, K), dtype=torch.float32, device=x_RK.device)
-    runs = max(1, min(2048 // P, triton.next_power_of_2(R * M)))
-    _butterfly_kernel[(triton.cdiv(R * M, runs),)](
+    runs = max(1, min(2048 // P, next_power_of_two(R * M)))
+    butterfly_kernel[(-(-R * M // runs),)](
         x_RK,
         x_RK if signs_K is None else signs_K,
         angles_AMQ.cos().contiguous(),
@@ -182,31 +148,3 @@ def _(
     signs_K: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x_RK.new_empty(x_RK.shape)
-
-
-def _case(P: int, dtype: str, out: str) -> dict[str, Any]:
-    runs = max(1, 2048 // P)
-    kind = {"bf16": 16, "fp32": 32}
-    return {
-        "name": f"runs of {P}, {dtype} to {out}, signs",
-        "kernel": _butterfly_kernel,
-        "types": {
-            "x_ptr": f"*{dtype}",
-            "signs_ptr": "*i8",
-            "cos_ptr": "*fp32",
-            "sin_ptr": "*fp32",
-            "y_ptr": f"*{out}",
-            "num_runs": "i32",
-            "stride_xr": "i32",
-            "M": "i32",
-        },
-        "divisible": ("stride_xr",),
-        "constants": {"HAS_SIGNS": True, "LOG_P": P.bit_length() - 1, "P": P, "RUNS": runs},
-        "num_warps": 4 if P <= 4096 else 16,
-        "whole": True,
-        "elements": runs * P,
-        "bits": kind[dtype] + kind[out],
-    }
-
-
-COMPILE_CASES = [_case(128, "bf16", "fp32"), _case(32, "bf16", "fp32"), _case(4096, "bf16", "bf16")]

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Orthonormal Hadamard transform of rows: any order n = m p, p = 2^a, with a core of order m.
 
     y_r = (d * x_r) (C kron S) / sqrt(n),     S_ij = (-1)^popcount(i & j),  i, j < p
@@ -13,11 +12,10 @@ Shape suffixes: R rows, K features (n), M order of the core, P length of a run.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+
+from rotq_kernels.launching import next_power_of_two, require_triton
 
 LONGEST_RUN = 32768
 """Elements that one program of the first kernel can hold."""
@@ -116,71 +114,13 @@ def _sylvester(log: int, device: torch.device) -> torch.Tensor:
     return (1 - 2 * odd).to(torch.int8)
 
 
-@triton.jit
-def _sylvester_kernel(
-    x_ptr,
-    signs_ptr,
-    y_ptr,
-    num_runs,
-    stride_xr,
-    M,
-    scale,
-    HAS_SIGNS: tl.constexpr,
-    LOG_P: tl.constexpr,
-    P: tl.constexpr,
-    RUNS: tl.constexpr,
-):
-    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
-    j = tl.arange(0, P)
-    first = (run % M) * P
-    inside = (run < num_runs)[:, None] & (j < P)[None, :]
-    source = (run // M * stride_xr + first)[:, None] + j[None, :]
-    x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)  # [RUNS, P]
-    if HAS_SIGNS:
-        x *= tl.load(signs_ptr + first[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
-    for _ in tl.static_range(LOG_P):
-        # the lowest bit of the index becomes the highest: after all steps the order is natural
-        a, b = tl.split(tl.reshape(x, (RUNS, P // 2, 2)))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (RUNS, P))
-    y = (x * scale).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + run[:, None] * P + j[None, :], y, mask=inside)
-
-
-@triton.jit
-def _core_kernel(
-    z_ptr,
-    core_ptr,
-    y_ptr,
-    num_columns,
-    M,
-    P,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    # a column is one place in the runs of one row
-    column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = column // P * M * P + column % P
-    o = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for k in range(0, M, BLOCK_I):
-        i = k + tl.arange(0, BLOCK_I)
-        in_core = (i < M)[None, :] & (o < M)[:, None]
-        core = tl.load(core_ptr + i[None, :] * M + o[:, None], mask=in_core, other=0)
-        in_rows = (i < M)[:, None] & (column < num_columns)[None, :]
-        z = tl.load(z_ptr + start[None, :] + i[:, None] * P, mask=in_rows, other=0.0)
-        # [BLOCK_M, BLOCK_I] @ [BLOCK_I, BLOCK_C]
-        y = tl.dot(core.to(tl.float32), z, y, input_precision="ieee")
-    inside = (o < M)[:, None] & (column < num_columns)[None, :]
-    y = (y * scale).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + start[None, :] + o[:, None] * P, y, mask=inside)
-
-
 def hadamard_triton(
     x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Launch the kernels. On CPU tensors this needs TRITON_INTERPRET=1."""
+    require_triton()
+    from rotq_kernels.hadamard_kernels import sylvester_kernel
+
     if x_RK.stride(1) != 1:
         x_RK = x_RK.contiguous()
     (R, K), M = x_RK.shape, core_MM.shape[0]
@@ -191,8 +131,8 @@ def hadamard_triton(
     if not R:
         return y_RK
     z_RK = y_RK if M == 1 else torch.empty((R, K), dtype=torch.float32, device=x_RK.device)
-    runs = max(1, min(2048 // P, triton.next_power_of_2(R * M)))
-    _sylvester_kernel[(triton.cdiv(R * M, runs),)](
+    runs = max(1, min(2048 // P, next_power_of_two(R * M)))
+    sylvester_kernel[(-(-R * M // runs),)](
         x_RK,
         x_RK if signs_K is None else signs_K,
         z_RK,
@@ -215,17 +155,20 @@ def core_triton(
     z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor, scale: float
 ) -> None:
     """Multiply the runs of ``z_RK`` (fp32) by the core and ``scale`` into ``y_RK``."""
+    from rotq_kernels.hadamard_kernels import core_kernel
+
     (R, K), M = z_RK.shape, core_MM.shape[0]
-    blocks = _core_blocks(M)
+    blocks = core_blocks(M)
     columns = R * K // M
-    grid = (triton.cdiv(columns, blocks["BLOCK_C"]), triton.cdiv(M, blocks["BLOCK_M"]))
+    grid = (-(-columns // blocks["BLOCK_C"]), -(-M // blocks["BLOCK_M"]))
     core_MM = core_MM.contiguous()
-    _core_kernel[grid](z_RK, core_MM, y_RK, columns, M, K // M, scale, **blocks, num_warps=4)
+    core_kernel[grid](z_RK, core_MM, y_RK, columns, M, K // M, scale, **blocks, num_warps=4)
 
 
-def _core_blocks(M: int) -> dict[str, int]:
+def core_blocks(M: int) -> dict[str, int]:
+    """Block sizes of the second kernel."""
     return {
-        "BLOCK_M": min(64, max(16, triton.next_power_of_2(M))),
+        "BLOCK_M": min(64, max(16, next_power_of_two(M))),
         "BLOCK_C": 64,
         "BLOCK_I": 16,
     }
@@ -242,64 +185,3 @@ def _(
     x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
 ) -> torch.Tensor:
     return x_RK.new_empty(x_RK.shape)
-
-
-def _sylvester_case(P: int, dtype: str, out: str, *, signs: bool) -> dict[str, Any]:
-    runs = max(1, 2048 // P)
-    kind = {"bf16": 16, "fp32": 32}
-    return {
-        "name": f"runs of {P}, {dtype} to {out}" + (", signs" if signs else ""),
-        "kernel": _sylvester_kernel,
-        "types": {
-            "x_ptr": f"*{dtype}",
-            "signs_ptr": "*i8",
-            "y_ptr": f"*{out}",
-            "num_runs": "i32",
-            "stride_xr": "i32",
-            "M": "i32",
-            "scale": "fp32",
-        },
-        "divisible": ("stride_xr",),
-        "constants": {
-            "HAS_SIGNS": signs,
-            "LOG_P": P.bit_length() - 1,
-            "P": P,
-            "RUNS": runs,
-        },
-        "num_warps": 4 if P <= 4096 else 16,
-        "whole": True,
-        "elements": runs * P,
-        "bits": kind[dtype] + kind[out],
-    }
-
-
-def _core_case(M: int, P: int) -> dict[str, Any]:
-    blocks = _core_blocks(M)
-    return {
-        "name": f"core {M}, runs of {P}, to bf16",
-        "kernel": _core_kernel,
-        "types": {
-            "z_ptr": "*fp32",
-            "core_ptr": "*i8",
-            "y_ptr": "*bf16",
-            "num_columns": "i32",
-            "M": "i32",
-            "P": "i32",
-            "scale": "fp32",
-        },
-        "divisible": ("num_columns", "P"),
-        "constants": blocks,
-        "elements": blocks["BLOCK_I"] * blocks["BLOCK_C"],
-        "bits": 32,
-    }
-
-
-COMPILE_CASES = [
-    _sylvester_case(128, "bf16", "bf16", signs=False),
-    _sylvester_case(32, "bf16", "fp32", signs=True),
-    _sylvester_case(512, "bf16", "fp32", signs=True),
-    _sylvester_case(4096, "bf16", "bf16", signs=True),
-    _sylvester_case(8192, "bf16", "bf16", signs=True),
-    _core_case(12, 1024),
-    _core_case(344, 32),
-]

@@ -16,12 +16,11 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from rotq_kernels.launching import next_power_of_two, require_triton
 from rotq_kernels.layout import packed_words, unpack
-from rotq_kernels.packed_linear_kernels import MAGIC, gemm_kernel, gemv_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -108,6 +107,9 @@ def packed_linear_triton(
     bits: int,
 ) -> Tensor:
     """Launch a kernel. On CPU tensors this needs TRITON_INTERPRET=1."""
+    require_triton()
+    from rotq_kernels.packed_linear_kernels import MAGIC, gemm_kernel, gemv_kernel
+
     (M, K), (N, G) = x_MK.shape, weight_scale_NG.shape
     y_MN = x_MK.new_empty((M, N))
     if not y_MN.numel():
@@ -116,8 +118,8 @@ def packed_linear_triton(
     zero_WG = weight_zero_point_WG
     # an argument that is not read still needs a pointer
     zero_or_any = weight_packed_NW if zero_WG is None else zero_WG.contiguous()
-    kernel, tile = _tile(M, K, x_MK.dtype)
-    kernel[(triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(M, tile["BLOCK_M"]))](
+    kernel, tile = gemv_kernel if M <= GEMV_ROWS else gemm_kernel, _tile(M, K, x_MK.dtype)
+    kernel[(-(-N // tile["BLOCK_N"]), -(-M // tile["BLOCK_M"]))](
         x_MK,
         weight_packed_NW,
         weight_scale_NG.contiguous(),
@@ -152,18 +154,17 @@ def _runs(K: int, G: int) -> dict[str, int]:
     return {"GROUP": K // G, "RUN": math.gcd(K // G, 32)}
 
 
-def _tile(M: int, K: int, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
-    """Kernel, block sizes and warps."""
+def _tile(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block sizes and warps: of the GEMV up to GEMV_ROWS rows, else of the GEMM."""
     if M <= GEMV_ROWS:
-        block_k = min(1024, max(32, triton.next_power_of_2(K)))
-        sizes = {"BLOCK_M": M, "BLOCK_N": 4, "BLOCK_K": block_k}
-        return gemv_kernel, {**sizes, "num_warps": 1}
+        block_k = min(1024, max(32, next_power_of_two(K)))
+        return {"BLOCK_M": M, "BLOCK_N": 4, "BLOCK_K": block_k, "num_warps": 1}
     if dtype == torch.float32:
-        return gemm_kernel, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
     if M <= 64:
-        block_m = max(16, triton.next_power_of_2(M))
-        return gemm_kernel, {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
-    return gemm_kernel, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+        block_m = max(16, next_power_of_two(M))
+        return {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 
 
 def _check(

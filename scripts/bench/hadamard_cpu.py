@@ -1,6 +1,6 @@
 """The Hadamard transform of rows on a CPU: fast, as a dense product, a butterfly and a DCT.
 
-    python scripts/bench/hadamard_cpu.py [--rows 128] [--csv kernels/bench/hadamard.csv]
+    python scripts/bench/hadamard_cpu.py [--rows 128] [--csv out/hadamard.csv]
 
 One JSON line per size, also as CSV. Times are the best of --repeats calls in fp32, in ms; rounds of
 all four alternate, so that a busy machine disturbs all alike. ``per_step`` is the fast transform's

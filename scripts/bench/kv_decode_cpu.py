@@ -1,6 +1,6 @@
 """A decode step at long context on a CPU: packed cache, transformers' quantized cache, dense fp32.
 
-    python scripts/bench/kv_decode_cpu.py MODEL --csv kernels/bench/results.csv
+    python scripts/bench/kv_decode_cpu.py MODEL --csv out/results.csv
         [--kv-calibration FILE] [--peer-python /path/with/hqq/bin/python]
 
 Every provider runs in a process of its own, which loads the model in fp32, fills the cache with

@@ -1,8 +1,8 @@
-"""Transforms and tokens for the tests of the KV cache, as calibration would make them."""
+"""Constants and tokens for the tests of the KV cache, as calibration would make them; pages."""
 
 import torch
 
-from rotq_kernels.kv.format import KVConstants, KVFormat, SideConstants
+from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 LLOYD_MAX = {2: [1, 3], 3: [1, 3, 5, 9], 4: [3, 9, 15, 22, 29, 37, 48, 63]}
 """Positive levels, near those for the unit normal."""
@@ -108,3 +108,18 @@ def paged_slots(
         token_T = torch.arange(length)
         slot_BT[b, :length] = table_BJ[b, token_T // page_size] * page_size + token_T % page_size
     return slot_BT, table_BJ, num_pages
+
+
+def dirty_pages(form: KVFormat, num_pages: int, num_heads: int) -> KVPages:
+    """Pages with every bit set, so that bits not written show."""
+    pages = KVPages.empty(form, num_pages, num_heads)
+    for tensor in pages.tensors():
+        tensor.view(torch.uint8).fill_(255)
+    return pages
+
+
+def assert_same_pages(actual: KVPages, expected: KVPages) -> None:
+    """All tensors, bit by bit."""
+    for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
+        # bytes, as dirty fp16 is NaN
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))

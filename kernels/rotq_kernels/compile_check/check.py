@@ -2,7 +2,7 @@
 
     python -m rotq_kernels.compile_check [--json] [--update] [--only REGEX] [--target sm_90]
 
-A module of this package lists what to compile in COMPILE_CASES, dicts with
+A module ``cases``, or ``*_cases``, lists what to compile in COMPILE_CASES, dicts with
 
     kernel      the triton.jit function (not the autotuned one)
     types       type of each argument, as "*bf16" or "i32"; pointers count as aligned
@@ -21,7 +21,7 @@ and gets a row per target: registers of a lane, spills (instructions that move r
 from local memory), bytes of shared memory, instructions; of the main loop, instructions, those of
 the narrow pipe and bytes of shared memory, as they are and per element (times the lanes of the
 program); and modelled, from ``roofline``: occupancy and share of the memory's bandwidth.
-``--update`` writes compile_report.json and kernels/COMPILE.md; otherwise a regression, that is a
+``--update`` writes report.json and kernels/COMPILE.md; otherwise a regression, that is a
 spill or 5 % more of registers or loop instructions, makes the exit status 1.
 """
 

@@ -2,31 +2,26 @@
 
     out = sum_dense p v + (sum_packed p) v_mean + A_v^-1 sum_packed p s_v L_v[q]
 
-with scores of packed keys as in ``kv_format``. On a GPU a decode step turns the query
-(``kv_query``), splits the packed tokens over the machine (``kv_decode``), takes the dense ones as
-one more split and merges all (``kv_merge``); neither keys nor values are ever unpacked to memory.
+with scores of packed keys as in ``kv.format``. On a GPU a decode step (``decode.launch``) turns the
+query, splits the packed tokens over the machine, takes the dense ones as one more split and merges
+all; many query rows go through ``prefill.launch``. Neither keys nor values are ever unpacked to
+memory.
 
-Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N query rows of a KV head
-(its M / H heads by T tokens) or dense tokens, J pages of a sequence, D head width.
+Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N packed and dense tokens,
+D head width.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.arguments import (
-    flatten_dense,
-    flatten_pages,
-    flatten_transform,
-    restore_arguments,
-)
+from rotq_kernels.kv.arguments import SCHEMA, flatten_history, restore_history
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
-from rotq_kernels.kv.decode.launch import MAX_ROWS, attend_packed
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
+from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference
+from rotq_kernels.kv.format import KVHistory
 from rotq_kernels.kv.prefill.launch import packed_prefill
 
 DECODE_ROWS = 64
@@ -37,34 +32,18 @@ QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def packed_attention(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
-    *,
-    dense: DenseKV | None = None,
-    window: int = 0,
-    scale: float,
+    q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, *, scale: float
 ) -> Tensor:
     """Attend to packed tokens and dense tokens, in one softmax.
 
     A query sees keys at positions 0 to its own, with a window only those less than ``window``
-    before it. Packed token j of sequence b is at position start_B[b] + j.
+    before it.
 
     Args:
         q_BMTD: fp16, bf16 or fp32, after RoPE; M is a multiple of the KV heads, query head m
             belongs to KV head m // (M / H).
-        pages: Packed tokens; head width at most 256.
-        page_table_BJ: int32, page j of sequence b; not read beyond a length.
-        length_B: int32, packed tokens of each sequence; 0 is allowed.
-        start_B: int32, position of its first packed token.
-        query_position_BT: int32; queries at negative positions give zeros.
-        transform: Constants of the layer.
-        dense: Sinks, recent tokens and the chunk that the queries are of.
-        window: Of sliding attention in tokens; 0 for none.
+        position_BT: int32, of the queries; those at negative positions give zeros.
+        history: What there is to see; head width at most 256.
         scale: Of scores, 1 / sqrt(D) as a rule.
 
     Returns:
@@ -73,41 +52,18 @@ def packed_attention(
     Raises:
         ValueError: shapes or dtypes disagree, or are not supported.
     """
-    form = pages.format
-    _check(q_BMTD, pages, page_table_BJ, length_B, start_B, query_position_BT, transform, dense)
-    if window < 0:
-        raise ValueError(f"window must be 0 (none) or positive, got {window}")
-    return _op(
-        q_BMTD,
-        flatten_pages(pages),
-        page_table_BJ,
-        length_B,
-        start_B,
-        query_position_BT,
-        flatten_transform(transform),
-        flatten_dense(dense),
-        form.k_bits,
-        form.v_bits,
-        form.norm,
-        form.residual,
-        transform.mean,
-        transform.rotary_scale,
-        window,
-        scale,
-    )
+    _check(q_BMTD, history)
+    _check_integers(q_BMTD, position_BT, history)
+    if history.window < 0:
+        raise ValueError(f"window must be 0 (none) or positive, got {history.window}")
+    return _op(q_BMTD, position_BT, scale, *flatten_history(history))
 
 
 def packed_attention_reference(
     q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
+    position_BT: Tensor,
+    history: KVHistory,
     *,
-    dense: DenseKV | None = None,
-    window: int = 0,
     scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -115,8 +71,9 @@ def packed_attention_reference(
 
     ``dtype`` is that of the arithmetic, fp64 for oracles; of the result too.
     """
+    start_B, length_B, dense = history.start_B, history.length_B, history.dense
     k_BHND, v_BHND = dequantize_kv_reference(
-        pages, page_table_BJ, length_B, start_B, transform, dtype=dtype
+        history.pages, history.page_table_BJ, length_B, start_B, history.constants, dtype=dtype
     )
     token_N = torch.arange(k_BHND.shape[2], device=k_BHND.device)
     position_BN = (start_B[:, None] + token_N).where(token_N < length_B[:, None], -1)
@@ -124,10 +81,10 @@ def packed_attention_reference(
         k_BHND = torch.cat((k_BHND, dense.k_BHND.to(dtype)), dim=2)
         v_BHND = torch.cat((v_BHND, dense.v_BHND.to(dtype)), dim=2)
         position_BN = torch.cat((position_BN, dense.position_BN), dim=1)
-    ahead_BTN = query_position_BT[:, :, None] - position_BN[:, None]
+    ahead_BTN = position_BT[:, :, None] - position_BN[:, None]
     seen_BTN = (position_BN[:, None] >= 0) & (ahead_BTN >= 0)
-    if window:
-        seen_BTN &= ahead_BTN < window
+    if history.window:
+        seen_BTN &= ahead_BTN < history.window
     group = q_BMTD.shape[1] // k_BHND.shape[1]
     k_BMND, v_BMND = (x.repeat_interleave(group, dim=1) for x in (k_BHND, v_BHND))
     score_BMTN = (q_BMTD.to(dtype) @ k_BMND.mT) * scale
@@ -136,65 +93,39 @@ def packed_attention_reference(
     return share_BMTN.nan_to_num(0.0) @ v_BMND
 
 
-def packed_attention_triton(*arguments: Any, splits: int | None = None, **keywords: Any) -> Tensor:
+def packed_attention_triton(
+    q_BMTD: Tensor,
+    position_BT: Tensor,
+    history: KVHistory,
+    *,
+    scale: float,
+    splits: int | None = None,
+) -> Tensor:
     """``packed_attention`` by the kernels, unchecked; CPU tensors need TRITON_INTERPRET=1.
 
-    Args:
-        arguments: As those of ``packed_attention``.
-        splits: Programs that share the packed tokens of a KV head; by the machine if left out.
-        keywords: As those of ``packed_attention``.
+    More query rows than a decode tile holds are decode steps if they are few, else a prefill.
+    ``splits`` is the number of programs that share the packed tokens of a KV head in a single
+    decode step; the machine's size gives it if it is left out.
     """
-    q_BMTD, pages = arguments[:2]
-    rows = q_BMTD.shape[1] // pages.k_codes.shape[1] * q_BMTD.shape[2]
-    if rows > MAX_ROWS:
-        return _attend_long_chunk(*arguments, **keywords)
-    return attend_packed(*arguments, splits=splits, **keywords)
-
-
-def _attend_long_chunk(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
-    **keywords: Any,
-) -> Tensor:
-    """More query rows than a decode tile holds: decode steps for a few, else a prefill."""
-    where = (page_table_BJ, length_B, start_B)
-    rows = q_BMTD.shape[1] // pages.k_codes.shape[1] * q_BMTD.shape[2]
-    if rows > DECODE_ROWS:
-        return packed_prefill(q_BMTD, pages, *where, query_position_BT, transform, **keywords)
-    step = MAX_ROWS * pages.k_codes.shape[1] // q_BMTD.shape[1]
+    group, T = q_BMTD.shape[1] // history.pages.k_codes.shape[1], q_BMTD.shape[2]
+    if group * T <= MAX_ROWS:
+        return packed_decode(q_BMTD, position_BT, history, scale=scale, splits=splits)
+    if group * T > DECODE_ROWS:
+        return packed_prefill(q_BMTD, position_BT, history, scale=scale)
+    steps = [slice(t, t + MAX_ROWS // group) for t in range(0, T, MAX_ROWS // group)]
     parts = [
-        attend_packed(
-            q_BMTD[:, :, t : t + step],
-            pages,
-            *where,
-            query_position_BT[:, t : t + step],
-            transform,
-            **keywords,
-        )
-        for t in range(0, q_BMTD.shape[2], step)
+        packed_decode(q_BMTD[:, :, step], position_BT[:, step], history, scale=scale)
+        for step in steps
     ]
     return torch.cat(parts, dim=2)
 
 
-def _check(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
-    dense: DenseKV | None,
-) -> None:
+def _check(q_BMTD: Tensor, history: KVHistory) -> None:
+    pages = history.pages
     form, H = pages.format, pages.k_codes.shape[1]
-    B, M, T, D = q_BMTD.shape
-    if form != transform.format:
-        raise ValueError(f"pages of {form}, constants of {transform.format}")
+    _, M, _, D = q_BMTD.shape
+    if form != history.constants.format:
+        raise ValueError(f"pages of {form}, constants of {history.constants.format}")
     if not all(tensor.is_contiguous() for tensor in pages.tensors()):
         raise ValueError("pages must be contiguous")
     if q_BMTD.dtype not in QUERY_DTYPES and q_BMTD.is_cuda:
@@ -204,11 +135,17 @@ def _check(
             f"queries of {M} heads of width {D} do not fit {H} KV heads of width {form.head_dim}; "
             f"at most {MAX_ROWS} per KV head and width 256"
         )
+
+
+def _check_integers(q_BMTD: Tensor, position_BT: Tensor, history: KVHistory) -> None:
+    """Places and positions, and the dense tokens that they are of."""
+    (B, _, T, D), H = q_BMTD.shape, history.pages.k_codes.shape[1]
+    dense = history.dense
     shapes = {
-        "page_table": (page_table_BJ, (B, page_table_BJ.shape[-1])),
-        "length": (length_B, (B,)),
-        "start": (start_B, (B,)),
-        "query_position": (query_position_BT, (B, T)),
+        "page_table": (history.page_table_BJ, (B, history.page_table_BJ.shape[-1])),
+        "length": (history.length_B, (B,)),
+        "start": (history.start_B, (B,)),
+        "query_position": (position_BT, (B, T)),
     }
     if dense is not None:
         N = dense.k_BHND.shape[2]
@@ -223,37 +160,18 @@ def _check(
             )
 
 
-def _on_cuda(
-    q_BMTD: Tensor,
-    pages: Sequence[Tensor | None],
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    constants: Sequence[Tensor | None],
-    dense: Sequence[Tensor],
-    k_bits: int,
-    v_bits: int,
-    norm: str,
-    residual: str,
-    mean: str,
-    rotary_scale: float,
-    window: int,
-    scale: float,
-) -> Tensor:
-    arguments, keywords = restore_arguments(**locals())
-    return packed_attention_triton(*arguments, **keywords)
+def _on_cuda(q_BMTD: Tensor, position_BT: Tensor, scale: float, *flat: Any) -> Tensor:
+    return packed_attention_triton(q_BMTD, position_BT, restore_history(*flat), scale=scale)
+
+
+def _on_cpu(q_BMTD: Tensor, position_BT: Tensor, scale: float, *flat: Any) -> Tensor:
+    return packed_attention_cpu(q_BMTD, position_BT, restore_history(*flat), scale=scale)
 
 
 _op = torch.library.custom_op(
-    "rotq::packed_attention", _on_cuda, mutates_args=(), device_types="cuda"
+    "rotq::packed_attention", _on_cuda, mutates_args=(), device_types="cuda", schema=SCHEMA
 )
-
-
-@_op.register_kernel("cpu")
-def _(*flat: Any) -> Tensor:
-    arguments, keywords = restore_arguments(*flat)
-    return packed_attention_cpu(*arguments, **keywords)
+_op.register_kernel("cpu")(_on_cpu)
 
 
 @_op.register_fake

@@ -21,7 +21,7 @@ Residual (keys only): one more bit per element, bit 1 for +1, and the score gain
            g_t = rms of y - s_t L[q], stored as s_t is
 
 Shape suffixes: P pages, H KV heads, S tokens of a page, W words of a token, D head width,
-L levels of a codebook, R rotary pairs.
+L levels of a codebook, R rotary pairs, B sequences, N dense tokens, J pages of a sequence.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class SideConstants:
     """W: what an error of y costs, for ``search``; symmetric, positive on its diagonal."""
     search: int = 0
     """Elements of a token that may leave their nearest level for a better one together
-    (``kv_search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
+    (``encode.search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
 
 
 @dataclass(kw_only=True)
@@ -198,12 +198,35 @@ class DenseKV:
     """int32 RoPE positions; -1 where there is no token."""
 
 
+@dataclass(kw_only=True)
+class KVHistory:
+    """What the queries of one layer can see: packed tokens, and tokens kept whole."""
+
+    pages: KVPages
+    page_table_BJ: Tensor
+    """int32, page j of sequence b; not read beyond a length."""
+    length_B: Tensor
+    """int32, packed tokens of each sequence; 0 is allowed."""
+    start_B: Tensor
+    """int32: packed token j of sequence b is at position start_B[b] + j."""
+    constants: KVConstants
+    dense: DenseKV | None = None
+    """Sinks, recent tokens and the chunk that the queries are of."""
+    window: int = 0
+    """Of sliding attention in tokens; 0 for none."""
+
+
 def level_values(levels_HL: Tensor, bits: int) -> Tensor:
     """fp32 (H, 2^bits): what each code stands for."""
     if bits <= TABLE_BITS:
         return levels_HL.float()
     codes_L = torch.arange(2**bits, device=levels_HL.device, dtype=torch.float32)
     return (codes_L - (2**bits - 1) / 2).expand(levels_HL.shape[0], -1)
+
+
+def level_words(levels_HL: Tensor, bits: int) -> Tensor | None:
+    """The table that kernels look up: rows of int8 as int32 words; None above TABLE_BITS."""
+    return levels_HL.contiguous().view(torch.int32) if bits <= TABLE_BITS else None
 
 
 def encode_norm(norm: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:

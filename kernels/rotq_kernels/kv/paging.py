@@ -2,7 +2,7 @@
 """What kernels read of packed pages: which tokens, where they are, their words and norms.
 
 A token's place among all pages' (P, H, S) rows is its row; each stored tensor has a line of words
-or a norm there. Letters as in ``kv_tile``; also P pages, H KV heads, S tokens of a page.
+or a norm there. Letters as in ``decode.tile``; also P pages, H KV heads, S tokens of a page.
 """
 
 import triton

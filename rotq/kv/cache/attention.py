@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
 from rotq.kv.cache.placement import Layout
-from rotq.ops import DenseKV, KVConstants, KVPages, packed_attention
+from rotq.ops import KVHistory, packed_attention
 
 NAME = "rotq_packed"
 """In ``config._attn_implementation``."""
@@ -31,7 +31,9 @@ NAME = "rotq_packed"
 class Readable(Protocol):
     """What a handle carries: keys and values that the attention here can read."""
 
-    window: int
+    @property
+    def window(self) -> int:
+        """Of sliding attention in tokens; 0 for none."""
 
     def attend(self, query_BMTD: Tensor, scale: float) -> Tensor:
         """Attention of the fresh tokens."""
@@ -41,30 +43,21 @@ class Readable(Protocol):
 class Visible:
     """What the queries of one layer can see in one forward pass."""
 
-    pages: KVPages
-    transform: KVConstants
+    history: KVHistory
+    """Its dense tokens are sinks, the recent window and the fresh tokens."""
     layout: Layout
-    dense: DenseKV
-    """Sinks, the recent window and the fresh tokens."""
-    window: int
     was_read: bool = False
+
+    @property
+    def window(self) -> int:
+        """Of sliding attention in tokens; 0 for none."""
+        return self.history.window
 
     def attend(self, query_BMTD: Tensor, scale: float) -> Tensor:
         """Attention of the fresh tokens; zeros for padding."""
-        layout = self.layout
         self.was_read = True
-        return packed_attention(
-            query_BMTD,
-            self.pages,
-            layout.page_table_BJ,
-            layout.length_B,
-            layout.start_B,
-            layout.query_position_BT,
-            self.transform,
-            dense=self.dense,
-            window=self.window,
-            scale=scale,
-        )
+        position_BT = self.layout.query_position_BT
+        return packed_attention(query_BMTD, position_BT, self.history, scale=scale)
 
 
 class PackedKV(torch.Tensor):

@@ -17,7 +17,7 @@ from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import Layout, Placement
 from rotq.kv.calibration.constants import on
-from rotq.ops import DenseKV, KVConstants, KVPages, encode_kv
+from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
 
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
@@ -115,19 +115,26 @@ class PackedLayer(CacheLayerMixin):
         dense = (k_BHND, v_BHND)
         if layout.has_sinks:
             dense = _joined(self.sinks, dense)
-        visible = Visible(
-            pages=self.store.pages,
-            transform=self.transform,
-            layout=layout,
-            dense=DenseKV(k_BHND=dense[0], v_BHND=dense[1], position_BN=layout.dense_position_BN),
-            window=self.placement.window,
-        )
+        visible = self._see(layout, *dense)
         self.store.prepare(layout.num_pages, layout.copies)
         self._encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
         self._keep_sinks(layout, fresh_k, fresh_v)
         # a copy, so that the whole chunk is not held for a few columns of it
         self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
         return visible
+
+    def _see(self, layout: Layout, k_BHND: Tensor, v_BHND: Tensor) -> Visible:
+        """What the fresh tokens see: what is packed before the pass, and these dense tokens."""
+        history = KVHistory(
+            pages=self.pages,
+            page_table_BJ=layout.page_table_BJ,
+            length_B=layout.length_B,
+            start_B=layout.start_B,
+            constants=self.transform,
+            dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
+            window=self.placement.window,
+        )
+        return Visible(history=history, layout=layout)
 
     @property
     def pages(self) -> KVPages:

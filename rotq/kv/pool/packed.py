@@ -22,7 +22,6 @@ from rotq.kv.calibration.constants import on
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
-from rotq.ops import DenseKV
 
 
 class PackedPool(Pool):
@@ -114,17 +113,7 @@ class PooledLayer(PackedLayer):
         assert isinstance(layout, PoolLayout)
         assert self.sinks is not None
         k, v = (held[layout.sink_B] for held in self.sinks)
-        visible = Visible(
-            pages=self.pages,
-            transform=self.transform,
-            layout=layout,
-            dense=DenseKV(
-                k_BHND=torch.cat((k, fresh_k), dim=2),
-                v_BHND=torch.cat((v, fresh_v), dim=2),
-                position_BN=layout.dense_position_BN,
-            ),
-            window=self.placement.window,
-        )
+        visible = self._see(layout, torch.cat((k, fresh_k), dim=2), torch.cat((v, fresh_v), dim=2))
         self._encode(layout, fresh_k, fresh_v)
         assert layout.sink_BTS is not None
         sequence, column, sink = layout.sink_BTS

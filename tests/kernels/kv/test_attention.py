@@ -10,18 +10,16 @@ import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
-from rotq_kernels.kv.arguments import (
-    flatten_dense,
-    flatten_pages,
-    flatten_transform,
-    restore_dense,
-    restore_pages,
-    restore_transform,
+from rotq_kernels.kv.arguments import flatten_history, restore_history
+from rotq_kernels.kv.attention import (
+    _on_cuda,
+    packed_attention,
+    packed_attention_reference,
+    packed_attention_triton,
 )
-from rotq_kernels.kv.attention import packed_attention, packed_attention_reference
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.encode.one_side import turned_mean
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 from rotq_kernels.kv.query import turn_query
 from rotq_kernels.kv.rope_mean import mean_query
 
@@ -44,31 +42,35 @@ def arguments(dtype: torch.dtype = torch.float32, tokens: int = 2) -> dict[str, 
     generator = torch.Generator().manual_seed(2)
     return {
         "q_BMTD": torch.randn(2, 4, tokens, 32, generator=generator).to(dtype),
-        "pages": pages,
-        "page_table_BJ": table_BJ,
-        "length_B": length_B,
-        "start_B": start_B,
-        "query_position_BT": fresh_BT,
-        "transform": transform,
-        "dense": DenseKV(k_BHND=k_BHND.to(dtype), v_BHND=v_BHND.to(dtype), position_BN=fresh_BT),
+        "position_BT": fresh_BT,
+        "history": KVHistory(
+            pages=pages,
+            page_table_BJ=table_BJ,
+            length_B=length_B,
+            start_B=start_B,
+            constants=transform,
+            dense=DenseKV(k_BHND=k_BHND.to(dtype), v_BHND=v_BHND.to(dtype), position_BN=fresh_BT),
+        ),
         "scale": 32**-0.5,
     }
 
 
-def token_by_token(given: dict[str, Any], window: int) -> Tensor:
+def token_by_token(given: dict[str, Any]) -> Tensor:
     """One query head and token at a time, written from the definition, in fp64."""
-    transform: KVConstants = given["transform"]
+    history: KVHistory = given["history"]
+    start_B, window = history.start_B, history.window
     k_BHTD, v_BHTD = dequantize_kv_reference(
-        given["pages"], given["page_table_BJ"], given["length_B"], given["start_B"], transform,
+        history.pages, history.page_table_BJ, history.length_B, start_B, history.constants,
         dtype=torch.float64,
     )  # fmt: skip
-    q_BMTD, dense = given["q_BMTD"].double(), given["dense"]
+    q_BMTD, dense = given["q_BMTD"].double(), history.dense
+    assert dense is not None
     out_BMTD = torch.zeros_like(q_BMTD)
     for b, m, t in torch.cartesian_prod(*(torch.arange(n) for n in q_BMTD.shape[:3])).tolist():
-        here, head = int(given["query_position_BT"][b, t]), m // 2
+        here, head = int(given["position_BT"][b, t]), m // 2
         keys, values = [], []
         for n in range(LENGTHS[b]):
-            if 0 <= here - (int(given["start_B"][b]) + n) < (window or math.inf):
+            if 0 <= here - (int(start_B[b]) + n) < (window or math.inf):
                 keys.append(k_BHTD[b, head, n])
                 values.append(v_BHTD[b, head, n])
         for n, position in enumerate(dense.position_BN[b].tolist()):
@@ -84,21 +86,23 @@ def token_by_token(given: dict[str, Any], window: int) -> Tensor:
 @pytest.mark.parametrize("window", [0, 7])
 def test_reference(window: int) -> None:
     given = arguments()
-    given["dense"].position_BN[1, 0] = -1
-    found = packed_attention_reference(**given, window=window, dtype=torch.float64)
-    torch.testing.assert_close(found, token_by_token(given, window))
+    given["history"].window = window
+    given["history"].dense.position_BN[1, 0] = -1
+    found = packed_attention_reference(**given, dtype=torch.float64)
+    torch.testing.assert_close(found, token_by_token(given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_dense", [False, True])
 def test_cpu_tensors(dtype: torch.dtype, with_dense: bool) -> None:
     given = arguments(dtype)
+    given["history"].window = 20
     if not with_dense:
-        given["dense"] = None
-    found = packed_attention(**given, window=20)
+        given["history"].dense = None
+    found = packed_attention(**given)
     assert found.dtype == dtype
     assert found.is_contiguous()
-    expected = packed_attention_reference(**given, window=20, dtype=torch.float64)
+    expected = packed_attention_reference(**given, dtype=torch.float64)
     near = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), expected, rtol=near, atol=near)
 
@@ -106,79 +110,92 @@ def test_cpu_tensors(dtype: torch.dtype, with_dense: bool) -> None:
 def test_operator() -> None:
     given = arguments()
     wide_BMTD = torch.randn(2, 2, 4, 32).transpose(1, 2)
-    for q_BMTD, dense in ((given["q_BMTD"], given["dense"]), (wide_BMTD, None)):
+    history = given["history"]
+    for q_BMTD, dense in ((given["q_BMTD"], history.dense), (wide_BMTD, None)):
+        flat = flatten_history(replace(history, dense=dense))
         torch.library.opcheck(
-            torch.ops.rotq.packed_attention.default,
-            (
-                q_BMTD,
-                flatten_pages(given["pages"]),
-                given["page_table_BJ"],
-                given["length_B"],
-                given["start_B"],
-                given["query_position_BT"],
-                flatten_transform(given["transform"]),
-                flatten_dense(dense),
-                *(FORM.k_bits, FORM.v_bits, FORM.norm, FORM.residual, "rope", 1.1, 0, 0.2),
-            ),
+            torch.ops.rotq.packed_attention.default, (q_BMTD, given["position_BT"], 0.2, *flat)
         )
 
 
-def test_flat_arguments_are_all_and_come_back() -> None:
+def test_what_a_gpu_s_tensors_run_on() -> None:
     given = arguments()
-    pages, transform, dense = given["pages"], given["transform"], given["dense"]
-    found = restore_transform(flatten_transform(transform), FORM, mean="rope", rotary_scale=1.1)
+    flat = flatten_history(given["history"])
+    found = _on_cuda(given["q_BMTD"], given["position_BT"], given["scale"], *flat)
+    assert torch.equal(found, packed_attention_triton(**given))
+
+
+def test_flat_arguments_are_all_and_come_back() -> None:
+    history = arguments()["history"]
+    history.window = 5
+    found = restore_history(*flatten_history(history))
     for there, back in (
-        (pages, restore_pages(flatten_pages(pages), FORM)),
-        (dense, restore_dense(flatten_dense(dense))),
-        (transform, found),
-        (transform.key, found.key),
-        (transform.value, found.value),
+        (history, found),
+        (history.pages, found.pages),
+        (history.dense, found.dense),
+        (history.constants, found.constants),
+        (history.constants.key, found.constants.key),
+        (history.constants.value, found.constants.value),
     ):
         for field in fields(there):
             value = getattr(there, field.name)
             if isinstance(value, Tensor):
                 assert getattr(back, field.name) is value, field.name
-    assert restore_dense(flatten_dense(None)) is None
-    assert (found.mean, found.rotary_scale, found.format) == ("rope", 1.1, FORM)
+    assert restore_history(*flatten_history(replace(history, dense=None))).dense is None
+    constants = found.constants
+    assert (constants.mean, constants.rotary_scale, constants.format) == ("rope", 1.1, FORM)
+    assert (found.pages.format, found.window) == (FORM, 5)
 
 
-def wrong_pages(given: dict[str, Any]) -> KVPages:
+def wrong_pages(history: KVHistory) -> KVPages:
     return KVPages.empty(replace(FORM, k_bits=4), 4, 2)
 
 
-def strided_pages(given: dict[str, Any]) -> KVPages:
-    codes = given["pages"].k_codes
-    return replace(given["pages"], k_codes=codes.transpose(1, 2).contiguous().transpose(1, 2))
+def strided_pages(history: KVHistory) -> KVPages:
+    codes = history.pages.k_codes
+    return replace(history.pages, k_codes=codes.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q_BMTD", lambda q_BMTD: q_BMTD[:, :3], "3 heads of width 32"),
+        ("q_BMTD", lambda q_BMTD: q_BMTD[..., :16], "heads of width 16"),
+        ("q_BMTD", lambda q_BMTD: q_BMTD.repeat(1, 9, 1, 1), "at most 16"),
+        ("position_BT", lambda position_BT: position_BT[:, :1], "query_position"),
+    ],
+)
+def test_refused_queries(name: str, change: Any, message: str) -> None:
+    given = arguments()
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_attention(**given)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("pages", wrong_pages, "constants of"),
-        ("q_BMTD", lambda given: given["q_BMTD"][:, :3], "3 heads of width 32"),
-        ("q_BMTD", lambda given: given["q_BMTD"][..., :16], "heads of width 16"),
-        ("q_BMTD", lambda given: given["q_BMTD"].repeat(1, 9, 1, 1), "at most 16"),
-        ("length_B", lambda given: given["length_B"].long(), "length must be int32"),
-        ("start_B", lambda given: given["start_B"][:1], "start must be int32 (2,)"),
-        ("page_table_BJ", lambda given: given["page_table_BJ"][0], "page_table must be"),
-        ("query_position_BT", lambda given: given["query_position_BT"][:, :1], "query_position"),
+        ("length_B", lambda history: history.length_B.long(), "length must be int32"),
+        ("start_B", lambda history: history.start_B[:1], "start must be int32 (2,)"),
+        ("page_table_BJ", lambda history: history.page_table_BJ[0], "page_table must be"),
         (
             "dense",
-            lambda given: replace(given["dense"], v_BHND=given["dense"].v_BHND[..., :16]),
+            lambda history: replace(history.dense, v_BHND=history.dense.v_BHND[..., :16]),
             "dense value must be (2, 2, 2, 32)",
         ),
         (
             "dense",
-            lambda given: replace(given["dense"], position_BN=given["dense"].position_BN.long()),
+            lambda history: replace(history.dense, position_BN=history.dense.position_BN.long()),
             "dense position must be int32",
         ),
         ("pages", strided_pages, "pages must be contiguous"),
-        ("window", lambda given: -1, "window must be"),
+        ("window", lambda history: -1, "window must be"),
     ],
 )
-def test_refusals(name: str, change: Any, message: str) -> None:
+def test_refused_histories(name: str, change: Any, message: str) -> None:
     given = arguments()
-    given[name] = change(given)
+    given["history"] = replace(given["history"], **{name: change(given["history"])})
     with pytest.raises(ValueError, match=re.escape(message)):
         packed_attention(**given)
 

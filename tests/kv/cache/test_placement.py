@@ -54,20 +54,22 @@ class Walk:
         self.layer.update(fresh, fresh)
         visible = self.layer.visible
         assert visible is not None
+        history, dense = visible.history, visible.history.dense
+        assert dense is not None
         for b in range(batch):
             self.values[b] = torch.cat((self.values[b], fresh[b, 0, there[b]]))
         self.columns.append(there)
         _, v_hat = dequantize_kv_reference(
-            visible.pages, layout.page_table_BJ, layout.length_B, layout.start_B, visible.transform
+            history.pages, layout.page_table_BJ, layout.length_B, layout.start_B, history.constants
         )
         for b in range(batch):
             found = {}
             for j in range(int(layout.length_B[b])):
                 found[int(layout.start_B[b]) + j] = v_hat[b, 0, j]
-            for n, at in enumerate(visible.dense.position_BN[b].tolist()):
+            for n, at in enumerate(dense.position_BN[b].tolist()):
                 if at >= 0:
                     assert at not in found, "a token in two places"
-                    found[at] = visible.dense.v_BHND[b, 0, n]
+                    found[at] = dense.v_BHND[b, 0, n]
             self.check(b, int(counts[b]), found)
         self.layer.encode_rest()
         self.layer.layout = self.layer.visible = None

@@ -1,6 +1,6 @@
 """Attention over packed keys and values on a CPU, never with a dense copy of the cache.
 
-The maths are those of ``kv_format``: the query is turned once per head (x A^-1), codes become small
+The maths are those of ``kv.format``: the query is turned once per head (x A^-1), codes become small
 integers, and what depends on the token only, its norm, multiplies scores and weights. So a chunk
 costs one table look-up for four codes, a cast and the product with all query heads of its KV head.
 
@@ -16,7 +16,7 @@ query tokens as fit: a decode step's are smaller than the packed cache. Small op
 speed of a decode step, so what can be done for all tokens at once is.
 
 Shape suffixes: B sequences, M query rows of one KV head (group x tokens), T query tokens, H KV
-heads, N tokens, D head width, E width as stored (see ``kv_levels``), R rotary pairs, J tiles.
+heads, N tokens, D head width, E width as stored (see ``cpu.levels``), R rotary pairs, J tiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rotq_kernels.kv.cpu.levels import level_reader, signs
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages, decode_norm
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory, KVPages, decode_norm
 
 CHUNK = 12288
 """Packed tokens, of all KV heads together, whose levels are held at a time."""
@@ -42,37 +42,28 @@ TILE = 256
 
 
 def packed_attention_cpu(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
-    *,
-    dense: DenseKV | None = None,
-    window: int = 0,
-    scale: float,
+    q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, *, scale: float
 ) -> Tensor:
     """``packed_attention`` for CPU tensors: the same arguments, here with M all query heads.
 
     Computes in fp32, in fp64 for fp64 queries; a first prefill is sdpa's in the query's dtype. A
     query that sees no key gets zeros.
     """
+    pages, dense, window = history.pages, history.dense, history.window
     out_BMTD = torch.zeros_like(q_BMTD, memory_format=torch.contiguous_format)
-    lengths, starts = length_B.tolist(), start_B.tolist()
-    history = _History(pages, transform) if any(lengths) else None
+    lengths, starts = history.length_B.tolist(), history.start_B.tolist()
+    packed = _PackedTokens(pages, history.constants) if any(lengths) else None
     for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        position_T = query_position_BT[b]
-        dense_N = length_B[:0] if dense is None else dense.position_BN[b]
+        position_T = position_BT[b]
+        dense_N = history.length_B[:0] if dense is None else dense.position_BN[b]
         if dense is not None and not (length or window) and torch.equal(dense_N, position_T):
             _attend_fresh(out_BMTD[b], q_BMTD[b], dense, b, scale)
             continue
-        if history is not None:
-            history.open(page_table_BJ[b].tolist(), length, start)
+        if packed is not None:
+            packed.open(history.page_table_BJ[b].tolist(), length, start)
         for turn in _turns(q_BMTD.shape[1], position_T, length, dense_N):
             query = _Queries(q_BMTD[b, :, turn], position_T[turn], pages.k_codes.shape[1], scale)
-            out_BMTD[b, :, turn] = _attend(query, history if length else None, dense, b, window)
+            out_BMTD[b, :, turn] = _attend(query, packed if length else None, dense, b, window)
     return out_BMTD
 
 
@@ -106,14 +97,14 @@ class _Queries:
 
 
 def _attend(
-    query: _Queries, history: _History | None, dense: DenseKV | None, b: int, window: int
+    query: _Queries, packed: _PackedTokens | None, dense: DenseKV | None, b: int, window: int
 ) -> Tensor:
     """One softmax over what there is; (query heads, T, D)."""
     scores, positions = [], []
-    if history is not None:
-        span = history.span(query, window)
-        scores.append(history.scores(query, span))
-        positions.append(torch.arange(span.start, span.stop, dtype=torch.int32) + history.start)
+    if packed is not None:
+        span = packed.span(query, window)
+        scores.append(packed.scores(query, span))
+        positions.append(torch.arange(span.start, span.stop, dtype=torch.int32) + packed.start)
     if dense is not None:
         k_HND, v_HND = dense.k_BHND[b].to(query.dtype), dense.v_BHND[b].to(query.dtype)
         scores.append(query.x_HMD @ k_HND.mT)
@@ -122,11 +113,11 @@ def _attend(
         return query.x_HMD.new_zeros(query.shape)
     weights_HMN = _softmax(torch.cat(scores, dim=-1), torch.cat(positions), query, window)
     out_HMD = torch.zeros_like(query.x_HMD)
-    split = len(positions[0]) if history is not None else 0
+    split = len(positions[0]) if packed is not None else 0
     if dense is not None:
         out_HMD += weights_HMN[..., split:] @ v_HND
-    if history is not None:
-        out_HMD += history.values(weights_HMN[..., :split], span)
+    if packed is not None:
+        out_HMD += packed.values(weights_HMN[..., :split], span)
     return out_HMD.view(query.shape)
 
 
@@ -145,14 +136,14 @@ def _softmax(scores_HMN: Tensor, position_N: Tensor, query: _Queries, window: in
     return scores_HMN.softmax(-1).nan_to_num_(0.0)
 
 
-class _History:
+class _PackedTokens:
     """The packed tokens of one sequence after the other."""
 
-    def __init__(self, pages: KVPages, transform: KVConstants) -> None:
+    def __init__(self, pages: KVPages, constants: KVConstants) -> None:
         form = pages.format
-        self.pages, self.transform = pages, transform
-        self.keys = level_reader(transform.key, form.k_bits, form.head_dim)
-        self.levels = level_reader(transform.value, form.v_bits, form.head_dim)
+        self.pages, self.constants = pages, constants
+        self.keys = level_reader(constants.key, form.k_bits, form.head_dim)
+        self.levels = level_reader(constants.value, form.v_bits, form.head_dim)
 
     def open(self, page_J: list[int], length: int, start: int) -> None:
         """Go to a sequence: its pages, its tokens, the position of the first."""
@@ -166,31 +157,31 @@ class _History:
 
     def scores(self, query: _Queries, span: range) -> Tensor:
         """(H, M, N) of the tokens in ``span``."""
-        pages, transform, dtype = self.pages, self.transform, query.dtype
-        turned_HMD = query.x_HMD @ transform.key.inverse_HDD.to(dtype)
+        pages, constants, dtype = self.pages, self.constants, query.dtype
+        turned_HMD = query.x_HMD @ constants.key.inverse_HDD.to(dtype)
         stored_HME = self.keys.stored(turned_HMD)
         scores_HMN = turned_HMD.new_empty(*turned_HMD.shape[:2], len(span))
         for chunk in self._chunks(span):
             level_HNE = self.keys.read(self._read(pages.k_codes, chunk), dtype)
             at = slice(chunk.start - span.start, chunk.stop - span.start)
             scores_HMN[..., at] = torch.bmm(stored_HME, level_HNE.mT)
-        scale_H1N = self._norms(pages.k_norm, transform.key.base_H, span, dtype)
+        scale_H1N = self._norms(pages.k_norm, constants.key.base_H, span, dtype)
         scores_HMN *= scale_H1N
         if pages.k_sign is not None:
             scores_HMN += self._residual(turned_HMD, scale_H1N, span)
-        return _add_mean(scores_HMN, query, transform, self.start + span.start)
+        return _add_mean(scores_HMN, query, constants, self.start + span.start)
 
     def _residual(self, turned_HMD: Tensor, scale_H1N: Tensor, span: range) -> Tensor:
         """What the sign bits add to scores."""
-        pages, transform, dtype = self.pages, self.transform, turned_HMD.dtype
+        pages, constants, dtype = self.pages, self.constants, turned_HMD.dtype
         assert pages.k_sign is not None
-        assert transform.residual_scale_H is not None
+        assert constants.residual_scale_H is not None
         if pages.format.residual == "qjl":
-            assert transform.sketch_DD is not None
-            assert transform.gamma_base_H is not None
-            turned_HMD = turned_HMD @ transform.sketch_DD.mT.to(dtype)
-            scale_H1N = self._norms(pages.k_gamma, transform.gamma_base_H, span, dtype)
-        turned_HMD = turned_HMD * transform.residual_scale_H[:, None, None].to(dtype)
+            assert constants.sketch_DD is not None
+            assert constants.gamma_base_H is not None
+            turned_HMD = turned_HMD @ constants.sketch_DD.mT.to(dtype)
+            scale_H1N = self._norms(pages.k_gamma, constants.gamma_base_H, span, dtype)
+        turned_HMD = turned_HMD * constants.residual_scale_H[:, None, None].to(dtype)
         parts = []
         for chunk in self._chunks(span):
             sign_HND = signs(self._read(pages.k_sign, chunk), pages.format.head_dim)
@@ -199,7 +190,7 @@ class _History:
 
     def values(self, weights_HMN: Tensor, span: range) -> Tensor:
         """(H, M, D): weighted sum of the tokens in ``span``."""
-        pages, value, dtype = self.pages, self.transform.value, weights_HMN.dtype
+        pages, value, dtype = self.pages, self.constants.value, weights_HMN.dtype
         scaled_HMN = weights_HMN * self._norms(pages.v_norm, value.base_H, span, dtype)
         sums_HME = weights_HMN.new_zeros(*weights_HMN.shape[:2], self.levels.width)
         for chunk in self._chunks(span):
@@ -238,21 +229,21 @@ class _History:
         return read.transpose(0, 1).flatten(1, 2)[:, skip : skip + len(span)].contiguous()
 
 
-def _add_mean(scores_HMN: Tensor, query: _Queries, transform: KVConstants, first: int) -> Tensor:
+def _add_mean(scores_HMN: Tensor, query: _Queries, constants: KVConstants, first: int) -> Tensor:
     """Add the scores of the keys' mean at positions from ``first`` on, in place."""
-    if transform.mean == "none":
+    if constants.mean == "none":
         return scores_HMN
-    x_HMD, inv_freq_R = query.x_HMD, transform.inv_freq_R
+    x_HMD, inv_freq_R = query.x_HMD, constants.inv_freq_R
     H, M, N = scores_HMN.shape
     R = 0 if inv_freq_R is None else len(inv_freq_R)
     parts = [R, R, x_HMD.shape[2] - 2 * R]
     x1, x2, x_rest = x_HMD.split(parts, dim=-1)
-    mean1, mean2, rest = transform.key.mean_HD[:, None].to(query.dtype).split(parts, dim=-1)
+    mean1, mean2, rest = constants.key.mean_HD[:, None].to(query.dtype).split(parts, dim=-1)
     scores_HMN += (x_rest * rest).sum(-1, keepdim=True)
     if inv_freq_R is None:
         return scores_HMN
-    cosine_HMR = (x1 * mean1 + x2 * mean2) * transform.rotary_scale
-    sine_HMR = (x2 * mean1 - x1 * mean2) * transform.rotary_scale
+    cosine_HMR = (x1 * mean1 + x2 * mean2) * constants.rotary_scale
+    sine_HMR = (x2 * mean1 - x1 * mean2) * constants.rotary_scale
     first_J = torch.arange(first, first + N, TILE, dtype=torch.float64)
     angle_J11R = (first_J[:, None] * inv_freq_R.double())[:, None, None]
     cos_J11R, sin_J11R = angle_J11R.cos().to(query.dtype), angle_J11R.sin().to(query.dtype)

@@ -1,4 +1,4 @@
-"""What ``compile_check`` compiles of a decode step, as ``kv_launch`` launches it.
+"""What ``compile_check`` compiles of a decode step, as ``decode.launch`` launches it.
 
 Heads of width 128 and 64, groups of up to 8 query rows on NVIDIA's tile and of 16, the mean and
 residual modes and widths of codes that the presets use. Elements are those of keys and values.

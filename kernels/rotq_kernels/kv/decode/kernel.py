@@ -12,8 +12,10 @@ queries get three limbs and weights in two halves. What each split leaves: its m
 weights and its weighted sums of rotated values.
 
 Page numbers are loaded a tile ahead, and words of values before the keys are treated; occupancy
-hides the rest. Letters as in ``kv_tile``; also B sequences, H KV heads, R rotary pairs, T query
-tokens.
+hides the rest.
+
+Letters as in ``tile``; also B sequences, H KV heads, R rotary pairs, PAIRS those padded, T query
+tokens, TILE = I J tokens of a tile, V_WIDTH columns of its values.
 """
 
 import triton
@@ -39,7 +41,7 @@ from rotq_kernels.kv.paging import (
     seen_tokens,
     value_range,
 )
-from rotq_kernels.kv.rope_mean import load_angles, load_coefficients, turn
+from rotq_kernels.kv.rope_mean_tile import load_angles, load_coefficients, turn
 from rotq_kernels.kv.unpack import from_lowest, load_table, quads_of
 
 _NOTHING = tl.constexpr(-1e30)
@@ -160,9 +162,11 @@ def decode_kernel(
         k_norm = load_norms(k_norm_ptr, norm_row, there, k_base, 1.0)
         v_norm = load_norms(v_norm_ptr, norm_row, there, v_base, v_factor)
 
+        # [I, 128] @ [128, J N] -> [I, J N]
         keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
         found = multiply(keys, low, no_sums(LINES, J * N, LIMBS), LIMBS)
         if BLOCKS == 2:
+            # the same with the other half of the head
             k_words = chunk_words(k_codes_ptr, page_row, 1, CHUNKS, J, K_BITS)
             keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
             found = multiply(keys, high, found, LIMBS)
@@ -172,6 +176,7 @@ def decode_kernel(
             score += (shift * total)[None, :]
         score *= over_columns(k_norm, N) * unit[None, :]
         if k_sign_ptr is not None:
+            # [I, 128] @ [128, J N] -> [I, J N], once for each half of the head
             words = chunk_words(k_sign_ptr, page_row, 0, CHUNKS, J, 1)
             keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS)
             found = multiply(keys, r_low, no_sums(LINES, J * N, LIMBS), LIMBS)
@@ -184,6 +189,7 @@ def decode_kernel(
             score += sum_of(found, LIMBS) * (over_columns(k_norm, N) * r_unit[None, :])
         if cosine_ptr is not None:
             kind: tl.constexpr = cos_tile.dtype
+            # [I, PAIRS] @ [PAIRS, J N] -> [I, J N]
             score = tl.dot(cos_tile, cosine.to(kind), score, input_precision=PRECISION)
             score = tl.dot(sin_tile, sine.to(kind), score, input_precision=PRECISION)
             cosine, sine = turn(cosine, sine, cos_step, sin_step)
@@ -193,7 +199,7 @@ def decode_kernel(
         if WINDOW > 0:
             seen &= token_all >= first[None, :]
         score = tl.where(seen, score, -float("inf"))
-        # over the tokens of a line first, which are one lane's
+        # over the tokens of a line first, which are one lane's: [I, J N] -> [I, J, N] -> [I, N]
         line_peak = tl.max(score.reshape(LINES, J, N), axis=1)
         new_peak = tl.maximum(peak, tl.max(line_peak, axis=0))
         fade = tl.exp2(peak - new_peak)
@@ -205,18 +211,23 @@ def decode_kernel(
         share16 = share.to(tl.float16)
         bias = bias * fade_all + share16.to(tl.float32)
 
+        # [TILE, 128 / J]
         values = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
         if BLOCKS == 2:
             v_words = chunk_words(v_codes_ptr, page_row, 1, CHUNKS, J, V_BITS)
             more = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
+            # J is 1: [TILE, 128, 2] -> [TILE, 2, 128] -> [TILE, V_WIDTH]
             values = tl.join(values, more).permute(0, 2, 1).reshape(TILE, V_WIDTH)
         sums *= fade[None, :]
+        # [I, J N] -> [TILE, N]; [V_WIDTH, TILE] @ [TILE, N] -> [V_WIDTH, N]
         sums = tl.dot(tl.trans(values), share16.reshape(TILE, N), sums)
         if LIMBS == 3:
             rest16 = (share - share16.to(tl.float32)).to(tl.float16)
             bias += rest16.to(tl.float32)
+            # [V_WIDTH, TILE] @ [TILE, N] -> [V_WIDTH, N]
             sums = tl.dot(tl.trans(values), rest16.reshape(TILE, N), sums)
 
+    # [I, J N] -> [J N] -> [J, N] -> [N]
     bias_N = tl.sum(tl.sum(bias, axis=0).reshape(J, N), axis=0)
     sums = sums * 16777216.0 + (lowest * bias_N)[None, :]
     d, n = value_column(tl.arange(0, V_WIDTH), J, V_BITS), tl.arange(0, N)
@@ -224,5 +235,6 @@ def decode_kernel(
     inside = (d < D)[:, None] & (n < rows)[None, :]
     tl.store(sums_ptr + spot[None, :] * D + d[:, None], sums * v_worth, mask=inside)
     tl.store(peak_ptr + spot, peak, mask=n < rows)
+    # [I, J N] -> [J N] -> [J, N] -> [N]
     weight_N = tl.sum(tl.sum(weight, axis=0).reshape(J, N), axis=0)
     tl.store(weight_ptr + spot, weight_N, mask=n < rows)

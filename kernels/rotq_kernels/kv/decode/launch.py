@@ -4,14 +4,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
+from rotq_kernels.kv.format import KVConstants, KVHistory, level_words
 from rotq_kernels.kv.query import TurnedQuery, turn_query
 from rotq_kernels.kv.rope_mean import angle_table
+from rotq_kernels.launching import next_power_of_two, require_triton
 
 MAX_ROWS = 16
 """Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
@@ -25,17 +23,11 @@ PROGRAMS_PER_SM = 4
 WARPS = 4
 
 
-def attend_packed(
+def packed_decode(
     q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
+    position_BT: Tensor,
+    history: KVHistory,
     *,
-    dense: DenseKV | None = None,
-    window: int = 0,
     scale: float,
     splits: int | None = None,
 ) -> Tensor:
@@ -44,38 +36,39 @@ def attend_packed(
     ``splits`` is the number of programs that share the packed tokens of a KV head. No size is
     read back from the device, so that a step can be captured in a CUDA graph.
     """
-    B, M, T, D = q_BMTD.shape
-    H = pages.k_codes.shape[1]
+    require_triton()
+    from rotq_kernels.kv.decode.kernel import decode_kernel
+
+    B, M, T, _ = q_BMTD.shape
+    H, table_width = history.pages.k_codes.shape[1], history.page_table_BJ.shape[1]
     rows = M // H * T
-    splits = splits or _choose_splits(
-        q_BMTD, B * H, page_table_BJ.shape[1] * pages.format.page_size
-    )
-    q_BMTD = q_BMTD.contiguous()
-    turned = turn_query(q_BMTD, transform, scale=scale)
-    partials = splits + (dense is not None)
-    sums = q_BMTD.new_empty((B * H, partials, rows, D), dtype=torch.float32)
+    splits = splits or _choose_splits(q_BMTD, B * H, table_width * history.pages.format.page_size)
+    q_BMTD, position_BT = q_BMTD.contiguous(), position_BT.contiguous()
+    turned = turn_query(q_BMTD, history.constants, scale=scale)
+    partials = splits + (history.dense is not None)
+    sums = q_BMTD.new_empty((B * H, partials, rows, q_BMTD.shape[3]), dtype=torch.float32)
     peak = q_BMTD.new_empty((B * H, partials, rows), dtype=torch.float32)
     weight = torch.empty_like(peak)
     decode_kernel[(B * H, splits)](
-        **_decode_arguments(q_BMTD, pages, transform, turned, window),
-        page_table_ptr=page_table_BJ.contiguous(),
-        length_ptr=length_B.contiguous(),
-        start_ptr=start_B.contiguous(),
-        position_ptr=query_position_BT.contiguous(),
+        **_decode_arguments(q_BMTD, history, turned),
+        page_table_ptr=history.page_table_BJ.contiguous(),
+        length_ptr=history.length_B.contiguous(),
+        start_ptr=history.start_B.contiguous(),
+        position_ptr=position_BT,
         sums_ptr=sums,
         peak_ptr=peak,
         weight_ptr=weight,
         H=H,
         rows=rows,
         T=T,
-        table_width=page_table_BJ.shape[1],
+        table_width=table_width,
         partials=partials,
         num_warps=WARPS,
         num_stages=1,
     )
-    if dense is not None:
-        _attend_dense(q_BMTD, query_position_BT, dense, window, scale, (sums, peak, weight))
-    return _merge(q_BMTD, transform, turned, splits, (sums, peak, weight))
+    if history.dense is not None:
+        _attend_dense(q_BMTD, position_BT, history, scale, (sums, peak, weight))
+    return _merge(q_BMTD, history.constants, turned, splits, (sums, peak, weight))
 
 
 def _choose_splits(q_BMTD: Tensor, heads: int, tokens: int) -> int:
@@ -94,43 +87,42 @@ def tile_sizes(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
     return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens}
 
 
-def _decode_arguments(
-    q_BMTD: Tensor, pages: KVPages, transform: KVConstants, turned: TurnedQuery, window: int
-) -> dict[str, Any]:
-    form, key, value = pages.format, transform.key, transform.value
+def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -> dict[str, Any]:
+    pages, constants = history.pages, history.constants
+    form, key, value = pages.format, constants.key, constants.value
     rows = turned.levels_BHND.shape[2]
     has_ptx = q_BMTD.is_cuda and torch.version.hip is None
     exact = q_BMTD.dtype == torch.float32
     sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx)
     turning, R, angles = turned.cosine_BHNR is not None, 1, None
-    if transform.inv_freq_R is not None and turning:
-        R = transform.inv_freq_R.shape[0]
+    if constants.inv_freq_R is not None and turning:
+        R = constants.inv_freq_R.shape[0]
         angle_dtype = torch.float32 if exact else torch.float16
-        angles = angle_table(transform.inv_freq_R, sizes["TILE"], angle_dtype)
+        angles = angle_table(constants.inv_freq_R, sizes["TILE"], angle_dtype)
     return {
         "levels_ptr": turned.levels_BHND,
         "residual_ptr": turned.residual_BHND,
         "cosine_ptr": turned.cosine_BHNR,
         "sine_ptr": turned.sine_BHNR,
         "angle_ptr": angles,
-        "frequency_ptr": transform.inv_freq_R if turning else None,
+        "frequency_ptr": constants.inv_freq_R if turning else None,
         "k_codes_ptr": pages.k_codes,
         "k_norm_ptr": pages.k_norm,
         "k_sign_ptr": pages.k_sign,
         "k_gamma_ptr": pages.k_gamma,
-        "k_table_ptr": _table(key.levels_HL, form.k_bits),
+        "k_table_ptr": level_words(key.levels_HL, form.k_bits),
         "k_base_ptr": key.base_H.contiguous(),
-        "gamma_base_ptr": transform.gamma_base_H if pages.k_gamma is not None else None,
+        "gamma_base_ptr": constants.gamma_base_H if pages.k_gamma is not None else None,
         "v_codes_ptr": pages.v_codes,
         "v_norm_ptr": pages.v_norm,
-        "v_table_ptr": _table(value.levels_HL, form.v_bits),
+        "v_table_ptr": level_words(value.levels_HL, form.v_bits),
         "v_base_ptr": value.base_H.contiguous(),
         "D": form.head_dim,
         "R": R,
         "K_BITS": form.k_bits,
         "V_BITS": form.v_bits,
         "PAGE": form.page_size,
-        "WINDOW": window,
+        "WINDOW": history.window,
         "LIMBS": 3 if exact else 2,
         "PTX": has_ptx,
         "WARPS": WARPS,
@@ -138,19 +130,17 @@ def _decode_arguments(
     }
 
 
-def _table(levels_HL: Tensor, bits: int) -> Tensor | None:
-    """Rows of int8 as int32 words; None above 4 bits."""
-    return levels_HL.contiguous().view(torch.int32) if bits <= 4 else None
-
-
 def _attend_dense(
     q_BMTD: Tensor,
-    query_position_BT: Tensor,
-    dense: DenseKV,
-    window: int,
+    position_BT: Tensor,
+    history: KVHistory,
     scale: float,
     partial: tuple[Tensor, Tensor, Tensor],
 ) -> None:
+    from rotq_kernels.kv.decode.merge import dense_kernel
+
+    dense = history.dense
+    assert dense is not None
     sums, peak, weight = partial
     k_BHND, v_BHND = dense.k_BHND, dense.v_BHND
     dense_kernel[(sums.shape[0],)](
@@ -158,7 +148,7 @@ def _attend_dense(
         k_BHND,
         v_BHND,
         dense.position_BN.contiguous(),
-        query_position_BT.contiguous(),
+        position_BT,
         sums,
         peak,
         weight,
@@ -171,7 +161,7 @@ def _attend_dense(
         *k_BHND.stride()[:3],
         *v_BHND.stride()[:3],
         D=q_BMTD.shape[3],
-        WINDOW=window,
+        WINDOW=history.window,
         N=MAX_ROWS,
         TILE=32,
         PRECISION=_precision(q_BMTD.dtype == torch.float32),
@@ -180,11 +170,13 @@ def _attend_dense(
 
 def _merge(
     q_BMTD: Tensor,
-    transform: KVConstants,
+    constants: KVConstants,
     turned: TurnedQuery,
     splits: int,
     partial: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
+    from rotq_kernels.kv.decode.merge import merge_kernel
+
     sums, peak, weight = partial
     heads, partials, rows, D = sums.shape
     out_BMTD = torch.empty_like(q_BMTD)
@@ -194,16 +186,16 @@ def _merge(
         peak,
         weight,
         turned.constant_BHN,
-        transform.value.inverse_HDD.contiguous(),
-        transform.value.mean_HD.contiguous(),
+        constants.value.inverse_HDD.contiguous(),
+        constants.value.mean_HD.contiguous(),
         out_BMTD,
-        transform.value.mean_HD.shape[0],
+        constants.value.mean_HD.shape[0],
         rows,
         splits,
         partials,
         D=D,
         N=MAX_ROWS,
-        P=triton.next_power_of_2(partials),
+        P=next_power_of_two(partials),
         BLOCK=block,
         PRECISION=_precision(True),
     )

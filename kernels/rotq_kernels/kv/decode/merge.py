@@ -8,7 +8,8 @@ that bring its maximum to that of all,
 
 so that the inverse is applied once to each query row. Rows that see no token become zero.
 
-Shape suffixes: B sequences, H KV heads, N query rows of a KV head, P partial results, D head width.
+Letters: B sequences, H KV heads, N query rows of a KV head, P partial results, D head width, WIDTH
+that padded to a power of two, TILE dense tokens at a time, BLOCK elements of the output.
 """
 
 import triton
@@ -73,6 +74,7 @@ def dense_kernel(
         seen = (k_position >= 0)[None, :] & (ahead >= 0)
         if WINDOW > 0:
             seen &= ahead < WINDOW
+        # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
         score = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
         score = tl.where(seen, score, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
@@ -82,6 +84,7 @@ def dense_kernel(
         weight = weight * fade + tl.sum(share, axis=1)
         # what is not there must not be multiplied
         v = tl.where((k_position >= 0)[:, None], v, 0.0)
+        # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
         sums = tl.dot(share, v, sums * fade[:, None], input_precision=PRECISION)
     spot = (bh.to(tl.int64) * partials + partials - 1) * rows + n
     tl.store(sums_ptr + spot[:, None] * D + d[None, :], sums, mask=inside)
@@ -138,6 +141,7 @@ def merge_kernel(
     within = (j < D)[:, None] & (d < D)[None, :]
     inverse_ptr += head * D * D
     inverse = tl.load(inverse_ptr + d[None, :] * D + j[:, None], mask=within, other=0.0)
+    # [N, WIDTH] @ [WIDTH, BLOCK] -> [N, BLOCK]
     out = tl.dot(turned, inverse, input_precision=PRECISION)
     mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
     out += share[:, None] * mean[None, :]

@@ -23,6 +23,7 @@ from rotq_kernels.kv.unpack import bytes_of, code_of, flip_tops, halves_of, join
 @triton.jit
 def held_lines(LINES: tl.constexpr, WARPS: tl.constexpr):
     """Numbers of lines as lanes hold the operand's rows, of lines loaded in order."""
+    # [I] -> [I / (16 WARPS), 2, WARPS, 8] -> [I / (16 WARPS), WARPS, 2, 8] -> [I]
     line = tl.arange(0, LINES).reshape(LINES // (16 * WARPS), 2, WARPS, 8)
     return line.permute(0, 2, 1, 3).reshape(LINES)
 
@@ -48,6 +49,8 @@ def key_operand(quads, LINES: tl.constexpr, BITS: tl.constexpr, WARPS: tl.conste
         _signed(quads[6], BITS),
         _signed(quads[7], BITS),
     )
+    # [I, chunk 4, byte 2, 2, quad 2, 2, 2], I split as in ``held_lines``; then the held order of
+    # lines, [I, quad 2, 2, 2, chunk 4, byte 2, 2] -> [I, 128]
     joined = joined.reshape(LINES // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2, 2)
     return joined.permute(0, 2, 1, 3, 7, 8, 9, 4, 5, 6).reshape(LINES, 128)
 
@@ -67,11 +70,14 @@ def value_operand(
         halves_of(quads[6], PTX),
         halves_of(quads[7], PTX),
     )
+    # [I, J, chunk 4 / J, byte 2, 2, quad 2, 2, 2], I split as in ``held_lines``
     joined = joined.reshape(LINES // (16 * WARPS), 2, WARPS, 8, J, 4 // J, 2, 2, 2, 2, 2)
     if J == 1:
-        # lanes that store together then meet different banks of shared memory
+        # lanes that store together then meet different banks of shared memory:
+        # [I, 1, quad 2, chunk 4, quad 2, 2, byte 2, 2] -> [I, 128]
         return joined.permute(0, 2, 1, 3, 4, 8, 5, 9, 10, 6, 7).reshape(LINES, 128)
     else:
+        # [I, J, chunk 4 / J, quad 2, 2, 2, byte 2, 2] -> [I J, 128 / J]
         return joined.permute(0, 2, 1, 3, 4, 5, 8, 9, 10, 6, 7).reshape(LINES * J, 128 // J)
 
 
@@ -166,6 +172,7 @@ def query_operand(
 @triton.jit
 def multiply(keys, limbs, sums, LIMBS: tl.constexpr):
     """Add the products of ``keys`` (I, 128) with each limb to ``sums``, int32 (I, J N)."""
+    # [I, 128] @ [128, J N] -> [I, J N], for each limb
     first = tl.dot(keys, limbs[0], sums[0], out_dtype=tl.int32)
     second = tl.dot(keys, limbs[1], sums[1], out_dtype=tl.int32)
     if LIMBS == 2:
@@ -198,10 +205,12 @@ def over_columns(x, N: tl.constexpr):
     """(I, J) to (I, J N): each token's number under its columns."""
     LINES: tl.constexpr = x.shape[0]
     J: tl.constexpr = x.shape[1]
+    # [I, J, N] -> [I, J N]
     return tl.broadcast_to(x[:, :, None], (LINES, J, N)).reshape(LINES, J * N)
 
 
 @triton.jit
 def per_column(x, J: tl.constexpr, N: tl.constexpr):
     """(N) to (J N)."""
+    # [J, N] -> [J N]
     return tl.broadcast_to(x[None, :], (J, N)).reshape(J * N)

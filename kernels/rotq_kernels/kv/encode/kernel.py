@@ -2,7 +2,7 @@
 """The Triton kernel that turns keys or values into codes, norms and residual bits.
 
 One program takes a tile of tokens of one KV head: y = A (x - m) by blocks of A's columns, then
-everything on the tile in registers, as ``kv_side.quantize_side`` defines it, then words as
+everything on the tile in registers, as ``one_side.quantize_side`` defines it, then words as
 ``layout.pack_kv`` does. Prefill and append are the same, but for the height of a narrow tile.
 
 Sums are in fp32 and of another order than PyTorch's, so that y differs by roundings and a y on a
@@ -12,10 +12,8 @@ Shape suffixes: N tokens of a tile, D head width padded to a power of two, K blo
 width.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from rotq_kernels.kv.encode.one_side import SMALLEST_RMS
 from rotq_kernels.kv.encode.search_tile import search as search_tile
@@ -153,94 +151,3 @@ def encode_kernel(
             if NORM != "none":
                 left_N = tl.sqrt_rn(tl.div_rn(tl.sum(left_ND * left_ND, axis=1), D * 1.0))
                 store_norm(gamma_ptr, row_N, keep_N, left_N, tl.load(gamma_base_ptr + h), NORM)
-
-
-def tile(head_dim: int, num_tokens: int, search: int = 0) -> dict[str, int]:
-    """Tokens and columns of A at a time, and warps.
-
-    More tokens, or more warps, save few instructions and spill on one target or another; a search
-    over wide heads spills without more warps.
-    """
-    block_d = max(32, triton.next_power_of_2(head_dim))
-    return {
-        "BLOCK_N": 32 if num_tokens > 256 and block_d <= 64 else 16,
-        "BLOCK_D": block_d,
-        "BLOCK_K": 32 if block_d <= 128 else 16,
-        "num_warps": 8 if search and block_d > 128 else 4,
-    }
-
-
-def encode_side_triton(
-    x_BHTD: Tensor,
-    position_BT: Tensor,
-    slot_BT: Tensor,
-    matrix_HDD: Tensor,
-    mean_HD: Tensor,
-    levels_HL: Tensor,
-    thresholds_HL: Tensor,
-    base_H: Tensor,
-    unit_H: Tensor,
-    inv_freq_R: Tensor | None,
-    sketch_DD: Tensor | None,
-    gamma_base_H: Tensor | None,
-    codes_PHSW: Tensor,
-    norm_PHS: Tensor | None,
-    sign_PHSC: Tensor | None,
-    gamma_PHS: Tensor | None,
-    bits: int,
-    gain: str,
-    rotary_scale: float,
-    metric_HDD: Tensor | None,
-    search: int,
-) -> None:
-    """Launch the kernel. On CPU tensors this needs TRITON_INTERPRET=1."""
-    B, H, T, D = x_BHTD.shape
-    if x_BHTD.stride(-1) != 1:
-        x_BHTD = x_BHTD.contiguous()
-    shape = tile(D, B * T, search)
-    norm = "none"
-    if norm_PHS is not None:
-        norm = "log8" if norm_PHS.dtype == torch.uint8 else "float16"
-    residual = "none"
-    if sign_PHSC is not None:
-        residual = "sign" if sketch_DD is None else "qjl"
-    constants = [
-        None if tensor is None else tensor.contiguous()
-        for tensor in (
-            position_BT,
-            slot_BT,
-            matrix_HDD,
-            mean_HD,
-            levels_HL,
-            thresholds_HL,
-            base_H,
-            unit_H,
-            inv_freq_R,
-            sketch_DD,
-            gamma_base_H,
-            metric_HDD,
-        )
-    ]
-    encode_kernel[(triton.cdiv(B * T, shape["BLOCK_N"]), H)](
-        x_BHTD,
-        *constants,
-        codes_PHSW,
-        norm_PHS,
-        sign_PHSC,
-        gamma_PHS,
-        *x_BHTD.stride()[:3],
-        rotary_scale,
-        T,
-        B * T,
-        D=D,
-        R=0 if inv_freq_R is None else inv_freq_R.shape[0],
-        BITS=bits,
-        PAGE=codes_PHSW.shape[2],
-        NORM=norm,
-        GAIN=gain,
-        RESIDUAL=residual,
-        SEARCH=search,
-        PRECISION="ieee",
-        enable_fp_fusion=False,
-        **shape,
-    )

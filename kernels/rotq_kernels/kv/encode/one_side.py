@@ -1,6 +1,6 @@
 """One side of the KV cache, keys or values, to codes and back: the definition, in plain PyTorch.
 
-A token's row x, its mean already removed, becomes (symbols as in ``kv_format``)
+A token's row x, its mean already removed, becomes (symbols as in ``kv.format``)
 
     y = A x,  u = y / rms(y),  q = number of thresholds below u,  s by ``SideConstants.gain``
 
@@ -52,15 +52,15 @@ def turned_mean(
 
 
 def key_mean(
-    transform: KVConstants, position_BT: Tensor, dtype: torch.dtype = torch.float32
+    constants: KVConstants, position_BT: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """What is removed from keys: (B, H, T, D), or broadcasting to it."""
-    mean_HD = transform.key.mean_HD
-    if transform.mean == "rope":
-        inv_freq_R = transform.inv_freq_R
+    mean_HD = constants.key.mean_HD
+    if constants.mean == "rope":
+        inv_freq_R = constants.inv_freq_R
         assert inv_freq_R is not None
-        return turned_mean(mean_HD, position_BT, inv_freq_R, transform.rotary_scale, dtype)
-    if transform.mean == "none":
+        return turned_mean(mean_HD, position_BT, inv_freq_R, constants.rotary_scale, dtype)
+    if constants.mean == "none":
         mean_HD = torch.zeros_like(mean_HD)
     return mean_HD[None, :, None].to(dtype)
 
@@ -68,7 +68,7 @@ def key_mean(
 def quantize_side(
     x_BHTD: Tensor, side: SideConstants, bits: int, norm: Literal["log8", "float16", "none"]
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes and stored norms of rows whose mean has been removed; see ``kv_search`` for ``search``.
+    """Codes and stored norms of rows whose mean has been removed; see ``search`` for ``search``.
 
     Args:
         x_BHTD: Any float dtype; computed in fp32.
@@ -133,7 +133,7 @@ def dequantize_side(
 
 
 def quantize_residual(
-    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, transform: KVConstants
+    x_BHTD: Tensor, codes_BHTD: Tensor, norm_BHT: Tensor | None, constants: KVConstants
 ) -> tuple[Tensor, Tensor | None]:
     """The sign bits of keys whose mean has been removed, after ``quantize_side``.
 
@@ -141,11 +141,11 @@ def quantize_residual(
         uint8 (B, H, T, D), 1 where the residual (sketched, for qjl) is not negative; and the
         stored rms of the residual for qjl, else None.
     """
-    form, key = transform.format, transform.key
+    form, key = constants.format, constants.key
     left_BHTD = left_over(x_BHTD, codes_BHTD, norm_BHT, key, form.k_bits)
     if form.residual == "sign":
         return residual_bits(left_BHTD, None, None, None)
-    return residual_bits(left_BHTD, transform.sketch_DD, transform.gamma_base_H, form.norm_dtype)
+    return residual_bits(left_BHTD, constants.sketch_DD, constants.gamma_base_H, form.norm_dtype)
 
 
 def left_over(
@@ -177,19 +177,19 @@ def dequantize_residual(
     sign_BHTD: Tensor,
     norm_BHT: Tensor | None,
     gamma_BHT: Tensor | None,
-    transform: KVConstants,
+    constants: KVConstants,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """What the bits add to s L[q]: s delta sigma, or g c S^T sigma; ``dtype`` (B, H, T, D)."""
     sigma_BHTD = 2 * sign_BHTD.to(dtype) - 1
-    assert transform.residual_scale_H is not None
-    weight_H11 = transform.residual_scale_H[:, None, None].to(dtype)
-    if transform.format.residual == "sign":
-        return weight_H11 * side_scale(norm_BHT, transform.key.base_H, dtype) * sigma_BHTD
-    assert transform.sketch_DD is not None
-    assert transform.gamma_base_H is not None
-    gamma = side_scale(gamma_BHT, transform.gamma_base_H, dtype)
-    return weight_H11 * gamma * (sigma_BHTD @ transform.sketch_DD.to(dtype))
+    assert constants.residual_scale_H is not None
+    weight_H11 = constants.residual_scale_H[:, None, None].to(dtype)
+    if constants.format.residual == "sign":
+        return weight_H11 * side_scale(norm_BHT, constants.key.base_H, dtype) * sigma_BHTD
+    assert constants.sketch_DD is not None
+    assert constants.gamma_base_H is not None
+    gamma = side_scale(gamma_BHT, constants.gamma_base_H, dtype)
+    return weight_H11 * gamma * (sigma_BHTD @ constants.sketch_DD.to(dtype))
 
 
 def rotate(x_BHTD: Tensor, side: SideConstants) -> Tensor:

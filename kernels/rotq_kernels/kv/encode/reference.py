@@ -4,12 +4,10 @@ Shape suffixes: B sequences, T tokens, H KV heads, D head width, P pages, S toke
 J pages of a sequence, W words of a token, C words of its signs.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from rotq_kernels.kv.encode.arguments import SideArguments, side_arguments
 from rotq_kernels.kv.encode.one_side import (
     dequantize_residual,
     dequantize_side,
@@ -31,63 +29,41 @@ def encode_kv_reference(
     v_BHTD: Tensor,
     position_BT: Tensor,
     slot_BT: Tensor,
-    transform: KVConstants,
+    constants: KVConstants,
     pages: KVPages,
 ) -> None:
     """The definition of ``encode_kv``, in plain PyTorch."""
-    for side in sides(k_BHTD, v_BHTD, transform, pages):
-        encode_side_reference(position_BT=position_BT, slot_BT=slot_BT, **side)
+    for side in side_arguments(k_BHTD, v_BHTD, position_BT, slot_BT, constants, pages):
+        encode_side_reference(side)
 
 
-def encode_side_reference(
-    x_BHTD: Tensor,
-    position_BT: Tensor,
-    slot_BT: Tensor,
-    matrix_HDD: Tensor,
-    mean_HD: Tensor,
-    levels_HL: Tensor,
-    thresholds_HL: Tensor,
-    base_H: Tensor,
-    unit_H: Tensor,
-    inv_freq_R: Tensor | None,
-    sketch_DD: Tensor | None,
-    gamma_base_H: Tensor | None,
-    codes_PHSW: Tensor,
-    norm_PHS: Tensor | None,
-    sign_PHSC: Tensor | None,
-    gamma_PHS: Tensor | None,
-    bits: int,
-    gain: str,
-    rotary_scale: float,
-    metric_HDD: Tensor | None,
-    search: int,
-) -> None:
-    """Keys or values alone; arguments as ``SideConstants`` and ``KVPages`` have them."""
+def encode_side_reference(given: SideArguments) -> None:
+    """Keys or values alone."""
     side = SideConstants(
-        matrix_HDD=matrix_HDD,
-        inverse_HDD=matrix_HDD,  # not used
-        mean_HD=mean_HD,
-        levels_HL=levels_HL,
-        thresholds_HL=thresholds_HL,
-        base_H=base_H,
-        gain=gain,  # type: ignore[arg-type]
-        unit_H=unit_H,
-        metric_HDD=metric_HDD,
-        search=search,
+        matrix_HDD=given.matrix_HDD,
+        inverse_HDD=given.matrix_HDD,  # not used
+        mean_HD=given.mean_HD,
+        levels_HL=given.levels_HL,
+        thresholds_HL=given.thresholds_HL,
+        base_H=given.base_H,
+        gain=given.gain,  # type: ignore[arg-type]
+        unit_H=given.unit_H,
+        metric_HDD=given.metric_HDD,
+        search=given.search,
     )
-    mean = mean_HD[:, None]
-    if inv_freq_R is not None:
-        mean = turned_mean(mean_HD, position_BT, inv_freq_R, rotary_scale)
-    x_BHTD = x_BHTD.float() - mean
-    dtype = None if norm_PHS is None else norm_PHS.dtype
-    codes_BHTD, norm_BHT = quantize_side(x_BHTD, side, bits, NORMS[dtype])  # type: ignore[arg-type]
-    _write(codes_PHSW, pack_kv(codes_BHTD, bits), slot_BT)
-    _write(norm_PHS, norm_BHT, slot_BT)
-    if sign_PHSC is not None:
-        left_BHTD = left_over(x_BHTD, codes_BHTD, norm_BHT, side, bits)
-        sign_BHTD, gamma_BHT = residual_bits(left_BHTD, sketch_DD, gamma_base_H, dtype)
-        _write(sign_PHSC, pack_kv(sign_BHTD, 1), slot_BT)
-        _write(gamma_PHS, gamma_BHT, slot_BT)
+    mean = given.mean_HD[:, None]
+    if given.inv_freq_R is not None:
+        mean = turned_mean(given.mean_HD, given.position_BT, given.inv_freq_R, given.rotary_scale)
+    x_BHTD = given.x_BHTD.float() - mean
+    dtype = None if given.norm_PHS is None else given.norm_PHS.dtype
+    codes_BHTD, norm_BHT = quantize_side(x_BHTD, side, given.bits, NORMS[dtype])  # type: ignore[arg-type]
+    _write(given.codes_PHSW, pack_kv(codes_BHTD, given.bits), given.slot_BT)
+    _write(given.norm_PHS, norm_BHT, given.slot_BT)
+    if given.sign_PHSC is not None:
+        left_BHTD = left_over(x_BHTD, codes_BHTD, norm_BHT, side, given.bits)
+        sign_BHTD, gamma_BHT = residual_bits(left_BHTD, given.sketch_DD, given.gamma_base_H, dtype)
+        _write(given.sign_PHSC, pack_kv(sign_BHTD, 1), given.slot_BT)
+        _write(given.gamma_PHS, gamma_BHT, given.slot_BT)
 
 
 def dequantize_kv_reference(
@@ -95,7 +71,7 @@ def dequantize_kv_reference(
     page_table_BJ: Tensor,
     length_B: Tensor,
     start_B: Tensor,
-    transform: KVConstants,
+    constants: KVConstants,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +82,7 @@ def dequantize_kv_reference(
         page_table_BJ: Integers; page j of sequence b. Not read beyond the sequence's length.
         length_B: Packed tokens of each sequence.
         start_B: Position of its first packed token.
-        transform: Constants of the layer.
+        constants: Constants of the layer.
         dtype: Of the result and of all arithmetic: fp32, or fp64 for oracles.
 
     Returns:
@@ -131,14 +107,14 @@ def dequantize_kv_reference(
     norm_BHT, residual_BHTD = read(pages.k_norm), None
     if pages.k_sign is not None:
         sign_BHTD, gamma_BHT = read_codes(pages.k_sign, 1), read(pages.k_gamma)
-        residual_BHTD = dequantize_residual(sign_BHTD, norm_BHT, gamma_BHT, transform, dtype)
+        residual_BHTD = dequantize_residual(sign_BHTD, norm_BHT, gamma_BHT, constants, dtype)
     codes_BHTD = read_codes(pages.k_codes, form.k_bits)
-    k_BHTD = key_mean(transform, start_B[:, None] + token_T, dtype) + dequantize_side(
-        codes_BHTD, norm_BHT, transform.key, form.k_bits, residual_BHTD=residual_BHTD, dtype=dtype
+    k_BHTD = key_mean(constants, start_B[:, None] + token_T, dtype) + dequantize_side(
+        codes_BHTD, norm_BHT, constants.key, form.k_bits, residual_BHTD=residual_BHTD, dtype=dtype
     )
     codes_BHTD = read_codes(pages.v_codes, form.v_bits)
-    v_BHTD = transform.value.mean_HD[:, None].to(dtype) + dequantize_side(
-        codes_BHTD, read(pages.v_norm), transform.value, form.v_bits, dtype=dtype
+    v_BHTD = constants.value.mean_HD[:, None].to(dtype) + dequantize_side(
+        codes_BHTD, read(pages.v_norm), constants.value, form.v_bits, dtype=dtype
     )
     gone_B1T1 = ~there_BT[:, None, :, None]
     return k_BHTD.masked_fill(gone_B1T1, 0), v_BHTD.masked_fill(gone_B1T1, 0)
@@ -152,49 +128,3 @@ def _write(stored: Tensor | None, new: Tensor | None, slot_BT: Tensor) -> None:
     slot = slot_BT[b, t]
     page_size = stored.shape[2]
     stored[slot // page_size, :, slot % page_size] = new[b, :, t]
-
-
-def sides(
-    k_BHTD: Tensor, v_BHTD: Tensor, transform: KVConstants, pages: KVPages
-) -> Iterator[dict[str, Any]]:
-    """Arguments of the operator for keys, then for values."""
-    form, key = pages.format, transform.key
-    yield _constants(key) | {
-        "x_BHTD": k_BHTD,
-        "mean_HD": torch.zeros_like(key.mean_HD) if transform.mean == "none" else key.mean_HD,
-        "inv_freq_R": transform.inv_freq_R if transform.mean == "rope" else None,
-        "rotary_scale": transform.rotary_scale,
-        "sketch_DD": transform.sketch_DD if form.residual == "qjl" else None,
-        "gamma_base_H": transform.gamma_base_H if form.residual == "qjl" else None,
-        "codes_PHSW": pages.k_codes,
-        "norm_PHS": pages.k_norm,
-        "sign_PHSC": pages.k_sign,
-        "gamma_PHS": pages.k_gamma,
-        "bits": form.k_bits,
-    }
-    yield _constants(transform.value) | {
-        "x_BHTD": v_BHTD,
-        "mean_HD": transform.value.mean_HD,
-        "inv_freq_R": None,
-        "rotary_scale": 1.0,
-        "sketch_DD": None,
-        "gamma_base_H": None,
-        "codes_PHSW": pages.v_codes,
-        "norm_PHS": pages.v_norm,
-        "sign_PHSC": None,
-        "gamma_PHS": None,
-        "bits": form.v_bits,
-    }
-
-
-def _constants(side: SideConstants) -> dict[str, Any]:
-    return {
-        "matrix_HDD": side.matrix_HDD,
-        "levels_HL": side.levels_HL,
-        "thresholds_HL": side.thresholds_HL,
-        "base_H": side.base_H,
-        "unit_H": side.unit_H,
-        "gain": side.gain,
-        "metric_HDD": side.metric_HDD if side.search else None,
-        "search": side.search,
-    }

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""The search of ``kv_search`` on a tile of tokens, for the kernel that encodes.
+"""The search of ``search`` on a tile of tokens, for the kernel that encodes.
 
 Shape suffixes: N tokens of a tile, D head width padded to a power of two, C blocks of K
 columns.
@@ -21,6 +21,7 @@ def times_metric(x_ND, metric_ptr, D: tl.constexpr, PRECISION: tl.constexpr):
     C: tl.constexpr = x_ND.shape[1] // K
     d, k = tl.arange(0, x_ND.shape[1]), tl.arange(0, K)
     c = tl.arange(0, C)[None, :, None]
+    # [N, D] -> [N, C, K]
     x_NCK = tl.reshape(x_ND, [x_ND.shape[0], C, K])
     product_ND = tl.zeros_like(x_ND)
     # not pipelined: two blocks of a wide head exceed the shared memory of gfx942

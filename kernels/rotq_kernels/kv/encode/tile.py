@@ -105,6 +105,7 @@ def store_words(words_ptr, row_N, keep_N, code_ND, D: tl.constexpr, BITS: tl.con
     """Pack codes, zero beyond D, and store them at rows of the page tensor."""
     chunks: tl.constexpr = (D + 31) // 32
     C: tl.constexpr = code_ND.shape[1] // 32
+    # [N, D] -> [N, C, 32], and each word is a sum over 32: [N, C]
     code_NC32 = tl.reshape(code_ND, [code_ND.shape[0], C, 32])
     k = tl.arange(0, 32)[None, None, :]
     c = tl.arange(0, C)

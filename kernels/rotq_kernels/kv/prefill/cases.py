@@ -1,4 +1,4 @@
-"""What ``compile_check`` compiles of ``kv_prefill_kernels``: half-precision queries."""
+"""What ``compile_check`` compiles of ``prefill.kernels``: half-precision queries."""
 
 from typing import Any
 

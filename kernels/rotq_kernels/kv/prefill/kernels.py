@@ -1,12 +1,13 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Triton kernels of ``kv_prefill``: many query rows over packed pages, then over dense tokens.
+"""Triton kernels of ``prefill.launch``: many query rows over packed pages, then over dense tokens.
 
 A program takes N query rows of one KV head, query heads by tokens, and walks over the tokens in
-tiles (``kv_prefill_tile``). The keys' mean is turned to a tile's tokens once for all rows: from its
+tiles (``prefill.tile``). The keys' mean is turned to a tile's tokens once for all rows: from its
 pairs at the tile's first token, by a table of the angles that follow.
 
-Letters: N query rows of a program, TILE tokens of a tile, D head width, R rotary pairs, T query
-tokens, H KV heads.
+Letters: N query rows of a program, TILE tokens of a tile, D head width, WIDTH that padded (to
+chunks of 32, a power of two of them; for dense tokens to a power of two), R rotary pairs, PAIRS
+those padded, T query tokens, H KV heads.
 """
 
 import triton
@@ -121,10 +122,12 @@ def packed_kernel(
         token = t0 + i
         k_norm = load_norms(k_norm_ptr, row, everywhere, k_base, 1.0)
         levels = load_levels(k_codes_ptr, row, k_table, D, K_BITS, EXACT, PTX)
+        # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
         score = tl.dot(x, tl.trans(levels), input_precision=PRECISION)
         score *= unit[:, None] * k_norm[None, :]
         if k_sign_ptr is not None:
             signs = load_levels(k_sign_ptr, row, sign_table, D, 1, EXACT, PTX)
+            # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
             found = tl.dot(r_x, tl.trans(signs), input_precision=PRECISION)
             if k_gamma_ptr is not None:
                 k_norm = load_norms(k_gamma_ptr, row, everywhere, gamma_base, 1.0)
@@ -133,6 +136,7 @@ def packed_kernel(
             origin = origin_ptr + (t0 // TILE) * (2 * R)
             # adding 0 keeps the compiler from holding the table in registers, which then spill
             turned = turned_mean(mean_ptr, origin, angle_ptr + t0 % TILE, i, R, TILE)
+            # [N, 2 PAIRS] @ [2 PAIRS, TILE] -> [N, TILE]
             found = tl.dot(q, tl.trans(turned.to(KIND)), input_precision=PRECISION)
             score += found * (q_unit * mean_scale)[:, None]
         score += constant[:, None]
@@ -149,6 +153,7 @@ def packed_kernel(
         values = load_levels(v_codes_ptr, row, v_table, D, V_BITS, EXACT, PTX)
         values *= load_value_norms(v_norm_ptr, row, EXACT)[:, None]
         sums *= fade[:, None]
+        # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
         sums = tl.dot(share.to(KIND), values, sums, input_precision=PRECISION)
 
     v_worth = value_worth(v_norm_ptr, v_base)
@@ -221,6 +226,7 @@ def dense_chunk_kernel(
             seen = there[None, :] & (ahead >= 0)
             if WINDOW > 0:
                 seen &= ahead < WINDOW
+            # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
             score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
             score = tl.where(seen, score, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(score, axis=1))
@@ -229,6 +235,7 @@ def dense_chunk_kernel(
             share = tl.exp2(score - peak[:, None])
             weight = weight * fade + tl.sum(share, axis=1)
             share = share.to(q.dtype)
+            # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
             sums = tl.dot(share, v.to(q.dtype), sums * fade[:, None], input_precision=PRECISION)
     sums /= tl.where(weight == 0.0, 1.0, weight)[:, None]
     tl.store(out_ptr + spot, sums.to(out_ptr.dtype.element_ty), mask=inside)

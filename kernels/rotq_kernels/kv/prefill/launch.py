@@ -3,7 +3,7 @@
 The function of ``packed_attention`` for more query rows than a decode tile holds. Its maths, in an
 order that unpacks each tile of codes once for many query rows:
 
-    1.  x -> x A^-1                                     turned once (``kv_query``)
+    1.  x -> x A^-1                                     turned once (``kv.query``)
     2.  sums, maximum, weights over packed tokens       codes only, in the values' rotated basis
     3.  sums A_v^-T + weights v_mean                    turned back once
     4.  the dense tokens, from there on, then division
@@ -11,7 +11,7 @@ order that unpacks each tile of codes once for many query rows:
 Nothing of the size of the history is written: between the steps are sums of the size of the query.
 
 Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N query rows of a KV head
-(its M / H heads by T tokens), D head width.
+(its M / H heads by T tokens), D head width, Q tiles of a sequence's packed tokens, R rotary pairs.
 """
 
 import math
@@ -19,51 +19,35 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVPages
-from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel, packed_kernel
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory, level_words
 from rotq_kernels.kv.query import turn_query
+from rotq_kernels.kv.rope_mean import angle_table
+from rotq_kernels.launching import require_triton
 
 
 def packed_prefill(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    page_table_BJ: Tensor,
-    length_B: Tensor,
-    start_B: Tensor,
-    query_position_BT: Tensor,
-    transform: KVConstants,
-    *,
-    dense: DenseKV | None = None,
-    window: int = 0,
-    scale: float,
+    q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, *, scale: float
 ) -> Tensor:
     """``packed_attention`` for long chunks, unchecked; CPU tensors need TRITON_INTERPRET=1.
 
     Arguments and result are those of ``packed_attention``, which calls this and is what to call;
     its reference is ``packed_attention_reference``.
     """
-    H = pages.k_codes.shape[1]
-    q_BMTD = q_BMTD.contiguous()
-    position_BT = query_position_BT.contiguous()
-    sums_BHND, peak_BHN, weight_BHN = _attend_packed(
-        q_BMTD,
-        pages,
-        (page_table_BJ.contiguous(), length_B.contiguous(), start_B.contiguous(), position_BT),
-        transform,
-        window,
-        scale,
-    )
-    value = transform.value
+    require_triton()
+    from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel
+
+    H, value = history.pages.k_codes.shape[1], history.constants.value
+    q_BMTD, position_BT = q_BMTD.contiguous(), position_BT.contiguous()
+    sums_BHND, peak_BHN, weight_BHN = _attend_packed(q_BMTD, position_BT, history, scale)
     sums_BHND = sums_BHND @ value.inverse_HDD.mT
     sums_BHND += weight_BHN[..., None] * value.mean_HD[:, None]
     out_BMTD = torch.empty_like(q_BMTD)
-    k_BHND, v_BHND, dense_position_BN = _dense_tensors(dense, q_BMTD, H)
+    k_BHND, v_BHND, dense_position_BN = _dense_tensors(history.dense, q_BMTD, H)
     N, T = sums_BHND.shape[2], q_BMTD.shape[2]
     tile = _tile(q_BMTD)
-    dense_chunk_kernel[(triton.cdiv(N, tile["N"]), sums_BHND.shape[0] * H)](
+    dense_chunk_kernel[(-(-N // tile["N"]), sums_BHND.shape[0] * H)](
         q_BMTD,
         k_BHND,
         v_BHND,
@@ -81,7 +65,7 @@ def packed_prefill(
         *k_BHND.stride()[:3],
         *v_BHND.stride()[:3],
         D=q_BMTD.shape[3],
-        WINDOW=window,
+        WINDOW=history.window,
         PRECISION="ieee" if torch.version.hip is not None else "tf32x3",
         **tile,
     )
@@ -89,31 +73,30 @@ def packed_prefill(
 
 
 def _attend_packed(
-    q_BMTD: Tensor,
-    pages: KVPages,
-    where: tuple[Tensor, Tensor, Tensor, Tensor],
-    transform: KVConstants,
-    window: int,
-    scale: float,
+    q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated sums (B, H, N, D), maxima in log2 and sums of weights (B, H, N), all fp32."""
-    form, key, value = pages.format, transform.key, transform.value
-    page_table_BJ, length_B, start_B, position_BT = where
-    turned = turn_query(q_BMTD, _without_turning_mean(transform), scale=scale)
+    from rotq_kernels.kv.prefill.kernels import packed_kernel
+
+    pages, constants = history.pages, history.constants
+    form, key, value = pages.format, constants.key, constants.value
+    page_table_BJ, start_B = history.page_table_BJ.contiguous(), history.start_B.contiguous()
+    turned = turn_query(q_BMTD, _without_turning_mean(constants), scale=scale)
     sums_BHND = torch.empty_like(turned.levels_BHND)
     peak_BHN = sums_BHND.new_empty(sums_BHND.shape[:3])
     weight_BHN = torch.empty_like(peak_BHN)
     B, H, N, D = sums_BHND.shape
     tile, exact = _tile(q_BMTD), q_BMTD.dtype == torch.float32
-    turning = transform.mean == "rope"
+    turning = constants.mean == "rope"
     origins = angles = None
     if turning:
-        tiles = triton.cdiv(page_table_BJ.shape[1] * form.page_size, tile["TILE"])
+        assert constants.inv_freq_R is not None
+        tiles = -(-page_table_BJ.shape[1] * form.page_size // tile["TILE"])
         first_BQ = start_B[:, None] + torch.arange(tiles, device=start_B.device) * tile["TILE"]
-        origins = _angles(transform, first_BQ).float()
-        angles = _angles(transform, torch.arange(tile["TILE"], device=start_B.device))
-        angles = angles.transpose(0, 1).contiguous().to(torch.float32 if exact else torch.float16)
-    packed_kernel[(triton.cdiv(N, tile["N"]), B * H)](
+        origins = _angles(constants.inv_freq_R, first_BQ)
+        angle_dtype = torch.float32 if exact else torch.float16
+        angles = angle_table(constants.inv_freq_R, tile["TILE"], angle_dtype)
+    packed_kernel[(-(-N // tile["N"]), B * H)](
         q_BMTD,
         turned.levels_BHND.contiguous(),
         _contiguous(turned.residual_BHND),
@@ -125,15 +108,15 @@ def _attend_packed(
         pages.k_norm,
         pages.k_sign,
         pages.k_gamma,
-        _table(key.levels_HL, form.k_bits),
+        level_words(key.levels_HL, form.k_bits),
         key.base_H,
-        transform.gamma_base_H if pages.k_gamma is not None else None,
+        constants.gamma_base_H if pages.k_gamma is not None else None,
         pages.v_codes,
         pages.v_norm,
-        _table(value.levels_HL, form.v_bits),
+        level_words(value.levels_HL, form.v_bits),
         value.base_H,
         page_table_BJ,
-        length_B,
+        history.length_B.contiguous(),
         start_B,
         position_BT,
         sums_BHND,
@@ -144,13 +127,13 @@ def _attend_packed(
         position_BT.shape[1],
         page_table_BJ.shape[1],
         1 if origins is None else origins.shape[1],
-        scale * math.log2(math.e) * transform.rotary_scale,
+        scale * math.log2(math.e) * constants.rotary_scale,
         D=D,
         R=1 if angles is None else angles.shape[2],
         K_BITS=form.k_bits,
         V_BITS=form.v_bits,
         PAGE=form.page_size,
-        WINDOW=window,
+        WINDOW=history.window,
         EXACT=exact,
         PTX=q_BMTD.is_cuda and torch.version.hip is None,
         **tile,
@@ -158,21 +141,20 @@ def _attend_packed(
     return sums_BHND, peak_BHN, weight_BHN
 
 
-def _angles(transform: KVConstants, position: Tensor) -> Tensor:
-    """cos and sin of RoPE's angles: fp64 (..., 2, R)."""
-    assert transform.inv_freq_R is not None
-    angle = position[..., None].double() * transform.inv_freq_R.double()
-    return torch.stack((angle.cos(), angle.sin()), dim=-2)
+def _angles(inv_freq_R: Tensor, first_BQ: Tensor) -> Tensor:
+    """cos and sin of RoPE's angles at the first token of each tile: fp32 (B, Q, 2, R)."""
+    angle_BQR = first_BQ[..., None].double() * inv_freq_R.double()
+    return torch.stack((angle_BQR.cos(), angle_BQR.sin()), dim=-2).float()
 
 
-def _without_turning_mean(transform: KVConstants) -> KVConstants:
+def _without_turning_mean(constants: KVConstants) -> KVConstants:
     """Of a mean that turns, what RoPE leaves as it is, which gives the same score everywhere."""
-    if transform.mean != "rope":
-        return transform
-    assert transform.inv_freq_R is not None
-    mean_HD = transform.key.mean_HD.clone()
-    mean_HD[:, : 2 * transform.inv_freq_R.shape[0]] = 0
-    return replace(transform, mean="static", key=replace(transform.key, mean_HD=mean_HD))
+    if constants.mean != "rope":
+        return constants
+    assert constants.inv_freq_R is not None
+    mean_HD = constants.key.mean_HD.clone()
+    mean_HD[:, : 2 * constants.inv_freq_R.shape[0]] = 0
+    return replace(constants, mean="static", key=replace(constants.key, mean_HD=mean_HD))
 
 
 def _tile(q_BMTD: Tensor) -> dict[str, int]:
@@ -188,11 +170,6 @@ def _tile(q_BMTD: Tensor) -> dict[str, int]:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _table(levels_HL: Tensor, bits: int) -> Tensor | None:
-    """Rows of int8 as int32 words; None above 4 bits."""
-    return levels_HL.contiguous().view(torch.int32) if bits <= 4 else None
 
 
 def _dense_tensors(dense: DenseKV | None, q_BMTD: Tensor, H: int) -> tuple[Any, Any, Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rotq_kernels.kv.paging import load_norms
-from rotq_kernels.kv.rope_mean import load_angles
+from rotq_kernels.kv.rope_mean_tile import load_angles
 from rotq_kernels.kv.unpack import (
     code_of,
     from_lowest,
@@ -79,7 +79,8 @@ def load_levels(
         _halves(quads[6], PTX),
         _halves(quads[7], PTX),
     )
-    # [TILE, PADDED, byte 2, byte 2, quad 2, quad 2, quad 2] -> columns 32 chunk + 4 quad + byte
+    # [TILE, PADDED, byte 2, 2, quad 2, 2, 2] -> [TILE, PADDED, quad 2, 2, 2, byte 2, 2]
+    # -> [TILE, 32 PADDED], columns 32 chunk + 4 quad + byte
     levels = joined.permute(0, 1, 4, 5, 6, 2, 3).reshape(row.shape[0], 32 * PADDED)
     # in two steps, as fp16 has no halves above 1024
     levels = (levels - 1024.0) + (tl.zeros([1, 1], tl.float32) + lowest).to(tl.float16)
@@ -166,4 +167,5 @@ def turned_mean(mean_ptr, origin_ptr, angle_ptr, i, R: tl.constexpr, TILE: tl.co
     first, second = (first * cos - second * sin)[None, :], (second * cos + first * sin)[None, :]
     cos, sin = load_angles(angle_ptr, i, R, TILE)
     turned = tl.join(first * cos - second * sin, second * cos + first * sin)
+    # [TILE, PAIRS, 2] -> [TILE, 2 PAIRS]
     return turned.reshape(TILE, 2 * PAIRS)

@@ -8,11 +8,11 @@ import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
-from rotq_kernels.kv.cpu import attention as kv_attention_cpu
+from rotq_kernels.kv.cpu import attention
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.cpu.levels import LevelReader
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, KVPages
 
 LENGTHS = [75, 0, 1, 48]
 STARTS = [3, 0, 17, 900]
@@ -31,12 +31,12 @@ FORMATS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several chunks and tiles per sequence, the last not whole; query tokens in turns."""
-    monkeypatch.setattr(kv_attention_cpu, "CHUNK", 64)
-    monkeypatch.setattr(kv_attention_cpu, "TILE", 16)
-    monkeypatch.setattr(kv_attention_cpu, "SCORES", 80 * 4 * 3)
-    kv_attention_cpu._angles.cache_clear()
+    monkeypatch.setattr(attention, "CHUNK", 64)
+    monkeypatch.setattr(attention, "TILE", 16)
+    monkeypatch.setattr(attention, "SCORES", 80 * 4 * 3)
+    attention._angles.cache_clear()
     yield
-    kv_attention_cpu._angles.cache_clear()
+    attention._angles.cache_clear()
 
 
 class Case:
@@ -72,18 +72,16 @@ class Case:
         self.scale = 2 * D**-0.5
 
     def run(self, window: int = 0) -> Tensor:
-        return packed_attention_cpu(
-            self.q_BMTD,
-            self.pages,
-            self.table_BJ,
-            self.length_B,
-            self.start_B,
-            self.position_BT,
-            self.transform,
+        history = KVHistory(
+            pages=self.pages,
+            page_table_BJ=self.table_BJ,
+            length_B=self.length_B,
+            start_B=self.start_B,
+            constants=self.transform,
             dense=self.dense,
             window=window,
-            scale=self.scale,
         )
+        return packed_attention_cpu(self.q_BMTD, self.position_BT, history, scale=self.scale)
 
     def oracle(self, window: int = 0) -> Tensor:
         k, v = dequantize_kv_reference(
@@ -191,4 +189,4 @@ def test_dense_cache_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LevelReader, "read", watch)
     Case(transform_of(FORMATS["k3v3"], 2)).run()
-    assert 0 < largest <= kv_attention_cpu.CHUNK // 2 < max(LENGTHS)
+    assert 0 < largest <= attention.CHUNK // 2 < max(LENGTHS)

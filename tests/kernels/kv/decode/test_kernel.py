@@ -11,9 +11,9 @@ from prmt_emulation import emulate_prmt
 from torch import Tensor
 
 from rotq_kernels.kv.attention import packed_attention_reference, packed_attention_triton
-from rotq_kernels.kv.decode import launch as kv_launch
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVFormat, KVPages
+from rotq_kernels.kv.decode import kernel
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 
 RAGGED = [150, 0, 1]
 STARTS = [3, 0, 1700]
@@ -80,35 +80,43 @@ class Case:
         position_BN = torch.cat((sink_BN, self.position_BT), dim=1).int()
         return DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=position_BN)
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        where = (self.table_BJ, self.length_B, self.start_B, self.position_BT)
-        keywords = {
-            "dense": self.dense,
-            "window": self.window,
-            "scale": 1.5 * self.q_BMTD.shape[-1] ** -0.5,
-        }
-        return (self.q_BMTD, self.pages, *where, self.transform), keywords
+    def history(self) -> KVHistory:
+        return KVHistory(
+            pages=self.pages,
+            page_table_BJ=self.table_BJ,
+            length_B=self.length_B,
+            start_B=self.start_B,
+            constants=self.transform,
+            dense=self.dense,
+            window=self.window,
+        )
+
+    @property
+    def scale(self) -> float:
+        return 1.5 * float(self.q_BMTD.shape[-1] ** -0.5)
 
     def run(self, **more: Any) -> Tensor:
         """The kernels' output; what no key is stored in is poison."""
-        arguments, keywords = self.arguments()
+        history = self.history()
         if self.dense is not None:
             gone_BN = self.dense.position_BN < 0
-            dense = replace(
+            history.dense = replace(
                 self.dense, k_BHND=self.dense.k_BHND.clone(), v_BHND=self.dense.v_BHND.clone()
             )
-            for tensor in (dense.k_BHND, dense.v_BHND):
+            for tensor in (history.dense.k_BHND, history.dense.v_BHND):
                 tensor.transpose(1, 2)[gone_BN] = float("nan")
-            keywords["dense"] = dense
-        return packed_attention_triton(*arguments, **keywords, **more)
+        return packed_attention_triton(
+            self.q_BMTD, self.position_BT, history, scale=self.scale, **more
+        )
 
     def oracle(self) -> Tensor:
-        arguments, keywords = self.arguments()
-        return packed_attention_reference(*arguments, **keywords, dtype=torch.float64)
+        return packed_attention_reference(
+            self.q_BMTD, self.position_BT, self.history(), scale=self.scale, dtype=torch.float64
+        )
 
     def baseline(self) -> Tensor:
         """Plain attention in the query's dtype over what the codes stand for."""
-        (q_BMTD, _, _, _, _, query_position_BT, _), keywords = self.arguments()
+        q_BMTD, position_BT = self.q_BMTD, self.position_BT
         k_BHND, v_BHND = dequantize_kv_reference(
             self.pages, self.table_BJ, self.length_B, self.start_B, self.transform,
             dtype=torch.float64,
@@ -119,7 +127,7 @@ class Case:
             k_BHND = torch.cat((k_BHND, self.dense.k_BHND), dim=2)
             v_BHND = torch.cat((v_BHND, self.dense.v_BHND), dim=2)
             position_BN = torch.cat((position_BN, self.dense.position_BN), dim=1)
-        ahead_BTN = query_position_BT[:, :, None] - position_BN[:, None]
+        ahead_BTN = position_BT[:, :, None] - position_BN[:, None]
         seen_BTN = (position_BN[:, None] >= 0) & (ahead_BTN >= 0)
         if self.window:
             seen_BTN &= ahead_BTN < self.window
@@ -127,7 +135,7 @@ class Case:
         k_BMND, v_BMND = (
             x.to(self.dtype).repeat_interleave(group, dim=1) for x in (k_BHND, v_BHND)
         )
-        score_BMTN = q_BMTD @ k_BMND.mT * keywords["scale"]
+        score_BMTN = q_BMTD @ k_BMND.mT * self.scale
         share_BMTN = score_BMTN.masked_fill(~seen_BTN[:, None], -torch.inf).softmax(-1)
         return share_BMTN.nan_to_num(0.0) @ v_BMND
 
@@ -261,7 +269,7 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     form = KVFormat(head_dim=64, k_bits=3, v_bits=4, residual=residual)
     case = Case(form, lengths=[150], starts=[5])
     ran = emulate_prmt(monkeypatch)
-    decode = kv_launch.decode_kernel
+    decode = kernel.decode_kernel
     # with NVIDIA's tile of 8 query rows: a BLAS may sum in another order for another tile
     tile: dict[str, Any] = {"N": 8}
 
@@ -269,7 +277,7 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: tuple[int, int]) -> Any:
             return lambda **arguments: decode[grid](**arguments | tile)
 
-    monkeypatch.setattr(kv_launch, "decode_kernel", Launcher())
+    monkeypatch.setattr(kernel, "decode_kernel", Launcher())
     portable = case.run()
     assert not ran
     tile["PTX"] = True

@@ -11,14 +11,10 @@ import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
-from rotq_kernels.kv.encode.launch import (
-    _op,
-    dequantize_kv_reference,
-    encode_kv,
-    encode_kv_reference,
-    encode_kv_triton,
-    sides,
-)
+from rotq_kernels.kv.encode.arguments import side_arguments
+from rotq_kernels.kv.encode.launch import encode_kv_triton
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encoding import _op, encode_kv
 from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 CASES = {
@@ -104,9 +100,8 @@ def test_cpu_operator_and_its_fake() -> None:
     encode_kv_reference(k_BHTD, v_BHTD, position_BT, slot_BT, transform, expected)
     for one, other in zip(pages.tensors(), expected.tensors(), strict=True):
         assert torch.equal(one, other)
-    for side in sides(k_BHTD, v_BHTD, transform, pages):
-        arguments = {"position_BT": position_BT, "slot_BT": slot_BT, **side}
-        torch.library.opcheck(_op, (), arguments)
+    for side in side_arguments(k_BHTD, v_BHTD, position_BT, slot_BT, transform, pages):
+        torch.library.opcheck(_op, tuple(side.flat()))
 
 
 @pytest.mark.parametrize(

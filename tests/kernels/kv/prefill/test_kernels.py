@@ -18,8 +18,8 @@ from rotq_kernels.kv.attention import (
     packed_attention_reference,
     packed_attention_triton,
 )
-from rotq_kernels.kv.encode.launch import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVPages
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 from rotq_kernels.kv.prefill.launch import packed_prefill
 
 SINKS = 4
@@ -31,21 +31,13 @@ class Case:
     """A chunk of T queries after ragged histories, each behind SINKS dense tokens."""
 
     q_BMTD: Tensor
-    pages: KVPages
-    page_table_BJ: Tensor
-    length_B: Tensor
-    start_B: Tensor
-    query_position_BT: Tensor
-    transform: KVConstants
-    dense: DenseKV | None
-    window: int
+    position_BT: Tensor
+    history: KVHistory
     scale: float
 
-    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """Positional and other arguments of ``packed_attention``."""
-        fields = vars(self).copy()
-        rest = {name: fields.pop(name) for name in ("dense", "window", "scale")}
-        return tuple(fields.values()), rest
+    def with_history(self, **changes: object) -> Case:
+        """Another history, otherwise the same."""
+        return replace(self, history=replace(self.history, **changes))  # type: ignore[arg-type]
 
 
 def make_case(
@@ -81,46 +73,49 @@ def make_case(
     dense_BHND[:, -1, :, -5:] = torch.nan
     return Case(
         q_BMTD=torch.randn(B, HEADS * group, T, D, generator=generator).to(dtype),
-        pages=pages,
-        page_table_BJ=table_BJ,
-        length_B=length_B,
-        start_B=start_B,
-        query_position_BT=chunk_BT,
-        transform=transform,
-        dense=DenseKV(k_BHND=dense_BHND[0], v_BHND=dense_BHND[1], position_BN=dense_position_BN),
-        window=window,
+        position_BT=chunk_BT,
+        history=KVHistory(
+            pages=pages,
+            page_table_BJ=table_BJ,
+            length_B=length_B,
+            start_B=start_B,
+            constants=transform,
+            dense=DenseKV(
+                k_BHND=dense_BHND[0], v_BHND=dense_BHND[1], position_BN=dense_position_BN
+            ),
+            window=window,
+        ),
         scale=D**-0.5,
     )
 
 
 def without_poison(case: Case) -> Case:
     """The reference multiplies what no query sees by zero, which NaN is not."""
-    if case.dense is None:
+    dense = case.history.dense
+    if dense is None:
         return case
-    dense = replace(
-        case.dense,
-        k_BHND=case.dense.k_BHND.nan_to_num(),
-        v_BHND=case.dense.v_BHND.nan_to_num(),
-    )
-    return replace(case, dense=dense)
+    clean = replace(dense, k_BHND=dense.k_BHND.nan_to_num(), v_BHND=dense.v_BHND.nan_to_num())
+    return case.with_history(dense=clean)
 
 
 def plain_attention(case: Case) -> Tensor:
     """The baseline: keys and values dequantized and stored in the query's dtype."""
-    dtype, dense = case.q_BMTD.dtype, case.dense
-    where = (case.page_table_BJ, case.length_B, case.start_B)
-    k_BHND, v_BHND = dequantize_kv_reference(case.pages, *where, case.transform)
+    dtype, history = case.q_BMTD.dtype, case.history
+    start_B, length_B, dense = history.start_B, history.length_B, history.dense
+    k_BHND, v_BHND = dequantize_kv_reference(
+        history.pages, history.page_table_BJ, length_B, start_B, history.constants
+    )
     token_N = torch.arange(k_BHND.shape[2])
-    position_BN = (case.start_B[:, None] + token_N).where(token_N < case.length_B[:, None], -1)
+    position_BN = (start_B[:, None] + token_N).where(token_N < length_B[:, None], -1)
     k_BHND, v_BHND = k_BHND.to(dtype), v_BHND.to(dtype)
     if dense is not None:
         k_BHND = torch.cat((k_BHND, dense.k_BHND), dim=2)
         v_BHND = torch.cat((v_BHND, dense.v_BHND), dim=2)
         position_BN = torch.cat((position_BN, dense.position_BN), dim=1)
-    ahead_BTN = case.query_position_BT[:, :, None] - position_BN[:, None]
+    ahead_BTN = case.position_BT[:, :, None] - position_BN[:, None]
     seen_BTN = (position_BN[:, None] >= 0) & (ahead_BTN >= 0)
-    if case.window:
-        seen_BTN &= ahead_BTN < case.window
+    if history.window:
+        seen_BTN &= ahead_BTN < history.window
     group = case.q_BMTD.shape[1] // HEADS
     k_BMND, v_BMND = (x.repeat_interleave(group, dim=1) for x in (k_BHND, v_BHND))
     score_BMTN = (case.q_BMTD @ k_BMND.mT) * case.scale
@@ -128,14 +123,18 @@ def plain_attention(case: Case) -> Tensor:
     return share_BMTN.nan_to_num(0.0) @ v_BMND
 
 
+def run(case: Case) -> Tensor:
+    return packed_prefill(case.q_BMTD, case.position_BT, case.history, scale=case.scale)
+
+
 def check(case: Case) -> Tensor:
     """Twice PyTorch's worst error at most; returns the output."""
-    arguments, rest = case.arguments()
-    actual = packed_prefill(*arguments, **rest)  # type: ignore[arg-type]
+    actual = run(case)
     assert (actual.dtype, actual.shape) == (case.q_BMTD.dtype, case.q_BMTD.shape)
     clean = without_poison(case)
-    arguments, rest = clean.arguments()
-    oracle = packed_attention_reference(*arguments, **rest, dtype=torch.float64)  # type: ignore[arg-type]
+    oracle = packed_attention_reference(
+        clean.q_BMTD, clean.position_BT, clean.history, scale=clean.scale, dtype=torch.float64
+    )
     ours, theirs = (
         (out.double() - oracle).abs().max().item() for out in (actual, plain_attention(clean))
     )
@@ -188,19 +187,14 @@ def test_query_groups(group: int) -> None:
 def test_far_positions() -> None:
     """Angles of thousands of tokens before the chunk."""
     case = make_case(FORMATS["k3v3"], dtype=torch.float32)
-    moved = torch.full_like(case.start_B, 100_000)
-    assert case.dense is not None
-    position_BN = case.dense.position_BN
+    start_B, dense = case.history.start_B, case.history.dense
+    moved = torch.full_like(start_B, 100_000)
+    assert dense is not None
+    position_BN = dense.position_BN
     far_BN = torch.where(position_BN >= SINKS, position_BN + moved[:, None], position_BN)
-    query_BT = case.query_position_BT
-    check(
-        replace(
-            case,
-            start_B=case.start_B + moved,
-            query_position_BT=torch.where(query_BT >= 0, query_BT + moved[:, None], query_BT),
-            dense=replace(case.dense, position_BN=far_BN),
-        )
-    )
+    far = case.with_history(start_B=start_B + moved, dense=replace(dense, position_BN=far_BN))
+    query_BT = case.position_BT
+    check(replace(far, position_BT=torch.where(query_BT >= 0, query_BT + moved[:, None], query_BT)))
 
 
 def test_a_dense_token_alone_in_its_tile() -> None:
@@ -209,7 +203,7 @@ def test_a_dense_token_alone_in_its_tile() -> None:
 
 
 def test_no_dense_tokens() -> None:
-    out = check(replace(make_case(FORMATS["k3v3"], lengths=(30, 0)), dense=None))
+    out = check(make_case(FORMATS["k3v3"], lengths=(30, 0)).with_history(dense=None))
     assert out[1].eq(0).all()
 
 
@@ -221,16 +215,16 @@ def test_no_packed_tokens() -> None:
 def test_queries_before_the_end_of_the_history() -> None:
     """Causal over packed tokens too: the chunk is in the middle of what is packed."""
     case = make_case(FORMATS["k3v3"], lengths=(100, 90), T=40)
-    position_BT = case.query_position_BT
-    check(replace(case, query_position_BT=torch.where(position_BT >= 0, position_BT - 30, -1)))
+    position_BT = case.position_BT
+    check(replace(case, position_BT=torch.where(position_BT >= 0, position_BT - 30, -1)))
 
 
 def test_layouts() -> None:
     """Queries, pages' table and dense tokens as slices of wider buffers."""
     case = make_case(FORMATS["k3v3"], lengths=(21, 40))
-    arguments, rest = case.arguments()
-    expected = packed_prefill(*arguments, **rest)  # type: ignore[arg-type]
-    assert case.dense is not None
+    expected = run(case)
+    dense = case.history.dense
+    assert dense is not None
 
     def widened(x: Tensor) -> Tensor:
         buffer = torch.zeros(*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 8, dtype=x.dtype)
@@ -238,20 +232,18 @@ def test_layouts() -> None:
         view.copy_(x)
         return view
 
-    swapped = widened(case.dense.k_BHND.transpose(1, 2)).transpose(1, 2)
-    strided = replace(
-        case,
-        q_BMTD=widened(case.q_BMTD),
-        page_table_BJ=widened(case.page_table_BJ),
-        query_position_BT=widened(case.query_position_BT),
+    swapped = widened(dense.k_BHND.transpose(1, 2)).transpose(1, 2)
+    strided = case.with_history(
+        page_table_BJ=widened(case.history.page_table_BJ),
         dense=DenseKV(
             k_BHND=swapped,
-            v_BHND=widened(case.dense.v_BHND),
-            position_BN=widened(case.dense.position_BN),
+            v_BHND=widened(dense.v_BHND),
+            position_BN=widened(dense.position_BN),
         ),
     )
-    arguments, rest = strided.arguments()
-    actual = packed_prefill(*arguments, **rest)  # type: ignore[arg-type]
+    actual = run(
+        replace(strided, q_BMTD=widened(case.q_BMTD), position_BT=widened(case.position_BT))
+    )
     assert torch.equal(actual, expected)
     assert actual.is_contiguous()
 
@@ -264,11 +256,11 @@ def test_packed_attention_calls_it_for_long_chunks(
     prefill = Mock(side_effect=lambda q_BMTD, *_, **__: q_BMTD + 1)
     decode = Mock(side_effect=lambda q_BMTD, *_, **__: q_BMTD + 2)
     monkeypatch.setattr("rotq_kernels.kv.attention.packed_prefill", prefill)
-    monkeypatch.setattr("rotq_kernels.kv.attention.attend_packed", decode)
-    arguments, rest = case.arguments()
-    out = packed_attention_triton(*arguments, **rest)
+    monkeypatch.setattr("rotq_kernels.kv.attention.packed_decode", decode)
+    given = (case.q_BMTD, case.position_BT, case.history)
+    out = packed_attention_triton(*given, scale=case.scale)
     assert torch.equal(out, case.q_BMTD + (1 if more else 2))
     if more:
-        (given,) = prefill.call_args_list
-        assert all(a is b for a, b in zip(given.args, arguments, strict=True))
-        assert given.kwargs == rest
+        (call,) = prefill.call_args_list
+        assert all(a is b for a, b in zip(call.args, given, strict=True))
+        assert call.kwargs == {"scale": case.scale}

@@ -1,0 +1,21 @@
+"""What launchers share. They import their kernels, and with them Triton, when they are called."""
+
+import importlib.util
+
+
+def require_triton() -> None:
+    """Before a launcher imports its kernels.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            "rotq's kernels for GPUs need Triton, which is not installed: "
+            "pip install triton (on Windows: pip install triton-windows)"
+        )
+
+
+def next_power_of_two(number: int) -> int:
+    """The least that is not below ``number``, which is positive."""
+    return 1 << (number - 1).bit_length()
