@@ -19,9 +19,6 @@ class Transform:
     """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Of the scalings: those that start at their closed form instead of at one."""
-    parametrization: Literal["cayley", "qr", "householder"] = "cayley"
-    """Of orthogonal matrices in training. qr and householder are experimental: no better than
-    cayley where they were measured (docs/log.md)."""
     down: Literal["fixed", "butterfly"] = "fixed"
     """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
     butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online

@@ -129,7 +129,6 @@ def _parameters(
         setting.skeleton,
         scaled=scaled,
         factors=factors,
-        parametrization=setting.options.parametrization,
         butterfly=setting.options.down == "butterfly",
         device=setting.device,
     )

@@ -39,7 +39,6 @@ def moved_parameters(setting):
         skeleton,
         scaled=options.scalings,
         factors={},
-        parametrization="cayley",
         butterfly=True,
         device=torch.device("cpu"),
     )

@@ -158,7 +158,6 @@ def test_optrot_flattens_and_is_invariant_to_what_norms_scale(tmp_path):
         setting.skeleton,
         scaled=(),
         factors={},
-        parametrization="cayley",
         device=torch.device("cpu"),
     )
     with torch.enable_grad():

@@ -205,7 +205,6 @@ def test_gradients_reach_what_is_trained(tmp_path):
         skeleton,
         scaled=SCALED,
         factors={},
-        parametrization="cayley",
         butterfly=True,
         device=torch.device("cpu"),
     )

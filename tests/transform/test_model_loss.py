@@ -22,7 +22,6 @@ def prepared(folder, choices, name="llama"):
         skeleton,
         scaled=recipe.transform.scalings,
         factors={},
-        parametrization=recipe.transform.parametrization,
         butterfly=recipe.transform.down == "butterfly",
         device=torch.device("cpu"),
     )

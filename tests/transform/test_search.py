@@ -192,7 +192,6 @@ def test_an_mlp_of_no_pairs_has_no_butterfly(tmp_path):
             skeleton,
             scaled=(),
             factors={},
-            parametrization="cayley",
             butterfly=True,
             device=torch.device("cpu"),
         )

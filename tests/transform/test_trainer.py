@@ -27,7 +27,6 @@ def parameters_of(setting, factors=None):
         setting.skeleton,
         scaled=SCALED,
         factors=factors or {},
-        parametrization="qr",
         butterfly=True,
         device=torch.device("cpu"),
     )
@@ -63,7 +62,6 @@ def test_a_restart_is_where_the_others_ended(setting):
         setting.skeleton,
         scaled=SCALED,
         factors=factors,
-        parametrization="qr",
         butterfly=True,
         device=torch.device("cpu"),
     )
