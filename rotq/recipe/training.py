@@ -23,9 +23,8 @@ class Transform:
     """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
     butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online
     (docs/log.md)."""
-    objective: Literal["kl_top", "cross_entropy", "block_mse"] = "kl_top"
-    """Of ``steps``: KL on the likely tokens of the original model, the text itself (SpinQuant), or
-    each block's squared error on the original model's inputs, as a share of its output."""
+    objective: Literal["kl_top", "cross_entropy"] = "kl_top"
+    """Of ``steps``: KL on the likely tokens of the original model, or the text (SpinQuant)."""
     top_k: int = 1000
     """Likely tokens per position."""
     layer_steps: int = 0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rotq.job.folder import TRANSFORM
 from rotq.rotations.basis import Basis
-from rotq.transform import block_error, optrot
 from rotq.transform import model_loss as through_model
+from rotq.transform import optrot
 from rotq.transform.balance import Balancer
 from rotq.transform.layer_loss import LayerError
 from rotq.transform.parameters import Parameters, movement
@@ -75,30 +75,21 @@ def learned(setting: Setting, drawn: Basis) -> Found:
         parameters = _parameters(setting, *parameters.restart(), scaled=options.scalings)
     if options.steps:
         pace = Pace(steps=options.steps, angle=options.angle, scale_rate=options.scale_rate)
-        name = "blocks" if options.objective == "block_mse" else "model"
         trainer = Trainer(parameters, pace, _on_windows(setting, parameters))
-        figures[name] = _train(setting, name, trainer)
+        figures["model"] = _train(setting, "model", trainer)
     return _found(parameters, drawn, "learned", figures)
 
 
 def _on_windows(setting: Setting, parameters: Parameters) -> Backward:
     """The recipe's objective on one window per step."""
-    options, student, outer = setting.options, setting.student, setting.outer
-    windows = setting.training_windows[: options.steps]
-    if options.objective == "block_mse":
+    student, outer = setting.student, setting.outer
+    lessons = setting.lessons(setting.training_windows[: setting.options.steps])
 
-        def from_blocks(step: int) -> float:
-            ids_BT = windows[step % len(windows)]
-            return block_error.backward(student, parameters, outer, ids_BT, step)
-
-        return from_blocks
-    lessons = setting.lessons(windows)
-
-    def from_logits(step: int) -> float:
+    def backward(step: int) -> float:
         lesson = lessons[step % len(lessons)]
         return through_model.backward(student, parameters, outer, lesson, step)
 
-    return from_logits
+    return backward
 
 
 CANDIDATES: Mapping[str, Callable[[Setting, Basis], Found]] = {
