@@ -7,6 +7,7 @@ and (c) of OSTQuant's released code).
 import pytest
 import torch
 from fused_models import fused_logits
+from random_rotations import random_orthogonal
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
 from rotq.errors import RotqError
@@ -15,7 +16,6 @@ from rotq.models.scalings import Scaling, scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
-from rotq.rotations.hadamard import orthogonal
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
 
@@ -34,15 +34,15 @@ def random_scales(skeleton, names, seed=0):
 
 
 def random_rotations(skeleton):
-    """R1 and R2 uniform over the orthogonal group, without symmetry; R4 a Hadamard."""
+    """R1 and R2 uniform over the orthogonal group; R4 a Hadamard."""
     config, size = skeleton.config, skeleton.config.head_dim
     basis = build_basis(Rotation(down="hadamard", seed=3), skeleton.adapter, config)
     named = {
-        f"value.{layer}": torch.stack([orthogonal("random", size, 2 * layer + h) for h in (0, 1)])
+        f"value.{layer}": torch.stack([random_orthogonal(size, 2 * layer + h) for h in (0, 1)])
         for layer in range(config.num_hidden_layers)
     }
     if skeleton.adapter.residual_rotation:
-        named["residual"] = orthogonal("random", config.hidden_size, 9)
+        named["residual"] = random_orthogonal(config.hidden_size, 9)
     return basis.with_tensors(named)
 
 

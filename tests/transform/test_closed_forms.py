@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_rotations import random_orthogonal
 from tiny_models import MemorySource, random_ids, tiny_model
 from tiny_transforms import W4A4KV4, make_setting
 
@@ -100,7 +101,7 @@ def test_scales_behind_norms_are_the_rms_of_what_is_read(balanced, rotated):
     basis = Basis()
     if rotated:
         # R1 takes the gain into the weights; its features are mixtures of what is left
-        basis = Basis(residual_DD=orthogonal("random", 48, 0))
+        basis = Basis(residual_DD=random_orthogonal(48, 0))
         x_D = (x_D / layer.input_layernorm.weight.square()) @ basis.residual_DD.float().square()
     found = balancer.scales(squares, basis, ["qkv"])["1.scales.qkv"]
     ratio = found / x_D.sqrt()
