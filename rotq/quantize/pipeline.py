@@ -207,17 +207,15 @@ def _tune(setup: Setup, structure: list[nn.Module], streams: Streams, probe: Pro
 
 
 def _meter(setup: Setup) -> FlatnessMeter | None:
-    """None where flatness does not matter, or is not wanted."""
-    calibration = setup.recipe.calibration
+    """None where flatness does not matter: nothing is rotated or rounded at run time."""
     rounded = setup.plan.inputs is not None or setup.plan.kv is not None
-    if (setup.basis.is_identity and not rounded) or not calibration.flatness_tokens:
+    if setup.basis.is_identity and not rounded:
         return None
     return FlatnessMeter(
         setup.skeleton,
         setup.windows.each(),
-        num_tokens=calibration.flatness_tokens,
         device=setup.device,
-        precision=calibration.precision,
+        precision=setup.recipe.calibration.precision,
     )
 
 

@@ -30,10 +30,6 @@ class Transform:
     layer_steps: int = 0
     """Of ``learned``: steps on the expected error of single layers, before those through the
     model; each looks at some blocks."""
-    layer_angle: float = 0.04
-    """Rms angle in radians that such a step turns a matrix by, at most."""
-    layer_scale_rate: float = 0.03
-    """Relative change of a scale in such a step, at most."""
     steps: int = 64
     """Steps of Adam; ``learned`` takes one window per step, ``optrot`` some blocks' weights."""
     angle: float = 0.02
@@ -42,8 +38,6 @@ class Transform:
     """Relative change of a scale per step, at most."""
     seq_len: int = 0
     """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
-    save_every: int = 16
-    """Steps between two states on the disk that a stopped job continues from."""
     candidates: tuple[Literal["none", "hadamard", "optrot", "learned"], ...] = (
         "none",
         "hadamard",
@@ -54,18 +48,9 @@ class Transform:
     """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "save_every"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "angle",
-            "scale_rate",
-            "layer_angle",
-            "layer_scale_rate",
-            "layer_steps",
-            "steps",
-        ):
+        check("top_k", self.top_k, self.top_k >= 1, "at least 1")
+        for name in ("angle", "scale_rate", "layer_steps", "steps", "seq_len"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
         among = set(self.balance) <= set(self.scalings)
         check("balance", self.balance, among, "among the scalings")
         check("candidates", self.candidates, bool(self.candidates), "one or more")

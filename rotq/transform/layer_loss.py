@@ -42,6 +42,9 @@ BLOCKS_PER_STEP = 8
 TOKENS = 512
 """Tokens of a block that a step looks at."""
 
+ANGLE, SCALE_RATE = 0.04, 0.03
+"""What a step turns a matrix by and changes a scale by, at most; see ``trainer.Pace``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Readers:

@@ -14,13 +14,16 @@ from rotq.rotations.basis import Basis
 from rotq.transform import model_loss as through_model
 from rotq.transform import optrot
 from rotq.transform.balance import Balancer
-from rotq.transform.layer_loss import LayerError
+from rotq.transform.layer_loss import ANGLE, SCALE_RATE, LayerError
 from rotq.transform.parameters import Parameters, movement
 from rotq.transform.trainer import Backward, Pace, Trainer
 from rotq.transform.windows import Setting
 
 Found = tuple[Basis, dict[str, Any]]
 """A basis, and what is to be reported about it."""
+
+SAVE_EVERY = 16
+"""Steps between two states on the disk that a stopped job continues from."""
 
 
 def without_rotation(setting: Setting, drawn: Basis) -> Found:
@@ -65,11 +68,7 @@ def learned(setting: Setting, drawn: Basis) -> Found:
             device=setting.device,
         )
         error.measure(setting.embedded())
-        pace = Pace(
-            steps=options.layer_steps,
-            angle=options.layer_angle,
-            scale_rate=options.layer_scale_rate,
-        )
+        pace = Pace(steps=options.layer_steps, angle=ANGLE, scale_rate=SCALE_RATE)
         trainer = Trainer(parameters, pace, functools.partial(error.backward, parameters))
         figures["layers"] = _train(setting, "layers", trainer)
         parameters = _parameters(setting, *parameters.restart(), scaled=options.scalings)
@@ -135,7 +134,7 @@ def _train(setting: Setting, name: str, trainer: Trainer) -> dict[str, Any]:
         loss = trainer.step()
         done = len(trainer.losses)
         setting.progress.transform_step(name, done - 1, steps, loss)
-        if done % setting.options.save_every == 0 or done == steps:
+        if done % SAVE_EVERY == 0 or done == steps:
             trainer.save(state)
     quarter = max(1, steps // 4)
     return {

@@ -106,8 +106,9 @@ def test_a_rotation_changes_qsur_by_the_spread_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
-def test_the_meter_follows_both_models(family: str) -> None:
+def test_the_meter_follows_both_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees in every block what a hook in the whole model sees."""
+    monkeypatch.setattr("rotq.evaluation.flatness.SAMPLED_TOKENS", 40)
     model = tiny_model(family)
     skeleton, source = Skeleton.open(MemorySource(model)), MemorySource(model)
     rotation = Rotation(
@@ -116,7 +117,7 @@ def test_the_meter_follows_both_models(family: str) -> None:
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     ids_BT = random_ids(6, 16)
     meter = FlatnessMeter(
-        skeleton, ids_BT.split(1), num_tokens=40, device=torch.device("cpu"), precision="highest"
+        skeleton, ids_BT.split(1), device=torch.device("cpu"), precision="highest"
     )
     assert torch.equal(torch.cat(meter.sample), ids_BT[:3])
     outer = skeleton.load_outer(source, dtype=torch.float64)
@@ -148,7 +149,6 @@ def test_the_identity_changes_nothing() -> None:
     meter = FlatnessMeter(
         skeleton,
         random_ids(2, 16).split(1),
-        num_tokens=32,
         device=torch.device("cpu"),
         precision="highest",
     )

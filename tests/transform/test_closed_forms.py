@@ -195,7 +195,6 @@ def test_the_layer_score_foretells_the_error_of_gptq():
         order="natural",
         damping=0.01,
         scale_search="minmax",
-        search_steps=1,
         target_correction=0.0,
         refine_sweeps=0,
         scale_dtype=torch.float32,

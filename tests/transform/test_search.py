@@ -92,7 +92,8 @@ def test_training_lowers_the_loss(tmp_path):
     assert found["loss_last_quarter"] < 0.85 * found["loss_first_quarter"]
 
 
-def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
+def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path, monkeypatch):
+    monkeypatch.setattr("rotq.transform.methods.SAVE_EVERY", 2)
     _, _, basis = learned
     with pytest.raises(KeyboardInterrupt):
         find(make_setting(tmp_path / "job", LEARNED, Interrupted()))
@@ -165,7 +166,8 @@ def test_fixed_is_what_was_drawn(tmp_path):
     assert not setting.job.recorded(TRANSFORM)
 
 
-def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path):
+def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rotq.transform.methods.SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         find(make_setting(tmp_path / "stopped", BUTTERFLY, Interrupted()))
     _, resumed = find(make_setting(tmp_path / "stopped", BUTTERFLY))
