@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rotq.errors import RotqError
 from rotq.models.rotary import rotaries
+from rotq.models.sizes import head_dim
 from rotq.models.skeleton import Skeleton
-from rotq.rotations.basis import head_dim
 
 
 @dataclass(frozen=True, kw_only=True)

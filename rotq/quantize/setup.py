@@ -15,6 +15,7 @@ import rotq
 from rotq.calibration.data import Windows, load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, open_source
+from rotq.fusion.draw import build_basis
 from rotq.job.folder import Job
 from rotq.job.parts import restored_block
 from rotq.job.plan import Plan, make_plan
@@ -25,7 +26,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked
 from rotq.recipe import Recipe
 from rotq.report import Progress
-from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.basis import Basis
 
 
 @dataclass(frozen=True, kw_only=True)

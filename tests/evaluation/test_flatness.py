@@ -11,11 +11,12 @@ import torch
 from tiny_models import MemorySource, random_ids, tiny_model
 
 from rotq.evaluation.flatness import FlatnessMeter, chi_square_99, flatness
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.models.attention.online import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.basis import Basis
 from rotq.rotations.hadamard import orthogonal
 
 

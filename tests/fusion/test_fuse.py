@@ -7,6 +7,7 @@ import torch
 from random_rotations import random_orthogonal
 from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_ids, tiny_model
 
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.fusion.layernorm import leave_ones_alone
 from rotq.layers.quant_linear import OnlineLinear
@@ -14,9 +15,10 @@ from rotq.models.adapter import Adapter
 from rotq.models.attention.online import use_online_attention
 from rotq.models.exact import exact_norms
 from rotq.models.families.esm import exact_rotary
+from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis, build_basis, head_dim, num_value_heads
+from rotq.rotations.basis import Basis
 
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),

@@ -7,11 +7,11 @@ from tiny_models import LAYER_NORM, MemorySource, tiny_model
 from torch import nn
 
 from rotq.errors import RotqError
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block
 from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm, leave_ones_alone
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import build_basis
 from rotq.rotations.hadamard import orthogonal
 
 D = 48

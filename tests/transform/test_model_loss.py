@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_transforms import LEARNED, make_setting
 
-from rotq.rotations.basis import build_basis
+from rotq.fusion.draw import build_basis
 from rotq.transform.model_loss import Lesson, backward, mean_loss, teach
 from rotq.transform.parameters import Parameters
 from rotq.transform.teacher import next_tokens

@@ -11,10 +11,10 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4, make_setting, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
+from rotq.fusion.draw import build_basis
 from rotq.job.folder import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.rotations.basis import build_basis
 from rotq.rotations.butterfly import from_codes, to_codes
 from rotq.transform.parameters import Parameters
 from rotq.transform.search import find_basis

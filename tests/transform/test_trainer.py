@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_transforms import LEARNED, SCALED, make_setting
 
-from rotq.rotations.basis import build_basis
+from rotq.fusion.draw import build_basis
 from rotq.transform.methods import balanced, learned
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import WARM_UP, Pace, Trainer, schedule
