@@ -277,7 +277,7 @@ def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
 
 def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_checkpoint("llama", tmp_path / "model")
-    monkeypatch.setattr(fuse.Map, "on_rows", lambda self, weight_NK: weight_NK)
+    monkeypatch.setattr(fuse.LinearMap, "on_rows", lambda self, weight_NK: weight_NK)
     with pytest.raises(CheckFailed, match=r"function of model\.layers\.0"):
         run(model, tmp_path / "out", **STRONG, rotation__residual="hadamard")
     assert not (tmp_path / "out").exists()
