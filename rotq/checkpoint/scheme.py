@@ -24,7 +24,7 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
-from rotq.layers.quant_linear import ROTATIONS
+from rotq.layers.online_linear import ROTATIONS
 
 CT_VERSION = "0.20.0"
 ROTQ_VERSION = 3

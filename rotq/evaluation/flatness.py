@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs
-from rotq.layers.quant_linear import prepared_input
+from rotq.layers.online_linear import prepared_input
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision

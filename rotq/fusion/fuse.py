@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
 from rotq.fusion.maps import LinearMap, block_maps
 from rotq.layers.online_heads import OnlineHeads
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales

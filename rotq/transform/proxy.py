@@ -25,7 +25,7 @@ from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.job.plan import Plan
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import calibrating
 from rotq.models.loading import TensorSource
 from rotq.models.skeleton import Skeleton

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_id
 from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.fusion.layernorm import leave_ones_alone
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import use_online_attention
 from rotq.models.exact import exact_norms

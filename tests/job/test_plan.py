@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from rotq.formats.activations import ActivationGrid
 from rotq.job.plan import layer_grid, make_estimate, make_plan
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Weights, load_recipe
 

@@ -10,7 +10,7 @@ from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.fusion.maps import block_maps
 from rotq.job.folder import TRANSFORM
-from rotq.layers.quant_linear import OnlineLinear, prepared_input
+from rotq.layers.online_linear import OnlineLinear, prepared_input
 from rotq.models.scalings import scalings
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, Scales
