@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
-from rotq.models.exact import exact_norms
-from rotq.models.families.esm import exact_rotary
+from rotq.models.exact import exact_norms, exact_rotary
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
