@@ -40,7 +40,7 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
     """Of every layer, by name.
 
     Args:
-        wanted: Names from ``rotq.rotations.basis.SCALINGS``.
+        wanted: Names from ``rotations.basis.SCALINGS``.
 
     Raises:
         RotqError: the family's adapter or its RoPE does not say where a wanted one goes.
