@@ -44,7 +44,6 @@ CHANGES = {
     "search-8": {"search": 8},
     "search-16": {"search": 16},
     "value-metric-none": {"value_metric": False},
-    "codebook-fitted": {"codebook": "fitted"},
     "norm-fp16": {"norm": "float16"},
     "gain-norm": {"search": 0, "gain": "norm"},
     "gain-none": {"search": 0, "gain": "none"},

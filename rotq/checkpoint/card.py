@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rotq.checkpoint.scheme import transformers_obstacle
+from rotq.checkpoint.scheme_writing import transformers_obstacle
 from rotq.report.lines import runtime_line
 
 TEMPLATE = """\

@@ -11,7 +11,7 @@ import yaml
 
 from rotq.checkpoint.card import model_card
 from rotq.checkpoint.files import read_json, write_json, write_text
-from rotq.checkpoint.scheme import quantization_config
+from rotq.checkpoint.scheme_writing import quantization_config
 from rotq.errors import RotqError
 from rotq.layers.quant_linear import QuantLinear
 

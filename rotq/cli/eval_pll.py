@@ -167,9 +167,9 @@ def _records(fasta: Path | None) -> dict[str, list[Record]]:
 def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
     """What the checkpoint's recipe did to the hidden states; None where it left them alone."""
     from rotq.evaluation.representations import OriginalBasis
+    from rotq.fusion.draw import build_basis
     from rotq.models.registry import adapter_for
     from rotq.recipe import load_recipe
-    from rotq.rotations.basis import build_basis
 
     file = checkpoint / "rotq_recipe.yaml"
     if not file.is_file():

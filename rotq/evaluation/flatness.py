@@ -26,11 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs
-from rotq.layers.quant_linear import prepared_input
+from rotq.layers.online_linear import prepared_input
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
 from rotq.report import Flatness
+
+SAMPLED_TOKENS = 2048
+"""Of the sample, rounded up to whole windows."""
 
 _NORMAL_99 = 2.3263478740408408
 """99 % quantile of the standard normal distribution."""
@@ -55,7 +58,6 @@ class FlatnessMeter:
         skeleton: Skeleton,
         windows: Iterable[Tensor],
         *,
-        num_tokens: int,
         device: torch.device,
         precision: str,
     ) -> None:
@@ -63,15 +65,15 @@ class FlatnessMeter:
         Args:
             windows: The calibration windows, (1, T) each, from the first of which the sample is
                 taken.
-            num_tokens: Of the sample, rounded up to whole windows.
             precision: Of fp32 products in the forward passes.
         """
         self.skeleton, self.device, self.precision = skeleton, device, precision
         self.sample: list[Tensor] = []
+        missing = SAMPLED_TOKENS
         for ids_BT in windows:
             self.sample.append(ids_BT)
-            num_tokens -= ids_BT.numel()
-            if num_tokens <= 0:
+            missing -= ids_BT.numel()
+            if missing <= 0:
                 break
 
     @torch.no_grad()

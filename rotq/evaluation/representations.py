@@ -24,6 +24,7 @@ from torch import Tensor
 from rotq.calibration.batches import padded
 from rotq.calibration.residues import ResidueCodec
 from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.models.attention import dispatch
 
 APART = 6
 """Least distance along the chain of what counts as a contact."""
@@ -108,13 +109,9 @@ def compare_representations(
 
 def _contacts(model: Any, ids_BT: Tensor) -> Tensor:
     """(L, L) probabilities; attention maps come from eager attention only."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        ids_BT = ids_BT.to(model.device)
+    ids_BT = ids_BT.to(model.device)
+    with dispatch.used(model, "eager"):
         found: Tensor = model.predict_contacts(ids_BT, torch.ones_like(ids_BT))[0]
-    finally:
-        model.set_attn_implementation(before)
     return found.double().cpu()
 
 

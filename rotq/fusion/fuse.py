@@ -28,22 +28,20 @@ Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
-from rotq.fusion.maps import Map, block_maps
+from rotq.fusion.maps import LinearMap, block_maps
 from rotq.layers.online_heads import OnlineHeads
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
+from rotq.models.adapter import Adapter
 from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.butterfly import to_codes
 from rotq.rotations.hadamard import random_signs
-
-if TYPE_CHECKING:
-    from rotq.models.adapter import Adapter
 
 _ROWS_AT_ONCE = 1024
 """Rows of an embedding that are held in fp64 at a time."""
@@ -114,8 +112,9 @@ def fused_tensors(
         Path and tensor of the basis' dtype.
     """
     reads, writes = block_maps(block, tensors, adapter, basis, layer_index)
+    same = LinearMap()
     for path in dict.fromkeys((*reads, *writes)):
-        yield from _fused_linear(path, tensors, reads.get(path, Map()), writes.get(path, Map()))
+        yield from _fused_linear(path, tensors, reads.get(path, same), writes.get(path, same))
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
     for norm, scale_D in (
         (adapter.attention_norm, scales.qkv_D),
@@ -132,7 +131,7 @@ def fused_tensors(
 
 
 def _fused_linear(
-    path: str, tensors: Mapping[str, Tensor], reads: Map, writes: Map
+    path: str, tensors: Mapping[str, Tensor], reads: LinearMap, writes: LinearMap
 ) -> Iterator[tuple[str, Tensor]]:
     """The weight, and the bias where there is one, if they change."""
     dtype = reads.dtype or writes.dtype

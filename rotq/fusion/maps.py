@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from rotq.models.adapter import Adapter
 from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.butterfly import fast_butterfly
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 
-if TYPE_CHECKING:
-    from rotq.models.adapter import Adapter
 
-
-class Map:
+class LinearMap:
     """x -> x diag(before) M diag(after) over the last axis; what is None is left out.
 
     M may be (H, d, d): runs of heads that share a matrix, with ``before`` (H, d). The query heads
@@ -71,7 +69,7 @@ class Map:
         The matrix is orthogonal, so that products with weights stay as they are.
         """
         before, after = (None if f is None else 1 / f for f in (self.before, self.after))
-        return Map(before, self.matrix, after, online=self.online)(x)
+        return LinearMap(before, self.matrix, after, online=self.online)(x)
 
     def on_rows(self, weight_NK: Tensor) -> Tensor:
         """The map of what a layer writes: it acts on the weight's first axis."""
@@ -101,7 +99,7 @@ def block_maps(
     adapter: Adapter,
     basis: Basis,
     layer_index: int,
-) -> tuple[dict[str, Map], dict[str, Map]]:
+) -> tuple[dict[str, LinearMap], dict[str, LinearMap]]:
     """What a basis does to the columns (``reads``) and rows (``writes``) of each linear's weight.
 
     Args: as of ``fused_tensors``.
@@ -115,22 +113,22 @@ def block_maps(
         (adapter.attention_norm, adapter.attention_readers, scales.qkv_D),
         (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
     )
-    reads: dict[str, Map] = {}
+    reads: dict[str, LinearMap] = {}
     for norm, readers, scale_D in norms:
         gain_D = None
         if basis.residual_DD is not None:
             gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
-        reads |= dict.fromkeys(readers, Map(gain_D, basis.residual_DD, scale_D))
+        reads |= dict.fromkeys(readers, LinearMap(gain_D, basis.residual_DD, scale_D))
     writers = (adapter.attention_output, *adapter.mlp_writers(block))
-    writes = dict.fromkeys(writers, Map(matrix=basis.residual_DD))
+    writes = dict.fromkeys(writers, LinearMap(matrix=basis.residual_DD))
     _add_heads(reads, writes, adapter, basis, scales, layer_index)
     _add_up(reads, writes, block, adapter, basis, layer_index)
     return reads, writes
 
 
 def _add_heads(
-    reads: dict[str, Map],
-    writes: dict[str, Map],
+    reads: dict[str, LinearMap],
+    writes: dict[str, LinearMap],
     adapter: Adapter,
     basis: Basis,
     scales: Scales,
@@ -139,16 +137,16 @@ def _add_heads(
     """R2, S of values, and S of queries and keys where no norm stands behind them."""
     R_Hdd = None if basis.value is None else basis.value[layer_index]
     S_HK = scales.value_HK
-    writes[adapter.value] = Map(None if S_HK is None else 1 / S_HK, R_Hdd)
-    reads[adapter.attention_output] = Map(S_HK, R_Hdd)
+    writes[adapter.value] = LinearMap(None if S_HK is None else 1 / S_HK, R_Hdd)
+    reads[adapter.attention_output] = LinearMap(S_HK, R_Hdd)
     if scales.query_key_HK is not None and not adapter.query_norm:
-        writes[adapter.query] = Map(1 / scales.query_key_HK)
-        writes[adapter.key] = Map(scales.query_key_HK)
+        writes[adapter.query] = LinearMap(1 / scales.query_key_HK)
+        writes[adapter.key] = LinearMap(scales.query_key_HK)
 
 
 def _add_up(
-    reads: dict[str, Map],
-    writes: dict[str, Map],
+    reads: dict[str, LinearMap],
+    writes: dict[str, LinearMap],
     block: nn.Module,
     adapter: Adapter,
     basis: Basis,
@@ -161,7 +159,7 @@ def _add_up(
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
         if factors_I is not None:
-            writes[up] = Map(1 / factors_I)
+            writes[up] = LinearMap(1 / factors_I)
         if basis.down is not None:
             size = cast(nn.Linear, block.get_submodule(down)).in_features
             signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
@@ -169,4 +167,4 @@ def _add_up(
         if basis.down_angles is not None:
             angles_AMQ = basis.down_angles[layer_index][expert]
             online = functools.partial(fast_butterfly, angles_AMQ=angles_AMQ)
-        reads[down] = Map(factors_I, online=online)
+        reads[down] = LinearMap(factors_I, online=online)

@@ -10,7 +10,7 @@ from torch import nn
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, legal_group_sizes
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import heads_of, set_heads
 from rotq.models.skeleton import Skeleton

@@ -34,9 +34,8 @@ class KVSpec:
     """0 leaves the keys' own moment out: A = basis x M^(alpha / 2)."""
     value_metric: bool = True
     """The same for values, with M from the output projection and alpha 1/2."""
-    codebook: Literal["gaussian", "fitted", "kmeans"] = "gaussian"
-    """Lloyd-Max for the unit normal; the same iterated on the head's own y / rms(y); or k-means of
-    y itself, for ``norm="none"``."""
+    codebook: Literal["gaussian", "kmeans"] = "gaussian"
+    """Lloyd-Max for the unit normal, or k-means of the head's own y, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
     """See ``rotq_kernels.kv.format.SideConstants``."""
     search: int = 4

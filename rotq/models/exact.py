@@ -1,4 +1,6 @@
-"""RMSNorms in their input's dtype, and without their gain.
+"""What transformers computes in fp32 whatever comes in, computed in its input's dtype instead.
+
+An exact rotation would be hidden behind errors of 1e-7 otherwise.
 
 Shape suffixes: N tokens, D hidden size.
 """
@@ -13,14 +15,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.models.esm import modeling_esm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
 @contextmanager
 def exact_norms(module: nn.Module) -> Iterator[None]:
     """Compute the RMSNorms inside ``module`` in their input's dtype.
 
-    transformers computes them in fp32 whatever comes in, which hides an exact rotation behind
-    errors of 1e-7. Modules on meta may be given: gains are read when the norm is called.
+    Modules on meta may be given: gains are read when the norm is called.
 
     Raises:
         ValueError: a module named RMSNorm is none that is known here.
@@ -34,6 +37,17 @@ def exact_norms(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             del norm.forward
+
+
+@contextmanager
+def exact_rotary() -> Iterator[None]:
+    """Let ESM turn queries and keys to their positions in their own dtype."""
+    before = modeling_esm.apply_rotary_pos_emb
+    modeling_esm.apply_rotary_pos_emb = apply_rotary_pos_emb
+    try:
+        yield
+    finally:
+        modeling_esm.apply_rotary_pos_emb = before
 
 
 def normalized(norm: nn.Module, x_ND: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading tensors by name, with errors that name them."""
+"""Loading tensors by name, with errors that name them."""
 
 from __future__ import annotations
 

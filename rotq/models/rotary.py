@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rotq.errors import RotqError
-from rotq.rotations.basis import head_dim
+from rotq.models.sizes import head_dim
 
 HALF_SPLIT = {
     "esm",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rotq.errors import RotqError
 from rotq.models.rotary import rotaries
+from rotq.models.sizes import head_dim
 from rotq.models.skeleton import Skeleton
-from rotq.rotations.basis import head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
     """Of every layer, by name.
 
     Args:
-        wanted: Names from ``rotq.rotations.basis.SCALINGS``.
+        wanted: Names from ``rotations.basis.SCALINGS``.
 
     Raises:
         RotqError: the family's adapter or its RoPE does not say where a wanted one goes.

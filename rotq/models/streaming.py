@@ -1,4 +1,4 @@
-"""A backward pass through blocks that are not in memory together.
+"""Streaming: passes forward and backward through blocks that are not in memory together.
 
 The forward pass keeps the hidden states between blocks only; the backward pass runs each block
 again, with a graph, from the last to the first.

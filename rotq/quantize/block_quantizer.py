@@ -140,20 +140,18 @@ class BlockQuantizer:
         for names in _stacks(site.linears, grids, original):
             weights = [_linear(original, name).weight for name in names]
             stacked_NK = torch.cat([weight.float() for weight in weights])
-            solution = solve(stacked_NK, moments, grids[names[0]], self._options(site))
+            solution = solve(stacked_NK, moments, grids[names[0]], self._options())
             sizes = [weight.shape[0] for weight in weights]
             yield from zip(names, split_rows(solution, sizes), strict=True)
 
-    def _options(self, site: Site) -> Options:
+    def _options(self) -> Options:
         solver = self.job.recipe.solver
-        down = site.name.split(".")[0] == "down" and solver.target_correction_down != -1
         return Options(
             method=solver.method,
             order=solver.order,
             damping=solver.damping,
             scale_search=solver.scale_search,
-            search_steps=solver.search_steps,
-            target_correction=solver.target_correction_down if down else solver.target_correction,
+            target_correction=solver.target_correction,
             refine_sweeps=solver.refine_sweeps,
             scale_dtype=self.job.plan.scale_dtype,
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import BatchStore, Stream, Streams
 from rotq.job.context import Job
-from rotq.layers.quant_linear import prepared_input
+from rotq.layers.online_linear import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton

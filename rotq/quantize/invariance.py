@@ -17,8 +17,7 @@ from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
 from rotq.job.context import Job
-from rotq.models.exact import exact_norms
-from rotq.models.families.esm import exact_rotary
+from rotq.models.exact import exact_norms, exact_rotary
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 

@@ -16,7 +16,7 @@ from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
 from rotq.checkpoint.reload import check_reload
 from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.scheme import transformers_obstacle
+from rotq.checkpoint.scheme_writing import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import read_tensor
 from rotq.job.context import Job

@@ -52,15 +52,13 @@ class RotatedModel:
 
 
 def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:
-    """None where flatness does not matter, or is not wanted."""
-    calibration = job.recipe.calibration
+    """None where flatness does not matter: nothing is rotated or rounded at run time."""
     rounded = job.plan.inputs is not None or job.plan.kv is not None
-    if (basis.is_identity and not rounded) or not calibration.flatness_tokens:
+    if basis.is_identity and not rounded:
         return None
     return FlatnessMeter(
         job.skeleton,
         job.windows.each(),
-        num_tokens=calibration.flatness_tokens,
         device=job.device,
-        precision=calibration.precision,
+        precision=job.recipe.calibration.precision,
     )

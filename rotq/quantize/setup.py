@@ -12,6 +12,7 @@ import rotq
 from rotq.calibration.data import load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, open_source
+from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
 from rotq.job.plan import make_plan
@@ -22,7 +23,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked
 from rotq.recipe import Recipe
 from rotq.report import Progress
-from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.basis import Basis
 
 
 def setup(

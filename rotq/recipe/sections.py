@@ -132,14 +132,10 @@ class Calibration:
     """Keep the activation streams in files in the job folder instead of in memory."""
     precision: Literal["highest", "medium"] = "medium"
     """fp32 matrix products of the calibration passes: fp32, or bf16 products with fp32 sums."""
-    flatness_tokens: int = 2048
-    """Tokens on which the report's figures of flatness are taken, where something is rotated or
-    rounded at run time; 0 leaves them out."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("flatness_tokens", self.flatness_tokens, self.flatness_tokens >= 0, "0 or more")
         check("masked", self.masked, 0 <= self.masked < 1, "0 or more, below 1")
 
 
@@ -183,12 +179,8 @@ class Solver:
     """Share of the mean Hessian diagonal added to it; raised if it does not factor."""
     scale_search: Literal["minmax", "mse", "diagonal", "hessian"] = "hessian"
     """Judge of a candidate scale: none, |error|^2.4, or the error under H (diagonal or block)."""
-    search_steps: int = 24
-    """Candidate shrink factors."""
     target_correction: float = 0.0
     """alpha in W + alpha (W* - W), W* the least-squares optimum for the quantized inputs."""
-    target_correction_down: float = -1.0
-    """The same for the last linear of the MLP; -1 takes ``target_correction``."""
     passes: Literal[1, 2, 3, 4] = 4
     """Calibration passes per block: 4 quantizes q/k/v, o, gate/up and down one after the other,
     each seeing the ones before it rounded; fewer joins the last ones, which is faster."""
@@ -197,18 +189,14 @@ class Solver:
 
     def __post_init__(self) -> None:
         check("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1")
-        check("search_steps", self.search_steps, self.search_steps >= 1, "at least 1")
         alpha = self.target_correction
         check("target_correction", alpha, 0 <= alpha <= 1, "0 to 1")
-        down = self.target_correction_down
-        check("target_correction_down", down, down == -1 or 0 <= down <= 1, "0 to 1, or -1")
         check("refine_sweeps", self.refine_sweeps, self.refine_sweeps >= 0, "0 or more")
 
     @property
     def needs_original(self) -> bool:
         """Whether the solver compares with the original model's activations."""
-        correction = max(self.target_correction, self.target_correction_down)
-        return self.method == "gptq" and correction > 0
+        return self.method == "gptq" and self.target_correction > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,25 +19,17 @@ class Transform:
     """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Of the scalings: those that start at their closed form instead of at one."""
-    parametrization: Literal["cayley", "qr", "householder"] = "cayley"
-    """Of orthogonal matrices in training. qr and householder are experimental: no better than
-    cayley where they were measured (docs/log.md)."""
     down: Literal["fixed", "butterfly"] = "fixed"
     """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
     butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online
     (docs/log.md)."""
-    objective: Literal["kl_top", "cross_entropy", "block_mse"] = "kl_top"
-    """Of ``steps``: KL on the likely tokens of the original model, the text itself (SpinQuant), or
-    each block's squared error on the original model's inputs, as a share of its output."""
+    objective: Literal["kl_top", "cross_entropy"] = "kl_top"
+    """Of ``steps``: KL on the likely tokens of the original model, or the text (SpinQuant)."""
     top_k: int = 1000
     """Likely tokens per position."""
     layer_steps: int = 0
     """Of ``learned``: steps on the expected error of single layers, before those through the
     model; each looks at some blocks."""
-    layer_angle: float = 0.04
-    """Rms angle in radians that such a step turns a matrix by, at most."""
-    layer_scale_rate: float = 0.03
-    """Relative change of a scale in such a step, at most."""
     steps: int = 64
     """Steps of Adam; ``learned`` takes one window per step, ``optrot`` some blocks' weights."""
     angle: float = 0.02
@@ -46,8 +38,6 @@ class Transform:
     """Relative change of a scale per step, at most."""
     seq_len: int = 0
     """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
-    save_every: int = 16
-    """Steps between two states on the disk that a stopped job continues from."""
     candidates: tuple[Literal["none", "hadamard", "optrot", "learned"], ...] = (
         "none",
         "hadamard",
@@ -58,18 +48,9 @@ class Transform:
     """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "save_every"):
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "angle",
-            "scale_rate",
-            "layer_angle",
-            "layer_scale_rate",
-            "layer_steps",
-            "steps",
-        ):
+        check("top_k", self.top_k, self.top_k >= 1, "at least 1")
+        for name in ("angle", "scale_rate", "layer_steps", "steps", "seq_len"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
         among = set(self.balance) <= set(self.scalings)
         check("balance", self.balance, among, "among the scalings")
         check("candidates", self.candidates, bool(self.candidates), "one or more")

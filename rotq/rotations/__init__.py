@@ -1,1 +1,1 @@
-"""Orthogonal changes of basis and how they are fused into weights."""
+"""Orthogonal changes of basis and factors: functions of tensors only."""

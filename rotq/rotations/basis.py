@@ -1,4 +1,4 @@
-"""The bases of one job: what a recipe's rotation means for a model's sizes.
+"""The bases of one job, and the factors that go with them.
 
     R1  residual stream, one (D, D) matrix                  fused
     R2  value heads, one (K, K) matrix per KV head          fused
@@ -16,18 +16,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from rotq.errors import RotqError
-from rotq.fusion.layernorm import leave_ones_alone
-from rotq.recipe import Rotation
-from rotq.rotations.hadamard import core_order, describe, orthogonal
-
-if TYPE_CHECKING:
-    from rotq.models.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,109 +133,3 @@ class Basis:
 def _by_layer(named: dict[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
     found = {int(n.removeprefix(prefix)): t for n, t in named.items() if n.startswith(prefix)}
     return tuple(found[layer] for layer in sorted(found))
-
-
-def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
-    """Draw the bases that ``rotation`` asks for.
-
-    Args:
-        rotation: Kinds and seed.
-        adapter: Says which rotations the family allows.
-        config: transformers' configuration: sizes.
-
-    Raises:
-        RotqError: the family does not allow a rotation, or a basis of the wanted kind does not
-            exist for a size of this model; names the alternative.
-    """
-    _check_allowed(rotation, adapter, config)
-    description = {}
-    residual, value, attention, down = None, None, None, None
-    if rotation.residual != "none":
-        residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
-        description["residual"] = describe(rotation.residual, config.hidden_size)
-        if adapter.layer_norm:
-            residual = leave_ones_alone(residual)
-            description["residual"] += ", all-ones direction kept"
-    if rotation.value != "none":
-        size = head_dim(config)
-        value = tuple(
-            torch.stack(
-                [
-                    _draw("value", rotation.value, size, derive_seed(rotation.seed, layer, head))
-                    for head in range(num_value_heads(config))
-                ]
-            )
-            for layer in range(config.num_hidden_layers)
-        )
-        description["value"] = describe(rotation.value, size)
-    if rotation.attention != "none":
-        attention = rotation.attention
-        description["attention"] = _describe_online("attention", {head_dim(config)})
-    if rotation.down != "none":
-        down = rotation.down
-        description["down"] = _describe_online("down", mlp_widths(config))
-    return Basis(
-        residual_DD=residual,
-        value=value,
-        attention=attention,
-        down=down,
-        down_seed=derive_seed(rotation.seed, "down"),
-        description=description,
-    )
-
-
-def head_dim(config: Any) -> int:
-    """Features per head: the configuration's own value where it has one."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
-def num_value_heads(config: Any) -> int:
-    """KV heads; as many as query heads where the configuration does not know the difference."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def mlp_widths(config: Any) -> set[int]:
-    """Features that the last linear of an MLP reads; GPT-2 may leave its own open."""
-    names = ("intermediate_size", "n_inner", "moe_intermediate_size")
-    given = [getattr(config, name, None) for name in names]
-    return {size for size in given if size} or {4 * config.hidden_size}
-
-
-def derive_seed(seed: int, *parts: int | str) -> int:
-    """A seed of its own for each use, below 2^63."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *parts))).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
-    unknown = "its modules are not known"
-    for key, obstacle in (
-        ("residual", adapter.residual_obstacle(config)),
-        ("value", None if adapter.value_rotation else unknown),
-        ("attention", None if adapter.attention else unknown),
-        ("down", None if adapter.down_rotation else unknown),
-    ):
-        kind = getattr(rotation, key)
-        if kind != "none" and obstacle is not None:
-            raise RotqError(
-                f"rotation.{key}={kind} is not possible for {adapter.family} models "
-                f"({', '.join(adapter.architectures)}): {obstacle}; set rotation.{key}=none"
-            )
-
-
-def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
-    try:
-        return orthogonal(kind, n, seed)
-    except ValueError as error:
-        raise RotqError(f"rotation.{key}={kind}: {error}") from None
-
-
-def _describe_online(key: str, sizes: set[int]) -> str:
-    try:
-        for size in sizes:
-            core_order(size)
-    except ValueError as error:
-        raise RotqError(f"rotation.{key}=hadamard: {error}; set rotation.{key}=none") from None
-    return ", ".join(describe("hadamard", size) for size in sorted(sizes))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -107,23 +106,17 @@ def random_signs(n: int, seed: int) -> Tensor:
 
 
 def orthogonal(kind: str, n: int, seed: int) -> Tensor:
-    """A random orthogonal (n, n) matrix, fp64.
+    """An orthogonal (n, n) matrix with random signs, fp64.
 
     Args:
         kind: ``hadamard``: D H / sqrt(n). ``block_hadamard``: the same in diagonal blocks of the
             largest power of two that divides n. ``dct``: D C, C the orthonormal DCT-II, for any n.
-            ``random``: uniform over the orthogonal group.
         n: Order.
-        seed: Of the signs D, or of the normal numbers behind ``random``.
+        seed: Of the signs D.
 
     Raises:
         ValueError: unknown kind, or the order does not exist for it.
     """
-    if kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(n, n, generator=generator, dtype=torch.float64)
-        Q, upper = torch.linalg.qr(normal)
-        return cast(Tensor, Q * upper.diagonal().sign())
     return random_signs(n, seed)[:, None] * _fixed(kind, n)
 
 
@@ -150,7 +143,7 @@ def _fixed(kind: str, n: int) -> Tensor:
         C = torch.cos(torch.pi / n * (index[:, None] + 0.5) * index) * math.sqrt(2 / n)
         C[:, 0] = 1 / math.sqrt(n)
         return C
-    raise ValueError(f"unknown basis {kind!r}; known: hadamard, block_hadamard, dct, random")
+    raise ValueError(f"unknown basis {kind!r}; known: hadamard, block_hadamard, dct")
 
 
 @functools.cache

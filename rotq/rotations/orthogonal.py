@@ -1,92 +1,36 @@
-"""Orthogonal matrices as functions of free parameters, each starting at a given one.
+"""Orthogonal matrices as functions of free parameters, which start at a given one.
 
-    cayley       R = R0 (I + A/2) (I - A/2)^-1,  A = (P - P^T) / (2 sqrt n),  P = 0
-    qr           R = Q of Z = Q T, diag T > 0,   Z = R0 + P / sqrt n,         P = 0
-    householder  R = R0 prod_i (I - 2 v_i v_i^T / |v_i|^2), v_2i = v_2i+1 at the start
+    R = R0 (I + A/2) (I - A/2)^-1,   A = (P - P^T) / (2 sqrt n),   P = 0 at the start
 
-The factors make the size of a step independent of n: changing every entry of P by e turns R0 by an
-rms angle of about e radians. (Lezcano-Casado and Martinez-Rubio, arXiv 1901.08428, for cayley;
-QR-Orth of DartQuant, arXiv 2511.04063, for qr.)
+The factor makes the size of a step independent of n: changing every entry of P by e turns R0 by an
+rms angle of about e radians. (Cayley transform; Lezcano-Casado and Martinez-Rubio, arXiv
+1901.08428.)
 
 Shape suffixes: n order; all matrices may come in batches (..., n, n).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, cast
-
 import torch
 from torch import Tensor
 
 from rotq.numerics import inverse
 
-REFLECTORS = 32
-"""Of a Householder parametrization; a multiple of two."""
-
-
-class Orthogonal(Protocol):
-    """One parametrized matrix, or a batch of them."""
-
-    free: Tensor
-    """What is trained; fp32, a leaf."""
-
-    def matrix(self) -> Tensor:
-        """(..., n, n) fp32, differentiable in ``free``."""
-
 
 class Cayley:
-    """Any rotation of the start that has no eigenvalue -1."""
+    """Any rotation of the start that has no eigenvalue -1, or a batch of them."""
 
     def __init__(self, start_nn: Tensor) -> None:
         self.start_nn = start_nn.float()
         self.free = torch.zeros_like(self.start_nn, requires_grad=True)
+        """What is trained; fp32, a leaf."""
 
     def matrix(self) -> Tensor:
-        """See the module."""
+        """(..., n, n) fp32, differentiable in ``free``."""
         n = self.free.shape[-1]
         half_nn = (self.free - self.free.mT) / (4 * n**0.5)
         one_nn = torch.eye(n, device=half_nn.device)
         return self.start_nn @ (one_nn + half_nn) @ inverse(one_nn - half_nn)
-
-
-class QR:
-    """Any rotation of the start."""
-
-    def __init__(self, start_nn: Tensor) -> None:
-        self.start_nn = start_nn.float()
-        self.free = torch.zeros_like(self.start_nn, requires_grad=True)
-
-    def matrix(self) -> Tensor:
-        """See the module."""
-        q_nn, t_nn = torch.linalg.qr(self.start_nn + self.free / self.free.shape[-1] ** 0.5)
-        return cast(Tensor, q_nn * t_nn.diagonal(dim1=-2, dim2=-1).sign()[..., None, :])
-
-
-class Householder:
-    """Rotations of the start within the span of ``REFLECTORS`` vectors."""
-
-    def __init__(self, start_nn: Tensor) -> None:
-        self.start_nn = start_nn.float()
-        *batch, n, _ = start_nn.shape
-        pairs = min(REFLECTORS, n) // 2
-        generator = torch.Generator().manual_seed(0)
-        vectors = torch.randn(*batch, pairs, n, generator=generator).repeat_interleave(2, dim=-2)
-        self.free = vectors.to(self.start_nn.device).requires_grad_()
-
-    def matrix(self) -> Tensor:
-        """See the module."""
-        R_nn = self.start_nn
-        for v_n1 in (self.free / self.free.norm(dim=-1, keepdim=True)).unsqueeze(-1).unbind(-3):
-            R_nn = R_nn - 2 * (R_nn @ v_n1) @ v_n1.mT
-        return R_nn
-
-
-PARAMETRIZATIONS: dict[str, Callable[[Tensor], Orthogonal]] = {
-    "cayley": Cayley,
-    "qr": QR,
-    "householder": Householder,
-}
 
 
 def polish(R_nn: Tensor) -> Tensor:

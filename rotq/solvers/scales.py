@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rotq.formats.integer import Grid
 
-SMALLEST_SHRINK = 0.5
+SHRINK_FACTORS, SMALLEST_SHRINK = 24, 0.5
+"""Tried by all judges but ``minmax``: evenly spaced from 1 down to the smallest."""
+
 LARGEST_BLOCK = 256
 """Above this many columns per group, ``hessian`` is judged by the diagonal: the block costs g^2."""
 
@@ -32,7 +34,6 @@ def search_scales(
     grid: Grid,
     *,
     judge: str,
-    steps: int,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Find one scale and zero point per row and group.
@@ -42,7 +43,6 @@ def search_scales(
         hessian_KK: fp32.
         grid: Bits, group size, symmetry.
         judge: "minmax", "mse", "diagonal" or "hessian".
-        steps: Shrink factors tried, from 1 down to 0.5; "minmax" tries only 1.
         scale_dtype: Scales are rounded to it, so that what is judged is what is stored.
 
     Returns:
@@ -55,7 +55,7 @@ def search_scales(
     N, K = weight_NK.shape
     w_NGg = weight_NK.view(N, -1, grid.columns_per_group(K))
     measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
-    candidates = _candidates(w_NGg, grid, 1 if judge == "minmax" else steps, scale_dtype)
+    candidates = _candidates(w_NGg, grid, 1 if judge == "minmax" else SHRINK_FACTORS, scale_dtype)
     best_scale_NG, best_zero_NG = next(candidates)
     least_NG = measure(round_to_grid(w_NGg, best_scale_NG, best_zero_NG, grid) - w_NGg)
     for scale_NG, zero_NG in candidates:

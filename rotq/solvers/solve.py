@@ -26,7 +26,6 @@ class Options:
     order: str
     damping: float
     scale_search: str
-    search_steps: int
     target_correction: float
     refine_sweeps: int
     scale_dtype: torch.dtype
@@ -157,7 +156,6 @@ def _scales(
         hessian_KK,
         grid,
         judge=options.scale_search,
-        steps=options.search_steps,
         scale_dtype=options.scale_dtype,
     )
 

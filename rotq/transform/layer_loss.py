@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import run_block
-from rotq.fusion.maps import Map, block_maps
+from rotq.fusion.maps import LinearMap, block_maps
 from rotq.job.context import Job
 from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
@@ -39,6 +39,9 @@ BLOCKS_PER_STEP = 8
 
 TOKENS = 512
 """Tokens of a block that a step looks at."""
+
+ANGLE, SCALE_RATE = 0.04, 0.03
+"""What a step turns a matrix by and changes a scale by, at most; see ``trainer.Pace``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,16 +194,16 @@ def spaced(step: int, total: int, count: int) -> list[int]:
     return [(step + turn * (total // count)) % total for turn in range(count)]
 
 
-def _in_basis(x_MK: Tensor, read: Map, site: str) -> Tensor:
+def _in_basis(x_MK: Tensor, read: LinearMap, site: str) -> Tensor:
     """Features as the fused layers read them; gains that weights take are not in ``x_MK``."""
     return (
-        Map(None, read.matrix, read.after).features(x_MK)
+        LinearMap(None, read.matrix, read.after).features(x_MK)
         if _behind_norm(site)
         else read.features(x_MK)
     )
 
 
-def _mean_scale(read: Map, site: str) -> Tensor:
+def _mean_scale(read: LinearMap, site: str) -> Tensor:
     """Geometric mean of the factors that a basis adds to a site's weights."""
     factors = read.after if _behind_norm(site) else read.before
     return torch.ones(()) if factors is None else factors.abs().log().mean().exp()

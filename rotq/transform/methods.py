@@ -12,15 +12,18 @@ from torch import Tensor
 from rotq.job.context import Job
 from rotq.job.folder import TRANSFORM
 from rotq.rotations.basis import Basis
-from rotq.transform import block_error, model_loss, optrot
+from rotq.transform import model_loss, optrot
 from rotq.transform.balance import Balancer
-from rotq.transform.layer_loss import LayerLoss
+from rotq.transform.layer_loss import ANGLE, SCALE_RATE, LayerLoss
 from rotq.transform.parameters import Parameters, movement
 from rotq.transform.trainer import Backward, Pace, Trainer
 from rotq.transform.windows import TrainingWindows
 
 Found = tuple[Basis, dict[str, Any]]
 """A basis, and what is to be reported about it."""
+
+SAVE_EVERY = 16
+"""Steps between two states on the disk that a stopped job continues from."""
 
 
 def without_rotation(windows: TrainingWindows, drawn: Basis) -> Found:
@@ -56,40 +59,27 @@ def learned(windows: TrainingWindows, drawn: Basis) -> Found:
     if options.layer_steps:
         loss = LayerLoss(job=job, folds_gains=drawn.residual_DD is not None)
         loss.measure(windows.embedded())
-        pace = Pace(
-            steps=options.layer_steps,
-            angle=options.layer_angle,
-            scale_rate=options.layer_scale_rate,
-        )
+        pace = Pace(steps=options.layer_steps, angle=ANGLE, scale_rate=SCALE_RATE)
         trainer = Trainer(parameters, pace, functools.partial(loss.backward, parameters))
         figures["layers"] = _train(job, "layers", trainer)
         parameters = _parameters(job, *parameters.restart(), scaled=options.scalings)
     if options.steps:
         pace = Pace(steps=options.steps, angle=options.angle, scale_rate=options.scale_rate)
-        name = "blocks" if options.objective == "block_mse" else "model"
         trainer = Trainer(parameters, pace, _on_windows(windows, parameters))
-        figures[name] = _train(job, name, trainer)
+        figures["model"] = _train(job, "model", trainer)
     return _found(parameters, drawn, "learned", figures)
 
 
 def _on_windows(windows: TrainingWindows, parameters: Parameters) -> Backward:
     """The recipe's objective on one window per step."""
-    options, student, outer = windows.job.recipe.transform, windows.student, windows.outer
-    trained_on = windows.trained_on[: options.steps]
-    if options.objective == "block_mse":
+    student, outer = windows.student, windows.outer
+    lessons = windows.lessons(windows.trained_on[: windows.job.recipe.transform.steps])
 
-        def from_blocks(step: int) -> float:
-            ids_BT = trained_on[step % len(trained_on)]
-            return block_error.backward(student, parameters, outer, ids_BT, step)
-
-        return from_blocks
-    lessons = windows.lessons(trained_on)
-
-    def from_logits(step: int) -> float:
+    def backward(step: int) -> float:
         lesson = lessons[step % len(lessons)]
         return model_loss.backward(student, parameters, outer, lesson, step)
 
-    return from_logits
+    return backward
 
 
 METHODS: Mapping[str, Callable[[TrainingWindows, Basis], Found]] = {
@@ -120,7 +110,6 @@ def _parameters(
         job.skeleton,
         scaled=scaled,
         factors=factors,
-        parametrization=job.recipe.transform.parametrization,
         butterfly=job.recipe.transform.down == "butterfly",
         device=job.device,
     )
@@ -136,7 +125,7 @@ def _train(job: Job, name: str, trainer: Trainer) -> dict[str, Any]:
         loss = trainer.step()
         done = len(trainer.losses)
         job.progress.transform_step(name, done - 1, steps, loss)
-        if done % job.recipe.transform.save_every == 0 or done == steps:
+        if done % SAVE_EVERY == 0 or done == steps:
             trainer.save(state)
     quarter = max(1, steps // 4)
     return {

@@ -22,7 +22,7 @@ from rotq.rotations.butterfly import (
     from_codes,
     to_codes,
 )
-from rotq.rotations.orthogonal import PARAMETRIZATIONS, Orthogonal, polish, turned
+from rotq.rotations.orthogonal import Cayley, polish, turned
 
 
 class Parameters:
@@ -35,7 +35,6 @@ class Parameters:
         *,
         scaled: Sequence[str],
         factors: Mapping[str, Tensor],
-        parametrization: str,
         butterfly: bool = False,
         device: torch.device,
     ) -> None:
@@ -44,7 +43,6 @@ class Parameters:
             start: Its matrices are trained.
             scaled: Names of scalings that are trained.
             factors: Free factors that do not start at one, by name (``LAYER.scales.NAME``).
-            parametrization: Key of ``PARAMETRIZATIONS``.
             butterfly: R4's angles are trained; else R4 stays.
 
         Raises:
@@ -52,13 +50,12 @@ class Parameters:
         """
         self.start = start
         self.scalings = scalings(skeleton, scaled)
-        build = PARAMETRIZATIONS[parametrization]
-        self.residual: Orthogonal | None = None
-        self.value: Orthogonal | None = None
+        self.residual: Cayley | None = None
+        self.value: Cayley | None = None
         if start.residual_DD is not None:
-            self.residual = build(start.residual_DD.to(device))
+            self.residual = Cayley(start.residual_DD.to(device))
         if start.value is not None:
-            self.value = build(torch.stack(start.value).to(device))
+            self.value = Cayley(torch.stack(start.value).to(device))
         self.down: list[Butterfly] = []
         if butterfly:
             self.down = _butterflies(start, skeleton, device)

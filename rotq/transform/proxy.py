@@ -24,7 +24,7 @@ from rotq.calibration.capture import capture_inputs, run_block
 from rotq.formats.integer import Grid
 from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.job.context import Job
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import calibrating
 from rotq.rotations.basis import Basis
 from rotq.solvers.gptq import damp, inverse_factor

@@ -7,7 +7,7 @@ from torch import nn
 from rotq.calibration.capture import capture_inputs, replayed, run_block
 from rotq.calibration.streams import BatchStore
 from rotq.formats.activations import ActivationGrid
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.rotations.hadamard import random_signs
 
 

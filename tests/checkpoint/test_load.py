@@ -19,7 +19,8 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import OnlineHeads
-from rotq.layers.quant_linear import OnlineLinear, QuantLinear
+from rotq.layers.online_linear import OnlineLinear
+from rotq.layers.quant_linear import QuantLinear
 
 FORMATS = ["compressed-tensors", "rotq"]
 GRIDS = {"W4 groups": W4, "W4 symmetric": W4_SYMMETRIC, "W3 per channel": W3_CHANNEL}

@@ -11,11 +11,12 @@ import torch
 from tiny_models import MemorySource, random_ids, tiny_model
 
 from rotq.evaluation.flatness import FlatnessMeter, chi_square_99, flatness
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.models.attention.online import use_online_attention
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis, build_basis
+from rotq.rotations.basis import Basis
 from rotq.rotations.hadamard import orthogonal
 
 
@@ -106,8 +107,9 @@ def test_a_rotation_changes_qsur_by_the_spread_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
-def test_the_meter_follows_both_models(family: str) -> None:
+def test_the_meter_follows_both_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees in every block what a hook in the whole model sees."""
+    monkeypatch.setattr("rotq.evaluation.flatness.SAMPLED_TOKENS", 40)
     model = tiny_model(family)
     skeleton, source = Skeleton.open(MemorySource(model)), MemorySource(model)
     rotation = Rotation(
@@ -116,7 +118,7 @@ def test_the_meter_follows_both_models(family: str) -> None:
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     ids_BT = random_ids(6, 16)
     meter = FlatnessMeter(
-        skeleton, ids_BT.split(1), num_tokens=40, device=torch.device("cpu"), precision="highest"
+        skeleton, ids_BT.split(1), device=torch.device("cpu"), precision="highest"
     )
     assert torch.equal(torch.cat(meter.sample), ids_BT[:3])
     outer = skeleton.load_outer(source, dtype=torch.float64)
@@ -148,7 +150,6 @@ def test_the_identity_changes_nothing() -> None:
     meter = FlatnessMeter(
         skeleton,
         random_ids(2, 16).split(1),
-        num_tokens=32,
         device=torch.device("cpu"),
         precision="highest",
     )

@@ -13,10 +13,10 @@ from rotq.evaluation.representations import (
     _map_agreement,
     compare_representations,
 )
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import build_basis
 
 FOUND = sequences(2, shortest=12, longest=15)
 

@@ -4,19 +4,19 @@ import copy
 
 import pytest
 import torch
+from random_rotations import random_orthogonal
 from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_ids, tiny_model
 
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.fusion.layernorm import leave_ones_alone
-from rotq.layers.quant_linear import OnlineLinear
-from rotq.models.adapter import Adapter
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.attention.online import use_online_attention
-from rotq.models.exact import exact_norms
-from rotq.models.families.esm import exact_rotary
+from rotq.models.exact import exact_norms, exact_rotary
+from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis, build_basis, head_dim, num_value_heads
-from rotq.rotations.hadamard import orthogonal
+from rotq.rotations.basis import Basis
 
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),
@@ -68,12 +68,11 @@ def test_logits_stay(name, key):
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "mixtral", *LAYER_NORM])
 def test_logits_stay_under_any_orthogonal_basis(name):
-    # uniformly random matrices have no symmetry that R and R^T could share
     source = MemorySource(tiny_model(name))
     skeleton = Skeleton.open(source)
     size, heads = head_dim(skeleton.config), range(num_value_heads(skeleton.config))
-    value = [torch.stack([orthogonal("random", size, 8 * i + h) for h in heads]) for i in (0, 1)]
-    residual_DD = orthogonal("random", 48, 9)
+    value = [torch.stack([random_orthogonal(size, 8 * i + h) for h in heads]) for i in (0, 1)]
+    residual_DD = random_orthogonal(48, 9)
     if skeleton.adapter.layer_norm:
         residual_DD = leave_ones_alone(residual_DD)
     basis = Basis(residual_DD=residual_DD, value=tuple(value))
@@ -195,40 +194,3 @@ def test_fp32_weights_are_rotated_in_fp64():
     assert narrow.mlp.down_proj.weight.dtype == torch.float32
     # two roundings to fp32 of entries below 2; a product in fp32 would add dozens
     assert error.abs().max() < 2 * 2**-23
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_exact_norms_are_theirs_but_for_rounding(name):
-    model = tiny_model(name)
-    norm = model.model.layers[0].input_layernorm
-    x_ND = torch.randn(5, 48, dtype=torch.float64)
-    theirs = norm(x_ND)
-    with exact_norms(model):
-        ours = norm(x_ND)
-    assert 0 < (ours - theirs).abs().max() < 1e-5
-    gain_D = norm.weight + (1.0 if name == "gemma3" else 0.0)
-    by_hand = x_ND / (x_ND.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain_D
-    torch.testing.assert_close(ours, by_hand, rtol=1e-14, atol=1e-14)
-    assert torch.equal(norm(x_ND), theirs)
-
-
-def test_unknown_norm_is_refused():
-    class StrangeRMSNorm(torch.nn.Module):
-        eps = 1e-6
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(4))
-
-        def forward(self, x):
-            return x * self.weight.square()
-
-    with (
-        pytest.raises(ValueError, match=r"StrangeRMSNorm is not an RMSNorm with gain"),
-        exact_norms(torch.nn.Sequential(StrangeRMSNorm())),
-    ):
-        pass
-
-
-def test_adapter_without_experts_sees_no_router():
-    assert Adapter(family="x", architectures=()).routers(torch.nn.Module()) == ()

@@ -6,7 +6,7 @@ from tiny_models import MemorySource, tiny_model
 
 from rotq.formats.activations import ActivationGrid
 from rotq.job.plan import layer_grid, make_plan
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Weights, load_recipe
 

@@ -7,6 +7,7 @@ from tiny_models import CONFIGS, tiny_model
 from torch import nn
 
 from rotq.errors import RotqError
+from rotq.models.adapter import Adapter
 from rotq.models.experts import calibrating, unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
@@ -128,3 +129,7 @@ def test_generic_adapter_wants_one_list_of_blocks():
     model.other = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     with pytest.raises(RotqError, match=r"found model\.layers, other"):
         generic_adapter(model)
+
+
+def test_adapter_without_experts_sees_no_router():
+    assert Adapter(family="x", architectures=()).routers(nn.Module()) == ()

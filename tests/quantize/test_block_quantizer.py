@@ -9,7 +9,7 @@ from memory_jobs import make_job
 from rotq.checkpoint.safetensors import read_entries
 from rotq.job.folder import block_part
 from rotq.job.parts import restored_block
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.quantize.block_quantizer import BlockQuantizer, save_block
 
 W3 = {

@@ -1,103 +1,50 @@
-"""What a recipe's rotation section becomes for a model's sizes."""
+"""A basis by the names of its tensors, and its checksum."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
-import pytest
 import torch
 
-from rotq.errors import RotqError
-from rotq.models.families import gemma3, llama
-from rotq.recipe import Rotation
-from rotq.rotations.basis import build_basis, derive_seed, head_dim
-
-CONFIG = SimpleNamespace(
-    hidden_size=48,
-    intermediate_size=80,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_hidden_layers=3,
-    head_dim=16,
-)
+from rotq.rotations.basis import SCALINGS, Basis, Scales
 
 
-def changed(**sizes):
-    return SimpleNamespace(**{**vars(CONFIG), **sizes})
+def numbers(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
 
 
-def test_none_is_the_identity():
-    basis = build_basis(Rotation(), llama.ADAPTER, CONFIG)
-    assert basis.is_identity
-    assert basis.description == {}
+def layer_scales(seed=0):
+    shapes = {"qkv": (48,), "gate_up": (48,), "value": (2, 16), "query_key": (2, 16), "up": (4, 80)}
+    return Scales.of({name: numbers(*shapes[name], seed=seed) for name in SCALINGS})
 
 
-def test_every_kv_head_and_layer_gets_its_own_basis():
-    basis = build_basis(Rotation(value="hadamard"), llama.ADAPTER, CONFIG)
-    assert not basis.is_identity
-    assert basis.residual_DD is None
-    assert [tuple(R.shape) for R in basis.value] == [(2, 16, 16)] * 3
-    flat = torch.cat(basis.value).flatten(1)
-    assert len({tuple(row.tolist()) for row in flat}) == 6
+def full_basis():
+    return Basis(
+        residual_DD=numbers(48, 48),
+        value=(numbers(2, 16, 16), numbers(2, 16, 16, seed=1)),
+        down="hadamard",
+        down_seed=7,
+        scales=(layer_scales(), layer_scales(1)),
+    )
 
 
-def test_description_names_the_construction():
-    rotation = Rotation(residual="hadamard", value="dct", down="hadamard")
-    basis = build_basis(rotation, llama.ADAPTER, CONFIG)
-    assert basis.description == {
-        "residual": "hadamard 12x4",
-        "value": "dct 16",
-        "down": "hadamard 20x4",
-    }
+def test_tensors_come_back_by_name():
+    basis = full_basis()
+    named = basis.tensors()
+    assert len(named) == 3 + 2 * len(SCALINGS)
+    again = Basis(down="hadamard", down_seed=7).with_tensors(named)
+    assert again.tensors().keys() == named.keys()
+    assert all(again.tensors()[name] is tensor for name, tensor in named.items())
+    assert (again.down, again.down_seed) == (basis.down, basis.down_seed)
+    assert again.checksum() == basis.checksum()
 
 
-def test_both_intermediate_sizes_of_a_mixture_are_described():
-    config = changed(moe_intermediate_size=24)
-    basis = build_basis(Rotation(down="hadamard"), llama.ADAPTER, config)
-    assert basis.description == {"down": "hadamard 12x2, hadamard 20x4"}
+def test_without_its_tensors_a_basis_keeps_what_is_online():
+    bare = full_basis().with_tensors({})
+    assert (bare.residual_DD, bare.value, bare.scales) == (None, None, None)
+    assert not bare.is_identity
+    assert replace(bare, down=None).is_identity
 
 
-def test_checksum_repeats_and_sees_seed_and_kind():
-    def checksum(**kinds):
-        return build_basis(Rotation(**kinds), llama.ADAPTER, CONFIG).checksum()
-
-    cases = [
-        {},
-        {"residual": "hadamard"},
-        {"residual": "hadamard", "seed": 1},
-        {"residual": "dct"},
-        {"value": "hadamard"},
-        {"value": "hadamard", "seed": 1},
-        {"down": "hadamard"},
-        {"down": "hadamard", "seed": 1},
-    ]
-    assert len({checksum(**case) for case in cases}) == len(cases)
-    assert checksum(residual="hadamard") == checksum(residual="hadamard")
-
-
-def test_head_dim_is_the_configs_own():
-    assert head_dim(CONFIG) == 16
-    assert head_dim(changed(head_dim=None)) == 12
-
-
-@pytest.mark.parametrize(
-    ("rotation", "sizes", "message"),
-    [
-        (Rotation(residual="hadamard"), {"hidden_size": 18}, "rotation.residual=hadamard: .*dct"),
-        (Rotation(value="hadamard"), {"head_dim": 9}, "rotation.value=hadamard: .*order 9.*dct"),
-        (Rotation(down="hadamard"), {"intermediate_size": 92}, "down=hadamard: .*down=none"),
-    ],
-)
-def test_missing_order_names_the_key_and_the_way_out(rotation, sizes, message):
-    with pytest.raises(RotqError, match=message):
-        build_basis(rotation, llama.ADAPTER, changed(**sizes))
-
-
-def test_post_norm_family_refuses_the_residual_rotation_only():
-    with pytest.raises(RotqError, match=r"rotation\.residual=dct is not possible for Gemma 3"):
-        build_basis(Rotation(residual="dct"), gemma3.ADAPTER, CONFIG)
-    build_basis(Rotation(value="dct", down="hadamard"), gemma3.ADAPTER, CONFIG)
-
-
-def test_seeds_differ_by_use_and_fit_a_generator():
-    seeds = {derive_seed(0, "down"), derive_seed(0, 0, 1), derive_seed(0, 1, 0), derive_seed(1, 0)}
-    assert len(seeds) == 4
-    assert all(0 <= seed < 2**63 for seed in seeds)
+def test_the_checksum_knows_scales():
+    first, second = (Basis(scales=(layer_scales(seed),)) for seed in (0, 1))
+    assert len({Basis().checksum(), first.checksum(), second.checksum()}) == 3

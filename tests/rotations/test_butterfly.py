@@ -7,11 +7,12 @@ import torch
 from fused_models import fused_logits
 from tiny_models import MemorySource, random_ids, tiny_model
 
+from rotq.fusion.draw import build_basis
 from rotq.models.attention.online import use_online_attention
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
+from rotq.rotations.basis import SCALINGS, Basis, Scales
 from rotq.rotations.butterfly import (
     HADAMARD_ANGLE,
     UNIT,

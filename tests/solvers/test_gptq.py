@@ -18,9 +18,7 @@ def problem(N: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def scales_of(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    return search_scales(
-        weight_NK, hessian_KK, grid, judge="minmax", steps=1, scale_dtype=torch.float32
-    )
+    return search_scales(weight_NK, hessian_KK, grid, judge="minmax", scale_dtype=torch.float32)
 
 
 def dequantize(q_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:

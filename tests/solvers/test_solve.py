@@ -17,7 +17,6 @@ OPTIONS = Options(
     order="activation",
     damping=0.01,
     scale_search="hessian",
-    search_steps=12,
     target_correction=0.0,
     refine_sweeps=2,
     scale_dtype=torch.float16,
@@ -143,7 +142,7 @@ def test_searched_scales_are_better_by_their_own_judge(judge):
     H_KK = moments.hessian_KK()
 
     def error(how: str) -> Tensor:
-        options = replace(OPTIONS, method="rtn", scale_search=how, search_steps=24)
+        options = replace(OPTIONS, method="rtn", scale_search=how)
         e_NGg = (solve(weight_NK, moments, grid, options).quantized.dequantize() - weight_NK).view(
             12, 4, 16
         )
@@ -162,9 +161,7 @@ def test_scales_are_positive_and_storable(dtype):
     weight_NK = torch.zeros(3, 8)
     weight_NK[1] = 1e-12
     grid = Grid(bits=3, group_size=4, symmetric=True)
-    scale_NG, zero_NG = search_scales(
-        weight_NK, torch.eye(8), grid, judge="mse", steps=4, scale_dtype=dtype
-    )
+    scale_NG, zero_NG = search_scales(weight_NK, torch.eye(8), grid, judge="mse", scale_dtype=dtype)
     assert (scale_NG > 0).all()
     assert torch.equal(scale_NG, scale_NG.to(dtype).float())
     assert (zero_NG == 0).all()

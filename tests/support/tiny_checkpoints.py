@@ -22,7 +22,7 @@ from rotq.checkpoint.source import open_source
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
-from rotq.layers.quant_linear import OnlineLinear
+from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
 from rotq.rotations.butterfly import angle_shape

@@ -24,7 +24,6 @@ LEARNED = {
     "transform.balance": ["value", "query_key", "up"],
     "transform.layer_steps": 3,
     "transform.steps": 6,
-    "transform.save_every": 2,
     "transform.top_k": 32,
 }
 

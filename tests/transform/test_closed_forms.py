@@ -3,6 +3,7 @@
 import pytest
 import torch
 from memory_jobs import make_job
+from random_rotations import random_orthogonal
 from tiny_models import MemorySource, random_ids, tiny_model
 from tiny_transforms import W4A4KV4
 
@@ -104,7 +105,7 @@ def test_scales_behind_norms_are_the_rms_of_what_is_read(balanced, rotated):
     basis = Basis()
     if rotated:
         # R1 takes the gain into the weights; its features are mixtures of what is left
-        basis = Basis(residual_DD=orthogonal("random", 48, 0))
+        basis = Basis(residual_DD=random_orthogonal(48, 0))
         x_D = (x_D / layer.input_layernorm.weight.square()) @ basis.residual_DD.float().square()
     found = balancer.scales(squares, basis, ["qkv"])["1.scales.qkv"]
     ratio = found / x_D.sqrt()
@@ -160,7 +161,6 @@ def test_optrot_flattens_and_is_invariant_to_what_norms_scale(tmp_path):
         job.skeleton,
         scaled=(),
         factors={},
-        parametrization="cayley",
         device=torch.device("cpu"),
     )
     with torch.enable_grad():
@@ -195,7 +195,6 @@ def test_the_layer_score_foretells_the_error_of_gptq():
         order="natural",
         damping=0.01,
         scale_search="minmax",
-        search_steps=1,
         target_correction=0.0,
         refine_sweeps=0,
         scale_dtype=torch.float32,

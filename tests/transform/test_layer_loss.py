@@ -7,13 +7,14 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4
 
 from rotq.calibration.capture import capture_inputs
 from rotq.formats.activations import fake_quantize
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.fusion.maps import block_maps
 from rotq.job.folder import TRANSFORM
-from rotq.layers.quant_linear import OnlineLinear, prepared_input
+from rotq.layers.online_linear import OnlineLinear, prepared_input
 from rotq.models.scalings import scalings
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis, Scales, build_basis
+from rotq.rotations.basis import Basis, Scales
 from rotq.transform.layer_loss import LayerLoss, _in_basis, spaced
 from rotq.transform.methods import learned
 from rotq.transform.parameters import Parameters
@@ -200,7 +201,6 @@ def test_gradients_reach_what_is_trained(tmp_path):
         skeleton,
         scaled=SCALED,
         factors={},
-        parametrization="cayley",
         butterfly=True,
         device=torch.device("cpu"),
     )

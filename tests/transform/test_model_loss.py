@@ -8,7 +8,7 @@ from memory_jobs import make_job
 from tiny_models import tiny_model
 from tiny_transforms import LEARNED
 
-from rotq.rotations.basis import build_basis
+from rotq.fusion.draw import build_basis
 from rotq.transform.model_loss import Lesson, backward, mean_loss, teach
 from rotq.transform.parameters import Parameters
 from rotq.transform.teacher import next_tokens
@@ -24,7 +24,6 @@ def prepared(folder, choices, name="llama"):
         skeleton,
         scaled=recipe.transform.scalings,
         factors={},
-        parametrization=recipe.transform.parametrization,
         butterfly=recipe.transform.down == "butterfly",
         device=torch.device("cpu"),
     )

@@ -12,10 +12,10 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4, spoil_block
 
 from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
+from rotq.fusion.draw import build_basis
 from rotq.job.folder import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.rotations.basis import build_basis
 from rotq.rotations.butterfly import from_codes, to_codes
 from rotq.transform.parameters import Parameters
 from rotq.transform.search import search_basis
@@ -93,7 +93,8 @@ def test_training_lowers_the_loss(tmp_path):
     assert found["loss_last_quarter"] < 0.85 * found["loss_first_quarter"]
 
 
-def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path):
+def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path, monkeypatch):
+    monkeypatch.setattr("rotq.transform.methods.SAVE_EVERY", 2)
     _, _, basis = learned
     with pytest.raises(KeyboardInterrupt):
         find(make_job(tmp_path / "job", LEARNED, Interrupted()))
@@ -166,7 +167,8 @@ def test_fixed_is_what_was_drawn(tmp_path):
     assert not job.folder.recorded(TRANSFORM)
 
 
-def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path):
+def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rotq.transform.methods.SAVE_EVERY", 2)
     with pytest.raises(KeyboardInterrupt):
         find(make_job(tmp_path / "stopped", BUTTERFLY, Interrupted()))
     _, resumed = find(make_job(tmp_path / "stopped", BUTTERFLY))
@@ -193,7 +195,6 @@ def test_an_mlp_of_no_pairs_has_no_butterfly(tmp_path):
             skeleton,
             scaled=(),
             factors={},
-            parametrization="cayley",
             butterfly=True,
             device=torch.device("cpu"),
         )

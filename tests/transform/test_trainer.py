@@ -5,7 +5,7 @@ import torch
 from memory_jobs import make_job
 from tiny_transforms import LEARNED, SCALED
 
-from rotq.rotations.basis import build_basis
+from rotq.fusion.draw import build_basis
 from rotq.transform.methods import balanced, learned
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import WARM_UP, Pace, Trainer, schedule
@@ -29,7 +29,6 @@ def parameters_of(job, factors=None):
         job.skeleton,
         scaled=SCALED,
         factors=factors or {},
-        parametrization="qr",
         butterfly=True,
         device=torch.device("cpu"),
     )
@@ -65,7 +64,6 @@ def test_a_restart_is_where_the_others_ended(job):
         job.skeleton,
         scaled=SCALED,
         factors=factors,
-        parametrization="qr",
         butterfly=True,
         device=torch.device("cpu"),
     )

@@ -17,7 +17,6 @@ from rotq.kv.calibration.codebook import (
     fitted_centres,
     gaussian_codebook,
     integer_codebook,
-    normal_centres,
 )
 from rotq.kv.calibration.layer_constants import (
     centred_base,
@@ -30,7 +29,6 @@ from rotq.kv.calibration.residual import fit_residual
 from rotq.kv.calibration.statistics import LayerStatistics
 from rotq.kv.presets import KVSpec
 from rotq.ops import (
-    TABLE_BITS,
     KVConstants,
     KVFormat,
     SideConstants,
@@ -40,9 +38,6 @@ from rotq.ops import (
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Tried for values, and for keys where the scheme leaves alpha open."""
-
-_FITTED_NUMBERS = 1 << 16
-"""That a codebook is fitted to."""
 
 
 def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KVConstants:
@@ -160,10 +155,6 @@ def _fit_side(
     rms_HN = y_HND.square().mean(-1).sqrt().clamp(min=1e-30)
     if spec.codebook == "kmeans":
         books = [_kmeans(y_N.flatten(), bits) for y_N in y_HND]
-    elif spec.codebook == "fitted" and bits <= TABLE_BITS:
-        u_HND = (y_HND / rms_HN[..., None])[:, : _FITTED_NUMBERS // y_HND.shape[-1]]
-        start_L = normal_centres(bits)
-        books = [integer_codebook(fitted_centres(u.flatten(), bits, start_L)) for u in u_HND]
     else:
         books = [gaussian_codebook(bits)] * len(y_HND)
     unit_H = torch.tensor([book.unit for book in books], dtype=torch.float64)

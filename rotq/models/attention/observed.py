@@ -1,8 +1,7 @@
 """See queries and keys as the attention of any family does: after norms and rotary embedding.
 
-transformers dispatches attention by name (``config._attn_implementation``); a block that runs under
-``observed_attention`` computes what it does without (sdpa, on heads that may be rotated and rounded
-online) and reports how much attention each token got.
+A block that runs under ``observed_attention`` computes what it does without (sdpa, on heads that
+may be rotated and rounded online), and an observer is shown what its attention works on.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rotq.models.attention import dispatch
 from rotq.models.attention.online import heads_of
-
-NAME = "rotq_observed"
 
 Observer = Callable[..., None]
 
@@ -28,7 +24,7 @@ def observed_attention(block: nn.Module, observer: Observer) -> Iterator[None]:
     """Call ``observer(query_BHTd, key_BHTd, scale=, mask=, causal=)`` in every attention.
 
     Args:
-        block: The configurations its modules hold name another attention inside the context.
+        block: Of a model with sdpa or online attention.
         observer: Is given detached tensors.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -48,15 +44,6 @@ def observed_attention(block: nn.Module, observer: Observer) -> Iterator[None]:
         result: tuple[Tensor, Tensor | None] = sdpa(module, query, key, value, mask, **kw)
         return result
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    held: list[Any] = [module.config for module in block.modules() if hasattr(module, "config")]
-    configs = {id(config): config for config in held}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
+    dispatch.register(dispatch.OBSERVED, attention)
+    with dispatch.used(block, dispatch.OBSERVED):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]

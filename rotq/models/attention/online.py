@@ -1,8 +1,8 @@
 """Attention that rotates and rounds its heads at run time, in any family.
 
-transformers dispatches attention by name (``config._attn_implementation``). What an attention
-module is to do is an attribute of it; a module without the attribute computes what sdpa computes.
-Keys come from a cache as they went in, so that rounding them at each step is rounding them once.
+What an attention module is to do is an attribute of it; a module without the attribute computes
+what sdpa computes. Keys come from a cache as they went in, so that rounding them at each step is
+rounding them once.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
-
-NAME = "rotq_online"
-"""In ``config._attn_implementation``."""
+from rotq.models.attention import dispatch
 
 ATTRIBUTE = "online_heads"
 
-_ROUNDING = (NAME, "rotq_observed")
+_ROUNDING = (dispatch.ONLINE, dispatch.OBSERVED)
 """Attentions that do what ``heads_of`` says."""
 
 
@@ -48,18 +44,13 @@ def use_online_attention(model: Any) -> None:
         RotqError: another attention is wanted, or the model does not dispatch by name.
     """
     wanted = model.config._attn_implementation
-    name = type(model).__name__
-    if wanted not in ("sdpa", NAME):
+    if wanted not in ("sdpa", dispatch.ONLINE):
         raise RotqError(
-            f"{name} uses {wanted} attention; rotating or rounding heads at run time works with "
-            "sdpa attention only"
+            f"{type(model).__name__} uses {wanted} attention; rotating or rounding heads at run "
+            "time works with sdpa attention only"
         )
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        model.set_attn_implementation(NAME)
-    except ValueError as error:
-        raise RotqError(f"{name}: {' '.join(str(error).split())}") from None
+    dispatch.register(dispatch.ONLINE, _attention)
+    dispatch.use(model, dispatch.ONLINE)
 
 
 def _attention(

@@ -1,7 +1,7 @@
 """Put another function in the place of a model's attention, for windows without padding.
 
-transformers dispatches attention by name (``config._attn_implementation``) after RoPE, with the
-keys and values that a cache would hold. What the replacement cannot honour is refused.
+It is called after RoPE, with the keys and values that a cache would hold. What the replacement
+cannot honour is refused.
 
 Shape suffixes: B windows, T positions, H query heads, K KV heads, G query heads per KV head,
 Q queries of a chunk, S keys up to the last of them, D head width.
@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from rotq.errors import RotqError
-
-NAME = "rotq_replaced"
+from rotq.models.attention import dispatch
 
 _MASKED = -1e30
 
@@ -75,17 +72,9 @@ def replaced_attention(model: Any, attention: Attention) -> Iterator[None]:
         )
         return attention(call).contiguous(), None
 
-    AttentionInterface.register(NAME, run)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-    except ValueError as error:
-        raise RotqError(f"{type(model).__name__}: {' '.join(str(error).split())}") from None
-    try:
+    dispatch.register(dispatch.REPLACED, run, mask=_no_mask)
+    with dispatch.used(model, dispatch.REPLACED):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers.models.esm import modeling_esm
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
@@ -49,17 +48,6 @@ ADAPTER = Adapter(
         ),
     ),
 )
-
-
-@contextmanager
-def exact_rotary() -> Iterator[None]:
-    """Turn queries and keys in their own dtype: transformers' ESM casts them to fp32 for that."""
-    before = modeling_esm.apply_rotary_pos_emb
-    modeling_esm.apply_rotary_pos_emb = apply_rotary_pos_emb
-    try:
-        yield
-    finally:
-        modeling_esm.apply_rotary_pos_emb = before
 
 
 @contextmanager

@@ -146,8 +146,13 @@ def test_other_bits_with_normal_codebooks() -> None:
             torch.testing.assert_close(ours.base_H, theirs.base_H)
 
 
-def test_what_was_fitted_to_other_bits_is_refused() -> None:
-    fitted = calibrate(MODEL, IDS_BT, replace(preset("k3v3"), codebook="fitted"))
+@pytest.mark.parametrize(
+    "changes",
+    [{"codebook": "kmeans", "norm": "none", "search": 0}, {"residual": "sign"}],
+    ids=["codebook", "residual"],
+)
+def test_what_was_fitted_to_other_bits_is_refused(changes: dict[str, Any]) -> None:
+    fitted = calibrate(MODEL, IDS_BT, replace(preset("k3v3"), **changes))
     wanted = replace(fitted.spec, name="k4v2", k_bits=4, v_bits=2)
     assert not fitted.serves(wanted)
     assert fitted.serves(replace(fitted.spec, sinks=0))

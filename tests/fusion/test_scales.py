@@ -7,15 +7,15 @@ and (c) of OSTQuant's released code).
 import pytest
 import torch
 from fused_models import fused_logits
+from random_rotations import random_orthogonal
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
-from rotq.errors import RotqError
+from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block
-from rotq.models.scalings import Scaling, scalings
+from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
-from rotq.rotations.basis import SCALINGS, Basis, Scales, build_basis
-from rotq.rotations.hadamard import orthogonal
+from rotq.rotations.basis import SCALINGS, Basis, Scales
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
 
@@ -34,15 +34,15 @@ def random_scales(skeleton, names, seed=0):
 
 
 def random_rotations(skeleton):
-    """R1 and R2 uniform over the orthogonal group, without symmetry; R4 a Hadamard."""
+    """R1 and R2 uniform over the orthogonal group; R4 a Hadamard."""
     config, size = skeleton.config, skeleton.config.head_dim
     basis = build_basis(Rotation(down="hadamard", seed=3), skeleton.adapter, config)
     named = {
-        f"value.{layer}": torch.stack([orthogonal("random", size, 2 * layer + h) for h in (0, 1)])
+        f"value.{layer}": torch.stack([random_orthogonal(size, 2 * layer + h) for h in (0, 1)])
         for layer in range(config.num_hidden_layers)
     }
     if skeleton.adapter.residual_rotation:
-        named["residual"] = orthogonal("random", config.hidden_size, 9)
+        named["residual"] = random_orthogonal(config.hidden_size, 9)
     return basis.with_tensors(named)
 
 
@@ -133,42 +133,6 @@ def test_scales_of_values_go_to_the_columns_of_the_output_projection():
     # query heads 0 and 1 read KV head 0, heads 2 and 3 read KV head 1
     columns = scales[0].value_HK[[0, 0, 1, 1]].flatten()
     torch.testing.assert_close(block.self_attn.o_proj.weight, original * columns, rtol=0, atol=0)
-
-
-def test_partial_rotary_leaves_the_rest_free():
-    scaling = Scaling(shape=(1, 5), num_pairs=2)
-    factors = scaling.expand(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
-    assert factors.tolist() == [[1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0]]
-
-
-def test_norms_on_heads_share_factors_of_queries_and_keys():
-    skeletons = {n: Skeleton.open(MemorySource(tiny_model(n))) for n in ("llama", "qwen3")}
-    shapes = {n: scalings(s, ["query_key"])[0]["query_key"].shape for n, s in skeletons.items()}
-    assert shapes == {"llama": (2, 8), "qwen3": (1, 12)}
-
-
-def test_rope_of_unknown_layout_is_refused(monkeypatch):
-    skeleton = Skeleton.open(MemorySource(tiny_model("llama")))
-    monkeypatch.setattr("rotq.models.scalings.rotaries", lambda config: [None, None])
-    with pytest.raises(RotqError, match="scaling query_key is not possible"):
-        scalings(skeleton, ["query_key"])
-    assert scalings(skeleton, ["up"])[0]["up"].shape == (1, 80)
-
-
-def test_tensors_come_back_by_name():
-    skeleton = Skeleton.open(MemorySource(tiny_model("qwen3-moe-mixed")))
-    basis = random_rotations(skeleton)
-    named = basis.tensors() | Basis(scales=random_scales(skeleton, SCALINGS)).tensors()
-    full = basis.with_tensors(named)
-    assert full.tensors().keys() == named.keys()
-    assert all(full.tensors()[name] is tensor for name, tensor in named.items())
-    assert (full.down, full.down_seed) == (basis.down, basis.down_seed)
-
-
-def test_the_checksum_knows_scales():
-    skeleton = Skeleton.open(MemorySource(tiny_model("llama")))
-    first, second = (Basis(scales=random_scales(skeleton, ["up"], seed)) for seed in (0, 1))
-    assert len({Basis().checksum(), first.checksum(), second.checksum()}) == 3
 
 
 def test_families_here_are_families_there():

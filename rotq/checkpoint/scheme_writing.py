@@ -1,0 +1,188 @@
+"""``quantization_config`` as it is written; ``scheme`` has the fields and reads them back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rotq.checkpoint.scheme import METHODS
+from rotq.formats.activations import ActivationGrid
+from rotq.formats.integer import Grid
+from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+
+CT_VERSION = "0.20.0"
+
+
+def quantization_config(
+    layers: Mapping[str, Grid],
+    kept: Sequence[str],
+    format: str,
+    online: Mapping[str, str] | None = None,
+    *,
+    inputs: ActivationGrid | None = None,
+    heads: OnlineHeads = UNTOUCHED,
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+        layers: Full name of each quantized linear layer to its grid.
+        kept: Full names of the linear layers left dense; every linear layer of the model is
+            in ``layers`` or here.
+        format: ``compressed-tensors`` or ``rotq``.
+        online: Full name of a layer to the kind of rotation of its input; only for ``rotq``.
+        inputs: What the inputs of ``layers`` are rounded to at run time.
+        heads: What every attention does at run time; only for ``rotq``.
+
+    Returns:
+        One config group where all grids are equal, with the target ``Linear``; else a group per
+        grid. A target is a pattern over block and expert numbers where the group has all layers
+        that the pattern matches, and a full name elsewhere. ``dequantize`` is set where all
+        grids are equal and asymmetric: transformers 5.23 with compressed-tensors 0.20 refuses
+        packed zero points unless it makes the weights dense while loading. In that mode it takes
+        the first group for every layer, so that different asymmetric grids are not readable by
+        it at all (``transformers_obstacle``).
+
+    Raises:
+        ValueError: no layers, unknown format, ``online`` or ``heads`` in a format that cannot
+            express it, or ``inputs`` where transformers would drop them: it leaves them out where
+            it makes weights dense while loading.
+    """
+    if format not in METHODS or not layers:
+        raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
+    if (online or heads != UNTOUCHED) and format != "rotq":
+        raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
+    if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
+        raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
+    everything = [*layers, *kept]
+    config: dict[str, Any] = {
+        "config_groups": _groups(layers, everything, inputs),
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "quant_method": format,
+        "quantization_status": "compressed",
+    }
+    if format == "rotq":
+        return config | _rotq_fields(online or {}, heads, everything)
+    return config | _compressed_tensors_fields(set(layers.values()))
+
+
+def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> str | None:
+    """Why transformers 5.23 with compressed-tensors 0.20 cannot load this; None where it can.
+
+    Args:
+        config: From ``quantization_config``.
+        has_experts: Experts, stored one by one, are among the quantized layers.
+    """
+    groups = config["config_groups"].values()
+    symmetric = all(group["weights"]["symmetric"] for group in groups)
+    if config["quant_method"] == "rotq":
+        return None
+    if has_experts and (len(groups) > 1 or not symmetric):
+        return "it fuses experts, and then reads neither zero points nor several grids"
+    if len(groups) > 1 and not symmetric:
+        return "it does not read zero points where there are several grids"
+    return None
+
+
+def _rotq_fields(
+    online: Mapping[str, str], heads: OnlineHeads, everything: Sequence[str]
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {"online": _online(online, everything)}
+    if heads != UNTOUCHED:
+        fields["attention"] = _attention(heads)
+    newest = 3 if "butterfly" in fields["online"] else 2 if heads != UNTOUCHED else 1
+    return {**fields, "version": newest}
+
+
+def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "moe_sparsity_config": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": CT_VERSION,
+    }
+    if len(grids) == 1 and not next(iter(grids)).symmetric:
+        fields["dequantize"] = True
+    return fields
+
+
+def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, list[str]]:
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in online.items():
+        by_kind.setdefault(kind, []).append(name)
+    return {kind: _targets(names, everything) for kind, names in sorted(by_kind.items())}
+
+
+def _attention(heads: OnlineHeads) -> dict[str, Any]:
+    return {
+        "rotation": "hadamard" if heads.rotated else None,
+        "kv_cache": _dynamic(heads.grid),
+    }
+
+
+def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    return {
+        "dynamic": True,
+        "group_size": None,
+        "num_bits": grid.bits,
+        "strategy": "token",
+        "symmetric": grid.symmetric,
+        "type": "int",
+    }
+
+
+def _groups(
+    layers: Mapping[str, Grid], everything: Sequence[str], inputs: ActivationGrid | None
+) -> dict[str, dict[str, Any]]:
+    by_grid: dict[Grid, list[str]] = {}
+    for name, grid in layers.items():
+        by_grid.setdefault(grid, []).append(name)
+    targets = [_targets(names, everything) for names in by_grid.values()]
+    if len(by_grid) == 1:
+        targets = [["Linear"]]
+    return {
+        f"group_{number}": _group(grid, group, inputs)
+        for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
+    }
+
+
+def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dict[str, Any]:
+    weights = {
+        "dynamic": False,
+        "group_size": None if grid.group_size == -1 else grid.group_size,
+        "num_bits": grid.bits,
+        "strategy": "channel" if grid.group_size == -1 else "group",
+        "symmetric": grid.symmetric,
+        "type": "int",
+    }
+    return {
+        "format": "pack-quantized",
+        "input_activations": _dynamic(inputs),
+        "output_activations": None,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def _targets(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    wanted = set(names)
+    classes: dict[str, list[str]] = {}
+    for name in everything:
+        classes.setdefault(_pattern(name), []).append(name)
+    targets = []
+    for pattern, members in classes.items():
+        inside = [name for name in members if name in wanted]
+        whole = len(inside) == len(members) > 1
+        targets += [pattern] if whole else inside
+    return targets
+
+
+def _pattern(name: str) -> str:
+    """``re:model\\.layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``."""
+    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in name.split("."))
+    return "re:" + r"\.".join(parts) + "$"

@@ -1,0 +1,142 @@
+"""What a model has and computes outside its blocks.
+
+What happens there (embeddings, masks, position embeddings, flags, the last norm, the head) is not
+reproduced: the model's own forward is run with other functions in the place of its blocks'
+forwards, which is exact for every family and costs no block.
+
+Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rotq.models.adapter import Adapter
+from rotq.models.loading import TensorSource, load_tensors
+
+BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
+"""Index, hidden states and keyword arguments of a block, to what is to be its output."""
+
+
+class Stop(Exception):  # noqa: N818, it is not an error
+    """Leaves the model's forward once the blocks have been given what was wanted."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
+class OuterModel:
+    """A model without its blocks; its tensors are given to each run, by full name."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, *, tied: bool) -> None:
+        """
+        Args:
+            model: Of transformers; its parameters may be on meta.
+            tied: The head takes the embedding's tensor unless it is given one of its own.
+        """
+        self.model, self.adapter, self.tied = model, adapter, tied
+        self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
+
+    def load(
+        self, source: TensorSource, *, dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """Every tensor outside the blocks by full name; ``Skeleton.load_outer`` says more."""
+        present = set(source.names())
+        wanted = self._tensors()
+        for name in (target for target, _ in self._ties() if target not in present):
+            del wanted[name]
+        buffers = dict(self.model.named_buffers())
+        outer: dict[str, Tensor] = {}
+        for name in wanted.keys() & buffers.keys():
+            like = wanted.pop(name)
+            loaded = {name: buffers[name].clone()}
+            if name in present:
+                loaded = load_tensors(source, {name: like}, device=device, dtype=like.dtype)
+            outer |= loaded
+        outer |= load_tensors(source, wanted, device=device, dtype=dtype)
+        if self.tied and self._head in outer:
+            embedding_VD = outer[f"{self.adapter.embedding}.weight"]
+            if torch.equal(outer[self._head], embedding_VD):
+                del outer[self._head]
+        return outer
+
+    def run(self, outer: dict[str, Tensor], forward: BlockForward, **inputs: Tensor | None) -> Any:
+        """The model's output, with ``forward`` in the place of every block.
+
+        Args:
+            outer: Every tensor outside the blocks; what is tied may be left out.
+            inputs: Of the model's forward.
+        """
+        tensors = dict(outer)
+        tensors |= {name: outer[to] for name, to in self._ties() if name not in outer}
+        given = next(value for value in inputs.values() if value is not None)
+        tensors |= {
+            name: buffer.to(given.device)
+            for name, buffer in self.model.named_buffers()
+            if name not in tensors and not self._inside(name)
+        }
+        kwargs = {**inputs, "use_cache": False}
+        with self._blocks_replaced(forward):
+            return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
+
+    def zeros(self, like: Tensor) -> dict[str, Tensor]:
+        """In place of the tensors where their values do not matter; no memory behind them."""
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        return {
+            name: zero.expand(parameter.shape)
+            for name, parameter in self.model.named_parameters()
+            if not self._inside(name)
+        }
+
+    def stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
+        """Inputs of a run in which only shape, dtype and device of what is embedded matter."""
+        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+            return {"inputs_embeds": hidden_BTD}
+        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
+        return {"input_ids": ids_BT}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {name: like for name, like in state.items() if not self._inside(name)}
+
+    def _inside(self, name: str) -> bool:
+        return name.startswith(f"{self.adapter.blocks}.")
+
+    def _ties(self) -> list[tuple[str, str]]:
+        """(tensor, the tensor it takes unless it has one of its own)."""
+        if not self.tied:
+            return []
+        embedding = f"{self.adapter.embedding}.weight"
+        return [(self._head, embedding), *self.adapter.tied_biases]
+
+    @property
+    def _head(self) -> str:
+        return f"{self.adapter.head}.weight"
+
+    @contextmanager
+    def _blocks_replaced(self, forward: BlockForward) -> Iterator[None]:
+        # on the instances: everything else a model may ask of its blocks stays as it is
+        for index, block in enumerate(self.blocks):
+            block.forward = functools.partial(_call_replaced, forward, index, type(block).forward)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def _call_replaced(
+    forward: BlockForward, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    names = list(inspect.signature(original).parameters)[1:]
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    return forward(index, kwargs.pop(names[0]), kwargs)

@@ -1,0 +1,48 @@
+"""Grids by layer name as a config gives them, and what rotq cannot run."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_checkpoints import W3_CHANNEL, W4, W8
+
+from rotq.checkpoint.scheme import read_scheme
+from rotq.checkpoint.scheme_writing import quantization_config
+from rotq.errors import RotqError
+
+LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
+
+
+def test_a_kept_layer_is_in_no_pattern() -> None:
+    layers = {name: W8 if "down" in name else W4 for name in LAYERS[:-1]}
+    scheme = read_scheme(quantization_config(layers, [LAYERS[-1], "lm_head"], "rotq"))
+    assert scheme.grid(LAYERS[-1]) is None
+    assert scheme.grid("lm_head") is None
+
+
+def test_full_names_win_over_patterns_over_linear() -> None:
+    config = quantization_config(dict(zip(LAYERS, (W4, W8, W3_CHANNEL), strict=False)), [], "rotq")
+    targets = (["Linear"], [r"re:.*up_proj"], [LAYERS[0]])
+    for group, target in zip(config["config_groups"].values(), targets, strict=True):
+        group["targets"] = target
+    scheme = read_scheme(config)
+    assert [scheme.grid(name) for name in LAYERS[:3]] == [W3_CHANNEL, W4, W8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"type": "float"}}, "float"),
+        ({"weights": {"strategy": "block"}}, "per block"),
+        ({"weights": {"actorder": "group"}}, "another order"),
+        ({"weights": {"num_bits": 1}}, "bits must be 2 to 8"),
+        ({"weights": {"group_size": None}}, "not valid"),
+        ({"input_activations": {"num_bits": 8}}, "activations"),
+    ],
+)
+def test_groups_that_rotq_cannot_run(change: dict[str, dict[str, object]], message: str) -> None:
+    config = quantization_config({"a": W4}, [], "compressed-tensors")
+    for key, value in change.items():
+        group = config["config_groups"]["group_0"]
+        group[key] = {**(group[key] or {}), **value}
+    with pytest.raises(RotqError, match=message):
+        read_scheme(config)

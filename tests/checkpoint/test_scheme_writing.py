@@ -1,0 +1,120 @@
+"""The config that is written: what compressed-tensors writes, and what is read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from compressed_tensors.quantization import QuantizationConfig
+from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, W8
+
+from rotq.checkpoint.scheme import read_scheme
+from rotq.checkpoint.scheme_writing import quantization_config, transformers_obstacle
+from rotq.formats.activations import ActivationGrid
+from rotq.formats.integer import Grid
+from rotq.layers.online_heads import OnlineHeads
+
+LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
+
+
+@pytest.mark.parametrize("grids", [[W4], [W4_SYMMETRIC], [W3_CHANNEL], [W4, W8]], ids=str)
+def test_config_is_what_compressed_tensors_writes(grids: list[Grid]) -> None:
+    layers = {name: grids[i % len(grids)] for i, name in enumerate(LAYERS)}
+    ours = quantization_config(layers, ["lm_head"], "compressed-tensors")
+    written = QuantizationConfig.model_validate(ours).model_dump()
+    for name, value in written.items():
+        assert ours[name] == value, name
+    assert set(ours) - set(written) <= {
+        "version",
+        "sparsity_config",
+        "transform_config",
+        "dequantize",
+    }
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounded_inputs_are_what_compressed_tensors_writes(symmetric: bool) -> None:
+    inputs = ActivationGrid(bits=8, symmetric=symmetric)
+    layers = dict.fromkeys(LAYERS, W4_SYMMETRIC)
+    ours = quantization_config(layers, ["lm_head"], "compressed-tensors", inputs=inputs)
+    written = QuantizationConfig.model_validate(ours).model_dump()
+    assert ours["config_groups"] == written["config_groups"]
+    assert read_scheme(json.loads(json.dumps(ours))).groups[0].input_grid == inputs
+
+
+def test_what_compressed_tensors_cannot_say_is_refused() -> None:
+    inputs = ActivationGrid(bits=8, symmetric=True)
+    with pytest.raises(ValueError, match="dropped where weights have zero points"):
+        quantization_config({"a": W4}, [], "compressed-tensors", inputs=inputs)
+    for heads in (OnlineHeads(grid=inputs), OnlineHeads(rotated=True)):
+        with pytest.raises(ValueError, match="rounded heads cannot be expressed in compressed"):
+            quantization_config({"a": W4_SYMMETRIC}, [], "compressed-tensors", heads=heads)
+
+
+@pytest.mark.parametrize("grid", [None, ActivationGrid(bits=3, symmetric=True)], ids=str)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_heads_are_read_as_written(grid: ActivationGrid | None, rotated: bool) -> None:
+    heads = OnlineHeads(rotated=rotated, grid=grid)
+    config = quantization_config(dict.fromkeys(LAYERS, W4), [], "rotq", heads=heads)
+    assert config["version"] == (1 if heads == OnlineHeads() else 2)
+    assert read_scheme(json.loads(json.dumps(config))).heads == heads
+
+
+def test_one_grid_targets_linear() -> None:
+    config = quantization_config(dict.fromkeys(LAYERS, W4), ["lm_head"], "compressed-tensors")
+    assert config["config_groups"].keys() == {"group_0"}
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert config["ignore"] == ["lm_head"]
+
+
+def test_two_grids_by_kind_of_layer_and_by_name() -> None:
+    layers = {name: W8 if "down" in name else W4 for name in LAYERS}
+    groups = quantization_config(layers, [], "rotq")["config_groups"]
+    assert groups["group_0"]["targets"] == [r"re:model\.layers\.\d+\.mlp\.up_proj$"]
+    assert groups["group_1"]["targets"] == [r"re:model\.layers\.\d+\.mlp\.down_proj$"]
+    layers[LAYERS[1]] = W4
+    groups = quantization_config(layers, [], "rotq")["config_groups"]
+    assert groups["group_1"]["targets"] == [LAYERS[3], LAYERS[5]]
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [("compressed-tensors", None), ("rotq", "hadamard"), ("rotq", "butterfly")],
+)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_scheme_reads_what_is_written(format: str, kind: str | None, number: int) -> None:
+    grids = [W4, W8, W3_CHANNEL][:number]
+    layers = {name: grids[i % number] for i, name in enumerate(LAYERS)}
+    online = {name: kind for name in LAYERS if "down" in name} if kind else {}
+    config = quantization_config(layers, ["lm_head"], format, online)
+    scheme = read_scheme(json.loads(json.dumps(config)))
+    assert {name: scheme.grid(name) for name in LAYERS} == layers
+    found = {name: scheme.rotation(name) for name in [*LAYERS, "lm_head"]}
+    assert {name: rotation for name, rotation in found.items() if rotation} == online
+    assert config["version"] == {None: "0.20.0", "hadamard": 1, "butterfly": 3}[kind]
+
+
+def test_refusals() -> None:
+    layers = {"a": W4}
+    with pytest.raises(ValueError, match="format"):
+        quantization_config(layers, [], "gptq")
+    with pytest.raises(ValueError, match="not empty"):
+        quantization_config({}, [], "rotq")
+    with pytest.raises(ValueError, match="online"):
+        quantization_config(layers, [], "compressed-tensors", {"a": "hadamard"})
+
+
+def test_obstacles() -> None:
+    def obstacle(
+        *grids: Grid, has_experts: bool = False, format: str = "compressed-tensors"
+    ) -> bool:
+        config = quantization_config(dict(zip(LAYERS, grids, strict=False)), [], format)
+        return transformers_obstacle(config, has_experts=has_experts) is not None
+
+    assert not obstacle(W4)
+    assert not obstacle(W4_SYMMETRIC, W8)
+    assert obstacle(W4, W3_CHANNEL)
+    assert not obstacle(W4, W3_CHANNEL, format="rotq")
+    assert not obstacle(W4_SYMMETRIC, has_experts=True)
+    assert obstacle(W4, has_experts=True)
+    assert obstacle(W4_SYMMETRIC, W8, has_experts=True)

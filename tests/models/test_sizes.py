@@ -1,0 +1,28 @@
+"""Sizes as the configurations of different families spell them."""
+
+from types import SimpleNamespace
+
+from rotq.models.sizes import head_dim, mlp_widths, num_value_heads
+
+
+def config(**more):
+    return SimpleNamespace(hidden_size=48, num_attention_heads=4, **more)
+
+
+def test_head_dim_is_the_configs_own():
+    assert head_dim(config(head_dim=16)) == 16
+    assert head_dim(config(head_dim=None)) == 12
+    assert head_dim(config()) == 12
+
+
+def test_without_kv_heads_there_are_as_many_as_query_heads():
+    assert num_value_heads(config(num_key_value_heads=2)) == 2
+    assert num_value_heads(config(num_key_value_heads=None)) == 4
+    assert num_value_heads(config()) == 4
+
+
+def test_widths_are_those_of_all_mlps():
+    assert mlp_widths(config(intermediate_size=80, moe_intermediate_size=24)) == {24, 80}
+    # GPT-2
+    assert mlp_widths(config(n_inner=None)) == {192}
+    assert mlp_widths(config(n_inner=100)) == {100}
