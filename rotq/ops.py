@@ -12,6 +12,7 @@ from rotq_kernels.kv.encode.one_side import (
     quantize_side,
     turned_mean,
 )
+from rotq_kernels.kv.encode.reference import write_tokens
 from rotq_kernels.kv.format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
@@ -58,4 +59,5 @@ __all__ = [
     "turned_mean",
     "unpack",
     "unpack_kv",
+    "write_tokens",
 ]
