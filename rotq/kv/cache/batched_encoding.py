@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.calibration.constants import Stack, stack
-from rotq.ops import SideConstants, pack_kv
+from rotq.ops import SideConstants, pack_kv, write_tokens
 
 
 class Appender:
@@ -48,20 +48,14 @@ class Appender:
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
         codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
-        b, e = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
-        slot = layout.encode_slot_BE[b, e]
-        page, offset = slot // form.page_size, slot % form.page_size
-        found = {
-            "k_codes": pack_kv(codes.k_codes_BHTD, form.k_bits),
-            "v_codes": pack_kv(codes.v_codes_BHTD, form.v_bits),
-            "k_norm": codes.k_norm_BHT,
-            "v_norm": codes.v_norm_BHT,
-        }
-        for name, value in found.items():
-            if value is not None:
-                by_layer = value.transpose(1, 2)[b, e].chunk(len(self.layers), dim=1)
-                for layer, new in zip(self.layers, by_layer, strict=True):
-                    getattr(layer.pages, name)[page, :, offset] = new
+        pages = [layer.pages for layer in self.layers]
+        written = (
+            (pack_kv(codes.k_codes_BHTD, form.k_bits), [item.k_codes for item in pages]),
+            (pack_kv(codes.v_codes_BHTD, form.v_bits), [item.v_codes for item in pages]),
+            (codes.k_norm_BHT, [item.k_norm for item in pages]),
+            (codes.v_norm_BHT, [item.v_norm for item in pages]),
+        )
+        write_tokens(written, layout.encode_slot_BE, form.page_size)
         for layer in self.layers:
             layer.uncoded = None
 
