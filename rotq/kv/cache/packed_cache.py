@@ -27,11 +27,12 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
 from rotq.kv.cache.batched_encoding import Appender, appenders
-from rotq.kv.cache.hooks import WatchingCache, attach, attention_name, check_served, windows
+from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
 from rotq.kv.cache.sequences import Sequences, Step
+from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.file import KVCalibration, load_calibration
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from rotq.kv.cache.attention import PackedKV
-from rotq.kv.cache.hooks import check_decoder, windows
+from rotq.kv.cache.support import check_decoder, windows
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
 

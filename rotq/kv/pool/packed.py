@@ -13,11 +13,11 @@ from torch import Tensor
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.batched_encoding import Appender, appenders
-from rotq.kv.cache.hooks import check_served, windows
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageStore, PageTable
 from rotq.kv.cache.placement import Layout, Placement
 from rotq.kv.cache.sequences import Sequences
+from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.constants import on
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
