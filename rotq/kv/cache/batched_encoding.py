@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.kv.cache.layer import PackedLayer
+from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.calibration.constants import Stack, stack
 from rotq.ops import SideConstants, pack_kv, write_tokens
 
@@ -25,14 +25,14 @@ class Appender:
     """Codes the tokens that layers of one kind left in ``uncoded``.
 
     Args:
-        layers: Of one placement, format and rotation, on one device. One layer alone may have any.
+        layers: Of one window, format and rotation, on one device. One layer alone may have any.
     """
 
-    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+    def __init__(self, layers: Sequence[EncodedLayer]) -> None:
         self.layers = layers
         self.stack: Stack | None = None
         if len(layers) > 1:
-            self.stack = stack([layer.transform for layer in layers])
+            self.stack = stack([layer.constants for layer in layers])
 
     def append(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
@@ -68,20 +68,20 @@ class Appender:
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def appenders(layers: Sequence[PackedLayer]) -> list[Appender]:
+def appenders(layers: Sequence[EncodedLayer]) -> list[Appender]:
     """One for the layers of each kind; layers with a residual have one each."""
-    kinds: dict[Any, list[PackedLayer]] = {}
+    kinds: dict[Any, list[EncodedLayer]] = {}
     for index, layer in enumerate(layers):
-        transform, freq = layer.transform, layer.transform.inv_freq_R
+        constants, freq = layer.constants, layer.constants.inv_freq_R
         kind = (
-            id(layer.placement),
-            transform.key.base_H.device,
-            transform.format,
-            transform.mean,
-            _settings(transform.key),
-            _settings(transform.value),
-            None if freq is None else (transform.rotary_scale, *freq.tolist()),
-            index if transform.format.residual != "none" else None,
+            layer.window,
+            constants.key.base_H.device,
+            constants.format,
+            constants.mean,
+            _settings(constants.key),
+            _settings(constants.value),
+            None if freq is None else (constants.rotary_scale, *freq.tolist()),
+            index if constants.format.residual != "none" else None,
         )
         kinds.setdefault(kind, []).append(layer)
     return [Appender(found) for found in kinds.values()]

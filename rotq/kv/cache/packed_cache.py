@@ -93,13 +93,13 @@ class PackedCache(WatchingCache, Cache):
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
-            transform = calibration.layers[index]
-            size = transform.format.page_size
+            constants = calibration.layers[index]
+            size = constants.format.page_size
             if (size, window) not in placements:
                 placements[size, window] = Placement(
                     sequences=self.sequences, table=PageTable(page_size=size), window=window
                 )
-            layers.append(PackedLayer(transform, placements[size, window]))
+            layers.append(PackedLayer(constants, placements[size, window]))
         self.placements = list(placements.values())
         super().__init__(layers=layers)
         self._decoder = weakref.ref(attach(model))
@@ -221,9 +221,7 @@ class PackedCache(WatchingCache, Cache):
         layers = self._packed_layers()
         packed, whole = zip(*(layer.nbytes() for layer in layers), strict=True)
         tokens = sum(self.sequences.counts)
-        widths = [
-            2 * la.transform.format.head_dim * la.transform.key.base_H.numel() for la in layers
-        ]
+        widths = [2 * layer.constants.format.head_dim * layer.num_heads for layer in layers]
         return CacheReport(
             tokens=tokens,
             packed=sum(packed),

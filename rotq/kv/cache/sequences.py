@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-
-NO_TOKEN = -1
-"""Number and position of padding."""
+from rotq.kv.cache.layout import NO_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
