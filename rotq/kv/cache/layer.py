@@ -15,23 +15,24 @@ from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import CacheLayout, Placement
-from rotq.kv.calibration.constants import on
-from rotq.ops import DenseKV, KVConstants
+from rotq.kv.calibration.file import KVCalibration
+from rotq.ops import DenseKV
 
 
 class PackedLayer(EncodedLayer):
     """Keys and values of one layer; ``PackedCache`` says what each forward pass adds.
 
     Args:
-        constants: Of the layer, on any device.
+        calibration: Of the model.
+        index: Of the layer.
         placement: Shared with the layers whose tokens lie in the same places.
     """
 
     layout: CacheLayout | None
 
-    def __init__(self, constants: KVConstants, placement: Placement) -> None:
-        super().__init__(constants, placement.window)
-        self.given = constants
+    def __init__(self, calibration: KVCalibration, index: int, placement: Placement) -> None:
+        super().__init__(calibration.layers[index], placement.window)
+        self.calibration, self.index = calibration, index
         self.placement = placement
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
@@ -50,7 +51,7 @@ class PackedLayer(EncodedLayer):
                 f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
             )
-        self.constants = on(key_states.device, self.given)
+        self.constants = self.calibration.on(key_states.device).layer(self.index)
         self.store = PageStore(self.constants.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks
         shape = (key_states.shape[0], num_heads, count, width)

@@ -86,6 +86,7 @@ class PackedCache(WatchingCache, Cache):
         if not isinstance(calibration, KVCalibration):
             calibration = load_calibration(Path(calibration), model.config)
         check_served(model, calibration)
+        self.calibration = calibration
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False
         self._step: Step | None = None
@@ -93,13 +94,12 @@ class PackedCache(WatchingCache, Cache):
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
-            constants = calibration.layers[index]
-            size = constants.format.page_size
+            size = calibration.layers[index].format.page_size
             if (size, window) not in placements:
                 placements[size, window] = Placement(
                     sequences=self.sequences, table=PageTable(page_size=size), window=window
                 )
-            layers.append(PackedLayer(constants, placements[size, window]))
+            layers.append(PackedLayer(calibration, index, placements[size, window]))
         self.placements = list(placements.values())
         super().__init__(layers=layers)
         self._decoder = weakref.ref(attach(model))
@@ -147,7 +147,7 @@ class PackedCache(WatchingCache, Cache):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
         if self._appenders is None:
-            self._appenders = appenders(self._packed_layers())
+            self._appenders = appenders(self._packed_layers(), self.calibration)
         for appender in self._appenders:
             appender.append()
         for layer in self._packed_layers():

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rotq.errors import RotqError
+from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded, stored_inverse
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import kv_shapes
@@ -51,10 +52,12 @@ class KVCalibration:
 
     spec: KVSpec
     layers: dict[int, KVConstants]
+    """Not to be changed once caches use them."""
     model_hash: str
     """Of the configuration it was made for; see ``hash_config``."""
     source: dict[str, Any] = field(default_factory=dict)
     """Calibration text, windows, what was chosen and why; empty without statistics."""
+    _on: dict[torch.device, DeviceConstants] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def sinks(self) -> int:
@@ -65,6 +68,12 @@ class KVCalibration:
     def recent(self) -> int:
         """Last tokens kept whole."""
         return self.spec.recent
+
+    def on(self, device: torch.device) -> DeviceConstants:
+        """Constants on a device, the same for all who ask."""
+        if device not in self._on:
+            self._on[device] = DeviceConstants(self.layers, device)
+        return self._on[device]
 
     def serves(self, spec: KVSpec) -> bool:
         """Whether ``under(spec)`` exists: what differs is not fitted."""

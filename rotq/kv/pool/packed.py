@@ -16,7 +16,6 @@ from rotq.kv.cache.batched_encoding import Appender, appenders
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_served, windows
-from rotq.kv.calibration.constants import on
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
@@ -51,7 +50,7 @@ class PackedPool(Pool):
             raise RotqError("a pool keeps no recent window; use a scheme with recent 0")
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
-            constants = on(model.device, calibration.layers[index])
+            constants = calibration.on(model.device).layer(index)
             if constants.format.page_size != PAGE_SIZE:
                 raise RotqError(f"a pool has pages of {PAGE_SIZE} tokens, this calibration other")
             layer = PooledLayer(
@@ -64,7 +63,7 @@ class PackedPool(Pool):
             )
             layers.append(layer)
         super().__init__(model, layers, sinks=calibration.sinks, table_width=table_width)
-        self._appenders: list[Appender] = appenders(layers)
+        self._appenders: list[Appender] = appenders(layers, calibration)
 
     def take_over(self) -> None:
         """Code the tokens of a decode step, for all layers at once."""
