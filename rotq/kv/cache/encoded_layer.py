@@ -3,7 +3,8 @@
 What is kept whole beside the pages, and where, is theirs. On a CPU the few tokens of a decode step
 are not coded at once but left in ``uncoded``, for all layers together; see ``batched_encoding``.
 
-Shape suffixes: B sequences, T fresh columns, E columns to be coded, H KV heads, D head width.
+Shape suffixes: B sequences, T fresh columns, N tokens that are whole, E columns to be coded, H KV
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.layout import Layout
 from rotq.kv.cache.pages import PageStore
-from rotq.ops import KVConstants, KVPages, encode_kv
+from rotq.ops import DenseKV, KVConstants, KVPages, encode_kv
 
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
@@ -97,6 +98,16 @@ class EncodedLayer(CacheLayerMixin):
     @abstractmethod
     def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
         """Store the fresh tokens where ``layout`` says; returns what their queries see."""
+
+    def _see(self, layout: Layout, k_BHND: Tensor, v_BHND: Tensor) -> Visible:
+        """What is packed before the pass, and these tokens that are whole."""
+        return Visible(
+            pages=self.pages,
+            transform=self.constants,
+            layout=layout,
+            dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
+            window=self.window,
+        )
 
     def encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
         """Write columns into their pages; a few, on a CPU, are left in ``uncoded``.

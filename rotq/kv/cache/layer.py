@@ -16,7 +16,6 @@ from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import CacheLayout, Placement
 from rotq.kv.calibration.file import KVCalibration
-from rotq.ops import DenseKV
 
 
 class PackedLayer(EncodedLayer):
@@ -70,13 +69,7 @@ class PackedLayer(EncodedLayer):
         dense = (k_BHND, v_BHND)
         if layout.has_sinks:
             dense = _joined(self.sinks, dense)
-        visible = Visible(
-            pages=self.store.pages,
-            transform=self.constants,
-            layout=layout,
-            dense=DenseKV(k_BHND=dense[0], v_BHND=dense[1], position_BN=layout.dense_position_BN),
-            window=self.window,
-        )
+        visible = self._see(layout, *dense)
         self.store.prepare(layout.num_pages, layout.copies)
         self.encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
         self._keep_sinks(layout, k_BHTD, v_BHTD)

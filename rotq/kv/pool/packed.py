@@ -19,7 +19,7 @@ from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
-from rotq.ops import DenseKV, KVConstants
+from rotq.ops import KVConstants
 
 
 class PackedPool(Pool):
@@ -127,17 +127,7 @@ class PooledLayer(EncodedLayer):
         assert self.layout is not None
         layout = self.layout.to(k_BHTD.device)
         k, v = (held[layout.sink_B] for held in self.sinks)
-        visible = Visible(
-            pages=self.pages,
-            transform=self.constants,
-            layout=layout,
-            dense=DenseKV(
-                k_BHND=torch.cat((k, k_BHTD), dim=2),
-                v_BHND=torch.cat((v, v_BHTD), dim=2),
-                position_BN=layout.dense_position_BN,
-            ),
-            window=self.window,
-        )
+        visible = self._see(layout, torch.cat((k, k_BHTD), dim=2), torch.cat((v, v_BHTD), dim=2))
         self.encode(layout, k_BHTD, v_BHTD)
         row, column, sink = layout.sink_BTS
         for held, fresh in zip(self.sinks, (k_BHTD, v_BHTD), strict=True):
