@@ -22,7 +22,7 @@ from rotq.kv.codec import KVCodec
 from rotq.ops import SideConstants, pack_kv, write_tokens
 
 
-class Appender:
+class BatchedEncoder:
     """Codes the tokens that layers of one kind left in ``uncoded``.
 
     Args:
@@ -33,7 +33,7 @@ class Appender:
     def __init__(self, layers: Sequence[EncodedLayer], codec: KVCodec | None) -> None:
         self.layers, self.codec = layers, codec
 
-    def append(self) -> None:
+    def encode(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
         if self.codec is None:
             self.layers[0].encode_rest()
@@ -42,7 +42,7 @@ class Appender:
         visible = self.layers[0].visible
         if not tokens or visible is None:
             return
-        layout, form = visible.layout, self.codec.transform.format
+        layout, form = visible.layout, self.codec.constants.format
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
         codes = self.codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
@@ -61,12 +61,14 @@ class Appender:
         """Bytes of the constants that are held once more, for all layers together."""
         if self.codec is None:
             return 0
-        sides = (self.codec.transform.key, self.codec.transform.value)
+        sides = (self.codec.constants.key, self.codec.constants.value)
         held = [getattr(side, item.name) for side in sides for item in fields(side)]
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def appenders(layers: Sequence[EncodedLayer], calibration: KVCalibration) -> list[Appender]:
+def batched_encoders(
+    layers: Sequence[EncodedLayer], calibration: KVCalibration
+) -> list[BatchedEncoder]:
     """One for the layers of each kind; layers with a residual have one each.
 
     Args:
@@ -81,7 +83,7 @@ def appenders(layers: Sequence[EncodedLayer], calibration: KVCalibration) -> lis
         codec = None
         if len(indices) > 1:
             codec = calibration.on(_device(layers[indices[0]])).stack(indices)
-        found.append(Appender([layers[index] for index in indices], codec))
+        found.append(BatchedEncoder([layers[index] for index in indices], codec))
     return found
 
 

@@ -26,7 +26,7 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
-from rotq.kv.cache.batched_encoding import Appender, appenders
+from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageTable
@@ -90,7 +90,7 @@ class PackedCache(WatchingCache, Cache):
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False
         self._step: Step | None = None
-        self._appenders: list[Appender] | None = None
+        self._encoders: list[BatchedEncoder] | None = None
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
@@ -146,10 +146,10 @@ class PackedCache(WatchingCache, Cache):
         for index, layer in enumerate(self._packed_layers()):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
-        if self._appenders is None:
-            self._appenders = appenders(self._packed_layers(), self.calibration)
-        for appender in self._appenders:
-            appender.append()
+        if self._encoders is None:
+            self._encoders = batched_encoders(self._packed_layers(), self.calibration)
+        for encoder in self._encoders:
+            encoder.encode()
         for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)
@@ -228,7 +228,7 @@ class PackedCache(WatchingCache, Cache):
             whole=sum(whole),
             tables=self.sequences.there_BN.nbytes
             + sum(item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements),
-            constants=sum(item.constant_bytes() for item in (*layers, *(self._appenders or ()))),
+            constants=sum(item.constant_bytes() for item in (*layers, *(self._encoders or ()))),
             elements=tokens * sum(widths),
         )
 

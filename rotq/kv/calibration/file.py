@@ -93,8 +93,8 @@ class KVCalibration:
         if not self.serves(spec):
             raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
         layers = {
-            layer: recoded(transform, *spec.layer_bits(layer, len(self.layers)))
-            for layer, transform in self.layers.items()
+            layer: recoded(constants, *spec.layer_bits(layer, len(self.layers)))
+            for layer, constants in self.layers.items()
         }
         return replace(self, spec=spec, layers=layers)
 
@@ -105,14 +105,14 @@ class KVCalibration:
             RotqError: it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
-        for layer, transform in self.layers.items():
-            tensors |= _layer_tensors(layer, transform)
+        for layer, constants in self.layers.items():
+            tensors |= _layer_tensors(layer, constants)
         facts = {
             "version": VERSION,
             "spec": self.spec.to_dict(),
             "model_hash": self.model_hash,
             "source": self.source,
-            "layers": {n: _layer_facts(transform) for n, transform in self.layers.items()},
+            "layers": {n: _layer_facts(constants) for n, constants in self.layers.items()},
         }
         # one key: the library writes several in an order of its own
         _write(path, save(tensors, metadata={_KIND: json.dumps(facts)}))
@@ -180,28 +180,28 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
             raise RotqError(f"{path} is damaged: {name} is not finite")
 
 
-def _layer_facts(transform: KVConstants) -> dict[str, Any]:
+def _layer_facts(constants: KVConstants) -> dict[str, Any]:
     return {
-        "format": asdict(transform.format),
-        "mean": transform.mean,
-        "rotary_scale": transform.rotary_scale,
-        "heads": transform.key.base_H.numel(),
-        "key_gain": transform.key.gain,
-        "value_gain": transform.value.gain,
-        "key_search": transform.key.search,
-        "value_search": transform.value.search,
+        "format": asdict(constants.format),
+        "mean": constants.mean,
+        "rotary_scale": constants.rotary_scale,
+        "heads": constants.key.base_H.numel(),
+        "key_gain": constants.key.gain,
+        "value_gain": constants.value.gain,
+        "key_search": constants.key.search,
+        "value_search": constants.value.search,
     }
 
 
-def _layer_tensors(layer: int, transform: KVConstants) -> dict[str, Tensor]:
+def _layer_tensors(layer: int, constants: KVConstants) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for side, held in (("key", transform.key), ("value", transform.value)):
+    for side, held in (("key", constants.key), ("value", constants.value)):
         for name in _SIDE:
             tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
         if held.metric_HDD is not None:
             tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
     for name in _LAYER:
-        value = getattr(transform, name)
+        value = getattr(constants, name)
         if value is not None:
             tensors[f"{layer}.{name}"] = value.clone()
     return tensors

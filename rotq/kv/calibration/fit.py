@@ -22,8 +22,8 @@ from rotq.kv.calibration.codebook import (
 from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
-    layer_transform,
-    side_transform,
+    layer_constants,
+    side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
 from rotq.kv.calibration.residual import fit_residual
@@ -50,7 +50,7 @@ def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KV
     rotary = statistics.rotary
     key = fit_key(statistics, spec, format)
     centred_HND = centred_keys(statistics, spec)
-    transform = layer_transform(
+    constants = layer_constants(
         spec,
         statistics.shape,
         format,
@@ -59,9 +59,9 @@ def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KV
         rotary=rotary,
     )
     if spec.residual != "none":
-        scales = fit_residual(centred_HND, transform, spec)
-        transform.residual_scale_H, transform.gamma_base_H = scales
-    return transform
+        scales = fit_residual(centred_HND, constants, spec)
+        constants.residual_scale_H, constants.gamma_base_H = scales
+    return constants
 
 
 def centred_keys(statistics: LayerStatistics, spec: KVSpec) -> Tensor:
@@ -171,7 +171,7 @@ def _fit_side(
         base_H = unit_H.log2()
     else:
         base_H = centred_base(rms_HN.median(-1).values, unit_H)
-    return side_transform(
+    return side_constants(
         matrix_HDD,
         mean_HD,
         books,

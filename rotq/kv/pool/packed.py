@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
-from rotq.kv.cache.batched_encoding import Appender, appenders
+from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_served, windows
@@ -63,12 +63,12 @@ class PackedPool(Pool):
             )
             layers.append(layer)
         super().__init__(model, layers, sinks=calibration.sinks, table_width=table_width)
-        self._appenders: list[Appender] = appenders(layers, calibration)
+        self._encoders: list[BatchedEncoder] = batched_encoders(layers, calibration)
 
     def take_over(self) -> None:
         """Code the tokens of a decode step, for all layers at once."""
-        for appender in self._appenders:
-            appender.append()
+        for encoder in self._encoders:
+            encoder.encode()
 
     @staticmethod
     def cost(model: Any, calibration: KVCalibration) -> Cost:
