@@ -28,13 +28,13 @@ class KVCodes:
     """Tokens as they are stored, before packing."""
 
     k_codes_BHTD: Tensor
-    """uint8, as the others' codes."""
+    """uint8, not packed."""
     k_norm_BHT: Tensor | None
     """uint8 logarithms or fp16; None for ``norm="none"``."""
     k_sign_BHTD: Tensor | None
     """uint8, 1 for +1; None without residual."""
     k_gamma_BHT: Tensor | None
-    """For ``residual="qjl"``."""
+    """The rms of what is left, as norms are stored; for ``residual="qjl"``."""
     v_codes_BHTD: Tensor
     v_norm_BHT: Tensor | None
 

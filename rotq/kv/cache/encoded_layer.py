@@ -59,12 +59,12 @@ class EncodedLayer(CacheLayerMixin):
 
     @property
     def num_heads(self) -> int:
-        """KV heads of the constants."""
+        """KV heads that the constants are for."""
         return self.constants.key.base_H.numel()
 
     @property
     def pages(self) -> KVPages:
-        """What is stored."""
+        """The packed tokens."""
         assert self.store is not None
         return self.store.pages
 
@@ -123,7 +123,7 @@ class EncodedLayer(CacheLayerMixin):
         self._encode_now(layout, k_BHED, v_BHED)
 
     def encode_rest(self) -> None:
-        """Write what was left."""
+        """Write what ``encode`` has left."""
         if self.uncoded is not None and self.visible is not None:
             self._encode_now(self.visible.layout, *self.uncoded)
         self.uncoded = None
@@ -147,5 +147,5 @@ class EncodedLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1: transformers' word for no maximum."""
         return -1

@@ -34,7 +34,7 @@ class Layout:
     encode_slot_BE: Tensor
     """int64 page * page_size + offset; NO_TOKEN for columns that are not coded."""
     elsewhere: dict[torch.device, Self] = field(default_factory=dict, repr=False)
-    """Copies on other devices."""
+    """Copies on other devices, which ``to`` has made."""
 
     def to(self, device: torch.device) -> Self:
         """Itself, or a copy on another device, made once for all layers there."""

@@ -89,7 +89,7 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
 
 
 def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
-    """The value side."""
+    """The value side; with a metric, each head takes what errs least."""
     mean_HD = statistics.value_mean_HD
     if not spec.value_mean:
         mean_HD = torch.zeros_like(mean_HD)
@@ -208,7 +208,7 @@ def _best_side(
 
 
 def _pick(sides: list[SideConstants], choice_H: Tensor) -> SideConstants:
-    """Head by head."""
+    """Each head from the side that ``choice_H`` names."""
 
     def pick(name: str) -> Tensor:
         found = [getattr(side, name) for side in sides]

@@ -27,7 +27,7 @@ from rotq.rotations.hadamard import orthogonal
 _BASIS_SEED = 0
 _SKETCH_SEED = 1
 _OCTAVES = 16
-"""That a log8 norm spans."""
+"""Factors of two that a log8 norm spans."""
 
 
 def hadamard_basis(head_dim: int) -> Tensor:

@@ -72,7 +72,7 @@ class PackedPool(Pool):
 
     @staticmethod
     def cost(model: Any, calibration: KVCalibration) -> Cost:
-        """What pages and sinks take."""
+        """Bytes that pages and sinks take."""
         shapes = kv_shapes(model.config)
         whole = sum(2 * shape.num_heads * shape.head_dim for shape in shapes)
         packed = sum(
@@ -120,7 +120,7 @@ class PooledLayer(EncodedLayer):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing; all is there."""
+        """Nothing: all memory has been taken."""
 
     def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
         """Code all fresh tokens but new sinks, which are held whole."""
@@ -135,9 +135,9 @@ class PooledLayer(EncodedLayer):
         return visible
 
     def get_seq_length(self) -> int:
-        """Nothing that all rows share."""
+        """0: each row has a length of its own."""
         return 0
 
     def held(self) -> list[Tensor]:
-        """All tensors of tokens."""
+        """What is allocated for tokens."""
         return [*self.pages.tensors(), *self.sinks]

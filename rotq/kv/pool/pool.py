@@ -40,7 +40,7 @@ class Row:
     pages: Sequence[int] = ()
     """For all its tokens but the sinks, those of the pass included."""
     sink: int = 0
-    """Where its sinks are."""
+    """Its place among the sinks that the pool holds; the last one is for rows of padding."""
     count: int = 0
     """Tokens before the pass."""
     fresh: int = 0
@@ -53,7 +53,7 @@ class Cost:
 
     page: int
     sinks: int
-    """Of one sequence."""
+    """Of the tokens that one sequence keeps whole."""
     elements: int
     """Key and value elements of a token."""
 
