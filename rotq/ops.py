@@ -14,7 +14,11 @@ from rotq_kernels.kv.encode.one_side import (
     quantize_side,
     turned_mean,
 )
-from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
+from rotq_kernels.kv.encode.reference import (
+    dequantize_kv_reference,
+    encode_kv_reference,
+    write_tokens,
+)
 from rotq_kernels.kv.encoding import encode_kv
 from rotq_kernels.kv.format import (
     STEPS_PER_OCTAVE,
@@ -64,4 +68,5 @@ __all__ = [
     "turned_mean",
     "unpack",
     "unpack_kv",
+    "write_tokens",
 ]

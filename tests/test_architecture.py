@@ -110,6 +110,15 @@ def test_transformers_stays_at_the_edge(file: Path) -> None:
     assert not used or area_of(file) in allowed
 
 
+def test_a_pool_needs_nothing_of_a_cache_alone() -> None:
+    """These modules are of caches only; the others of kv/cache are of pools too."""
+    names = ("esm", "layer", "packed_cache", "placement", "sequences")
+    own = {f"rotq.kv.cache.{name}" for name in names}
+    for file in (ROOT / "rotq" / "kv").glob("*/*.py"):
+        if ".".join(file.relative_to(ROOT).with_suffix("").parts) not in own:
+            assert not own & {name for name, _ in imports(parse(file))}, file
+
+
 def test_kernels_folder_is_no_package() -> None:
     # with an __init__.py it would shadow the `kernels` that transformers imports
     assert not (ROOT / "kernels" / "__init__.py").exists()

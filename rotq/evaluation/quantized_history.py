@@ -44,12 +44,12 @@ class KVScheme:
 def scheme_of(calibration: KVCalibration) -> KVScheme:
     """Our codec as a scheme, with the constants of a calibration."""
     elements, bits = 0, 0.0
-    for transform in calibration.layers.values():
-        form, num_heads = transform.format, transform.key.base_H.numel()
+    for constants in calibration.layers.values():
+        form, num_heads = constants.format, constants.key.base_H.numel()
         stored = calibration.spec.billed_bits or form.bits_per_element
         elements += 2 * form.head_dim * num_heads
         bits += stored * 2 * form.head_dim * num_heads
-    coders = {n: KVCodec(transform).fake_quantize for n, transform in calibration.layers.items()}
+    coders = {n: KVCodec(constants).fake_quantize for n, constants in calibration.layers.items()}
     return KVScheme(
         name=calibration.spec.name,
         coders=dict(coders),

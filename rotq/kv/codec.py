@@ -28,13 +28,13 @@ class KVCodes:
     """Tokens as they are stored, before packing."""
 
     k_codes_BHTD: Tensor
-    """uint8, as the others' codes."""
+    """uint8, not packed."""
     k_norm_BHT: Tensor | None
     """uint8 logarithms or fp16; None for ``norm="none"``."""
     k_sign_BHTD: Tensor | None
     """uint8, 1 for +1; None without residual."""
     k_gamma_BHT: Tensor | None
-    """For ``residual="qjl"``."""
+    """The rms of what is left, as norms are stored; for ``residual="qjl"``."""
     v_codes_BHTD: Tensor
     v_norm_BHT: Tensor | None
 
@@ -43,11 +43,11 @@ class KVCodec:
     """Encoder and decoder of one layer.
 
     Args:
-        transform: The layer's constants; tensors on the device of what is encoded.
+        constants: The layer's constants; tensors on the device of what is encoded.
     """
 
-    def __init__(self, transform: KVConstants) -> None:
-        self.transform = transform
+    def __init__(self, constants: KVConstants) -> None:
+        self.constants = constants
 
     def encode(self, k_BHTD: Tensor, v_BHTD: Tensor, position_BT: Tensor) -> KVCodes:
         """Codes of keys, after RoPE, and values.
@@ -57,13 +57,13 @@ class KVCodec:
             v_BHTD: As ``k_BHTD``.
             position_BT: RoPE positions, integers.
         """
-        form, key, value = self.transform.format, self.transform.key, self.transform.value
-        centred_BHTD = k_BHTD.float() - key_mean(self.transform, position_BT)
+        form, key, value = self.constants.format, self.constants.key, self.constants.value
+        centred_BHTD = k_BHTD.float() - key_mean(self.constants, position_BT)
         k_codes_BHTD, k_norm_BHT = quantize_side(centred_BHTD, key, form.k_bits, form.norm)
         sign_BHTD = gamma_BHT = None
         if form.residual != "none":
             sign_BHTD, gamma_BHT = quantize_residual(
-                centred_BHTD, k_codes_BHTD, k_norm_BHT, self.transform
+                centred_BHTD, k_codes_BHTD, k_norm_BHT, self.constants
             )
         centred_BHTD = v_BHTD.float() - value.mean_HD[:, None]
         v_codes_BHTD, v_norm_BHT = quantize_side(centred_BHTD, value, form.v_bits, form.norm)
@@ -80,11 +80,11 @@ class KVCodec:
         self, codes: KVCodes, position_BT: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """What codes stand for: keys at their positions and values, ``dtype`` (B, H, T, D)."""
-        form, key, value = self.transform.format, self.transform.key, self.transform.value
+        form, key, value = self.constants.format, self.constants.key, self.constants.value
         residual_BHTD = None
         if codes.k_sign_BHTD is not None:
             residual_BHTD = dequantize_residual(
-                codes.k_sign_BHTD, codes.k_norm_BHT, codes.k_gamma_BHT, self.transform, dtype
+                codes.k_sign_BHTD, codes.k_norm_BHT, codes.k_gamma_BHT, self.constants, dtype
             )
         k_BHTD = dequantize_side(
             codes.k_codes_BHTD,
@@ -98,7 +98,7 @@ class KVCodec:
             codes.v_codes_BHTD, codes.v_norm_BHT, value, form.v_bits, dtype=dtype
         )
         mean_HD = value.mean_HD[:, None].to(dtype)
-        return k_BHTD + key_mean(self.transform, position_BT, dtype), v_BHTD + mean_HD
+        return k_BHTD + key_mean(self.constants, position_BT, dtype), v_BHTD + mean_HD
 
     def fake_quantize(
         self, k_BHTD: Tensor, v_BHTD: Tensor, position_BT: Tensor

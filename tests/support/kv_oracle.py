@@ -17,7 +17,7 @@ from rotq.kv.calibration.file import KVCalibration, hash_config
 from rotq.kv.codec import KVCodec
 from rotq.kv.presets import preset
 from rotq.models.rotary import kv_shapes, rotaries
-from rotq.ops import KVFormat
+from rotq.ops import KVConstants, KVFormat
 
 
 def calibration_of(
@@ -55,6 +55,11 @@ def calibration_of(
             transform.inv_freq_R, transform.rotary_scale = rotary.inv_freq_R, rotary.scale
         layers[index] = transform
     return KVCalibration(spec=spec, layers=layers, model_hash=hash_config(model.config))
+
+
+def calibration_with(*layers: KVConstants) -> KVCalibration:
+    """These constants, of no model."""
+    return KVCalibration(spec=preset("k3v3"), layers=dict(enumerate(layers)), model_hash="")
 
 
 class OracleLayer(DynamicLayer):

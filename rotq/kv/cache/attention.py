@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
-from rotq.kv.cache.placement import Layout
+from rotq.kv.cache.layout import Layout
 from rotq.ops import KVHistory, packed_attention
 
 NAME = "rotq_packed"

@@ -16,81 +16,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.kv.cache.layer import PackedLayer
-from rotq.kv.calibration.constants import Stack, stack
-from rotq.ops import SideConstants, pack_kv
+from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.codec import KVCodec
+from rotq.ops import SideConstants, pack_kv, write_tokens
 
 
-class Appender:
+class BatchedEncoder:
     """Codes the tokens that layers of one kind left in ``uncoded``.
 
     Args:
-        layers: Of one placement, format and rotation, on one device. One layer alone may have any.
+        layers: Of one window, format and rotation, on one device. One layer alone may have any.
+        codec: Of all their heads; None for one layer alone.
     """
 
-    def __init__(self, layers: Sequence[PackedLayer]) -> None:
-        self.layers = layers
-        self.stack: Stack | None = None
-        if len(layers) > 1:
-            self.stack = stack([layer.transform for layer in layers])
+    def __init__(self, layers: Sequence[EncodedLayer], codec: KVCodec | None) -> None:
+        self.layers, self.codec = layers, codec
 
-    def append(self) -> None:
+    def encode(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
-        if self.stack is None:
+        if self.codec is None:
             self.layers[0].encode_rest()
             return
         tokens = [layer.uncoded for layer in self.layers if layer.uncoded is not None]
         visible = self.layers[0].visible
         if not tokens or visible is None:
             return
-        layout, codec = visible.layout, self.stack.codec
-        form = codec.transform.format
+        layout, form = visible.layout, self.codec.constants.format
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
-        codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
-        b, e = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
-        slot = layout.encode_slot_BE[b, e]
-        page, offset = slot // form.page_size, slot % form.page_size
-        found = {
-            "k_codes": pack_kv(codes.k_codes_BHTD, form.k_bits),
-            "v_codes": pack_kv(codes.v_codes_BHTD, form.v_bits),
-            "k_norm": codes.k_norm_BHT,
-            "v_norm": codes.v_norm_BHT,
-        }
-        for name, value in found.items():
-            if value is not None:
-                by_layer = value.transpose(1, 2)[b, e].chunk(len(self.layers), dim=1)
-                for layer, new in zip(self.layers, by_layer, strict=True):
-                    getattr(layer.pages, name)[page, :, offset] = new
+        codes = self.codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
+        pages = [layer.pages for layer in self.layers]
+        written = (
+            (pack_kv(codes.k_codes_BHTD, form.k_bits), [item.k_codes for item in pages]),
+            (pack_kv(codes.v_codes_BHTD, form.v_bits), [item.v_codes for item in pages]),
+            (codes.k_norm_BHT, [item.k_norm for item in pages]),
+            (codes.v_norm_BHT, [item.v_norm for item in pages]),
+        )
+        write_tokens(written, layout.encode_slot_BE, form.page_size)
         for layer in self.layers:
             layer.uncoded = None
 
     def constant_bytes(self) -> int:
         """Bytes of the constants that are held once more, for all layers together."""
-        if self.stack is None:
+        if self.codec is None:
             return 0
-        sides = (self.stack.codec.transform.key, self.stack.codec.transform.value)
+        sides = (self.codec.constants.key, self.codec.constants.value)
         held = [getattr(side, item.name) for side in sides for item in fields(side)]
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 
-def appenders(layers: Sequence[PackedLayer]) -> list[Appender]:
-    """One for the layers of each kind; layers with a residual have one each."""
-    kinds: dict[Any, list[PackedLayer]] = {}
+def batched_encoders(
+    layers: Sequence[EncodedLayer], calibration: KVCalibration
+) -> list[BatchedEncoder]:
+    """One for the layers of each kind; layers with a residual have one each.
+
+    Args:
+        layers: All of a model, in order, where their memory is.
+        calibration: Theirs.
+    """
+    kinds: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
-        transform, freq = layer.transform, layer.transform.inv_freq_R
-        kind = (
-            id(layer.placement),
-            transform.key.base_H.device,
-            transform.format,
-            transform.mean,
-            _settings(transform.key),
-            _settings(transform.value),
-            None if freq is None else (transform.rotary_scale, *freq.tolist()),
-            index if transform.format.residual != "none" else None,
-        )
-        kinds.setdefault(kind, []).append(layer)
-    return [Appender(found) for found in kinds.values()]
+        kinds.setdefault(_kind(index, layer), []).append(index)
+    found = []
+    for indices in kinds.values():
+        codec = None
+        if len(indices) > 1:
+            codec = calibration.on(_device(layers[indices[0]])).stack(indices)
+        found.append(BatchedEncoder([layers[index] for index in indices], codec))
+    return found
+
+
+def _kind(index: int, layer: EncodedLayer) -> tuple[Any, ...]:
+    """Equal for layers that can be coded together."""
+    constants, freq_R = layer.constants, layer.constants.inv_freq_R
+    return (
+        layer.window,
+        _device(layer),
+        constants.format,
+        constants.mean,
+        _settings(constants.key),
+        _settings(constants.value),
+        None if freq_R is None else (constants.rotary_scale, *freq_R.tolist()),
+        index if constants.format.residual != "none" else None,
+    )
+
+
+def _device(layer: EncodedLayer) -> torch.device:
+    return layer.constants.key.base_H.device
 
 
 def _settings(side: SideConstants) -> tuple[Any, ...]:

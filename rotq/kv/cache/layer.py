@@ -1,4 +1,4 @@
-"""One layer of the packed cache: its pages, its sinks and its recent window.
+"""One layer of the packed cache: beside its pages, its sinks and its recent window.
 
 Shape suffixes: B sequences, T fresh columns, N recent and fresh columns, H KV heads, D head width.
 """
@@ -6,188 +6,88 @@ Shape suffixes: B sequences, T fresh columns, N recent and fresh columns, H KV h
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from rotq.errors import RotqError
-from rotq.kv.cache.attention import PackedKV, Visible
+from rotq.kv.cache.attention import Visible
+from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
-from rotq.kv.cache.placement import Layout, Placement
-from rotq.kv.calibration.constants import on
-from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
-
-ENCODED = 1024
-"""Columns coded at a time on a CPU, where coding takes several times their size."""
-
-POSTPONED = 16
-"""Up to so many columns are left to be coded with those of other layers, on a CPU."""
+from rotq.kv.cache.placement import CacheLayout, Placement
+from rotq.kv.calibration.file import KVCalibration
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(EncodedLayer):
     """Keys and values of one layer; ``PackedCache`` says what each forward pass adds.
 
     Args:
-        transform: Constants of the layer, on any device.
+        calibration: Of the model.
+        index: Of the layer.
         placement: Shared with the layers whose tokens lie in the same places.
     """
 
-    is_compileable = False
-    supports_early_init = False
+    layout: CacheLayout | None
 
-    def __init__(self, transform: KVConstants, placement: Placement) -> None:
-        super().__init__()
-        self.given = self.transform = transform
+    def __init__(self, calibration: KVCalibration, index: int, placement: Placement) -> None:
+        super().__init__(calibration.layers[index], placement.window)
+        self.calibration, self.index = calibration, index
         self.placement = placement
-        self.layout: Layout | None = None
-        self.visible: Visible | None = None
-        self.store: PageStore | None = None
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.recent: tuple[Tensor, Tensor] | None = None
-        self.uncoded: tuple[Tensor, Tensor] | None = None
-        """Tokens that the cache codes after the forward pass."""
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether queries see a window only."""
-        return self.placement.window > 0
 
     @property
     def is_croppable(self) -> bool:
         """Whether ``crop`` is always exact, also without ``activate_past_recording``."""
-        return not self.placement.window and not self.placement.sequences.recent
+        return not self.window and not self.placement.sequences.recent
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for tensors like these; called by ``update``."""
         num_heads, width = key_states.shape[1], key_states.shape[3]
-        wanted = (self.transform.key.base_H.numel(), self.transform.format.head_dim)
+        wanted = (self.num_heads, self.constants.format.head_dim)
         if (num_heads, width) != wanted or value_states.shape[1::2] != key_states.shape[1::2]:
             raise RotqError(
                 f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
             )
-        self.transform = on(key_states.device, self.given)
-        self.store = PageStore(self.transform.format, num_heads, key_states.device)
+        self.constants = self.calibration.on(key_states.device).layer(self.index)
+        self.store = PageStore(self.constants.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks
         shape = (key_states.shape[0], num_heads, count, width)
         self.sinks = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.recent = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the fresh tokens; what comes back only the packed attention can read.
-
-        Args:
-            key_states: (B, H, T, D), after RoPE.
-            value_states: (B, H, T, D).
-
-        Raises:
-            RotqError: outside of a forward pass of the cache's model, twice in one, or with
-                gradients.
-        """
-        if self.layout is None or self.visible is not None:
-            raise RotqError(
-                "PackedCache was updated outside of a forward pass of the model it was made for"
-            )
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise RotqError("PackedCache is for inference; use torch.no_grad()")
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        layout = self.layout.to(key_states.device)
-        self.visible = self._store(layout, key_states, value_states)
-        shape = (
-            *key_states.shape[:2],
-            self.get_mask_sizes(key_states.shape[2])[0],
-            key_states.shape[3],
-        )
-        handle = PackedKV(shape, key_states, self.visible)
-        return handle, handle
-
-    def _store(self, layout: Layout, fresh_k: Tensor, fresh_v: Tensor) -> Visible:
+    def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
+        """Code what leaves the recent window, and hold the rest whole."""
+        assert self.layout is not None
         assert self.store is not None
         assert self.sinks is not None
         assert self.recent is not None
-        k_BHND, v_BHND = _joined(self.recent, (fresh_k, fresh_v))
+        layout = self.layout.to(k_BHTD.device)
+        k_BHND, v_BHND = _joined(self.recent, (k_BHTD, v_BHTD))
         dense = (k_BHND, v_BHND)
         if layout.has_sinks:
             dense = _joined(self.sinks, dense)
         visible = self._see(layout, *dense)
         self.store.prepare(layout.num_pages, layout.copies)
-        self._encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
-        self._keep_sinks(layout, fresh_k, fresh_v)
+        self.encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
+        self._keep_sinks(layout, k_BHTD, v_BHTD)
         # a copy, so that the whole chunk is not held for a few columns of it
         self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
         return visible
 
-    def _see(self, layout: Layout, k_BHND: Tensor, v_BHND: Tensor) -> Visible:
-        """What the fresh tokens see: what is packed before the pass, and these dense tokens."""
-        history = KVHistory(
-            pages=self.pages,
-            page_table_BJ=layout.page_table_BJ,
-            length_B=layout.length_B,
-            start_B=layout.start_B,
-            constants=self.transform,
-            dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
-            window=self.placement.window,
-        )
-        return Visible(history=history, layout=layout)
-
-    @property
-    def pages(self) -> KVPages:
-        """What is stored."""
-        assert self.store is not None
-        return self.store.pages
-
-    def encode_rest(self) -> None:
-        """Code what was left over."""
-        if self.uncoded is not None and self.visible is not None:
-            self._encode_now(self.visible.layout, *self.uncoded)
-        self.uncoded = None
-
-    def _encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
-        number, on_cpu = k_BHED.shape[2], k_BHED.device.type == "cpu"
-        if on_cpu and 0 < number <= POSTPONED:
-            self.uncoded = k_BHED, v_BHED
-            return
-        self._encode_now(layout, k_BHED, v_BHED)
-
-    def _encode_now(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
-        number = k_BHED.shape[2]
-        step = ENCODED if k_BHED.device.type == "cpu" else max(1, number)
-        for e in range(0, number, step):
-            turn = slice(e, e + step)
-            encode_kv(
-                k_BHED[:, :, turn],
-                v_BHED[:, :, turn],
-                layout.encode_position_BE[:, turn],
-                layout.encode_slot_BE[:, turn],
-                self.transform,
-                self.pages,
-            )
-
-    def _keep_sinks(self, layout: Layout, fresh_k: Tensor, fresh_v: Tensor) -> None:
+    def _keep_sinks(self, layout: CacheLayout, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
         if layout.sink_BTS is None:
             return
         assert self.sinks is not None
         sequence, column, sink = layout.sink_BTS
-        for held, fresh in zip(self.sinks, (fresh_k, fresh_v), strict=True):
+        for held, fresh in zip(self.sinks, (k_BHTD, v_BHTD), strict=True):
             held[sequence, :, sink] = fresh[sequence, :, column]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that a mask would have, and the first of them."""
-        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
         """Columns so far, padding included."""
         return self.placement.sequences.num_columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
     def select(self, indices: list[int]) -> None:
         """Let sequence i be what sequence ``indices[i]`` was; pages are the placement's."""
@@ -218,12 +118,8 @@ class PackedLayer(CacheLayerMixin):
 
     def constant_bytes(self) -> int:
         """Bytes of the layer's constants."""
-        transform = self.transform
-        held = [
-            getattr(part, item.name)
-            for part in (transform, transform.key, transform.value)
-            for item in fields(part)
-        ]
+        parts = (self.constants, self.constants.key, self.constants.value)
+        held = [getattr(part, item.name) for part in parts for item in fields(part)]
         return sum(value.nbytes for value in held if isinstance(value, Tensor))
 
 

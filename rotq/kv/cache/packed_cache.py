@@ -26,12 +26,13 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
-from rotq.kv.cache.batched_encoding import Appender, appenders
-from rotq.kv.cache.hooks import WatchingCache, attach, attention_name, check_served, windows
+from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
+from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
 from rotq.kv.cache.sequences import Sequences, Step
+from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.file import KVCalibration, load_calibration
 
 
@@ -85,20 +86,20 @@ class PackedCache(WatchingCache, Cache):
         if not isinstance(calibration, KVCalibration):
             calibration = load_calibration(Path(calibration), model.config)
         check_served(model, calibration)
+        self.calibration = calibration
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False
         self._step: Step | None = None
-        self._appenders: list[Appender] | None = None
+        self._encoders: list[BatchedEncoder] | None = None
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
-            transform = calibration.layers[index]
-            size = transform.format.page_size
+            size = calibration.layers[index].format.page_size
             if (size, window) not in placements:
                 placements[size, window] = Placement(
                     sequences=self.sequences, table=PageTable(page_size=size), window=window
                 )
-            layers.append(PackedLayer(transform, placements[size, window]))
+            layers.append(PackedLayer(calibration, index, placements[size, window]))
         self.placements = list(placements.values())
         super().__init__(layers=layers)
         self._decoder = weakref.ref(attach(model))
@@ -145,10 +146,10 @@ class PackedCache(WatchingCache, Cache):
         for index, layer in enumerate(self._packed_layers()):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
-        if self._appenders is None:
-            self._appenders = appenders(self._packed_layers())
-        for appender in self._appenders:
-            appender.append()
+        if self._encoders is None:
+            self._encoders = batched_encoders(self._packed_layers(), self.calibration)
+        for encoder in self._encoders:
+            encoder.encode()
         for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)
@@ -220,16 +221,14 @@ class PackedCache(WatchingCache, Cache):
         layers = self._packed_layers()
         packed, whole = zip(*(layer.nbytes() for layer in layers), strict=True)
         tokens = sum(self.sequences.counts)
-        widths = [
-            2 * la.transform.format.head_dim * la.transform.key.base_H.numel() for la in layers
-        ]
+        widths = [2 * layer.constants.format.head_dim * layer.num_heads for layer in layers]
         return CacheReport(
             tokens=tokens,
             packed=sum(packed),
             whole=sum(whole),
             tables=self.sequences.there_BN.nbytes
             + sum(item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements),
-            constants=sum(item.constant_bytes() for item in (*layers, *(self._appenders or ()))),
+            constants=sum(item.constant_bytes() for item in (*layers, *(self._encoders or ()))),
             elements=tokens * sum(widths),
         )
 

@@ -11,29 +11,22 @@ be coded, J pages of a sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
+from rotq.kv.cache.layout import NO_TOKEN, Layout
 from rotq.kv.cache.pages import PageTable
-from rotq.kv.cache.sequences import NO_TOKEN, Sequences, Step
+from rotq.kv.cache.sequences import Sequences, Step
 
 
 @dataclass(kw_only=True)
-class Layout:
-    """One forward pass for the layers of one ``Placement``; tensors on one device."""
+class CacheLayout(Layout):
+    """One forward pass for the layers of one ``Placement``."""
 
-    query_position_BT: Tensor
-    """int32; NO_TOKEN for padding, whose attention is zero."""
-    page_table_BJ: Tensor
-    length_B: Tensor
-    """int32 packed tokens before the pass, in the pages of the table."""
-    start_B: Tensor
-    """int32 position of the first of them."""
-    dense_position_BN: Tensor
     has_sinks: bool
     """The dense columns begin with the sinks."""
     num_pages: int
@@ -41,27 +34,10 @@ class Layout:
     """Of pages, before anything is written; see ``PageTable.reserve``."""
     encode: slice
     """Of the recent and fresh columns: what is coded, or nothing."""
-    encode_position_BE: Tensor
-    encode_slot_BE: Tensor
-    """int64 page * page_size + offset; NO_TOKEN for columns that are not coded."""
     sink_BTS: Tensor | None
     """int64 (3, number): sequence, fresh column and sink of each new sink; None without."""
     keep: int
     """Recent and fresh columns from here on stay in the recent window."""
-    elsewhere: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
-    """Copies on other devices."""
-
-    def to(self, device: torch.device) -> Layout:
-        """Itself, or a copy on another device, made once for all layers there."""
-        if self.length_B.device == device:
-            return self
-        if device not in self.elsewhere:
-            held = {item.name: getattr(self, item.name) for item in fields(self)}
-            moved: dict[str, Any] = {
-                name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)
-            }
-            self.elsewhere[device] = replace(self, **moved)
-        return self.elsewhere[device]
 
 
 @dataclass(kw_only=True)
@@ -77,7 +53,7 @@ class Placement:
     recent_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     """Numbers of the tokens in the recent columns; NO_TOKEN for padding."""
 
-    def begin(self, step: Step, *, recording: bool) -> Layout:
+    def begin(self, step: Step, *, recording: bool) -> CacheLayout:
         """Give places to the tokens of ``step``.
 
         Args:
@@ -100,7 +76,7 @@ class Placement:
         position_BN = (torch.tensor(step.firsts)[:, None] + number_BN)[:, encode]
         keep = self._first_kept(number_BN, step.counts, recording)
         self.recent_BN = number_BN[:, keep:]
-        return Layout(
+        return CacheLayout(
             query_position_BT=step.position_BT,
             **before,
             dense_position_BN=dense_BN,

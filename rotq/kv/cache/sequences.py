@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-
-NO_TOKEN = -1
-"""Number and position of padding."""
+from rotq.kv.cache.layout import NO_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class Sequences:
     """Tokens of each sequence; empty before the first forward pass."""
     firsts: list[int] = field(default_factory=list)
     there_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    """Of every column."""
+    """bool, of every column: a token, not padding."""
 
     @property
     def num_columns(self) -> int:

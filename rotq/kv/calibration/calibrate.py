@@ -15,8 +15,8 @@ from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
     kv_format,
-    layer_transform,
-    side_transform,
+    layer_constants,
+    side_constants,
     unbiased_scale,
 )
 from rotq.kv.calibration.statistics import LayerStatistics, collect
@@ -56,7 +56,7 @@ def calibrate(
     for layer, found in enumerate(statistics):
         format = kv_format(spec, found.shape.head_dim, layer, len(statistics))
         layers[layer] = fit_layer(found, spec, format)
-    static = [n for n, transform in layers.items() if transform.mean != spec.mean]
+    static = [n for n, constants in layers.items() if constants.mean != spec.mean]
     return KVCalibration(
         spec=spec,
         layers=layers,
@@ -93,7 +93,7 @@ def _oblivious_layer(spec: KVSpec, shape: KVShape, layer: int, num_layers: int) 
         gamma_base_H = centred_base(torch.full_like(scale_H, _TYPICAL_RESIDUAL), scale_H / scale_H)
     elif spec.residual == "sign":
         scale_H = torch.full((shape.num_heads,), _typical_sign(format.k_bits))
-    return layer_transform(
+    return layer_constants(
         spec,
         shape,
         format,
@@ -109,7 +109,7 @@ def _oblivious_side(spec: KVSpec, shape: KVShape, bits: int) -> SideConstants:
     book = gaussian_codebook(bits)
     H, D = shape.num_heads, shape.head_dim
     unit_H = torch.full((H,), book.unit)
-    return side_transform(
+    return side_constants(
         hadamard_basis(D).expand(H, -1, -1),
         torch.zeros(H, D),
         [book] * H,

@@ -29,7 +29,7 @@ _SWEEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook:
-    """Of one head."""
+    """How the numbers of one head become codes."""
 
     levels_L: Tensor
     """int8, ascending; empty above TABLE_BITS bits."""

@@ -1,9 +1,8 @@
 """What calibration found, in memory and as one safetensors file.
 
 The file's metadata hold the scheme, the model's hash, the source of the statistics and each
-layer's format, as one JSON object; its tensors are ``<layer>.<side>.<name>``. What is equal for
-all heads is stored once; inverses are not stored but taken again. A file is written aside and
-renamed.
+layer's format, as one JSON object; what is stored of a layer is in ``stored_layer``. A file is
+written aside and renamed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.kv.calibration.layer_constants import recoded, stored_inverse
+from rotq.kv.calibration.device_constants import DeviceConstants
+from rotq.kv.calibration.layer_constants import recoded
+from rotq.kv.calibration.stored_layer import layer_facts, layer_tensors, restore_layer
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import kv_shapes
-from rotq.ops import KVConstants, KVFormat, SideConstants
+from rotq.ops import KVConstants
 
 VERSION = 1
 _KIND = "rotq-kv-calibration"
-_SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
-_LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
 _HASHED = (
     "model_type",
     "hidden_size",
@@ -51,10 +50,12 @@ class KVCalibration:
 
     spec: KVSpec
     layers: dict[int, KVConstants]
+    """Not to be changed once caches use them."""
     model_hash: str
     """Of the configuration it was made for; see ``hash_config``."""
     source: dict[str, Any] = field(default_factory=dict)
     """Calibration text, windows, what was chosen and why; empty without statistics."""
+    _on: dict[torch.device, DeviceConstants] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def sinks(self) -> int:
@@ -65,6 +66,12 @@ class KVCalibration:
     def recent(self) -> int:
         """Last tokens kept whole."""
         return self.spec.recent
+
+    def on(self, device: torch.device) -> DeviceConstants:
+        """Constants on a device, the same for all who ask."""
+        if device not in self._on:
+            self._on[device] = DeviceConstants(self.layers, device)
+        return self._on[device]
 
     def serves(self, spec: KVSpec) -> bool:
         """Whether ``under(spec)`` exists: what differs is not fitted."""
@@ -84,8 +91,8 @@ class KVCalibration:
         if not self.serves(spec):
             raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
         layers = {
-            layer: recoded(transform, *spec.layer_bits(layer, len(self.layers)))
-            for layer, transform in self.layers.items()
+            layer: recoded(constants, *spec.layer_bits(layer, len(self.layers)))
+            for layer, constants in self.layers.items()
         }
         return replace(self, spec=spec, layers=layers)
 
@@ -96,14 +103,14 @@ class KVCalibration:
             RotqError: it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
-        for layer, transform in self.layers.items():
-            tensors |= _layer_tensors(layer, transform)
+        for layer, constants in self.layers.items():
+            tensors |= layer_tensors(layer, constants)
         facts = {
             "version": VERSION,
             "spec": self.spec.to_dict(),
             "model_hash": self.model_hash,
             "source": self.source,
-            "layers": {n: _layer_facts(transform) for n, transform in self.layers.items()},
+            "layers": {n: layer_facts(constants) for n, constants in self.layers.items()},
         }
         # one key: the library writes several in an order of its own
         _write(path, save(tensors, metadata={_KIND: json.dumps(facts)}))
@@ -153,7 +160,9 @@ def _read(path: Path) -> KVCalibration:
         _check_finite(path, tensors)
         return KVCalibration(
             spec=KVSpec.from_dict(facts["spec"]),
-            layers={int(n): _layer(n, values, tensors) for n, values in facts["layers"].items()},
+            layers={
+                int(n): restore_layer(n, values, tensors) for n, values in facts["layers"].items()
+            },
             model_hash=facts["model_hash"],
             source=facts["source"],
         )
@@ -169,65 +178,6 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RotqError(f"{path} is damaged: {name} is not finite")
-
-
-def _layer_facts(transform: KVConstants) -> dict[str, Any]:
-    return {
-        "format": asdict(transform.format),
-        "mean": transform.mean,
-        "rotary_scale": transform.rotary_scale,
-        "heads": transform.key.base_H.numel(),
-        "key_gain": transform.key.gain,
-        "value_gain": transform.value.gain,
-        "key_search": transform.key.search,
-        "value_search": transform.value.search,
-    }
-
-
-def _layer_tensors(layer: int, transform: KVConstants) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for side, held in (("key", transform.key), ("value", transform.value)):
-        for name in _SIDE:
-            tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
-        if held.metric_HDD is not None:
-            tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
-    for name in _LAYER:
-        value = getattr(transform, name)
-        if value is not None:
-            tensors[f"{layer}.{name}"] = value.clone()
-    return tensors
-
-
-def _stored_once(tensor: Tensor) -> Tensor:
-    equal = bool((tensor == tensor[:1]).all())
-    return (tensor[:1] if equal else tensor).clone().contiguous()
-
-
-def _layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVConstants:
-    format = KVFormat(**facts["format"])
-    return KVConstants(
-        format=format,
-        key=_side(layer, "key", facts, tensors),
-        value=_side(layer, "value", facts, tensors),
-        mean=facts["mean"],
-        rotary_scale=facts["rotary_scale"],
-        **{name: tensors.get(f"{layer}.{name}") for name in _LAYER},
-    )
-
-
-def _side(
-    layer: str, side: str, facts: dict[str, Any], tensors: dict[str, Tensor]
-) -> SideConstants:
-    held, search = {}, facts[f"{side}_search"]
-    for name in (*_SIDE, *(("metric_HDD",) if search else ())):
-        tensor = tensors[f"{layer}.{side}.{name}"]
-        held[name] = tensor.expand(facts["heads"], *tensor.shape[1:]).contiguous()
-    return SideConstants(
-        gain=facts[f"{side}_gain"],
-        search=search,
-        inverse_HDD=stored_inverse(held["matrix_HDD"]),
-        **held,
-    )
 
 
 def _write(path: Path, content: bytes) -> None:

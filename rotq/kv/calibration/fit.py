@@ -21,8 +21,8 @@ from rotq.kv.calibration.codebook import (
 from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
-    layer_transform,
-    side_transform,
+    layer_constants,
+    side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
 from rotq.kv.calibration.residual import fit_residual
@@ -45,7 +45,7 @@ def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KV
     rotary = statistics.rotary
     key = fit_key(statistics, spec, format)
     centred_HND = centred_keys(statistics, spec)
-    transform = layer_transform(
+    constants = layer_constants(
         spec,
         statistics.shape,
         format,
@@ -54,9 +54,9 @@ def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KV
         rotary=rotary,
     )
     if spec.residual != "none":
-        scales = fit_residual(centred_HND, transform, spec)
-        transform.residual_scale_H, transform.gamma_base_H = scales
-    return transform
+        scales = fit_residual(centred_HND, constants, spec)
+        constants.residual_scale_H, constants.gamma_base_H = scales
+    return constants
 
 
 def centred_keys(statistics: LayerStatistics, spec: KVSpec) -> Tensor:
@@ -84,7 +84,7 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
 
 
 def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
-    """The value side."""
+    """The value side; with a metric, each head takes what errs least."""
     mean_HD = statistics.value_mean_HD
     if not spec.value_mean:
         mean_HD = torch.zeros_like(mean_HD)
@@ -162,7 +162,7 @@ def _fit_side(
         base_H = unit_H.log2()
     else:
         base_H = centred_base(rms_HN.median(-1).values, unit_H)
-    return side_transform(
+    return side_constants(
         matrix_HDD,
         mean_HD,
         books,
@@ -199,7 +199,7 @@ def _best_side(
 
 
 def _pick(sides: list[SideConstants], choice_H: Tensor) -> SideConstants:
-    """Head by head."""
+    """Each head from the side that ``choice_H`` names."""
 
     def pick(name: str) -> Tensor:
         found = [getattr(side, name) for side in sides]

@@ -27,7 +27,7 @@ from rotq.rotations.hadamard import orthogonal
 _BASIS_SEED = 0
 _SKETCH_SEED = 1
 _OCTAVES = 16
-"""That a log8 norm spans."""
+"""Factors of two that a log8 norm spans."""
 
 
 def hadamard_basis(head_dim: int) -> Tensor:
@@ -50,7 +50,7 @@ def kv_format(spec: KVSpec, head_dim: int, layer: int, num_layers: int) -> KVFor
     )
 
 
-def side_transform(
+def side_constants(
     matrix_HDD: Tensor,
     mean_HD: Tensor,
     codebooks: Sequence[Codebook],
@@ -125,7 +125,7 @@ def unbiased_scale(spec: KVSpec, head_dim: int) -> float:
     return math.sqrt(math.pi / 2)
 
 
-def layer_transform(
+def layer_constants(
     spec: KVSpec,
     shape: KVShape,
     format: KVFormat,
@@ -136,7 +136,7 @@ def layer_transform(
     residual_scale_H: Tensor | None = None,
     gamma_base_H: Tensor | None = None,
 ) -> KVConstants:
-    """A layer's transform; ``mean="rope"`` becomes static where the layer's RoPE is unknown."""
+    """A layer's constants; ``mean="rope"`` becomes static where the layer's RoPE is unknown."""
     mean = "static" if spec.mean == "rope" and rotary is None else spec.mean
     turned = mean == "rope" and rotary is not None
     sketch_DD = None
@@ -156,14 +156,14 @@ def layer_transform(
     )
 
 
-def recoded(transform: KVConstants, k_bits: int, v_bits: int) -> KVConstants:
+def recoded(constants: KVConstants, k_bits: int, v_bits: int) -> KVConstants:
     """The same with other bits: codebooks for the unit normal where they change."""
-    form = replace(transform.format, k_bits=k_bits, v_bits=v_bits)
+    form = replace(constants.format, k_bits=k_bits, v_bits=v_bits)
     return replace(
-        transform,
+        constants,
         format=form,
-        key=_recoded_side(transform.key, transform.format.k_bits, k_bits),
-        value=_recoded_side(transform.value, transform.format.v_bits, v_bits),
+        key=_recoded_side(constants.key, constants.format.k_bits, k_bits),
+        value=_recoded_side(constants.value, constants.format.v_bits, v_bits),
     )
 
 

@@ -19,11 +19,11 @@ from rotq.ops import KVConstants, SideConstants, decode_norm, level_values, quan
 
 
 def fit_residual(
-    x_HND: Tensor, transform: KVConstants, spec: KVSpec
+    x_HND: Tensor, constants: KVConstants, spec: KVSpec
 ) -> tuple[Tensor, Tensor | None]:
     """``residual_scale_H`` and ``gamma_base_H`` of keys whose mean has been removed."""
-    bits, side = transform.format.k_bits, transform.key
-    codes, stored = quantize_side(x_HND[None], side, bits, transform.format.norm)
+    bits, side = constants.format.k_bits, constants.key
+    codes, stored = quantize_side(x_HND[None], side, bits, constants.format.norm)
     scale_HN1 = _scale(stored, side)
     head_H11 = torch.arange(x_HND.shape[0])[:, None, None]
     level_HND = level_values(side.levels_HL, bits)[head_H11, codes[0].int()]
@@ -31,9 +31,9 @@ def fit_residual(
     if spec.residual == "sign":
         size_H = (scale_HN1 * left_HND.abs()).mean((1, 2)) / scale_HN1.square().mean((1, 2))
         return size_H, None
-    assert transform.sketch_DD is not None
+    assert constants.sketch_DD is not None
     rms_HN1 = left_HND.square().mean(-1, keepdim=True).sqrt()
-    back_HND = (left_HND @ transform.sketch_DD.mT).sign() @ transform.sketch_DD
+    back_HND = (left_HND @ constants.sketch_DD.mT).sign() @ constants.sketch_DD
     fitted_H = (rms_HN1 * back_HND * left_HND).sum((1, 2)) / (rms_HN1 * back_HND).square().sum(
         (1, 2)
     )

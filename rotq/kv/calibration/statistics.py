@@ -60,7 +60,7 @@ class LayerStatistics:
     """Sampled keys, after RoPE."""
     v_HND: Tensor
     position_N: Tensor
-    """Of the samples."""
+    """Positions of the samples."""
 
 
 @torch.inference_mode()
@@ -110,7 +110,7 @@ def collect(
 
 
 class _Layer:
-    """Sums over windows."""
+    """Sums over the windows of one layer."""
 
     def __init__(self, shape: KVShape, rotary: Rotary | None, sinks: int) -> None:
         self.shape, self.rotary, self.sinks = shape, rotary, sinks

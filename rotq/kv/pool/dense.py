@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from rotq.kv.cache.attention import PackedKV
-from rotq.kv.cache.hooks import check_decoder, windows
+from rotq.kv.cache.support import check_decoder, windows
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
 
@@ -43,17 +43,17 @@ class DensePool(Pool):
         super().__init__(model, layers, sinks=0, table_width=table_width)
 
     def take_over(self) -> None:
-        """Nothing is left over."""
+        """Nothing: ``update`` has stored all."""
 
     @staticmethod
     def cost(model: Any) -> Cost:
-        """What pages take."""
+        """Bytes that pages take."""
         whole = sum(2 * shape.num_heads * shape.head_dim for shape in kv_shapes(model.config))
         return Cost(page=PAGE_SIZE * whole * model.dtype.itemsize, sinks=0, elements=whole)
 
 
 class DenseLayer(CacheLayerMixin):
-    """One layer of a ``DensePool``."""
+    """One layer, whose pages are those of all sequences."""
 
     is_compileable = False
 
@@ -72,7 +72,7 @@ class DenseLayer(CacheLayerMixin):
         return self.window > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing; all is there."""
+        """Nothing: all memory has been taken."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -94,15 +94,15 @@ class DenseLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Nothing that all rows share."""
+        """0: each row has a length of its own."""
         return 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1: transformers' word for no maximum."""
         return -1
 
     def held(self) -> list[Tensor]:
-        """All tensors of tokens."""
+        """What is allocated for tokens."""
         return [self.k_PHSD, self.v_PHSD]
 
 

@@ -1,6 +1,6 @@
-"""A pool of packed pages: the layers of ``PackedCache`` over memory that all sequences share.
+"""A pool of packed pages, and of whole sinks, that all sequences share.
 
-Shape suffixes: P pages, B rows, T columns, N dense keys, H KV heads, D head width.
+Shape suffixes: P pages, B rows, T columns, N dense keys, S sinks, H KV heads, D head width.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
-from rotq.kv.cache.batched_encoding import Appender, appenders
-from rotq.kv.cache.hooks import check_served, windows
-from rotq.kv.cache.layer import PackedLayer
-from rotq.kv.cache.pages import PageStore, PageTable
-from rotq.kv.cache.placement import Layout, Placement
-from rotq.kv.cache.sequences import Sequences
-from rotq.kv.calibration.constants import on
+from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
+from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.cache.pages import PageStore
+from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
+from rotq.ops import KVConstants
 
 
 class PackedPool(Pool):
@@ -50,30 +48,31 @@ class PackedPool(Pool):
         check_served(model, calibration)
         if calibration.recent:
             raise RotqError("a pool keeps no recent window; use a scheme with recent 0")
-        sequences = Sequences(sinks=calibration.sinks, recent=0)
-        placements: dict[int, Placement] = {}
         layers = []
         for index, window in enumerate(windows(model.config.get_text_config(decoder=True))):
-            transform = calibration.layers[index]
-            if transform.format.page_size != PAGE_SIZE:
+            constants = calibration.on(model.device).layer(index)
+            if constants.format.page_size != PAGE_SIZE:
                 raise RotqError(f"a pool has pages of {PAGE_SIZE} tokens, this calibration other")
-            if window not in placements:
-                table = PageTable(page_size=PAGE_SIZE)
-                placements[window] = Placement(sequences=sequences, table=table, window=window)
-            layer = PooledLayer(transform, placements[window])
-            layer.allocate(num_pages, num_sinks, model.device, model.dtype)
+            layer = PooledLayer(
+                constants,
+                window,
+                num_pages=num_pages,
+                num_sinks=num_sinks,
+                sinks=calibration.sinks,
+                dtype=model.dtype,
+            )
             layers.append(layer)
         super().__init__(model, layers, sinks=calibration.sinks, table_width=table_width)
-        self._appenders: list[Appender] = appenders(layers)
+        self._encoders: list[BatchedEncoder] = batched_encoders(layers, calibration)
 
     def take_over(self) -> None:
         """Code the tokens of a decode step, for all layers at once."""
-        for appender in self._appenders:
-            appender.append()
+        for encoder in self._encoders:
+            encoder.encode()
 
     @staticmethod
     def cost(model: Any, calibration: KVCalibration) -> Cost:
-        """What pages and sinks take."""
+        """Bytes that pages and sinks take."""
         shapes = kv_shapes(model.config)
         whole = sum(2 * shape.num_heads * shape.head_dim for shape in shapes)
         packed = sum(
@@ -84,39 +83,61 @@ class PackedPool(Pool):
         return Cost(page=PAGE_SIZE * packed, sinks=sinks, elements=whole)
 
 
-class PooledLayer(PackedLayer):
-    """One layer: a ``PackedLayer`` whose pages and sinks are those of all sequences."""
+class PooledLayer(EncodedLayer):
+    """One layer, whose pages and sinks are those of all sequences; all memory is taken at once.
+
+    Args:
+        constants: Of the layer, on the device where its memory shall be.
+        window: Keys that a query sees, itself included; 0 for all.
+        num_pages: P.
+        num_sinks: Sequences whose sinks can be held; one more place, of rows of padding, is never
+            written.
+        sinks: Of a sequence.
+        dtype: Of sinks.
+    """
 
     layout: PoolLayout | None
 
-    def allocate(
-        self, num_pages: int, num_sinks: int, device: torch.device, dtype: torch.dtype
+    def __init__(
+        self,
+        constants: KVConstants,
+        window: int,
+        *,
+        num_pages: int,
+        num_sinks: int,
+        sinks: int,
+        dtype: torch.dtype,
     ) -> None:
-        """Take all memory; one more place for sinks, of rows of padding, is never written."""
-        self.transform = on(device, self.given)
-        heads, width = self.transform.key.base_H.numel(), self.transform.format.head_dim
-        self.store = PageStore(self.transform.format, heads, device)
+        super().__init__(constants, window)
+        device = constants.key.base_H.device
+        self.store = PageStore(constants.format, self.num_heads, device)
         self.store.prepare(num_pages, [])
-        shape = (num_sinks + 1, heads, self.placement.sequences.sinks, width)
+        shape = (num_sinks + 1, self.num_heads, sinks, constants.format.head_dim)
         self.sinks = (
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),
         )
         self.is_initialized = True
 
-    def held(self) -> list[Tensor]:
-        """All tensors of tokens."""
-        assert self.sinks is not None
-        return [*self.pages.tensors(), *self.sinks]
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: all memory has been taken."""
 
-    def _store(self, layout: Layout, fresh_k: Tensor, fresh_v: Tensor) -> Visible:
-        assert isinstance(layout, PoolLayout)
-        assert self.sinks is not None
+    def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
+        """Code all fresh tokens but new sinks, which are held whole."""
+        assert self.layout is not None
+        layout = self.layout.to(k_BHTD.device)
         k, v = (held[layout.sink_B] for held in self.sinks)
-        visible = self._see(layout, torch.cat((k, fresh_k), dim=2), torch.cat((v, fresh_v), dim=2))
-        self._encode(layout, fresh_k, fresh_v)
-        assert layout.sink_BTS is not None
-        sequence, column, sink = layout.sink_BTS
-        for held, fresh in zip(self.sinks, (fresh_k, fresh_v), strict=True):
-            held[layout.sink_B[sequence], :, sink] = fresh[sequence, :, column]
+        visible = self._see(layout, torch.cat((k, k_BHTD), dim=2), torch.cat((v, v_BHTD), dim=2))
+        self.encode(layout, k_BHTD, v_BHTD)
+        row, column, sink = layout.sink_BTS
+        for held, fresh in zip(self.sinks, (k_BHTD, v_BHTD), strict=True):
+            held[layout.sink_B[row], :, sink] = fresh[row, :, column]
         return visible
+
+    def get_seq_length(self) -> int:
+        """0: each row has a length of its own."""
+        return 0
+
+    def held(self) -> list[Tensor]:
+        """What is allocated for tokens."""
+        return [*self.pages.tensors(), *self.sinks]

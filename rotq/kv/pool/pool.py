@@ -27,8 +27,7 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.hooks import WatchingCache, attach
-from rotq.kv.cache.placement import Layout
-from rotq.kv.cache.sequences import NO_TOKEN
+from rotq.kv.cache.layout import NO_TOKEN, Layout
 
 PAGE_SIZE = 64
 """Tokens of a page."""
@@ -41,7 +40,7 @@ class Row:
     pages: Sequence[int] = ()
     """For all its tokens but the sinks, those of the pass included."""
     sink: int = 0
-    """Where its sinks are."""
+    """Its place among the sinks that the pool holds; the last one is for rows of padding."""
     count: int = 0
     """Tokens before the pass."""
     fresh: int = 0
@@ -54,7 +53,7 @@ class Cost:
 
     page: int
     sinks: int
-    """Of one sequence."""
+    """Of the tokens that one sequence keeps whole."""
     elements: int
     """Key and value elements of a token."""
 
@@ -65,6 +64,8 @@ class PoolLayout(Layout):
 
     sink_B: Tensor
     """int64, where each row's sinks are."""
+    sink_BTS: Tensor
+    """int64 (3, number): row, column and sink of each new sink."""
 
 
 def lay_out(rows: Sequence[Row], length: int, *, sinks: int, table_width: int) -> PoolLayout:
@@ -93,15 +94,10 @@ def lay_out(rows: Sequence[Row], length: int, *, sinks: int, table_width: int) -
         length_B=(count_B1[:, 0] - sinks).clamp(min=0).int(),
         start_B=torch.full((len(rows),), sinks, dtype=torch.int32),
         dense_position_BN=torch.cat((sink_BS, number_BT), dim=1).int(),
-        has_sinks=sinks > 0,
-        num_pages=0,
-        copies=[],
-        encode=slice(0, length),
         encode_position_BE=number_BT.where(at_BT >= 0, NO_TOKEN).int(),
         encode_slot_BE=slot_BT,
-        sink_BTS=torch.stack((sequence, column, number_BT[sequence, column])),
-        keep=length,
         sink_B=torch.tensor([row.sink for row in rows]),
+        sink_BTS=torch.stack((sequence, column, number_BT[sequence, column])),
     )
 
 

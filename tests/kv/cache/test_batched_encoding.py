@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from kv_cases import transform_of
-from kv_oracle import calibration_of, oracle_cache
+from kv_oracle import calibration_of, calibration_with, oracle_cache
 from tiny_models import random_ids, tiny_model
 
-from rotq.kv.cache.batched_encoding import appenders
+from rotq.kv.cache.batched_encoding import batched_encoders
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.cache.pages import PageTable
@@ -23,7 +23,9 @@ PLACEMENT = Placement(
 
 
 def number_of_kinds(*transforms: KVConstants) -> int:
-    return len(appenders([PackedLayer(transform, PLACEMENT) for transform in transforms]))
+    calibration = calibration_with(*transforms)
+    layers = [PackedLayer(calibration, index, PLACEMENT) for index in calibration.layers]
+    return len(batched_encoders(layers, calibration))
 
 
 def test_kinds() -> None:
@@ -53,9 +55,9 @@ def test_caches_of_a_calibration_share_its_constants() -> None:
     )
     for cache in (first, second, other):
         model(input_ids=random_ids(1, 4), past_key_values=cache)
-    stacks = [cache._appenders[0].stack for cache in (first, second, other)]
-    assert stacks[0] is stacks[1]
-    assert stacks[0] is not stacks[2]
+    codecs = [cache._encoders[0].codec for cache in (first, second, other)]
+    assert codecs[0] is codecs[1]
+    assert codecs[0] is not codecs[2]
 
 
 @pytest.mark.parametrize("residual", ["none", "sign", "qjl"])

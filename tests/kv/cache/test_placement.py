@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from kv_cases import transform_of
+from kv_oracle import calibration_with
 from torch import Tensor
 
 from rotq.kv.cache.layer import PackedLayer
@@ -32,7 +33,7 @@ class Walk:
         self.sequences = Sequences(sinks=self.sinks, recent=self.recent)
         table = PageTable(page_size=FORM.page_size)
         self.placement = Placement(sequences=self.sequences, table=table, window=self.window)
-        self.layer = PackedLayer(transform_of(FORM, 1), self.placement)
+        self.layer = PackedLayer(calibration_with(transform_of(FORM, 1)), 0, self.placement)
         self.values = [torch.zeros(0, 16) for _ in self.first]
         self.columns: list[Tensor] = []
 

@@ -1,8 +1,10 @@
 """Tokens into pages and back, in plain PyTorch: the definition, and what CPU tensors run on.
 
 Shape suffixes: B sequences, T tokens, H KV heads, D head width, P pages, S tokens of a page,
-J pages of a sequence, W words of a token, C words of its signs.
+J pages of a sequence, W words of a token, C words of its signs, N tokens that have a slot.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,13 +59,42 @@ def encode_side_reference(given: SideArguments) -> None:
     x_BHTD = given.x_BHTD.float() - mean
     dtype = None if given.norm_PHS is None else given.norm_PHS.dtype
     codes_BHTD, norm_BHT = quantize_side(x_BHTD, side, given.bits, NORMS[dtype])  # type: ignore[arg-type]
-    _write(given.codes_PHSW, pack_kv(codes_BHTD, given.bits), given.slot_BT)
-    _write(given.norm_PHS, norm_BHT, given.slot_BT)
+    written: list[tuple[Tensor | None, list[Tensor | None]]]
+    written = [
+        (pack_kv(codes_BHTD, given.bits), [given.codes_PHSW]),
+        (norm_BHT, [given.norm_PHS]),
+    ]
     if given.sign_PHSC is not None:
         left_BHTD = left_over(x_BHTD, codes_BHTD, norm_BHT, side, given.bits)
         sign_BHTD, gamma_BHT = residual_bits(left_BHTD, given.sketch_DD, given.gamma_base_H, dtype)
-        _write(given.sign_PHSC, pack_kv(sign_BHTD, 1), given.slot_BT)
-        _write(given.gamma_PHS, gamma_BHT, given.slot_BT)
+        written += [(pack_kv(sign_BHTD, 1), [given.sign_PHSC]), (gamma_BHT, [given.gamma_PHS])]
+    write_tokens(written, given.slot_BT, given.codes_PHSW.shape[2])
+
+
+def write_tokens(
+    written: Sequence[tuple[Tensor | None, Sequence[Tensor | None]]],
+    slot_BT: Tensor,
+    page_size: int,
+) -> None:
+    """Put what is stored of tokens into their slots, for one layer or for several at once.
+
+    Args:
+        written: What is new, (B, H, T, ...) with the heads of all layers one behind the other, and
+            where it goes, (P, H, S, ...) of each layer; None is not stored. Modified in place.
+        slot_BT: int64, page * page_size + offset; -1 skips the token.
+        page_size: S.
+    """
+    b, t = (slot_BT >= 0).nonzero(as_tuple=True)
+    slot_N = slot_BT[b, t]
+    page_N, offset_N = slot_N // page_size, slot_N % page_size
+    for new_BHT, layers in written:
+        if new_BHT is None:
+            continue
+        held = [stored_PHS for stored_PHS in layers if stored_PHS is not None]
+        # [N, H of all layers, ...] -> [N, H, ...] of each
+        parts = new_BHT[b, :, t].split([stored_PHS.shape[1] for stored_PHS in held], dim=1)
+        for stored_PHS, part_NH in zip(held, parts, strict=True):
+            stored_PHS[page_N, :, offset_N] = part_NH
 
 
 def dequantize_kv_reference(
@@ -118,13 +149,3 @@ def dequantize_kv_reference(
     )
     gone_B1T1 = ~there_BT[:, None, :, None]
     return k_BHTD.masked_fill(gone_B1T1, 0), v_BHTD.masked_fill(gone_B1T1, 0)
-
-
-def _write(stored: Tensor | None, new: Tensor | None, slot_BT: Tensor) -> None:
-    """Put (B, H, T, ...) into the slots of (P, H, S, ...)."""
-    if stored is None or new is None:
-        return
-    b, t = (slot_BT >= 0).nonzero(as_tuple=True)
-    slot = slot_BT[b, t]
-    page_size = stored.shape[2]
-    stored[slot // page_size, :, slot % page_size] = new[b, :, t]

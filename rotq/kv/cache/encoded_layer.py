@@ -1,0 +1,154 @@
+"""One layer whose tokens are codes in pages: what a cache's layer and a pool's have in common.
+
+What is kept whole beside the pages, and where, is theirs. On a CPU the few tokens of a decode step
+are not coded at once but left in ``uncoded``, for all layers together; see ``batched_encoding``.
+
+Shape suffixes: B sequences, T fresh columns, N tokens that are whole, E columns to be coded, H KV
+heads, D head width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from rotq.errors import RotqError
+from rotq.kv.cache.attention import PackedKV, Visible
+from rotq.kv.cache.layout import Layout
+from rotq.kv.cache.pages import PageStore
+from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
+
+ENCODED = 1024
+"""Columns coded at a time on a CPU, where coding takes several times their size."""
+
+POSTPONED = 16
+"""Up to so many columns are left to be coded with those of other layers, on a CPU."""
+
+
+class EncodedLayer(CacheLayerMixin):
+    """Keys and values of one layer.
+
+    Args:
+        constants: Of the layer.
+        window: Keys that a query sees, itself included; 0 for all.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, constants: KVConstants, window: int) -> None:
+        super().__init__()
+        self.constants = constants
+        self.window = window
+        self.store: PageStore | None = None
+        self.layout: Layout | None = None
+        """Of the forward pass that is under way; who owns the layer sets it."""
+        self.visible: Visible | None = None
+        """In that pass, from ``update`` on."""
+        self.uncoded: tuple[Tensor, Tensor] | None = None
+        """Columns (B, H, E, D) that are coded after the forward pass."""
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether queries see a window only."""
+        return self.window > 0
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads that the constants are for."""
+        return self.constants.key.base_H.numel()
+
+    @property
+    def pages(self) -> KVPages:
+        """The packed tokens."""
+        assert self.store is not None
+        return self.store.pages
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the fresh tokens; what comes back only the packed attention can read.
+
+        Args:
+            key_states: (B, H, T, D), after RoPE.
+            value_states: (B, H, T, D).
+
+        Raises:
+            RotqError: outside of a forward pass of the cache's model, twice in one, or with
+                gradients.
+        """
+        if self.layout is None or self.visible is not None:
+            raise RotqError(
+                "PackedCache was updated outside of a forward pass of the model it was made for"
+            )
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RotqError("PackedCache is for inference; use torch.no_grad()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.visible = self.take_in(key_states, value_states)
+        batch, num_heads, length, width = key_states.shape
+        shape = (batch, num_heads, self.get_mask_sizes(length)[0], width)
+        handle = PackedKV(shape, key_states, self.visible)
+        return handle, handle
+
+    @abstractmethod
+    def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
+        """Store the fresh tokens where ``layout`` says; returns what their queries see."""
+
+    def _see(self, layout: Layout, k_BHND: Tensor, v_BHND: Tensor) -> Visible:
+        """What is packed before the pass, and these tokens that are whole."""
+        history = KVHistory(
+            pages=self.pages,
+            page_table_BJ=layout.page_table_BJ,
+            length_B=layout.length_B,
+            start_B=layout.start_B,
+            constants=self.constants,
+            dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
+            window=self.window,
+        )
+        return Visible(history=history, layout=layout)
+
+    def encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
+        """Write columns into their pages; a few, on a CPU, are left in ``uncoded``.
+
+        Args:
+            layout: On the device of the columns.
+            k_BHED: After RoPE.
+            v_BHED: As ``k_BHED``.
+        """
+        if k_BHED.device.type == "cpu" and 0 < k_BHED.shape[2] <= POSTPONED:
+            self.uncoded = k_BHED, v_BHED
+            return
+        self._encode_now(layout, k_BHED, v_BHED)
+
+    def encode_rest(self) -> None:
+        """Write what ``encode`` has left."""
+        if self.uncoded is not None and self.visible is not None:
+            self._encode_now(self.visible.layout, *self.uncoded)
+        self.uncoded = None
+
+    def _encode_now(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
+        number = k_BHED.shape[2]
+        step = ENCODED if k_BHED.device.type == "cpu" else max(1, number)
+        for e in range(0, number, step):
+            turn = slice(e, e + step)
+            encode_kv(
+                k_BHED[:, :, turn],
+                v_BHED[:, :, turn],
+                layout.encode_position_BE[:, turn],
+                layout.encode_slot_BE[:, turn],
+                self.constants,
+                self.pages,
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that a mask would have, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: transformers' word for no maximum."""
+        return -1
