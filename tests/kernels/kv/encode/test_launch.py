@@ -20,7 +20,6 @@ from rotq_kernels.kv.encode.launch import (
     sides,
 )
 from rotq_kernels.kv.encode.one_side import dequantize_side, key_mean, quantize_side
-from rotq_kernels.kv.encode.reference import write_tokens
 from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,17 +94,6 @@ def test_append_writes_what_prefill_writes_and_nothing_else() -> None:
     flat = at_once.k_codes.transpose(1, 2).flatten(0, 1)
     assert flat[unwritten].eq(0).all()
     assert flat[~unwritten].ne(0).any(-1).all()
-
-
-def test_tokens_of_several_layers_go_to_their_own_slots() -> None:
-    """Layers of 2 and 1 heads, pages of 16 tokens; the second token has no slot."""
-    new_BHT = torch.arange(1, 10).view(1, 3, 3)
-    two_PHS, one_PHS = torch.zeros(2, 2, 16, dtype=torch.int64), torch.zeros(2, 1, 16).long()
-    write_tokens([(new_BHT, [two_PHS, one_PHS]), (None, [None])], torch.tensor([[17, -1, 3]]), 16)
-    assert two_PHS[1, :, 1].tolist() == [1, 4]
-    assert two_PHS[0, :, 3].tolist() == [3, 6]
-    assert (one_PHS[1, 0, 1], one_PHS[0, 0, 3]) == (7, 9)
-    assert (two_PHS.count_nonzero(), one_PHS.count_nonzero()) == (4, 2)
 
 
 def test_pages_beyond_a_length_are_not_read() -> None:
