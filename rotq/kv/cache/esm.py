@@ -1,7 +1,7 @@
 """ESM-2 token by token, with a packed cache, as TurboESM runs it (arXiv 2603.26110).
 
 transformers' ESM has no cache any more, but it hands unknown keywords on to its attention, and with
-them the cache; see ``attention``. The loop is ours, inside ``models.esm.as_decoder``.
+them the cache; see ``attention``. The loop is ours, inside ``models.families.esm.as_decoder``.
 
     with as_decoder(model):
         logits_BTV = decode(model, ids_BT, EsmPackedCache(model, calibration))

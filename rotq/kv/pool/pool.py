@@ -3,8 +3,8 @@
 ``PackedCache`` belongs to one call of ``generate``: all its sequences take part in every forward
 pass, and it grows. A pool is allocated once; each forward pass names the sequences that are its
 rows, by the pages that they hold (who holds which is the caller's book-keeping). Coding, paging
-and attention are those of ``PackedCache`` (``packed_pool``), or the same pages hold keys and values
-in the model's own precision (``dense_pool``).
+and attention are those of ``PackedCache`` (``packed``), or the same pages hold keys and values in
+the model's own precision (``dense``).
 
 The shapes of a pass depend on its number of rows and columns only: tables are as wide as the
 longest sequence may be, sinks always have their columns, absent rows and columns are padding. So

@@ -5,11 +5,7 @@ import torch
 from kv_cases import paged_slots, tokens_of, transform_of
 
 from rotq_kernels.kv.encode.one_side import dequantize_side, key_mean, quantize_side
-from rotq_kernels.kv.encode.reference import (
-    dequantize_kv_reference,
-    encode_kv_reference,
-    write_tokens,
-)
+from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import KVFormat, KVPages
 
 FORMATS = {
@@ -98,14 +94,3 @@ def test_pages_beyond_a_length_are_not_read() -> None:
     table_BJ[1, 1:] = 10**6
     again, _ = dequantize_kv_reference(pages, table_BJ, torch.tensor([40, 5]), start_B, transform)
     assert torch.equal(k_back, again)
-
-
-def test_tokens_of_several_layers_go_to_their_own_slots() -> None:
-    """Layers of 2 and 1 heads, pages of 16 tokens; the second token has no slot."""
-    new_BHT = torch.arange(1, 10).view(1, 3, 3)
-    two_PHS, one_PHS = torch.zeros(2, 2, 16, dtype=torch.int64), torch.zeros(2, 1, 16).long()
-    write_tokens([(new_BHT, [two_PHS, one_PHS]), (None, [None])], torch.tensor([[17, -1, 3]]), 16)
-    assert two_PHS[1, :, 1].tolist() == [1, 4]
-    assert two_PHS[0, :, 3].tolist() == [3, 6]
-    assert (one_PHS[1, 0, 1], one_PHS[0, 0, 3]) == (7, 9)
-    assert (two_PHS.count_nonzero(), one_PHS.count_nonzero()) == (4, 2)
