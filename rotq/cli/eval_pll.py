@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 from rotq.cli.loading import load, show
 from rotq.cli.options import model_options, output_options
@@ -169,13 +170,16 @@ def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None
     from rotq.evaluation.representations import OriginalBasis
     from rotq.fusion.draw import build_basis
     from rotq.models.registry import adapter_for
-    from rotq.recipe import load_recipe
+    from rotq.recipe import from_dict
 
     file = checkpoint / "rotq_recipe.yaml"
     if not file.is_file():
         return None
     adapter = adapter_for(model)
-    R_DD = build_basis(load_recipe(file, {}).rotation, adapter, model.config).residual_DD
+    # the other sections may hold keys of an older rotq
+    section = yaml.safe_load(file.read_text(encoding="utf-8"))["rotation"]
+    rotation = from_dict({"rotation": section}).rotation
+    R_DD = build_basis(rotation, adapter, model.config).residual_DD
     if R_DD is None:
         return None
     norm = reference.get_submodule(adapter.final_norm)

@@ -1,6 +1,7 @@
 """``rotq eval pll`` and how the other commands meet masked language models."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def test_figures_as_json(model: Path, quantized: Path) -> None:
     # the rotation is taken back before embeddings are compared
     assert figures["embedding_cosine"] > 0.999
     assert figures["contact_correlation"] > 0.99
+
+
+def test_a_checkpoint_of_an_older_recipe_still_tells_its_basis(
+    model: Path, quantized: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(quantized, older)
+    recipe = older / "rotq_recipe.yaml"
+    recipe.write_text(recipe.read_text() + "\nforgotten: {key: 1}\n")
+    one = ["--positions", "2", "--representations", "--json", "--groups", "--reference", model]
+    told = [run("eval", "pll", checkpoint, *one) for checkpoint in (quantized, older)]
+    assert told[0].exit_code == told[1].exit_code == 0, told[1].output
+    assert told[0].stdout == told[1].stdout
 
 
 def test_groups_as_a_table(model: Path) -> None:
