@@ -3,7 +3,6 @@
 No Triton is imported before a tensor on a GPU needs it.
 """
 
-from rotq_kernels.butterfly import butterfly, butterfly_reference
 from rotq_kernels.hadamard import hadamard, hadamard_reference
 from rotq_kernels.kv.attention import packed_attention
 from rotq_kernels.kv.encode.one_side import (
@@ -45,8 +44,6 @@ __all__ = [
     "KVHistory",
     "KVPages",
     "SideConstants",
-    "butterfly",
-    "butterfly_reference",
     "decode_norm",
     "dequantize_kv_reference",
     "dequantize_residual",

@@ -22,7 +22,6 @@ from rotq.cli.main import main
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
-from rotq_kernels.butterfly import butterfly_triton
 from rotq_kernels.hadamard import hadamard_triton
 from rotq_kernels.kv.attention import packed_attention_triton
 from rotq_kernels.kv.encode.launch import encode_kv_triton
@@ -99,7 +98,6 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "prefill": lambda: attend(70),
     "encode": encode,
     "hadamard": lambda: hadamard_triton(torch.ones(1, 4), ONE),
-    "butterfly": lambda: butterfly_triton(torch.ones(1, 4), ONE, torch.ones(2, 1, 2)),
     "packed_linear": lambda: packed_linear_triton(
         torch.ones(1, 32), torch.zeros(1, 4, dtype=torch.int32), torch.ones(1, 1), None, None, 4
     ),

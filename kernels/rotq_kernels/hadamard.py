@@ -10,8 +10,6 @@ Shape suffixes: R rows, K features (n), M order of the core, P length of a run.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -80,17 +78,10 @@ def hadamard_cpu(
     x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The reference with fp32 products that are fp32, whatever precision torch is set to."""
-    with fp32_products():
-        return hadamard_reference(x_RK, core_MM, signs_K)
-
-
-@contextmanager
-def fp32_products() -> Iterator[None]:
-    """fp32 matrix products are fp32, whatever precision torch is set to."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        return hadamard_reference(x_RK, core_MM, signs_K)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -147,21 +138,19 @@ def hadamard_triton(
         num_warps=4 if P <= 4096 else 16,
     )
     if M > 1:
-        core_triton(z_RK, core_MM, y_RK, 1 / math.sqrt(K))
+        _launch_core(z_RK, core_MM, y_RK)
     return y_RK
 
 
-def core_triton(
-    z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor, scale: float
-) -> None:
-    """Multiply the runs of ``z_RK`` (fp32) by the core and ``scale`` into ``y_RK``."""
+def _launch_core(z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor) -> None:
+    """Multiply the runs of ``z_RK`` (fp32) by the core into ``y_RK``, and scale them."""
     from rotq_kernels.hadamard_kernels import core_kernel
 
     (R, K), M = z_RK.shape, core_MM.shape[0]
     blocks = core_blocks(M)
     columns = R * K // M
     grid = (-(-columns // blocks["BLOCK_C"]), -(-M // blocks["BLOCK_M"]))
-    core_MM = core_MM.contiguous()
+    core_MM, scale = core_MM.contiguous(), 1 / math.sqrt(K)
     core_kernel[grid](z_RK, core_MM, y_RK, columns, M, K // M, scale, **blocks, num_warps=4)
 
 

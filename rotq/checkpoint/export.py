@@ -26,10 +26,7 @@ __all__ = ["packed_tensors", "quantization_config", "stored_scale_dtype", "write
 
 
 def packed_tensors(
-    name: str,
-    quantized: Quantized,
-    signs_K: Tensor | None = None,
-    angles_AMQ: Tensor | None = None,
+    name: str, quantized: Quantized, signs_K: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The tensors a checkpoint holds for one layer, as compressed-tensors names them.
 
@@ -37,15 +34,13 @@ def packed_tensors(
         name: Full name of the layer.
         quantized: N out features, K in features, G groups.
         signs_K: Signs of the online rotation before the layer; only the rotq format has them.
-        angles_AMQ: int16, angles of a butterfly behind them.
 
     Returns:
         ``.weight_packed`` int32 (N, ceil(K * bits / 32)), ``.weight_scale`` (N, G) as stored,
         ``.weight_shape`` int64 [N, K]; on asymmetric grids ``.weight_zero_point`` int32
-        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (K), with angles
-        ``.input_angles`` int16 (A, M, Q).
+        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (K).
     """
-    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K, angles_AMQ=angles_AMQ)
+    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
 
 

@@ -118,7 +118,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
                 linear.out_features,
                 group.grid,
                 bias=linear.bias is not None,
-                rotation=scheme.rotation(name),
+                rotated=scheme.is_rotated(name),
                 input_grid=group.input_grid,
                 scale_dtype=torch_dtype(scale.dtype),
                 dtype=linear.weight.dtype,

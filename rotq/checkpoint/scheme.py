@@ -7,8 +7,7 @@ ones, and two for what heads and inputs go through at run time.
                        or a full module name; full names win over patterns, patterns over "Linear"
     ignore             the same, taken out
     input_activations  what the layers' inputs are rounded to: dynamic, per token
-    online             kind of rotation (hadamard, butterfly) to the targets whose input is rotated,
-                       before it is rounded
+    online             hadamard, to the targets whose input is rotated by it, before it is rounded
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
                        to, dynamic, per head and token
 """
@@ -24,10 +23,10 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
-from rotq.layers.online_linear import ROTATIONS
 
-ROTQ_VERSION = 3
-"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs."""
+ROTQ_VERSION = 2
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs. 3 was for
+R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read."""
 METHODS = ("compressed-tensors", "rotq")
 
 
@@ -43,12 +42,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Grids and online rotation by layer name, and what attention does."""
+    """Grids and online rotations by layer name, and what attention does."""
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
-    online: Mapping[str, tuple[str, ...]]
-    """Kind of rotation to the targets it is applied before."""
+    rotated: tuple[str, ...]
+    """Targets whose input is rotated."""
     heads: OnlineHeads = UNTOUCHED
     """What every attention does at run time."""
 
@@ -69,12 +68,9 @@ class Scheme:
         ]
         return self.groups[min(ranked)[1]] if ranked else None
 
-    def rotation(self, name: str) -> str | None:
-        """How the input of ``name`` is rotated at run time; None where it is not."""
-        for kind, targets in self.online.items():
-            if any(_rank(target, name) is not None for target in targets):
-                return kind
-        return None
+    def is_rotated(self, name: str) -> bool:
+        """The input of ``name`` is rotated at run time."""
+        return any(_rank(target, name) is not None for target in self.rotated)
 
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme:
@@ -88,23 +84,20 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     method = config.get("quant_method")
     if method not in METHODS:
         raise RotqError(f"quantized with {method}; rotq reads {' and '.join(METHODS)}")
-    if method == "rotq" and config.get("version") not in range(1, ROTQ_VERSION + 1):
-        raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to {ROTQ_VERSION}")
+    if method == "rotq" and config.get("version") not in (1, 2, 3):
+        raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to 3")
     _refuse_transforms(config)
     if config.get("kv_cache_scheme"):
         raise RotqError("the checkpoint quantizes the KV cache, which rotq cannot run")
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise RotqError("quantization_config has no config_groups")
-    for kind in config.get("online") or {}:
-        if kind not in ROTATIONS:
-            raise RotqError(f"unknown online rotation {kind}; known: {', '.join(ROTATIONS)}")
     return Scheme(
         groups=tuple(
             _read_group(name, group, config.get("format")) for name, group in groups.items()
         ),
         ignore=tuple(config.get("ignore") or ()),
-        online={kind: tuple(targets) for kind, targets in (config.get("online") or {}).items()},
+        rotated=_read_online(config.get("online") or {}),
         heads=_read_heads(config.get("attention") or {}),
     )
 
@@ -116,6 +109,19 @@ def _rank(target: str, name: str) -> int | None:
     if target.startswith("re:"):
         return 1 if re.match(target[3:], name) else None
     return 2 if target == "Linear" else None
+
+
+def _read_online(online: Mapping[str, Any]) -> tuple[str, ...]:
+    """The targets whose input is rotated."""
+    if "butterfly" in online:
+        raise RotqError(
+            "the checkpoint (rotq format 3) holds a learned fast rotation, a butterfly, which rotq "
+            "no longer has; commit 687066b is the last that reads it"
+        )
+    for kind in online:
+        if kind != "hadamard":
+            raise RotqError(f"unknown online rotation {kind}; known: hadamard")
+    return tuple(online.get("hadamard", ()))
 
 
 def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:

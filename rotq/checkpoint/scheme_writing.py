@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotq.checkpoint.scheme import METHODS
@@ -18,7 +18,7 @@ def quantization_config(
     layers: Mapping[str, Grid],
     kept: Sequence[str],
     format: str,
-    online: Mapping[str, str] | None = None,
+    rotated: Collection[str] = (),
     *,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
@@ -30,7 +30,7 @@ def quantization_config(
         kept: Full names of the linear layers left dense; every linear layer of the model is
             in ``layers`` or here.
         format: ``compressed-tensors`` or ``rotq``.
-        online: Full name of a layer to the kind of rotation of its input; only for ``rotq``.
+        rotated: Full names of the layers whose input is rotated; only for ``rotq``.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
 
@@ -44,13 +44,13 @@ def quantization_config(
         it at all (``transformers_obstacle``).
 
     Raises:
-        ValueError: no layers, unknown format, ``online`` or ``heads`` in a format that cannot
+        ValueError: no layers, unknown format, ``rotated`` or ``heads`` in a format that cannot
             express it, or ``inputs`` where transformers would drop them: it leaves them out where
             it makes weights dense while loading.
     """
     if format not in METHODS or not layers:
         raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
-    if (online or heads != UNTOUCHED) and format != "rotq":
+    if (rotated or heads != UNTOUCHED) and format != "rotq":
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
@@ -65,7 +65,7 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(online or {}, heads, everything)
+        return config | _rotq_fields(rotated, heads, everything)
     return config | _compressed_tensors_fields(set(layers.values()))
 
 
@@ -88,13 +88,12 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
 
 
 def _rotq_fields(
-    online: Mapping[str, str], heads: OnlineHeads, everything: Sequence[str]
+    rotated: Collection[str], heads: OnlineHeads, everything: Sequence[str]
 ) -> dict[str, Any]:
-    fields: dict[str, Any] = {"online": _online(online, everything)}
-    if heads != UNTOUCHED:
-        fields["attention"] = _attention(heads)
-    newest = 3 if "butterfly" in fields["online"] else 2 if heads != UNTOUCHED else 1
-    return {**fields, "version": newest}
+    online = {"hadamard": _targets(rotated, everything)} if rotated else {}
+    if heads == UNTOUCHED:
+        return {"online": online, "version": 1}
+    return {"online": online, "attention": _attention(heads), "version": 2}
 
 
 def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:
@@ -107,13 +106,6 @@ def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:
     if len(grids) == 1 and not next(iter(grids)).symmetric:
         fields["dequantize"] = True
     return fields
-
-
-def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, list[str]]:
-    by_kind: dict[str, list[str]] = {}
-    for name, kind in online.items():
-        by_kind.setdefault(kind, []).append(name)
-    return {kind: _targets(names, everything) for kind, names in sorted(by_kind.items())}
 
 
 def _attention(heads: OnlineHeads) -> dict[str, Any]:

@@ -12,8 +12,7 @@ of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` hol
                      the heads its gain is divided or multiplied instead
     up               W   <- diag(1/S) W,  b <- b diag(1/S)
     R3: nothing; queries and keys are multiplied by H online
-    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online; H may be the
-                     butterfly of the layer's angles
+    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
 and is divided by S. What LayerNorm needs besides is in ``layernorm``. The order of factors matters:
@@ -40,7 +39,6 @@ from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales
-from rotq.rotations.butterfly import to_codes
 from rotq.rotations.hadamard import random_signs
 
 _ROWS_AT_ONCE = 1024
@@ -62,7 +60,7 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
     parameters = dict(block.named_parameters())
     for name, tensor in fused_tensors(block, parameters, adapter, basis, layer_index):
         parameters[name].copy_(tensor)
-    rotate_online(block, adapter, basis, layer_index)
+    rotate_online(block, adapter, basis)
 
 
 def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
@@ -76,20 +74,17 @@ def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
 
 
 @torch.no_grad()
-def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
+def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
     """Apply R3 and R4 from now on, where the basis has them; weights stay as they are."""
     if basis.attention is not None:
         set_heads(block.get_submodule(adapter.attention), OnlineHeads(rotated=True))
     if basis.down is None:
         return
-    for expert, path in enumerate(adapter.mlp_writers(block)):
+    for path in adapter.mlp_writers(block):
         linear = cast(nn.Linear, block.get_submodule(path))
         signs_K = random_signs(linear.in_features, basis.down_seed).to(linear.weight.device)
-        codes_AMQ = None
-        if basis.down_angles is not None:
-            codes_AMQ = to_codes(basis.down_angles[layer_index][expert])
         parent, _, leaf = path.rpartition(".")
-        online = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=codes_AMQ)
+        online = OnlineLinear.wrap(linear, signs_K=signs_K)
         setattr(block.get_submodule(parent), leaf, online)
 
 

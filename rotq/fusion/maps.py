@@ -4,7 +4,7 @@ The algebra is in ``fuse``, which applies these maps to weights; the loss of sin
 them to features as well.
 
 Shape suffixes: N out features, K in features, D hidden size, H KV heads, d head size, E experts,
-I features between up and down; A stages, M runs, Q pairs of a run.
+I features between up and down.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rotq.models.adapter import Adapter
 from rotq.rotations.basis import Basis, Scales
-from rotq.rotations.butterfly import fast_butterfly
 from rotq.rotations.hadamard import fast_hadamard, random_signs
 
 
@@ -152,9 +151,9 @@ def _add_up(
     basis: Basis,
     layer_index: int,
 ) -> None:
-    """S between up and down, and R4 behind it: its signs and Hadamard or butterfly."""
+    """S between up and down, and R4 behind it: its signs and Hadamard."""
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
-    online: Callable[[Tensor], Tensor] | None = None if basis.down is None else fast_hadamard
+    online = None if basis.down is None else fast_hadamard
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
@@ -164,7 +163,4 @@ def _add_up(
             size = cast(nn.Linear, block.get_submodule(down)).in_features
             signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
             factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
-        if basis.down_angles is not None:
-            angles_AMQ = basis.down_angles[layer_index][expert]
-            online = functools.partial(fast_butterfly, angles_AMQ=angles_AMQ)
         reads[down] = LinearMap(factors_I, online=online)

@@ -5,7 +5,7 @@
 p rotates and rounds the input as in ``online_linear``. Buffers have the names and dtypes they have
 in the checkpoint.
 
-Shape suffixes: N out features, K in features, G groups of K; A stages, M runs, Q pairs of a run.
+Shape suffixes: N out features, K in features, G groups of K.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_linear import OnlineLinear, prepare_input
 from rotq.ops import pack, packed_linear, packed_words, unpack
-from rotq.rotations.butterfly import angle_shape
 
 
 class QuantLinear(nn.Module):
@@ -33,7 +32,6 @@ class QuantLinear(nn.Module):
     weight_shape: Tensor
     weight_zero_point: Tensor | None
     input_signs: Tensor | None
-    input_angles: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -43,7 +41,7 @@ class QuantLinear(nn.Module):
         grid: Grid,
         *,
         bias: bool = False,
-        rotation: str | None = None,
+        rotated: bool = False,
         input_grid: ActivationGrid | None = None,
         scale_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
@@ -53,14 +51,13 @@ class QuantLinear(nn.Module):
 
         Args:
             grid: Its group size must divide ``in_features``.
-            rotation: Of ROTATIONS: rotate the input online, by ``input_signs`` (and
-                ``input_angles``).
+            rotated: Rotate the input online, by ``input_signs``.
             input_grid: What inputs are rounded to at run time; None leaves them.
             scale_dtype: As stored.
             dtype: Of the bias.
 
         Raises:
-            ValueError: the group size, or the rotation, does not go with ``in_features``.
+            ValueError: the group size does not divide ``in_features``.
         """
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
@@ -78,13 +75,8 @@ class QuantLinear(nn.Module):
         else:
             zero_words = packed_words(out_features, grid.bits)
             self._allocate("weight_zero_point", (zero_words, groups), device)
-        signs_K, angles_AMQ = None, None
-        if rotation is not None:
-            signs_K = torch.ones(in_features, dtype=torch.int8, device=device)
-        if rotation == "butterfly":
-            angles_AMQ = torch.zeros(angle_shape(in_features), dtype=torch.int16, device=device)
+        signs_K = torch.ones(in_features, dtype=torch.int8, device=device) if rotated else None
         self.register_buffer("input_signs", signs_K)
-        self.register_buffer("input_angles", angles_AMQ)
         self.bias = None
         if bias:
             bias_N = torch.zeros(out_features, dtype=dtype, device=device)
@@ -97,14 +89,12 @@ class QuantLinear(nn.Module):
         bias_N: Tensor | None = None,
         signs_K: Tensor | None = None,
         input_grid: ActivationGrid | None = None,
-        angles_AMQ: Tensor | None = None,
     ) -> QuantLinear:
         """Pack ``quantized``; the bias is shared, not copied.
 
         Args:
             signs_K: +1 and -1 of the online rotation that the weight already carries.
             input_grid: What inputs are rounded to at run time; None leaves them.
-            angles_AMQ: int16, of the butterfly that the weight carries behind the signs.
         """
         N, K = quantized.q_NK.shape
         layer = cls(
@@ -124,8 +114,6 @@ class QuantLinear(nn.Module):
             layer.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
         if signs_K is not None:
             layer.input_signs = signs_K.to(device=device, dtype=torch.int8)
-        if angles_AMQ is not None:
-            layer.input_angles = angles_AMQ.to(device)
         if bias_N is not None:
             layer.bias = nn.Parameter(bias_N, requires_grad=False)
         return layer
@@ -150,16 +138,11 @@ class QuantLinear(nn.Module):
             linear.bias = self.bias
         if self.input_signs is None and self.input_grid is None:
             return linear
-        return OnlineLinear.wrap(
-            linear,
-            signs_K=self.input_signs,
-            angles_AMQ=self.input_angles,
-            input_grid=self.input_grid,
-        )
+        return OnlineLinear.wrap(linear, signs_K=self.input_signs, input_grid=self.input_grid)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return prepare_input(x, self.input_signs, self.input_grid, self.input_angles)
+        return prepare_input(x, self.input_signs, self.input_grid)
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.prepare_input(input)

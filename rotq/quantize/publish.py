@@ -96,17 +96,17 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         for name, module in job.skeleton.model.named_modules()
         if isinstance(module, nn.Linear) and name not in job.plan.grids
     ]
-    online: dict[str, str] = {}
-    if basis.down_kind is not None:
+    rotated: list[str] = []
+    if basis.down is not None:
         for index, block in enumerate(job.skeleton.blocks):
             prefix = job.skeleton.block_name(index)
             writers = job.skeleton.adapter.mlp_writers(block)
-            online |= {f"{prefix}.{path}": basis.down_kind for path in writers}
+            rotated += [f"{prefix}.{path}" for path in writers]
     return quantization_config(
         job.plan.grids,
         linears,
         job.recipe.output.format,
-        online,
+        rotated,
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
     )

@@ -19,10 +19,6 @@ class Transform:
     """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Of the scalings: those that start at their closed form instead of at one."""
-    down: Literal["fixed", "butterfly"] = "fixed"
-    """R4 in training: as drawn, or a butterfly, the fast transform with an angle for every pair.
-    butterfly is experimental: its gain at 4 bits is within the noise, and it takes more time online
-    (docs/log.md)."""
     objective: Literal["kl_top", "cross_entropy"] = "kl_top"
     """Of ``steps``: KL on the likely tokens of the original model, or the text (SpinQuant)."""
     top_k: int = 1000

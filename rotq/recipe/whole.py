@@ -38,19 +38,8 @@ class Recipe:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
-        if self.transform.down == "butterfly":
-            self._check_butterfly()
         if self.output.format != "rotq":
             self._check_expressible()
-
-    def _check_butterfly(self) -> None:
-        if self.rotation.down == "none":
-            raise ValueError(
-                "transform.down=butterfly starts at R4; set rotation.down=hadamard (and "
-                "output.format=rotq, which alone can express what is applied at run time)"
-            )
-        if self.transform.method == "fixed":
-            raise ValueError("transform.down=butterfly is trained; set transform.method=learned")
 
     def _check_expressible(self) -> None:
         """compressed-tensors has no words for some of what happens at run time."""

@@ -4,11 +4,9 @@
     R2  value heads, one (K, K) matrix per KV head          fused
     R3  queries and keys behind RoPE, Hadamard              online
     R4  input of the MLP's last linear, Hadamard            online
-        or a butterfly, with angles for every layer
     S   positive factors between layers, see ``Scales``     fused
 
-Shape suffixes: D hidden size, H KV heads, K head size, E experts, I features between up and down;
-A stages, M runs, Q pairs of a run (see ``butterfly``).
+Shape suffixes: D hidden size, H KV heads, K head size, E experts, I features between up and down.
 """
 
 from __future__ import annotations
@@ -72,8 +70,6 @@ class Basis:
     """R4: kind of the online transform."""
     down_seed: int = 0
     """Seed of R4's signs, the same in every layer."""
-    down_angles: tuple[Tensor, ...] | None = None
-    """Where R4 is a butterfly: per layer (E, A, M, Q) fp64, radians, whole steps as stored."""
     scales: tuple[Scales, ...] | None = None
     """Per layer, fp64; None changes no scale."""
     description: dict[str, str] = field(default_factory=dict)
@@ -85,33 +81,29 @@ class Basis:
         return not self.tensors() and self.attention is None and self.down is None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every matrix and vector by name: residual, value.L, down.L (angles), L.scales.NAME."""
+        """Every matrix and vector by name: residual, value.LAYER, LAYER.scales.NAME."""
         named = {} if self.residual_DD is None else {"residual": self.residual_DD}
         named |= {f"value.{layer}": matrix for layer, matrix in enumerate(self.value or ())}
-        named |= {f"down.{layer}": angles for layer, angles in enumerate(self.down_angles or ())}
         for layer, scales in enumerate(self.scales or ()):
             named |= {f"{layer}.scales.{name}": factors for name, factors in scales.items()}
         return named
 
     def with_tensors(self, named: dict[str, Tensor]) -> Basis:
         """The same kinds of transforms with other values; ``named`` as from ``tensors``."""
+        value: dict[int, Tensor] = {}
         scales: dict[int, dict[str, Tensor]] = {}
-        for name, factors in named.items():
+        for name, tensor in named.items():
             layer, _, key = name.partition(".scales.")
             if key:
-                scales.setdefault(int(layer), {})[key] = factors
+                scales.setdefault(int(layer), {})[key] = tensor
+            elif name.startswith("value."):
+                value[int(name.removeprefix("value."))] = tensor
         return replace(
             self,
             residual_DD=named.get("residual"),
-            value=_by_layer(named, "value.") or None,
-            down_angles=_by_layer(named, "down.") or None,
+            value=tuple(value[layer] for layer in sorted(value)) or None,
             scales=tuple(Scales.of(scales[layer]) for layer in sorted(scales)) or None,
         )
-
-    @property
-    def down_kind(self) -> str | None:
-        """What R4 is at run time."""
-        return self.down if self.down_angles is None else "butterfly"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,8 +120,3 @@ class Basis:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update((tensor * 2.0**40).round().long().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _by_layer(named: dict[str, Tensor], prefix: str) -> tuple[Tensor, ...]:
-    found = {int(n.removeprefix(prefix)): t for n, t in named.items() if n.startswith(prefix)}
-    return tuple(found[layer] for layer in sorted(found))

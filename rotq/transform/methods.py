@@ -110,7 +110,6 @@ def _parameters(
         job.skeleton,
         scaled=scaled,
         factors=factors,
-        butterfly=job.recipe.transform.down == "butterfly",
         device=job.device,
     )
 
@@ -137,9 +136,5 @@ def _train(job: Job, name: str, trainer: Trainer) -> dict[str, Any]:
 
 def _found(parameters: Parameters, drawn: Basis, name: str, figures: dict[str, Any]) -> Found:
     basis, words = parameters.finished(), dict(drawn.description)
-    found = ["residual", "value"]
-    if basis.down_angles is not None:
-        found.append("down")
-        words["down"] = words["down"].replace("hadamard", "butterfly")
-    words |= {key: f"{words[key]}, {name}" for key in found if key in words}
+    words |= {key: f"{words[key]}, {name}" for key in ("residual", "value") if key in words}
     return replace(basis, description=words), {**figures, **movement(drawn, basis)}

@@ -58,12 +58,7 @@ class Student:
             name: tensor.to(job.dtype)
             for name, tensor in fused_tensors(block, stored, skeleton.adapter, basis, index)
         }
-        rotate_online(block, skeleton.adapter, basis, index)
-        if basis.down_angles is not None:
-            # in place of the stored angles, which have no gradient
-            downs = skeleton.adapter.mlp_writers(block)
-            angles = basis.down_angles[index].unbind()
-            tensors |= {f"{p}.input_angles": a for p, a in zip(downs, angles, strict=True)}
+        rotate_online(block, skeleton.adapter, basis)
         job.plan.round_online(block, prefix, skeleton.adapter)
         if self.rounds_weights:
             for name, weight_NK in {**stored, **tensors}.items():

@@ -1,13 +1,12 @@
-"""The Hadamard transform of rows on a CPU: fast, as a dense product, a butterfly and a DCT.
+"""The Hadamard transform of rows on a CPU: fast, as a dense product, and a DCT.
 
     python scripts/bench/hadamard_cpu.py [--rows 128] [--csv out/hadamard.csv]
 
 One JSON line per size, also as CSV. Times are the best of --repeats calls in fp32, in ms; rounds of
-all four alternate, so that a busy machine disturbs all alike. ``per_step`` is the fast transform's
+all three alternate, so that a busy machine disturbs all alike. ``per_step`` is the fast transform's
 time in ns per element and log2(n): it is constant where the cost grows as n log n; a core of order
-m adds m / log2(n) products to it. A butterfly does the same steps with an angle for each pair.
-``scipy.fft.dct`` is an O(n log n) yardstick, not the same transform. Sizes whose dense matrix would
-not fit --dense-limit have no dense time.
+m adds m / log2(n) products to it. ``scipy.fft.dct`` is an O(n log n) yardstick, not the same
+transform. Sizes whose dense matrix would not fit --dense-limit have no dense time.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import scipy.fft
 import torch
 
-from rotq.rotations.butterfly import HADAMARD_ANGLE, angle_shape, fast_butterfly, to_codes
 from rotq.rotations.hadamard import core_order, fast_hadamard, hadamard
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 576, 1536, 5632, 14336, 11008, 22016, 44032)
@@ -49,10 +47,8 @@ def best_ms(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 def measure(n: int, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the result."""
     x = torch.randn(options.rows, n, generator=torch.Generator().manual_seed(n))
-    codes_AMQ = to_codes(torch.full(angle_shape(n), HADAMARD_ANGLE))
     calls: dict[str, Callable[[], Any]] = {
         "fast": lambda: fast_hadamard(x),
-        "butterfly": lambda: fast_butterfly(x, codes_AMQ),
         "dct": lambda: scipy.fft.dct(x.numpy(), norm="ortho"),
     }
     best = best_ms(calls, options.repeats)
@@ -71,7 +67,6 @@ def measure(n: int, options: argparse.Namespace) -> dict[str, Any]:
         "rows": options.rows,
         "fast_ms": round(best["fast"], 3),
         "dense_ms": None if dense is None else round(dense, 3),
-        "butterfly_ms": round(best["butterfly"], 3),
         "dct_ms": round(best["dct"], 3),
         "speedup": None if dense is None else round(dense / best["fast"], 1),
         "per_step": round(1e6 * best["fast"] / steps, 3),

@@ -80,15 +80,13 @@ def test_two_asymmetric_grids_load_in_rotq_only(tmp_path: Path) -> None:
     assert "does not load them" in (written.path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("rotation", ["hadamard", "butterfly"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
-def test_online_rotation(tmp_path: Path, packed: bool, rotation: str) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", online=rotation)
+def test_online_rotation(tmp_path: Path, packed: bool) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", rotated=True)
     model = load_model(written.path, packed=packed)
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, QuantLinear if packed else OnlineLinear)
     assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
-    assert (down.input_angles is None) == (rotation == "hadamard")
     assert torch.equal(logits(model), logits(written.dense))
 
 
@@ -111,7 +109,7 @@ A8 = ActivationGrid(bits=8, symmetric=True)
 def test_inputs_and_heads_are_rounded(tmp_path: Path, family: str, packed: bool) -> None:
     heads = OnlineHeads(rotated=True, grid=A4)
     written = write_checkpoint(
-        tmp_path, family, format="rotq", online="hadamard", inputs=A4, heads=heads
+        tmp_path, family, format="rotq", rotated=True, inputs=A4, heads=heads
     )
     model = load_model(written.path, packed=packed)
     assert torch.equal(logits(model), logits(written.dense))
@@ -151,7 +149,7 @@ def test_dense_from_packed(tmp_path: Path) -> None:
 
 
 def test_save_pretrained_keeps_the_packed_tensors(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", online="hadamard")
+    written = write_checkpoint(tmp_path, format="rotq", rotated=True)
     model = AutoModelForCausalLM.from_pretrained(written.path)
     model.save_pretrained(tmp_path / "again")
     stored, again = (
@@ -238,6 +236,10 @@ def test_incomplete_checkpoints_are_refused(
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
         ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
+        (
+            {"online": {"butterfly": ["Linear"]}, "version": 3, "quant_method": "rotq"},
+            r"out: .* learned fast rotation, .* no longer has; commit 687066b is the last",
+        ),
         ({"attention": {"rotation": "dct"}}, "rotation of heads dct"),
         ({"attention": {"kv_cache": {"dynamic": False}}}, "rotq runs dynamic int per token"),
         (

@@ -28,6 +28,14 @@ def test_full_names_win_over_patterns_over_linear() -> None:
     assert [scheme.grid(name) for name in LAYERS[:3]] == [W3_CHANNEL, W4, W8]
 
 
+def test_version_3_is_read_where_it_holds_no_butterfly() -> None:
+    """``save_pretrained`` of an older rotq said 3 of any checkpoint."""
+    config = quantization_config(dict.fromkeys(LAYERS, W4), [], "rotq", LAYERS[:1])
+    assert read_scheme(config | {"version": 3}) == read_scheme(config)
+    with pytest.raises(RotqError, match="commit 687066b is the last that reads it"):
+        read_scheme(config | {"version": 3, "online": {"butterfly": LAYERS[:1]}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -78,20 +78,19 @@ def test_two_grids_by_kind_of_layer_and_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "kind"),
-    [("compressed-tensors", None), ("rotq", "hadamard"), ("rotq", "butterfly")],
+    ("format", "rotates"), [("compressed-tensors", False), ("rotq", False), ("rotq", True)]
 )
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_scheme_reads_what_is_written(format: str, kind: str | None, number: int) -> None:
+def test_scheme_reads_what_is_written(format: str, rotates: bool, number: int) -> None:
     grids = [W4, W8, W3_CHANNEL][:number]
     layers = {name: grids[i % number] for i, name in enumerate(LAYERS)}
-    online = {name: kind for name in LAYERS if "down" in name} if kind else {}
-    config = quantization_config(layers, ["lm_head"], format, online)
+    rotated = [name for name in LAYERS if "down" in name and rotates]
+    config = quantization_config(layers, ["lm_head"], format, rotated)
     scheme = read_scheme(json.loads(json.dumps(config)))
     assert {name: scheme.grid(name) for name in LAYERS} == layers
-    found = {name: scheme.rotation(name) for name in [*LAYERS, "lm_head"]}
-    assert {name: rotation for name, rotation in found.items() if rotation} == online
-    assert config["version"] == {None: "0.20.0", "hadamard": 1, "butterfly": 3}[kind]
+    assert [name for name in [*LAYERS, "lm_head"] if scheme.is_rotated(name)] == rotated
+    assert config["version"] == {"compressed-tensors": "0.20.0", "rotq": 1}[format]
+    assert bool(config.get("online")) == rotates
 
 
 def test_refusals() -> None:
@@ -101,7 +100,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="not empty"):
         quantization_config({}, [], "rotq")
     with pytest.raises(ValueError, match="online"):
-        quantization_config(layers, [], "compressed-tensors", {"a": "hadamard"})
+        quantization_config(layers, [], "compressed-tensors", ["a"])
 
 
 def test_obstacles() -> None:

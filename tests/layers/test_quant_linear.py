@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, online_parts, random_quantized
+from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, random_quantized
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,19 +58,15 @@ def test_unpacks_to_what_was_packed(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rotation", [None, "hadamard", "butterfly"])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_allocated_and_packed_layers_have_one_state(
-    grid: Grid, rotation: str | None, bias: bool
-) -> None:
-    signs_K, angles_AMQ = online_parts(40, rotation)
+def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, bias: bool) -> None:
     packed = QuantLinear.from_quantized(
         random_quantized(20, 40, grid),
         torch.ones(20) if bias else None,
-        signs_K,
-        angles_AMQ=angles_AMQ,
+        random_signs(40, 0) if rotated else None,
     )
-    empty = QuantLinear(40, 20, grid, bias=bias, rotation=rotation)
+    empty = QuantLinear(40, 20, grid, bias=bias, rotated=rotated)
     assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
     }
@@ -79,18 +75,14 @@ def test_allocated_and_packed_layers_have_one_state(
     assert torch.equal(empty(x), packed(x))
 
 
-@pytest.mark.parametrize("rotation", [None, "hadamard", "butterfly"])
-def test_inputs_are_rounded_behind_their_rotation(rotation: str | None) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
     grid = ActivationGrid(bits=3, symmetric=False)
-    signs_K, angles_AMQ = online_parts(40, rotation)
+    signs_K = random_signs(40, 0) if rotated else None
     quantized = random_quantized(20, 40, W4)
-    layer = QuantLinear.from_quantized(
-        quantized, signs_K=signs_K, input_grid=grid, angles_AMQ=angles_AMQ
-    )
+    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K, input_grid=grid)
     x = random_input(40)
-    turned = rotate_input(x, signs_K, angles_AMQ) if signs_K is not None else x
-    if rotation == "butterfly":
-        assert not torch.allclose(turned, rotate_input(x, signs_K), atol=0.1)
+    turned = rotate_input(x, signs_K) if signs_K is not None else x
     expected = F.linear(fake_quantize(turned, grid), quantized.dequantize())
     assert torch.equal(layer(x), expected)
     dense = layer.dense(torch.float32)
@@ -120,11 +112,6 @@ def test_packed_rotated_layer() -> None:
     assert isinstance(dense, OnlineLinear)
     assert torch.equal(dense(x), expected)
     assert torch.equal(dense.prepare_input(x), layer.prepare_input(x))
-
-
-def test_a_butterfly_needs_pairs() -> None:
-    with pytest.raises(ValueError, match="a butterfly of order 20 has no pairs"):
-        QuantLinear(20, 8, W3_CHANNEL, rotation="butterfly")
 
 
 def test_group_size_must_divide() -> None:

@@ -25,7 +25,6 @@ from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import unfuse_experts
 from rotq.models.registry import adapter_for
-from rotq.rotations.butterfly import angle_shape
 from rotq.rotations.hadamard import random_signs
 
 W4 = Grid(bits=4, group_size=8, symmetric=False)
@@ -54,22 +53,8 @@ def random_quantized(
     )
 
 
-ONLINE = ("weight", "input_signs", "input_angles")
+ONLINE = ("weight", "input_signs")
 """What an online layer holds that its packed tensors hold."""
-
-
-def online_parts(
-    K: int, rotation: str | None, seed: int = 0
-) -> tuple[Tensor | None, Tensor | None]:
-    """Signs and angles of an online rotation of this kind."""
-    if rotation is None:
-        return None, None
-    angles_AMQ = None
-    if rotation == "butterfly":
-        generator = torch.Generator().manual_seed(seed)
-        codes = torch.randint(-(2**15), 2**15, angle_shape(K), generator=generator)
-        angles_AMQ = codes.to(torch.int16)
-    return random_signs(K, seed), angles_AMQ
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ def write_checkpoint(
     format: str = "compressed-tensors",
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
-    online: str = "",
+    rotated: bool = False,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     max_shard_bytes: int = 10**9,
@@ -99,7 +84,7 @@ def write_checkpoint(
     """Write a tiny model with random codes; ``grids`` alternate over its linear layers.
 
     Args:
-        online: Kind of the rotation before every down projection; none if empty.
+        rotated: The input of every down projection is rotated.
     """
     from transformers import AutoModelForCausalLM
 
@@ -110,7 +95,7 @@ def write_checkpoint(
     unfuse_experts(model)
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Grid] = {}
-    rotated: dict[str, str] = {}
+    turned: list[str] = []
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for number, (name, linear) in enumerate(linears):
         if name == "lm_head":
@@ -122,13 +107,13 @@ def write_checkpoint(
         N, K = linear.weight.shape
         quantized = random_quantized(N, K, grid, stored, seed=number)
         linear.weight.data = quantized.dequantize(dtype)
-        signs_K, angles_AMQ = None, None
-        if online and name.endswith("down_proj"):
-            signs_K, angles_AMQ = online_parts(K, online, seed=number)
-            rotated[name] = online
-        layer = OnlineLinear.wrap(linear, signs_K=signs_K, angles_AMQ=angles_AMQ, input_grid=inputs)
+        signs_K = None
+        if rotated and name.endswith("down_proj"):
+            signs_K = random_signs(K, number)
+            turned.append(name)
+        layer = OnlineLinear.wrap(linear, signs_K=signs_K, input_grid=inputs)
         model.set_submodule(name, layer)
-        tensors |= packed_tensors(name, quantized, signs_K, angles_AMQ)
+        tensors |= packed_tensors(name, quantized, signs_K)
     put_online_heads(model, heads)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
@@ -142,7 +127,7 @@ def write_checkpoint(
         out,
         opened,
         quantization=quantization_config(
-            layers, ["lm_head"], format, rotated, inputs=inputs, heads=heads
+            layers, ["lm_head"], format, turned, inputs=inputs, heads=heads
         ),
         recipe={"name": "tiny"},
         provenance={"seed": 0},

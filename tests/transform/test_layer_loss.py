@@ -168,30 +168,6 @@ def test_a_common_factor_of_all_scales_changes_nothing(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_butterflies_lower_the_error_that_is_made(tmp_path):
-    trained = {"transform.layer_steps": 40, "transform.steps": 0, "transform.balance": []}
-    alone = {"transform.scalings": [], "rotation.residual": "none", "rotation.value": "none"}
-    others = [{"match": "self_attn|gate_proj|up_proj", "keep": True}]
-    choices = {**LEARNED, **trained, **alone, "transform.down": "butterfly"}
-    choices["weights.overrides"] = others
-    job = make_job(tmp_path / "job", choices, num_windows=4)
-    # something to gain: two features stand out, and a rotation may share them out unevenly
-    for index in (0, 1):
-        job.source.tensors[f"model.layers.{index}.mlp.up_proj.weight"][:2] *= 30
-    skeleton = job.skeleton
-    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
-    basis, figures = learned(TrainingWindows(job), drawn)
-    assert figures["layers"]["loss_last_quarter"] < 0.95 * figures["layers"]["loss_first_quarter"]
-    loss = loss_of(job, folds_gains=False)
-    hidden_BTD = torch.cat(TrainingWindows(job).embedded())
-    before, after = (
-        sum(loss._block_loss(index, hidden_BTD, one).item() for index in (0, 1))
-        for one in (drawn, basis)
-    )
-    assert after < 0.95 * before
-    assert figures["down_pair_angle"] > 0.05
-
-
 def test_gradients_reach_what_is_trained(tmp_path):
     job = make_job(tmp_path / "job", W4A4KV4)
     skeleton, loss = job.skeleton, loss_of(job)
@@ -201,7 +177,6 @@ def test_gradients_reach_what_is_trained(tmp_path):
         skeleton,
         scaled=SCALED,
         factors={},
-        butterfly=True,
         device=torch.device("cpu"),
     )
     with torch.enable_grad():

@@ -24,7 +24,6 @@ def prepared(folder, choices, name="llama"):
         skeleton,
         scaled=recipe.transform.scalings,
         factors={},
-        butterfly=recipe.transform.down == "butterfly",
         device=torch.device("cpu"),
     )
     generator = torch.Generator().manual_seed(5)
@@ -53,13 +52,9 @@ def unstreamed(windows, parameters, lesson):
     return (log_p_Tk.exp() * (log_p_Tk - log_q.gather(-1, token_Tk))).sum(-1).mean()
 
 
-@pytest.mark.parametrize(
-    ("name", "down"),
-    [("llama", "fixed"), ("qwen3", "fixed"), ("llama", "butterfly"), ("qwen3-moe", "butterfly")],
-)
-def test_gradients_are_those_of_the_whole_graph(tmp_path, name, down):
-    choices = {**LEARNED, "transform.down": down}
-    windows, parameters, lesson = prepared(tmp_path / "job", choices, name)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3-moe"])
+def test_gradients_are_those_of_the_whole_graph(tmp_path, name):
+    windows, parameters, lesson = prepared(tmp_path / "job", LEARNED, name)
     with torch.enable_grad():
         loss = backward(windows.student, parameters, windows.outer, lesson, 0)
     streamed = {key: free.grad.clone() for key, free in parameters.free().items()}
@@ -75,9 +70,8 @@ def test_gradients_are_those_of_the_whole_graph(tmp_path, name, down):
         torch.testing.assert_close(streamed[key], free.grad, rtol=1e-3, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("down", ["fixed", "butterfly"])
-def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path, down):
-    choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16, "transform.down": down}
+def test_without_rounding_every_basis_has_the_loss_of_the_original(tmp_path):
+    choices = {**LEARNED, "activations.bits": 16, "kv_cache.bits": 16}
     windows, parameters, lesson = prepared(tmp_path / "job", choices)
     exact = replace(windows.student, rounds_weights=False)
     basis = parameters.basis()
@@ -95,7 +89,6 @@ def test_without_rounding_nothing_has_a_gradient(tmp_path, name):
     largest = {}
     for bits in (16, 4):
         choices = {**LEARNED, "activations.bits": bits, "kv_cache.bits": bits}
-        choices |= {"transform.down": "butterfly"}
         windows, parameters, lesson = prepared(tmp_path / f"job-{bits}", choices, name)
         text = Lesson(ids_BT=lesson.ids_BT, targets=next_tokens(lesson.ids_BT[0]))
         student = replace(windows.student, rounds_weights=False)

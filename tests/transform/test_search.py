@@ -10,14 +10,11 @@ from memory_jobs import make_job
 from tiny_jobs import SMALL, make_checkpoint, quantize
 from tiny_transforms import LEARNED, SCALED, W4A4KV4, spoil_block
 
-from rotq.checkpoint.load import load_model
 from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.folder import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
-from rotq.rotations.butterfly import from_codes, to_codes
-from rotq.transform.parameters import Parameters
 from rotq.transform.search import search_basis
 
 
@@ -41,9 +38,6 @@ def find(job):
     rotation = job.recipe.rotation
     drawn = build_basis(rotation, job.skeleton.adapter, job.skeleton.config)
     return drawn, search_basis(job, drawn)
-
-
-BUTTERFLY = {**LEARNED, "transform.down": "butterfly"}
 
 
 @pytest.fixture(scope="module")
@@ -167,43 +161,9 @@ def test_fixed_is_what_was_drawn(tmp_path):
     assert not job.folder.recorded(TRANSFORM)
 
 
-def test_a_butterfly_is_stored_in_whole_steps_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr("rotq.transform.methods.SAVE_EVERY", 2)
-    with pytest.raises(KeyboardInterrupt):
-        find(make_job(tmp_path / "stopped", BUTTERFLY, Interrupted()))
-    _, resumed = find(make_job(tmp_path / "stopped", BUTTERFLY))
-    job = make_job(tmp_path / "job", BUTTERFLY)
-    drawn, basis = find(job)
-    assert resumed.checksum() == basis.checksum()
-    assert (drawn.down_kind, basis.down_kind) == ("hadamard", "butterfly")
-    assert basis.description["down"] == "butterfly 20x4, learned"
-    for angles in basis.down_angles:
-        assert angles.shape == (1, 2, 20, 2)
-        assert torch.equal(from_codes(to_codes(angles), torch.float64), angles)
-    assert 0.001 < job.folder.results(TRANSFORM)["down_pair_angle"] < 0.2
-
-
-def test_an_mlp_of_no_pairs_has_no_butterfly(tmp_path):
-    job = make_job(tmp_path / "job", BUTTERFLY)
-    skeleton = job.skeleton
-    for block in skeleton.blocks:
-        block.mlp.down_proj = torch.nn.Linear(12, 48, device="meta")
-    drawn = build_basis(job.recipe.rotation, skeleton.adapter, skeleton.config)
-    with pytest.raises(RotqError, match=r"down=butterfly: a butterfly of order 12 has no pairs"):
-        Parameters(
-            drawn,
-            skeleton,
-            scaled=(),
-            factors={},
-            butterfly=True,
-            device=torch.device("cpu"),
-        )
-
-
-@pytest.mark.parametrize("down", ["fixed", "butterfly"])
-def test_a_whole_job(tmp_path: Path, down):
+def test_a_whole_job(tmp_path: Path):
     model = make_checkpoint(tmp_path / "model")
-    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2, "transform.down": down}
+    choices = {**LEARNED, "transform.layer_steps": 0, "transform.steps": 2}
     choices |= {key: f"[{', '.join(v)}]" for key, v in choices.items() if isinstance(v, list)}
     given = [part for key, value in choices.items() for part in ("--set", f"{key}={value}")]
     result = quantize(model, *SMALL, *given, "-o", tmp_path / "out")
@@ -215,12 +175,8 @@ def test_a_whole_job(tmp_path: Path, down):
     assert report["rotation"]["largest_relative_difference"] < 1e-9
     # the job itself has compared logits with a fresh process that loaded the checkpoint
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    kind = {"fixed": "hadamard", "butterfly": "butterfly"}[down]
-    assert config["online"] == {kind: [r"re:model\.layers\.\d+\.mlp\.down_proj$"]}
-    assert config["version"] == {"fixed": 2, "butterfly": 3}[down]
-    loaded = load_model(tmp_path / "out", dtype=torch.bfloat16)
-    angles = [b for name, b in loaded.named_buffers() if name.endswith("input_angles")]
-    assert {b.dtype for b in angles} == ({torch.int16} if down == "butterfly" else set())
+    assert config["online"] == {"hadamard": [r"re:model\.layers\.\d+\.mlp\.down_proj$"]}
+    assert config["version"] == 2
 
 
 def test_recipe_bounds():
@@ -228,14 +184,5 @@ def test_recipe_bounds():
         load_recipe(None, {"transform.balance": ["up"]})
     with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 or more"):
         load_recipe(None, {"transform.steps": -1})
-    butterfly = {"transform.down": "butterfly", "transform.method": "learned"}
-    with pytest.raises(ValueError, match=r"starts at R4; set rotation\.down=hadamard \(and output"):
-        load_recipe(None, butterfly)
-    online = {"rotation.down": "hadamard", "output.format": "rotq"}
-    load_recipe(None, butterfly | online)
-    with pytest.raises(ValueError, match=r"butterfly is trained; set transform\.method=learned"):
-        load_recipe(None, butterfly | online | {"transform.method": "fixed"})
-    with pytest.raises(ValueError, match=r"only output\.format=rotq can express"):
-        load_recipe(None, butterfly | {"rotation.down": "hadamard"})
     with pytest.raises(ValueError, match=r"transform\.method: 'best' is not one of"):
         load_recipe(None, {"transform.method": "best"})

@@ -29,7 +29,6 @@ def parameters_of(job, factors=None):
         job.skeleton,
         scaled=SCALED,
         factors=factors or {},
-        butterfly=True,
         device=torch.device("cpu"),
     )
 
@@ -64,7 +63,6 @@ def test_a_restart_is_where_the_others_ended(job):
         job.skeleton,
         scaled=SCALED,
         factors=factors,
-        butterfly=True,
         device=torch.device("cpu"),
     )
     ended, started = first.finished().tensors(), second.finished().tensors()
