@@ -111,13 +111,12 @@ def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) ->
     is held about twelve times: start, parameters, gradients, moments, factors of its inverse.
     """
     options = recipe.transform
-    trained = {options.method, *(options.candidates if options.method == "auto" else ())}
-    if not trained & {"learned", "optrot"}:
+    if options.method == "fixed":
         return 0
     config, block = skeleton.config, skeleton.blocks[0]
     weights = _numel_of(block.parameters()) * (dtype.itemsize + 3 * 4)
     rotations = 12 * 4 * config.hidden_size**2
-    if "learned" not in trained:
+    if options.method == "optrot":
         return weights + rotations
     tokens = options.seq_len or recipe.calibration.seq_len
     states = (skeleton.num_blocks + 1) * tokens * config.hidden_size * dtype.itemsize

@@ -12,9 +12,9 @@ from rotq.recipe.sections import check
 class Transform:
     """How the rotations are found, and scalings between layers with them."""
 
-    method: Literal["fixed", "optrot", "learned", "auto"] = "fixed"
-    """As drawn; by the weights' fourth powers, without data (OptRot, arXiv 2512.24124); trained
-    through the model with rounding faked (OSTQuant, arXiv 2501.13987); or the best by ``judge``."""
+    method: Literal["fixed", "optrot", "learned"] = "fixed"
+    """As drawn; by the weights' fourth powers, without data (OptRot, arXiv 2512.24124); or
+    trained through the model with rounding faked (OSTQuant, arXiv 2501.13987)."""
     scalings: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
     """Between norm and q/k/v, norm and gate/up, v and o, q and k, up and down."""
     balance: tuple[Literal["qkv", "gate_up", "value", "query_key", "up"], ...] = ()
@@ -34,14 +34,6 @@ class Transform:
     """Relative change of a scale per step, at most."""
     seq_len: int = 0
     """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
-    candidates: tuple[Literal["none", "hadamard", "optrot", "learned"], ...] = (
-        "none",
-        "hadamard",
-        "optrot",
-    )
-    """What ``auto`` tries, and ``judge`` picks the best of."""
-    judge: Literal["proxy", "kl"] = "proxy"
-    """Of ``auto``: expected error of rounding summed over layers, or KL on held-out windows."""
 
     def __post_init__(self) -> None:
         check("top_k", self.top_k, self.top_k >= 1, "at least 1")
@@ -49,7 +41,6 @@ class Transform:
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         among = set(self.balance) <= set(self.scalings)
         check("balance", self.balance, among, "among the scalings")
-        check("candidates", self.candidates, bool(self.candidates), "one or more")
 
 
 @dataclass(frozen=True, kw_only=True)

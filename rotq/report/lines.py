@@ -78,10 +78,7 @@ def rotation_line(rotation: dict[str, Any]) -> str:
 
 
 def transform_line(transform: dict[str, Any]) -> str:
-    """How the rotations were found: losses and angles, or candidates and their scores."""
-    if "scores" in transform:
-        scores = ", ".join(f"{name} {score:.4g}" for name, score in transform["scores"].items())
-        return f"{transform['chosen']}, by {transform['judge']} of {scores}"
+    """How the rotations were found: losses and angles."""
     parts = [str(transform["method"])]
     for name in ("layers", "model", "optrot"):
         if name in transform:

@@ -93,7 +93,7 @@ class JobReport:
     rotation: dict[str, Any] = field(default_factory=dict)
     """Name of each rotation, and the figure of the function-preservation check."""
     transform: dict[str, Any] = field(default_factory=dict)
-    """How the rotations were found: losses, angles, ranges of scales, scores of candidates."""
+    """How the rotations were found: losses, angles, ranges of scales."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
     tuning: dict[str, float] = field(default_factory=dict)

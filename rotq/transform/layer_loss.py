@@ -5,11 +5,12 @@ Per linear layer and token, as a share of its output's energy sum_t |W x_t|^2, i
     weights       sum_n s_n^2 / 12  c           c = sum_k 1 / U_kk^2 of the layer's inputs (damped)
     activations   mean_t s_t^2 / 12  sum_nk w'_nk^2
 
-with s_n and s_t the steps that rows of the fused weight w' and tokens of the layer's input need:
-the score of ``rotq.transform.proxy``, differentiated in the basis through both ranges and w'. c is
-taken once, in the original basis: it is at least K det(H)^(1/K), which neither rotations nor scales
-of geometric mean one change. Nothing is rounded and no gradient passes through the model, so that a
-step takes some blocks only, and a few hundred of them cost what a few steps through the model do.
+with s_n and s_t the steps that rows of the fused weight w' and tokens of the layer's input need: an
+error that is uniform in a step is a twelfth of its square in the mean. The loss is differentiated
+in the basis through both ranges and w'. c is taken once, in the original basis: it is at least
+K det(H)^(1/K), which neither rotations nor scales of geometric mean one change. Nothing is rounded
+and no gradient passes through the model, so that a step takes some blocks only, and a few hundred
+of them cost what a few steps through the model do.
 
 Shape suffixes: B windows, T positions, D hidden size, M tokens, N out features, K in features.
 """
@@ -32,7 +33,6 @@ from rotq.rotations.basis import Basis
 from rotq.solvers.gptq import damp, inverse_factor
 from rotq.solvers.statistics import Moments
 from rotq.transform.parameters import Parameters
-from rotq.transform.proxy import squared_steps
 from rotq.transform.trainer import pass_on
 
 BLOCKS_PER_STEP = 8
@@ -211,3 +211,10 @@ def _mean_scale(read: LinearMap, site: str) -> Tensor:
 
 def _behind_norm(site: str) -> bool:
     return site in ("qkv", "gate_up")
+
+
+def squared_steps(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """s^2 of the grid that covers the range over the last axis."""
+    high, low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
+    reach = 2 * torch.maximum(high, -low) if symmetric else high - low
+    return (reach / (2**bits - 1)).square()

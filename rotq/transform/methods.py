@@ -26,17 +26,6 @@ SAVE_EVERY = 16
 """Steps between two states on the disk that a stopped job continues from."""
 
 
-def without_rotation(windows: TrainingWindows, drawn: Basis) -> Found:
-    """Neither R1 nor R2; what is applied online stays."""
-    online = {k: text for k, text in drawn.description.items() if k not in ("residual", "value")}
-    return replace(drawn.with_tensors({}), description=online), {}
-
-
-def as_drawn(windows: TrainingWindows, drawn: Basis) -> Found:
-    """What the recipe's ``rotation`` says."""
-    return drawn, {}
-
-
 def balanced(windows: TrainingWindows, drawn: Basis) -> Found:
     """Scales in closed form, rotations as drawn."""
     return _found(_start(windows, drawn), drawn, "balanced", {})
@@ -83,8 +72,6 @@ def _on_windows(windows: TrainingWindows, parameters: Parameters) -> Backward:
 
 
 METHODS: Mapping[str, Callable[[TrainingWindows, Basis], Found]] = {
-    "none": without_rotation,
-    "hadamard": as_drawn,
     "fixed": balanced,
     "optrot": optrot_trained,
     "learned": learned,

@@ -73,21 +73,6 @@ def backward(
 
 
 @torch.no_grad()
-def mean_loss(
-    student: Student, basis: Basis, outer: dict[str, Tensor], lessons: Sequence[Lesson]
-) -> float:
-    """Loss of a basis over windows, in nats per token."""
-    total = 0.0
-    for lesson in lessons:
-        embedded_BTD = student.job.skeleton.embed(outer, lesson.ids_BT.to(student.job.device))
-        runs = student.runs(basis, embedded_BTD)
-        last_BTD = run_forward(runs, in_basis(embedded_BTD, basis))[-1]
-        logits = _logits(student.job.skeleton, outer, basis)
-        total += head_loss(logits, last_BTD, lesson.targets)[0]
-    return total / len(lessons)
-
-
-@torch.no_grad()
 def teach(
     student: Student, outer: dict[str, Tensor], windows: Sequence[Tensor], top_k: int
 ) -> list[Targets]:

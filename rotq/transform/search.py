@@ -1,4 +1,4 @@
-"""The basis of a job, by the recipe's ``transform``: as drawn, trained, or the best of several.
+"""The basis of a job, by the recipe's ``transform``: as drawn, balanced or trained.
 
 What was found is a part of the job, so that a resumed one has the same; a training that was stopped
 continues from its last state on the disk.
@@ -7,7 +7,6 @@ continues from its last state on the disk.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 
 from rotq.checkpoint.safetensors import read_entries
@@ -18,9 +17,7 @@ from rotq.job.context import Job
 from rotq.job.folder import TRANSFORM, JobFolder
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
-from rotq.transform.methods import METHODS, Found
-from rotq.transform.model_loss import mean_loss
-from rotq.transform.proxy import Judge
+from rotq.transform.methods import METHODS
 from rotq.transform.windows import TrainingWindows
 
 
@@ -47,8 +44,7 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
         return _restored(job.folder, drawn)
     started = time.monotonic()
     with matmul_precision(job.recipe.calibration.precision):
-        search = _choose if method == "auto" else METHODS[method]
-        basis, results = search(TrainingWindows(job), drawn)
+        basis, results = METHODS[method](TrainingWindows(job), drawn)
     save_tensors(job.folder.part(TRANSFORM), basis.tensors())
     told = {"description": basis.description, "seconds": time.monotonic() - started}
     job.folder.record(TRANSFORM, {"method": method, **results, **told})
@@ -59,32 +55,3 @@ def _restored(folder: JobFolder, drawn: Basis) -> Basis:
     tensors = {entry.name: read_tensor(entry) for entry in read_entries(folder.part(TRANSFORM))}
     description = folder.results(TRANSFORM)["description"]
     return replace(drawn.with_tensors(tensors), description=description)
-
-
-def _choose(windows: TrainingWindows, drawn: Basis) -> Found:
-    """Make every candidate, score all, keep the best."""
-    options = windows.job.recipe.transform
-    made: dict[str, Found] = {name: METHODS[name](windows, drawn) for name in options.candidates}
-    scores = _scores(windows, {name: basis for name, (basis, _) in made.items()})
-    best = min(scores, key=scores.__getitem__)
-    judge = options.judge
-    told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
-    windows.job.progress.message(f"transform: {best} by {judge} ({told})")
-    candidates = {name: figures for name, (_, figures) in made.items()}
-    return made[best][0], {
-        "judge": judge,
-        "scores": scores,
-        "chosen": best,
-        "candidates": candidates,
-    }
-
-
-def _scores(windows: TrainingWindows, bases: Mapping[str, Basis]) -> dict[str, float]:
-    job = windows.job
-    if job.recipe.transform.judge == "proxy":
-        return Judge(job).scores(bases, windows.embedded())
-    lessons = windows.lessons(windows.judged_on)
-    student = replace(windows.student, rounds_weights=True)
-    return {
-        name: mean_loss(student, basis, windows.outer, lessons) for name, basis in bases.items()
-    }

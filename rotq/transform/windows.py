@@ -16,14 +16,11 @@ from rotq.transform.student import Student
 from rotq.transform.teacher import next_tokens
 
 MEASURED_TOKENS = 8192
-"""Calibration tokens that closed forms, layer losses and proxies are taken from."""
-
-JUDGED_WINDOWS = 4
-"""Windows of the calibration text that ``judge: kl`` scores on; they are not trained on."""
+"""Calibration tokens that closed forms and layer losses are taken from."""
 
 
 class TrainingWindows:
-    """Windows to train, measure and judge on, and what the two models make of them."""
+    """Windows to train and measure on, and what the two models make of them."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -31,16 +28,9 @@ class TrainingWindows:
 
     @property
     def trained_on(self) -> Sequence[Tensor]:
-        """All but those that ``judge: kl`` needs, (1, T) each, cut to the length for training."""
-        options = self.job.recipe.transform
-        held_out = JUDGED_WINDOWS if (options.method, options.judge) == ("auto", "kl") else 0
-        windows = self._windows[: len(self._windows) - held_out]
-        return [ids_BT[:, : options.seq_len or None] for ids_BT in windows]
-
-    @property
-    def judged_on(self) -> Sequence[Tensor]:
-        """What ``judge: kl`` scores on, (1, T) each."""
-        return self._windows[-JUDGED_WINDOWS:]
+        """(1, T) each, cut to the length for training."""
+        length = self.job.recipe.transform.seq_len or None
+        return [ids_BT[:, :length] for ids_BT in self._windows]
 
     @functools.cached_property
     def outer(self) -> dict[str, Tensor]:

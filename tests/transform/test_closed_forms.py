@@ -8,16 +8,12 @@ from tiny_models import MemorySource, random_ids, tiny_model
 from tiny_transforms import W4A4KV4
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
-from rotq.formats.integer import Grid
 from rotq.models.scalings import Scaling, scalings
-from rotq.rotations.basis import SCALINGS, Basis, Scales
+from rotq.rotations.basis import SCALINGS, Basis
 from rotq.rotations.hadamard import orthogonal
-from rotq.solvers.solve import Options, solve
-from rotq.solvers.statistics import Moments
 from rotq.transform import optrot
 from rotq.transform.balance import Balancer, _tied
 from rotq.transform.parameters import Parameters
-from rotq.transform.proxy import Judge, layer_score
 from rotq.transform.windows import TrainingWindows
 
 
@@ -180,55 +176,3 @@ def test_optrot_flattens_and_is_invariant_to_what_norms_scale(tmp_path):
     # by block, then over blocks: every block has seven layers
     assert loss == pytest.approx(torch.stack(kinds).mean().item(), rel=1e-4)
     assert parameters.free()["residual"].grad.abs().max() > 0
-
-
-def test_the_layer_score_foretells_the_error_of_gptq():
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(64, 64, generator=generator) * torch.linspace(0.2, 2, 64)
-    x_MK = torch.randn(4000, 64, generator=generator) @ mixing / 8
-    weight_NK = torch.randn(128, 64, generator=generator)
-    moments = Moments(64, cross=False, device=torch.device("cpu"))
-    moments.add(x_MK, None, None)
-    grid = Grid(bits=4, group_size=-1, symmetric=False)
-    options = Options(
-        method="gptq",
-        order="natural",
-        damping=0.01,
-        scale_search="minmax",
-        target_correction=0.0,
-        refine_sweeps=0,
-        scale_dtype=torch.float32,
-    )
-    solution = solve(weight_NK, moments, grid, options)
-    actual = (solution.loss_N.sum() / solution.energy_N.sum()).item()
-    expected = layer_score(weight_NK, moments.hessian_KK(), grid, 0.0, 0.01)
-    assert actual == pytest.approx(expected, rel=0.15)
-
-
-def test_the_layer_score_foretells_the_error_of_rounded_inputs():
-    generator = torch.Generator().manual_seed(0)
-    x_MK = torch.randn(2000, 64, generator=generator)
-    weight_NK = torch.randn(32, 64, generator=generator)
-    moments = Moments(64, cross=False, device=torch.device("cpu"))
-    moments.add(x_MK, None, None)
-    inputs = ActivationGrid(bits=4, symmetric=False)
-    step = (x_MK.amax(-1) - x_MK.amin(-1)) / 15
-    fine = Grid(bits=8, group_size=-1, symmetric=False)
-    score = layer_score(weight_NK, moments.hessian_KK(), fine, step.square().mean().item(), 0.01)
-    error = ((fake_quantize(x_MK, inputs) - x_MK) @ weight_NK.T).square().sum()
-    assert score == pytest.approx((error / (x_MK @ weight_NK.T).square().sum()).item(), rel=0.1)
-
-
-def test_the_judge_sees_outliers(tmp_path):
-    """A basis that spreads an outlier channel has the lower score; the identity is the model's."""
-    job = make_job(tmp_path / "job", W4A4KV4)
-    for index in (0, 1):
-        job.source.tensors[f"model.layers.{index}.input_layernorm.weight"][5] = 30.0
-    bases = {
-        "none": Basis(),
-        "hadamard": Basis(residual_DD=orthogonal("hadamard", 48, 0)),
-        "scaled": Basis(scales=(Scales(up_EI=torch.ones(1, 80, dtype=torch.float64)),) * 2),
-    }
-    scores = Judge(job).scores(bases, TrainingWindows(job).embedded())
-    assert scores["hadamard"] < 0.8 * scores["none"]
-    assert scores["scaled"] == pytest.approx(scores["none"], rel=1e-5)

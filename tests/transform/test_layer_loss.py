@@ -15,10 +15,9 @@ from rotq.layers.online_linear import OnlineLinear, prepared_input
 from rotq.models.scalings import scalings
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis, Scales
-from rotq.transform.layer_loss import LayerLoss, _in_basis, spaced
+from rotq.transform.layer_loss import LayerLoss, _in_basis, spaced, squared_steps
 from rotq.transform.methods import learned
 from rotq.transform.parameters import Parameters
-from rotq.transform.proxy import squared_steps
 from rotq.transform.windows import TrainingWindows
 
 

@@ -122,38 +122,6 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path, monkeypatch
         find(make_job(tmp_path / "job", LEARNED))
 
 
-@pytest.mark.parametrize("judge", ["proxy", "kl"])
-def test_auto_scores_its_candidates_and_takes_the_least(tmp_path, judge):
-    chosen = {
-        **W4A4KV4,
-        "weights.bits": 3,
-        "transform.method": "auto",
-        "transform.judge": judge,
-        "transform.steps": 4,
-        "transform.candidates": ["none", "hadamard", "optrot", "learned"],
-    }
-    progress = Told()
-    job = make_job(tmp_path / "job", chosen, progress, num_windows=6)
-    drawn, basis = find(job)
-    found = job.folder.results(TRANSFORM)
-    scores = found["scores"]
-    assert set(scores) == {"none", "hadamard", "optrot", "learned"}
-    assert len(set(scores.values())) == 4
-    assert found["chosen"] == min(scores, key=scores.__getitem__)
-    assert any(f"transform: {found['chosen']} by {judge}" in text for text in progress.messages)
-    assert (basis.checksum() == drawn.checksum()) == (found["chosen"] == "hadamard")
-    optrot = found["candidates"]["optrot"]["optrot"]
-    assert optrot["loss_last_quarter"] < optrot["loss_first_quarter"]
-
-
-def test_none_keeps_what_is_online(tmp_path):
-    chosen = {**W4A4KV4, "transform.method": "auto", "transform.candidates": ["none"]}
-    _, basis = find(make_job(tmp_path / "job", chosen))
-    assert not basis.tensors()
-    assert (basis.down, basis.attention) == ("hadamard", "hadamard")
-    assert set(basis.description) == {"down", "attention"}
-
-
 def test_fixed_is_what_was_drawn(tmp_path):
     job = make_job(tmp_path / "job", W4A4KV4)
     drawn, basis = find(job)
