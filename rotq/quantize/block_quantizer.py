@@ -27,7 +27,7 @@ from rotq.models.adapter import Site
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.token_weights import effective_share, token_weights
 from rotq.report import LayerResult, peak_rss
-from rotq.solvers.solve import Options, Solution, solve, split_rows
+from rotq.solvers.solve import Solution, solve, split_rows
 from rotq.solvers.statistics import Moments
 
 ROWS_PER_SOLVE = 16384
@@ -140,21 +140,15 @@ class BlockQuantizer:
         for names in _stacks(site.linears, grids, original):
             weights = [_linear(original, name).weight for name in names]
             stacked_NK = torch.cat([weight.float() for weight in weights])
-            solution = solve(stacked_NK, moments, grids[names[0]], self._options())
+            solution = solve(
+                stacked_NK,
+                moments,
+                grids[names[0]],
+                self.job.recipe.solver,
+                scale_dtype=self.job.plan.scale_dtype,
+            )
             sizes = [weight.shape[0] for weight in weights]
             yield from zip(names, split_rows(solution, sizes), strict=True)
-
-    def _options(self) -> Options:
-        solver = self.job.recipe.solver
-        return Options(
-            method=solver.method,
-            order=solver.order,
-            damping=solver.damping,
-            scale_search=solver.scale_search,
-            target_correction=solver.target_correction,
-            refine_sweeps=solver.refine_sweeps,
-            scale_dtype=self.job.plan.scale_dtype,
-        )
 
     def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
         grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid, Quantized
+from rotq.recipe import Solver
 from rotq.solvers.gptq import Elimination, damp, eliminate, round_columns
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
@@ -16,19 +17,6 @@ from rotq.solvers.statistics import Moments, corrected_target
 
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 1024, 16384
 """Rows solved at a time on a CPU, where few stay in the cache, and on a GPU, which wants many."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to solve; the meaning of each is that of ``rotq.recipe.Solver``."""
-
-    method: str
-    order: str
-    damping: float
-    scale_search: str
-    target_correction: float
-    refine_sweeps: int
-    scale_dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +32,25 @@ class Solution:
     """Share of the mean diagonal that made H positive definite."""
 
 
-def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Options) -> Solution:
+def solve(
+    weight_NK: Tensor,
+    moments: Moments | None,
+    grid: Grid,
+    options: Solver,
+    *,
+    scale_dtype: torch.dtype,
+) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
     Args:
         weight_NK: fp32, not modified.
         moments: Statistics of the inputs; None (round to nearest only) stands for H = I.
         grid: Bits, group size, symmetry.
-        options: Solver choices.
+        options: The recipe's; ``passes`` is not looked at.
+        scale_dtype: Storage type of the scales.
 
     Returns:
-        Codes int8, scales in ``options.scale_dtype``, zeros int8 or None.
+        Codes int8, scales in ``scale_dtype``, zeros int8 or None.
 
     Raises:
         ValueError: the group size does not divide K, an unknown choice, or GPTQ without moments.
@@ -68,7 +64,7 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
     else:
         hessian_KK, cross_KK = moments.hessian_KK(), moments.cross_KK()
     if options.method == "rtn":
-        return _round_to_nearest(weight_NK, hessian_KK, grid, options)
+        return _round_to_nearest(weight_NK, hessian_KK, grid, options, scale_dtype)
     damped_KK, damping = damp(hessian_KK, options.damping)
     target_NK = weight_NK
     if options.target_correction and cross_KK is not None:
@@ -80,7 +76,7 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
     rows = ROWS_IN_CACHE if weight_NK.device.type == "cpu" else ROWS_ON_DEVICE
     quantized = _joined(
         [
-            _descend(part_NK, damped_KK, elimination, grid, options)
+            _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
             for part_NK in target_NK.split(rows)
         ]
     )
@@ -88,10 +84,17 @@ def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Optio
 
 
 def _descend(
-    target_NK: Tensor, damped_KK: Tensor, elimination: Elimination, grid: Grid, options: Options
+    target_NK: Tensor,
+    damped_KK: Tensor,
+    elimination: Elimination,
+    grid: Grid,
+    options: Solver,
+    scale_dtype: torch.dtype,
 ) -> Quantized:
     """Scales, codes by GPTQ, then both in turn."""
-    scale_NG, zero_NG = _scales(target_NK, damped_KK, grid, options)
+    scale_NG, zero_NG = search_scales(
+        target_NK, damped_KK, grid, judge=options.scale_search, scale_dtype=scale_dtype
+    )
     q_NK = round_columns(target_NK, elimination, scale_NG, zero_NG, grid)
     q_NK, scale_NG = refine(
         target_NK,
@@ -99,9 +102,9 @@ def _descend(
         (q_NK, scale_NG, zero_NG),
         grid,
         sweeps=options.refine_sweeps,
-        scale_dtype=options.scale_dtype,
+        scale_dtype=scale_dtype,
     )
-    return _quantized((q_NK, scale_NG, zero_NG), grid, options)
+    return _quantized((q_NK, scale_NG, zero_NG), grid, scale_dtype)
 
 
 def _joined(parts: list[Quantized]) -> Quantized:
@@ -138,33 +141,25 @@ def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
 
 
 def _round_to_nearest(
-    weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, options: Options
+    weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, options: Solver, scale_dtype: torch.dtype
 ) -> Solution:
-    scale_NG, zero_NG = _scales(weight_NK, hessian_KK, grid, options)
+    scale_NG, zero_NG = search_scales(
+        weight_NK, hessian_KK, grid, judge=options.scale_search, scale_dtype=scale_dtype
+    )
     step_NG1 = scale_NG[..., None]
     w_NGg = weight_NK.view(weight_NK.shape[0], scale_NG.shape[1], -1)
     q_NGg = (w_NGg / step_NG1 + zero_NG[..., None]).round_().clamp_(grid.q_min, grid.q_max)
-    quantized = _quantized((q_NGg.view_as(weight_NK), scale_NG, zero_NG), grid, options)
+    quantized = _quantized((q_NGg.view_as(weight_NK), scale_NG, zero_NG), grid, scale_dtype)
     return _solution(quantized, weight_NK, hessian_KK, 0.0)
 
 
-def _scales(
-    target_NK: Tensor, hessian_KK: Tensor, grid: Grid, options: Options
-) -> tuple[Tensor, Tensor]:
-    return search_scales(
-        target_NK,
-        hessian_KK,
-        grid,
-        judge=options.scale_search,
-        scale_dtype=options.scale_dtype,
-    )
-
-
-def _quantized(codes: tuple[Tensor, Tensor, Tensor], grid: Grid, options: Options) -> Quantized:
+def _quantized(
+    codes: tuple[Tensor, Tensor, Tensor], grid: Grid, scale_dtype: torch.dtype
+) -> Quantized:
     q_NK, scale_NG, zero_NG = codes
     return Quantized(
         q_NK=q_NK.to(torch.int8),
-        scale_NG=scale_NG.to(options.scale_dtype),
+        scale_NG=scale_NG.to(scale_dtype),
         zero_NG=None if grid.symmetric else zero_NG.to(torch.int8),
         grid=grid,
     )

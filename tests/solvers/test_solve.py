@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid
+from rotq.recipe import Solver
 from rotq.solvers.scales import search_scales
-from rotq.solvers.solve import Options, solve, split_rows
+from rotq.solvers.solve import Solution, split_rows
+from rotq.solvers.solve import solve as solve_for
 from rotq.solvers.statistics import Moments
 
-OPTIONS = Options(
+OPTIONS = Solver(
     method="gptq",
     order="activation",
     damping=0.01,
     scale_search="hessian",
     target_correction=0.0,
     refine_sweeps=2,
-    scale_dtype=torch.float16,
 )
+
+
+def solve(weight_NK: Tensor, moments: Moments | None, grid: Grid, options: Solver) -> Solution:
+    return solve_for(weight_NK, moments, grid, options, scale_dtype=torch.float16)
 
 
 def problem(N: int = 12, K: int = 64, seed: int = 0) -> tuple[Tensor, Moments]:
