@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rotq.checkpoint.files import read_json
 from rotq.errors import CheckFailed, RotqError
+from rotq.recipe import read_mapping
 from rotq.report.results import JobReport
 
 REPORT = "report.json"
@@ -109,9 +108,6 @@ def _read_recipe(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise RotqError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise RotqError(f"{file} is not a recipe")
-    return recipe
+        return read_mapping(file)
+    except ValueError as error:
+        raise RotqError(str(error)) from None
