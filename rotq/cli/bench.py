@@ -7,18 +7,19 @@ from pathlib import Path
 
 import click
 
+from rotq.cli.groups import Group
 from rotq.cli.loading import load_on
-from rotq.cli.options import model_options, output_options
+from rotq.cli.options import FilePath, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
 
-@click.group("bench")
+@click.group("bench", cls=Group, no_args_is_help=False)
 def bench_group() -> None:
     """Measure speed and memory."""
 
 
 @bench_group.command("serve")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath())
 @click.option(
     "--kv",
     "names",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.loading import load, show
-from rotq.cli.options import Command, model_options, output_options
+from rotq.cli.options import Command, FilePath, Words, model_options, output_options
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option(
             "--calibration",
+            type=Words(),
             metavar="FILE|ID|pydoc",
             default="pydoc",
             show_default=True,
@@ -50,10 +51,8 @@ def calibration_options(command: Command) -> Command:
 
 
 @click.command("calibrate-kv")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write."
-)
+@click.argument("model", type=FilePath())
+@click.option("-o", "--output", type=FilePath(), required=True, help="File to write.")
 @click.option(
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.loading import load, show
-from rotq.cli.options import model_options, output_options
+from rotq.cli.options import FilePath, model_options, output_options
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -19,17 +19,15 @@ if TYPE_CHECKING:
 
 
 @click.command("pll")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--fasta", type=click.Path(path_type=Path), help="Proteins to score, plain or gzip.")
+@click.argument("checkpoint", type=FilePath())
+@click.option("--fasta", type=FilePath(), help="Proteins to score, plain or gzip.")
 @click.option(
     "--groups",
     is_flag=True,
     help="Score rotq's own four groups: short peptides, transmembrane helices, active sites, "
     "disordered regions.",
 )
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Original model to compare with."
-)
+@click.option("--reference", type=FilePath(), help="Original model to compare with.")
 @click.option(
     "--sequences",
     type=click.IntRange(min=0),

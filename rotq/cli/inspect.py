@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
-from rotq.cli.options import output_options
+from rotq.cli.options import FilePath, output_options
 from rotq.errors import RotqError
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=FilePath())
 @click.option("--verify", is_flag=True, help="Compare every file with its sha256; else exit 3.")
 @click.option(
     "--plots",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     metavar="DIR",
     help="Write flatness.png: how even the layers' inputs are, before and after the rotations.",
 )

@@ -133,9 +133,17 @@ def shown_key(key: object) -> str:
     return shown(key).strip("'") if isinstance(key, str) else shown(key)
 
 
-def _hint(key: object, hints: Mapping[str, object], prefix: str) -> str:
+def _hint(key: object, hints: Mapping[str, Any], prefix: str) -> str:
+    within = [f"{prefix}{name}.{key}" for name, hint in hints.items() if _has_field(hint, key)]
+    if within:
+        return f"did you mean {' or '.join(within)}?"
     near = difflib.get_close_matches(str(key)[:80], hints, n=1, cutoff=0.5)
     return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}"
+
+
+def _has_field(hint: Any, name: object) -> bool:
+    fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+    return any(field.name == name for field in fields)
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -235,4 +235,4 @@ class Output:
 
     def __post_init__(self) -> None:
         limit = self.max_shard_gb
-        check("max_shard_gb", limit, 1e-6 <= limit <= 1e6, "from 0.000001 to 1000000")
+        check("max_shard_gb", limit, 1e-9 <= limit <= 1e6, "from 1e-9, a byte, to 1000000")
