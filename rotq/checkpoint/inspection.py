@@ -83,9 +83,13 @@ def verify_files(inspection: Inspection) -> int:
     """
     if inspection.provenance is None:
         raise RotqError(f"{inspection.path} has no {PROVENANCE} to verify with")
-    expected: dict[str, str] = inspection.provenance["files"]
+    expected = inspection.provenance.get("files")
+    if not isinstance(expected, dict) or not expected:
+        raise RotqError(f"{inspection.path / PROVENANCE} lists no files to verify")
     for name, digest in sorted(expected.items()):
         file = inspection.path / name
+        if not file.resolve().is_relative_to(inspection.path.resolve()):
+            raise RotqError(f"{inspection.path / PROVENANCE} lists {name}, outside of the folder")
         if not file.is_file():
             raise CheckFailed(f"{file} is missing; {PROVENANCE} lists it")
         with open(file, "rb") as handle:

@@ -9,7 +9,7 @@ import click
 
 from rotq.cli.groups import Group
 from rotq.cli.loading import load_on
-from rotq.cli.options import FilePath, model_options, output_options
+from rotq.cli.options import FilePath, Seed, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
 
@@ -52,7 +52,7 @@ def bench_group() -> None:
     show_default=True,
     help="Of every answer.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
+@click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the prompts.")
 @serving_options
 @model_options
 @output_options

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import check_causal, show
+from rotq.cli.loading import check_causal, check_device_map, show
 from rotq.cli.options import FilePath, Words, model_options, output_options
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def ppl(
     """
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
+    check_device_map(device_map)
     from rotq.evaluation.perplexity import Protocol
 
     found = measure(

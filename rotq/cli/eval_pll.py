@@ -173,7 +173,11 @@ def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None
     if not file.is_file():
         return None
     adapter = adapter_for(model)
-    R_DD = build_basis(load_recipe(file, {}).rotation, adapter, model.config).residual_DD
+    try:
+        rotation = load_recipe(file, {}).rotation
+    except ValueError as error:
+        raise RotqError(str(error)) from None
+    R_DD = build_basis(rotation, adapter, model.config).residual_DD
     if R_DD is None:
         return None
     norm = reference.get_submodule(adapter.final_norm)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from rotq.cli.options import FilePath, output_options
-from rotq.errors import RotqError
+from rotq.errors import RotqError, told
 
 
 @click.command()
@@ -38,9 +38,12 @@ def inspect(checkpoint: Path, verify: bool, plots: Path | None, as_json: bool) -
 
         if found.report is None or not found.report.flatness:
             raise RotqError(f"{checkpoint} reports no flatness, so there is nothing to plot")
-        written = plot_flatness(found.report.flatness, plots)
+        with told(f"{checkpoint}: the flatness in its report cannot be drawn"):
+            written = plot_flatness(found.report.flatness, plots)
         click.echo(f"wrote {written}", err=True)
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "verified_files": verified}))
         return
-    click.echo(inspection_table(found.to_dict(), found.report, verified), nl=False)
+    with told(f"{checkpoint}: its files are not as rotq writes them"):
+        table = inspection_table(found.to_dict(), found.report, verified)
+    click.echo(table, nl=False)

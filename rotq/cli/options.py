@@ -14,6 +14,7 @@ import click
 import rotq
 from rotq.cli.hints import nearest
 from rotq.recipe import Given, Recipe, resolve
+from rotq.recipe.sections import check_seed
 
 Command = Callable[..., None]
 
@@ -30,15 +31,25 @@ class FilePath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Words(click.ParamType):
+class Words(click.types.StringParamType):
     """A text that is not empty, as it is where a variable of the shell is not set."""
-
-    name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("it is empty", param, ctx)
         return str(value)
+
+
+class Seed(click.types.IntParamType):
+    """What torch's generators can be seeded with."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seed = int(super().convert(value, param, ctx))
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            self.fail(str(error).removeprefix("seed: "), param, ctx)
+        return seed
 
 
 _DEBUG_KEY = "rotq.debug"
@@ -124,7 +135,7 @@ def recipe_options(command: Command) -> Command:
             metavar="KEY=VALUE",
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
-        click.option("--seed", type=int, help="Of the calibration draw and of the rotation."),
+        click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
         click.option("--seq-len", type=int, help="Tokens per calibration window."),
         click.option("--num-samples", type=int, help="Calibration windows."),
         click.option(
