@@ -10,6 +10,7 @@ from typing import Any
 from rotq.checkpoint.files import read_json
 from rotq.errors import CheckFailed, RotqError
 from rotq.recipe import read_mapping
+from rotq.recipe.sections import shown
 from rotq.report.results import JobReport
 
 REPORT = "report.json"
@@ -87,9 +88,7 @@ def verify_files(inspection: Inspection) -> int:
     if not isinstance(expected, dict) or not expected:
         raise RotqError(f"{inspection.path / PROVENANCE} lists no files to verify")
     for name, digest in sorted(expected.items()):
-        file = inspection.path / name
-        if not file.resolve().is_relative_to(inspection.path.resolve()):
-            raise RotqError(f"{inspection.path / PROVENANCE} lists {name}, outside of the folder")
+        file = _inside(inspection.path, name)
         if not file.is_file():
             raise CheckFailed(f"{file} is missing; {PROVENANCE} lists it")
         with open(file, "rb") as handle:
@@ -97,6 +96,16 @@ def verify_files(inspection: Inspection) -> int:
         if found != digest:
             raise CheckFailed(f"{file} was changed: sha256 {found}, written as {digest}")
     return len(expected)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of a checkpoint that its provenance names."""
+    try:
+        if (folder / name).resolve().is_relative_to(folder.resolve()):
+            return folder / name
+    except (OSError, ValueError) as error:
+        raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}: {error}") from None
+    raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}, which is outside of the folder")
 
 
 def _read_report(file: Path) -> JobReport | None:

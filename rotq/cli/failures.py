@@ -13,6 +13,7 @@ import click
 from rotq.cli.hints import hint_for_option
 from rotq.cli.options import debug_wanted
 from rotq.errors import RotqError, is_panic, reason
+from rotq.report.columns import printable
 
 LONGEST_LINE = 1500
 
@@ -41,8 +42,7 @@ def failing(ctx: click.Context) -> Iterator[None]:
 
 def fail(message: str, exit_code: int) -> NoReturn:
     """End with a line on stderr: printable, without line breaks, not too long."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    line = printable(" ".join(message.split()))
     if len(line) > LONGEST_LINE:
         line = f"{line[:LONGEST_LINE]} ..."
     click.echo(f"rotq: error: {line}", err=True)

@@ -199,7 +199,7 @@ def find_recipe(config: str) -> Path:
         for folder in folders:
             if os.path.isfile(folder / f"{config}.yaml"):
                 return folder / f"{config}.yaml"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise click.UsageError(f"no recipe {config}: it is a folder")
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     near = nearest(path.stem, known)

@@ -79,7 +79,8 @@ def read_yaml(text: str | bytes) -> Any:
         raise ValueError(f"not YAML: {_reason(error)}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # what PyYAML's constructors raise where a tag does not fit its value, as !!bool 3
-        raise ValueError(f"not YAML: {type(error).__name__}: {error}") from None
+        kind = type(error).__name__
+        raise ValueError(f"not YAML: a value does not fit its tag ({kind})") from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -50,12 +50,14 @@ class Override:
     """Leave these layers as they are, unquantized."""
 
     def __post_init__(self) -> None:
+        check("match", self.match, len(self.match) <= 1000, "at most 1000 characters long")
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 re.compile(self.match)
-        except (re.error, OverflowError, RecursionError) as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(f"match is not a regular expression: {error}") from None
-        check("match", self.match, len(self.match) <= 1000, "at most 1000 characters long")
+        except RecursionError:
+            raise ValueError("match is nested too deep for a regular expression") from None
         check("bits", self.bits, self.bits == 0 or 2 <= self.bits <= 8, "2 to 8, or 0")
         check("group_size", self.group_size, -1 <= self.group_size <= 10**6, "-1 to 1000000")
 
@@ -79,7 +81,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
-        check("overrides", self.overrides, len(self.overrides) <= 1000, "at most 1000")
+        number = len(self.overrides)
+        check("number of overrides", number, number <= 1000, "at most 1000")
         check(
             "group_size",
             self.group_size,
