@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotq.recipe import read_mapping, write_yaml
@@ -40,6 +40,7 @@ WORDS = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | WORDS | st.floats(width=32)
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         SCALARS,
