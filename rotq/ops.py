@@ -32,6 +32,7 @@ from rotq_kernels.kv.format import (
     encode_norm,
     level_values,
 )
+from rotq_kernels.launching import TritonMissing
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import packed_linear
 
@@ -44,6 +45,7 @@ __all__ = [
     "KVHistory",
     "KVPages",
     "SideConstants",
+    "TritonMissing",
     "decode_norm",
     "dequantize_kv_reference",
     "dequantize_residual",

@@ -3,14 +3,18 @@
 import importlib.util
 
 
+class TritonMissing(RuntimeError):  # noqa: N818
+    """A kernel was asked for where Triton is not installed; the message says what to install."""
+
+
 def require_triton() -> None:
     """Before a launcher imports its kernels.
 
     Raises:
-        RuntimeError: Triton is not installed.
+        TritonMissing: Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(
+        raise TritonMissing(
             "rotq's kernels for GPUs need Triton, which is not installed: "
             "pip install triton (on Windows: pip install triton-windows)"
         )

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from rotq.checkpoint.card import model_card
 from rotq.checkpoint.files import read_json, write_json, write_text
 from rotq.checkpoint.scheme_writing import quantization_config
 from rotq.errors import RotqError
 from rotq.layers.quant_linear import QuantLinear
+from rotq.recipe import write_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -93,10 +92,7 @@ def write_metadata(
     """
     config = read_json(source.path / "config.json")
     write_json(out_dir / "config.json", _updated(config, quantization, dtype, untied))
-    write_text(
-        out_dir / "rotq_recipe.yaml",
-        yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
-    )
+    write_text(out_dir / "rotq_recipe.yaml", write_yaml(recipe))
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
     has_experts = any(".experts." in name for name in source.entries)
     card = model_card(config, quantization, base_model, has_experts=has_experts)

@@ -11,6 +11,9 @@ from typing import Any, BinaryIO
 
 from rotq.errors import RotqError
 
+LIMIT_BYTES = 1 << 26
+"""Of a JSON file; the index of a thousand shards has some MB."""
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
@@ -52,10 +55,12 @@ def read_json(path: Path) -> dict[str, Any]:
         RotqError: missing, unreadable, or not a JSON object.
     """
     try:
+        if path.stat().st_size > LIMIT_BYTES:
+            raise RotqError(f"{path} is larger than {LIMIT_BYTES} bytes: no checkpoint's file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RotqError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RotqError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise RotqError(f"{path} is not a JSON object")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rotq.checkpoint.files import read_json
 from rotq.errors import CheckFailed, RotqError
+from rotq.recipe import read_mapping
+from rotq.recipe.sections import shown
 from rotq.report.results import JobReport
 
 REPORT = "report.json"
@@ -84,9 +84,11 @@ def verify_files(inspection: Inspection) -> int:
     """
     if inspection.provenance is None:
         raise RotqError(f"{inspection.path} has no {PROVENANCE} to verify with")
-    expected: dict[str, str] = inspection.provenance["files"]
+    expected = inspection.provenance.get("files")
+    if not isinstance(expected, dict) or not expected:
+        raise RotqError(f"{inspection.path / PROVENANCE} lists no files to verify")
     for name, digest in sorted(expected.items()):
-        file = inspection.path / name
+        file = _inside(inspection.path, name)
         if not file.is_file():
             raise CheckFailed(f"{file} is missing; {PROVENANCE} lists it")
         with open(file, "rb") as handle:
@@ -94,6 +96,16 @@ def verify_files(inspection: Inspection) -> int:
         if found != digest:
             raise CheckFailed(f"{file} was changed: sha256 {found}, written as {digest}")
     return len(expected)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of a checkpoint that its provenance names."""
+    try:
+        if (folder / name).resolve().is_relative_to(folder.resolve()):
+            return folder / name
+    except (OSError, ValueError) as error:
+        raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}: {error}") from None
+    raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}, which is outside of the folder")
 
 
 def _read_report(file: Path) -> JobReport | None:
@@ -109,9 +121,6 @@ def _read_recipe(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise RotqError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise RotqError(f"{file} is not a recipe")
-    return recipe
+        return read_mapping(file)
+    except ValueError as error:
+        raise RotqError(str(error)) from None

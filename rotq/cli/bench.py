@@ -7,18 +7,19 @@ from pathlib import Path
 
 import click
 
+from rotq.cli.groups import Group
 from rotq.cli.loading import load_on
-from rotq.cli.options import model_options, output_options
+from rotq.cli.options import FilePath, Seed, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
 
-@click.group("bench")
+@click.group("bench", cls=Group, no_args_is_help=False)
 def bench_group() -> None:
     """Measure speed and memory."""
 
 
 @bench_group.command("serve")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath())
 @click.option(
     "--kv",
     "names",
@@ -51,7 +52,7 @@ def bench_group() -> None:
     show_default=True,
     help="Of every answer.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts.")
+@click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the prompts.")
 @serving_options
 @model_options
 @output_options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.loading import load, show
-from rotq.cli.options import Command, model_options, output_options
+from rotq.cli.options import Command, FilePath, Seed, Words, model_options, output_options
 from rotq.errors import RotqError
+from rotq.recipe import Calibration
 
 if TYPE_CHECKING:
     from rotq.calibration.data import Windows
@@ -20,9 +22,24 @@ if TYPE_CHECKING:
 
 
 def calibration_options(command: Command) -> Command:
-    """``--calibration``, ``--num-samples``, ``--calibration-seq-len`` and ``--seed``."""
+    """``--calibration``, ``--num-samples``, ``--calibration-seq-len`` and ``--seed``, checked."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            Calibration(
+                source=options["calibration"],
+                num_samples=options["num_samples"],
+                seq_len=options["calibration_seq_len"],
+                seed=options["seed"],
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        command(*args, **options)
+
+    wrapped: Command = run
     for option in (
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the draw."),
+        click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the draw."),
         click.option(
             "--calibration-seq-len",
             type=click.IntRange(min=64),
@@ -39,21 +56,20 @@ def calibration_options(command: Command) -> Command:
         ),
         click.option(
             "--calibration",
+            type=Words(),
             metavar="FILE|ID|pydoc",
             default="pydoc",
             show_default=True,
             help="Calibration text, as rotq quantize takes it.",
         ),
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @click.command("calibrate-kv")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write."
-)
+@click.argument("model", type=FilePath())
+@click.option("-o", "--output", type=FilePath(), required=True, help="File to write.")
 @click.option(
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )
@@ -107,7 +123,6 @@ def calibrate_all(
     from rotq.calibration.data import load_windows
     from rotq.kv.calibration.calibrate import calibrate
     from rotq.kv.calibration.statistics import collect
-    from rotq.recipe import Calibration
 
     drawn: Windows = load_windows(
         Calibration(

@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rotq.cli.loading import check_causal, show
-from rotq.cli.options import model_options, output_options
+from rotq.cli.groups import Group
+from rotq.cli.loading import check_causal, check_device_map, show
+from rotq.cli.options import FilePath, Words, model_options, output_options
 
 if TYPE_CHECKING:
     from rotq.evaluation.perplexity import Evaluation, Protocol
 
 
-@click.group("eval", no_args_is_help=False)
+@click.group("eval", cls=Group, no_args_is_help=False)
 def eval_group() -> None:
     """Measure a checkpoint."""
 
 
 @eval_group.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=FilePath())
 @click.option(
-    "--text", required=True, metavar="FILE|ID", help="UTF-8 file, pydoc-test, or a datasets id."
+    "--text",
+    type=Words(),
+    required=True,
+    metavar="FILE|ID",
+    help="UTF-8 file, pydoc-test, or a datasets id.",
 )
 @click.option(
     "--windows",
@@ -46,10 +51,12 @@ def eval_group() -> None:
     show_default=True,
     help="Tokens between window starts, each token scored once; 0: windows do not overlap.",
 )
+@click.option("--reference", type=FilePath(), help="Original model, for KL and top-1.")
 @click.option(
-    "--reference", type=click.Path(path_type=Path), help="Original model, for KL and top-1."
+    "--device-map",
+    type=Words(),
+    help="As accelerate takes it: auto, cuda, cpu. Without it: the CPU.",
 )
-@click.option("--device-map", help="As accelerate takes it: auto, cuda, cpu. Without it: the CPU.")
 @model_options
 @output_options
 def ppl(
@@ -72,6 +79,7 @@ def ppl(
     """
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
+    check_device_map(device_map)
     from rotq.evaluation.perplexity import Protocol
 
     found = measure(

@@ -11,7 +11,7 @@ import click
 
 from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
 from rotq.cli.loading import load, show
-from rotq.cli.options import model_options, output_options
+from rotq.cli.options import FilePath, Words, model_options, output_options
 
 if TYPE_CHECKING:
     from rotq.evaluation.kv import KVEvaluation
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 @click.command("kv")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath())
 @click.option(
     "--kv", "names", required=True, metavar="PRESET[,PRESET...]", help="Schemes to measure."
 )
 @click.option(
     "--kv-calibration",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="File of rotq calibrate-kv; without it, schemes are calibrated for this run.",
 )
-@click.option("--text", required=True, metavar="FILE|ID", help="As in rotq eval ppl.")
+@click.option("--text", type=Words(), required=True, metavar="FILE|ID", help="As in rotq eval ppl.")
 @click.option(
     "--windows",
     type=click.IntRange(min=0),

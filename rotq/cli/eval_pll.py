@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
 from rotq.cli.loading import load, show
-from rotq.cli.options import model_options, output_options
+from rotq.cli.options import FilePath, model_options, output_options
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -20,17 +19,15 @@ if TYPE_CHECKING:
 
 
 @click.command("pll")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--fasta", type=click.Path(path_type=Path), help="Proteins to score, plain or gzip.")
+@click.argument("checkpoint", type=FilePath())
+@click.option("--fasta", type=FilePath(), help="Proteins to score, plain or gzip.")
 @click.option(
     "--groups",
     is_flag=True,
     help="Score rotq's own four groups: short peptides, transmembrane helices, active sites, "
     "disordered regions.",
 )
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Original model to compare with."
-)
+@click.option("--reference", type=FilePath(), help="Original model to compare with.")
 @click.option(
     "--sequences",
     type=click.IntRange(min=0),
@@ -170,15 +167,16 @@ def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None
     from rotq.evaluation.representations import OriginalBasis
     from rotq.fusion.draw import build_basis
     from rotq.models.registry import adapter_for
-    from rotq.recipe import from_dict
+    from rotq.recipe import load_rotation
 
     file = checkpoint / "rotq_recipe.yaml"
     if not file.is_file():
         return None
     adapter = adapter_for(model)
-    # the other sections may hold keys of an older rotq
-    section = yaml.safe_load(file.read_text(encoding="utf-8"))["rotation"]
-    rotation = from_dict({"rotation": section}).rotation
+    try:
+        rotation = load_rotation(file)
+    except ValueError as error:
+        raise RotqError(str(error)) from None
     R_DD = build_basis(rotation, adapter, model.config).residual_DD
     if R_DD is None:
         return None

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
-from rotq.cli.options import output_options
-from rotq.errors import RotqError
+from rotq.cli.options import FilePath, output_options
+from rotq.errors import RotqError, told
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=FilePath())
 @click.option("--verify", is_flag=True, help="Compare every file with its sha256; else exit 3.")
 @click.option(
     "--plots",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     metavar="DIR",
     help="Write flatness.png: how even the layers' inputs are, before and after the rotations.",
 )
@@ -38,9 +38,12 @@ def inspect(checkpoint: Path, verify: bool, plots: Path | None, as_json: bool) -
 
         if found.report is None or not found.report.flatness:
             raise RotqError(f"{checkpoint} reports no flatness, so there is nothing to plot")
-        written = plot_flatness(found.report.flatness, plots)
+        with told(f"{checkpoint}: the flatness in its report cannot be drawn"):
+            written = plot_flatness(found.report.flatness, plots)
         click.echo(f"wrote {written}", err=True)
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "verified_files": verified}))
         return
-    click.echo(inspection_table(found.to_dict(), found.report, verified), nl=False)
+    with told(f"{checkpoint}: its files are not as rotq writes them"):
+        table = inspection_table(found.to_dict(), found.report, verified)
+    click.echo(table, nl=False)

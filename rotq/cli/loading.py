@@ -44,16 +44,35 @@ def load_on(path: Path, device: str, *, dtype: str, trust_remote_code: bool) -> 
     Raises:
         RotqError: this machine has no such device, or see ``load``.
     """
-    import torch
+    from rotq.devices import usable_device
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RotqError("--device cuda: this machine has none that torch can use")
+    usable_device(device)
     return load(
         path,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         device_map=None if device == "cpu" else device,
     )
+
+
+def check_device_map(name: str | None) -> None:
+    """Refuse, before anything is read, a place for the model that this machine does not have.
+
+    Raises:
+        RotqError: neither a device, nor a way to spread a model that accelerate knows.
+    """
+    from rotq.devices import usable_device
+
+    if name in (None, "auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        known = usable_device(name).type != "meta"
+    except RotqError:
+        known = False
+    if not known:
+        raise RotqError(
+            f"--device-map {name}: neither a device of this machine that torch can use nor auto"
+        )
 
 
 def check_causal(path: Path, *, trust_remote_code: bool) -> None:

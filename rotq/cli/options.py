@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import functools
+import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 import rotq
-from rotq.recipe import Recipe, load_recipe
+from rotq.cli.hints import nearest
+from rotq.recipe import Given, Recipe, resolve
+from rotq.recipe.sections import check_seed
 
 Command = Callable[..., None]
+
+
+class FilePath(click.Path):
+    """A path as ``pathlib`` has it; an empty one, which would be the current folder, is refused."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Words(click.types.StringParamType):
+    """A text that is not empty, as it is where a variable of the shell is not set."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():
+            self.fail("it is empty", param, ctx)
+        return str(value)
+
+
+class Seed(click.types.IntParamType):
+    """What torch's generators can be seeded with."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seed = int(super().convert(value, param, ctx))
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            self.fail(str(error).removeprefix("seed: "), param, ctx)
+        return seed
+
 
 _DEBUG_KEY = "rotq.debug"
 
@@ -76,15 +113,18 @@ def recipe_options(command: Command) -> Command:
         seed: int | None,
         **kwargs: Any,
     ) -> None:
-        flags = {
-            "calibration.source": calibration,
-            "calibration.num_samples": num_samples,
-            "calibration.seq_len": seq_len,
-            "calibration.seed": seed,
-            "rotation.seed": seed,
-        }
-        given = {key: value for key, value in flags.items() if value is not None}
-        command(*args, recipe=resolve_recipe(config, assignments, given), **kwargs)
+        flags = [
+            Given(key=key, value=value, origin=f"{flag} {value}")
+            for key, flag, value in (
+                ("calibration.source", "--calibration", calibration),
+                ("calibration.num_samples", "--num-samples", num_samples),
+                ("calibration.seq_len", "--seq-len", seq_len),
+                ("calibration.seed", "--seed", seed),
+                ("rotation.seed", "--seed", seed),
+            )
+            if value is not None
+        ]
+        command(*args, recipe=resolve_recipe(config, assignments, flags), **kwargs)
 
     wrapped: Command = run
     for option in (
@@ -95,11 +135,12 @@ def recipe_options(command: Command) -> Command:
             metavar="KEY=VALUE",
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
-        click.option("--seed", type=int, help="Of the calibration draw and of the rotation."),
+        click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
         click.option("--seq-len", type=int, help="Tokens per calibration window."),
         click.option("--num-samples", type=int, help="Calibration windows."),
         click.option(
             "--calibration",
+            type=Words(),
             metavar="FILE|ID|pydoc",
             help="Calibration text: .txt, .jsonl or .fasta file, ID[:CONFIG][:SPLIT] of the "
             "datasets library, or the text that ships with Python.",
@@ -107,6 +148,7 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "-c",
             "--config",
+            type=Words(),
             metavar="RECIPE",
             help="YAML file, or the bare name of a preset. Without it: the recipe's defaults.",
         ),
@@ -116,28 +158,31 @@ def recipe_options(command: Command) -> Command:
 
 
 def resolve_recipe(
-    config: str | None, assignments: tuple[str, ...], flags: dict[str, Any]
+    config: str | None, assignments: tuple[str, ...], flags: Sequence[Given]
 ) -> Recipe:
     """The recipe that a command line asks for.
 
     Args:
         config: File or preset name; None takes the defaults.
         assignments: ``KEY=VALUE`` strings; the last of equal keys wins.
-        flags: Dotted key to value; they win over ``assignments``.
+        flags: They win over ``assignments``.
 
     Raises:
         click.UsageError: no such file or preset, unknown key, value out of range; one line.
     """
-    overrides: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise click.UsageError(f"--set {assignment}: expected KEY=VALUE")
-        overrides[key.strip()] = value
     try:
-        return load_recipe(find_recipe(config) if config else None, {**overrides, **flags})
-    except (ValueError, OSError) as error:
+        given = [*map(_assigned, assignments), *flags]
+        return resolve(None if config is None else find_recipe(config), given)
+    except ValueError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _assigned(assignment: str) -> Given:
+    origin = f"--set {assignment}" if len(assignment) <= 60 else f"--set {assignment[:60]}..."
+    key, equals, value = assignment.partition("=")
+    if not equals or not key.strip():
+        raise click.UsageError(f"{origin}: expected KEY=VALUE")
+    return Given.parse(key.strip(), value, origin)
 
 
 def find_recipe(config: str) -> Path:
@@ -147,16 +192,20 @@ def find_recipe(config: str) -> Path:
         click.UsageError: neither; lists the presets.
     """
     path = Path(config)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     folders = preset_folders()
     if path.name == config and not path.suffix:
         for folder in folders:
-            if (folder / f"{config}.yaml").is_file():
+            if os.path.isfile(folder / f"{config}.yaml"):
                 return folder / f"{config}.yaml"
+    if os.path.isdir(path):
+        raise click.UsageError(f"no recipe {config}: it is a folder")
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    near = nearest(path.stem, known)
     raise click.UsageError(
         f"no recipe {config}: neither a file nor a preset; presets: {', '.join(known) or 'none'}"
+        + (f"; did you mean {near}?" if near else "")
     )
 
 

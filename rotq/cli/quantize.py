@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import yaml
 
 from rotq.cli.eval import measure
 from rotq.cli.loading import check_causal
-from rotq.cli.options import model_options, output_options, recipe_options
+from rotq.cli.options import FilePath, Words, model_options, output_options, recipe_options
 from rotq.errors import Stopped
-from rotq.recipe import Recipe
+from rotq.recipe import Recipe, write_yaml
 
 if TYPE_CHECKING:
     from rotq.report import JobReport, Progress
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=FilePath())
 @recipe_options
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder that will hold the checkpoint."
-)
+@click.option("-o", "--output", type=FilePath(), help="Folder that will hold the checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option(
     "--dry-run", is_flag=True, help="Print layers, bits, memory and disk, from the config alone."
@@ -46,7 +43,9 @@ if TYPE_CHECKING:
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where."
 )
 @model_options
-@click.option("--eval-text", metavar="FILE|ID", help="Evaluate before and after on this text.")
+@click.option(
+    "--eval-text", type=Words(), metavar="FILE|ID", help="Evaluate before and after on this text."
+)
 @click.option(
     "--eval-windows",
     type=click.IntRange(min=0),
@@ -73,7 +72,7 @@ def quantize(
     rotq quantize models/llama -c my.yaml --set weights.bits=4 --dry-run
     """
     if print_config:
-        click.echo(yaml.safe_dump(recipe.to_dict(), sort_keys=False), nl=False)
+        click.echo(write_yaml(recipe.to_dict()), nl=False)
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'")

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from rotq.cli.loading import load_on
-from rotq.cli.options import debug_wanted, model_options, output_options
+from rotq.cli.options import FilePath, debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
     checked_settings,
     find_calibration,
@@ -25,7 +25,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
 
 
 @click.command("serve-kv")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath())
 @click.option(
     "--kv",
     "name",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import named_specs
-from rotq.cli.options import Command
+from rotq.cli.options import Command, FilePath
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def serving_options(command: Command) -> Command:
         ),
         click.option(
             "--kv-calibration",
-            type=click.Path(path_type=Path),
+            type=FilePath(),
             help="File of rotq calibrate-kv; without it, constants that need no data.",
         ),
     ):

@@ -53,15 +53,18 @@ class Grid(Codes):
         """Columns that share a scale in a layer of ``in_features``.
 
         Raises:
-            ValueError: the group size does not divide ``in_features``; names the legal sizes.
+            ValueError: the group size does not divide ``in_features``; names the legal sizes, or
+                where there is none of the usual ones all that divide.
         """
         if self.group_size == -1:
             return in_features
         if in_features % self.group_size:
-            legal = ", ".join(str(size) for size in legal_group_sizes(in_features))
+            usual = legal_group_sizes(in_features)
+            sizes = usual or [size for size in range(2, in_features) if in_features % size == 0]
+            legal = f"{', '.join(map(str, sizes))}, or -1" if sizes else "only -1,"
             raise ValueError(
                 f"group size {self.group_size} does not divide {in_features} columns; "
-                f"legal sizes: {legal}, or -1 for one group per channel"
+                f"legal sizes: {legal} for one group per channel"
             )
         return self.group_size
 

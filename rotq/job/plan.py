@@ -1,6 +1,5 @@
 """Which layer gets which grid, and what is rounded at run time, from the config alone."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,11 +9,12 @@ from torch import nn
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.job.overrides import choose_overrides, idle_overrides
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import heads_of, set_heads
 from rotq.models.skeleton import Skeleton
-from rotq.recipe import Activations, KVCache, Recipe, Weights
+from rotq.recipe import Activations, KVCache, Override, Recipe, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +62,22 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
 
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
-            ``auto`` (names the layer and the legal sizes), no layer is left to quantize, or the
-            output format cannot hold the family or what is rounded at run time.
+            ``auto`` (names the layer and the legal sizes), an override matches no layer, no layer
+            is left to quantize, or the output format cannot hold the family or what is rounded at
+            run time.
     """
     _check_format(skeleton, recipe)
     grids: dict[str, Grid] = {}
     shapes: dict[str, tuple[int, int]] = {}
     notes: list[str] = []
-    for site in _sites(skeleton):
+    sites = list(_sites(skeleton))
+    layers = [name for site in sites for name in site]
+    overrides = choose_overrides(
+        recipe.weights.overrides, layers, _never_planned(skeleton, set(layers))
+    )
+    for site in sites:
         for name, linear in site.items():
-            grid = layer_grid(name, linear.in_features, recipe.weights)
+            grid = layer_grid(name, linear.in_features, recipe.weights, overrides.get(name))
             if grid is not None:
                 grids[name], shapes[name] = grid, (linear.out_features, linear.in_features)
         if len({grids.get(name) for name in site}) > 1:
@@ -89,7 +95,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         grids=grids,
         shapes=shapes,
         scale_dtype=scale_dtype,
-        notes=(*notes, *_loader_notes(recipe, dtype, scale_dtype)),
+        notes=(
+            *notes,
+            *idle_overrides(recipe.weights.overrides, overrides),
+            *_loader_notes(recipe, dtype, scale_dtype),
+        ),
         inputs=activation_grid(recipe.activations),
         kv=activation_grid(recipe.kv_cache),
     )
@@ -123,6 +133,12 @@ def _sites(skeleton: Skeleton) -> Iterator[dict[str, nn.Linear]]:
             yield linears
 
 
+def _never_planned(skeleton: Skeleton, layers: set[str]) -> list[str]:
+    """Full names of all else that has a weight: embeddings, head, norms, routers."""
+    modules = skeleton.model.named_modules()
+    return [name for name, m in modules if hasattr(m, "weight") and name not in layers]
+
+
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:
     """What other loaders of the output need, or make of it."""
     if scale_dtype != getattr(torch, recipe.weights.scale_dtype):
@@ -144,14 +160,20 @@ def has_experts(skeleton: Skeleton) -> bool:
     return any(skeleton.adapter.has_experts(block) for block in skeleton.blocks)
 
 
-def layer_grid(name: str, in_features: int, weights: Weights) -> Grid | None:
+def layer_grid(
+    name: str, in_features: int, weights: Weights, override: Override | None = None
+) -> Grid | None:
     """The recipe's grid for one layer; None if it is kept.
+
+    Args:
+        name, in_features: Of the layer.
+        weights: Of the recipe.
+        override: The one that serves the layer, see ``choose_overrides``.
 
     Raises:
         ValueError: the group size does not divide ``in_features``, and no fallback is allowed.
     """
     bits, group_size = weights.bits, weights.group_size
-    override = next((rule for rule in weights.overrides if re.search(rule.match, name)), None)
     if override is not None:
         if override.keep:
             return None

@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from rotq.errors import RotqError
+from rotq.errors import RotqError, told
 from rotq.models.adapter import Adapter
 from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
@@ -59,15 +59,12 @@ class Skeleton:
         config = copy.deepcopy(source.config)
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = auto_class(config).from_config(
-                    config,
-                    dtype=torch.float32,
-                    trust_remote_code=trust_remote_code,
-                )
-        except ValueError as error:
-            raise RotqError(f"cannot build the model: {' '.join(str(error).split())}") from None
+        with told("cannot build the model"), init_empty_weights(include_buffers=False):
+            model = auto_class(config).from_config(
+                config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+            )
         adapter = adapter_for(model)
         if adapter.experts:
             unfuse_experts(model)

@@ -5,7 +5,8 @@ known name, values are checked for type and range, and ``to_dict`` gives back wh
 so that a job repeats from its own output.
 """
 
-from rotq.recipe.reading import from_dict, load_recipe
+from rotq.recipe.notation import read_mapping, write_yaml
+from rotq.recipe.reading import Given, from_dict, load_recipe, resolve
 from rotq.recipe.sections import (
     Activations,
     Calibration,
@@ -23,6 +24,7 @@ from rotq.recipe.whole import Recipe
 __all__ = [
     "Activations",
     "Calibration",
+    "Given",
     "Importance",
     "KVCache",
     "Output",
@@ -35,4 +37,8 @@ __all__ = [
     "Weights",
     "from_dict",
     "load_recipe",
+    "load_rotation",
+    "read_mapping",
+    "resolve",
+    "write_yaml",
 ]

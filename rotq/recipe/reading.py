@@ -4,40 +4,86 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from rotq.recipe.notation import read_mapping, read_yaml
+from rotq.recipe.sections import Rotation, shown
 from rotq.recipe.whole import Recipe
 
+_EXACT = 2**53
+"""Floats up to here hold every integer."""
 
-def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A value that wins over the file's."""
+
+    key: str
+    """Dotted, as ``solver.damping``."""
+    value: Any
+    origin: str = ""
+    """How the user gave it, for messages, as ``--num-samples 0``."""
+
+    @classmethod
+    def parse(cls, key: str, text: str, origin: str = "") -> Given:
+        """From a value that is written in YAML.
+
+        Raises:
+            ValueError: it is not; the line begins with ``origin``.
+        """
+        try:
+            return cls(key=key, value=read_yaml(text), origin=origin)
+        except ValueError as error:
+            raise ValueError(f"{origin or key}: {error}") from None
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     """Resolve a recipe: overrides > file > defaults.
 
     Args:
         path: YAML file; None takes the defaults.
         overrides: Dotted key to value, for example ``{"solver.damping": 0.02}``. Strings are read
-            as YAML scalars.
+            as YAML.
 
     Raises:
         ValueError: unreadable YAML, unknown key, wrong type or value out of range; one line.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: a recipe is a mapping, got {type(values).__name__}")
-    for key, value in overrides.items():
-        _set(values, key, yaml.safe_load(value) if isinstance(value, str) else value)
+    given = [
+        Given.parse(key, value) if isinstance(value, str) else Given(key=key, value=value)
+        for key, value in overrides.items()
+    ]
+    return resolve(path, given)
+
+
+def resolve(path: Path | None, given: Sequence[Given]) -> Recipe:
+    """As ``load_recipe``; of two values for one key the later wins.
+
+    An error begins with the file or with the origin of the value that brought it.
+    """
+    values = {} if path is None else read_mapping(path)
     try:
-        return from_dict(values)
+        return _build_with(values, given)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+        origin = _culprit(path, values, given, str(error))
+        raise ValueError(f"{origin}: {error}" if origin else str(error)) from None
+
+
+def load_rotation(path: Path) -> Rotation:
+    """The section ``rotation`` of a checkpoint's recipe; the others may be an older rotq's.
+
+    Raises:
+        ValueError: as ``load_recipe``; the line begins with the file.
+    """
+    section = read_mapping(path).get("rotation", {})
+    try:
+        return from_dict({"rotation": section}).rotation
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -45,35 +91,72 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     return typing.cast(Recipe, _build(Recipe, values, ""))
 
 
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, last = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"{dotted}: {section} is not a section")
-    values[last] = value
+def _culprit(
+    path: Path | None, values: dict[str, Any], given: Sequence[Given], message: str
+) -> str:
+    """Where the value came from that brings the message: the file, or the first of ``given``."""
+    origins = [str(path or ""), *(item.origin for item in given)]
+    for number, origin in enumerate(origins):
+        try:
+            _build_with(values, given[:number])
+        except ValueError as error:
+            if str(error) == message:
+                return origin
+    raise AssertionError("all that is given brought the message before")
+
+
+def _build_with(values: dict[str, Any], given: Sequence[Given]) -> Recipe:
+    for item in given:
+        values = _put(values, item.key, item.value)
+    return from_dict(values)
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """A copy with one value more; in place it would change what YAML's aliases share too."""
+    section, dot, name = dotted.partition(".")
+    if not dot:
+        return {**values, section: value}
+    held = values.get(section, {})
+    if not isinstance(held, dict):
+        raise ValueError(f"{section}.: expected a mapping, got {shown(held)}")
+    return {**values, section: {**held, name: value}}
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'recipe'}: expected a mapping, got {values!r}")
+        raise ValueError(f"{prefix or 'recipe'}: expected a mapping, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
-        full = f"{prefix}{key}"
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}"
-            )
-            raise ValueError(f"unknown key {full}; {hint}")
-        arguments[key] = _convert(hints[key], value, full)
+            raise ValueError(f"unknown key {prefix}{shown_key(key)}; {_hint(key, hints, prefix)}")
+        arguments[key] = _convert(hints[key], value, f"{prefix}{key}")
+    for field in dataclasses.fields(cls):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in arguments:
+            raise ValueError(f"{prefix}{field.name} is missing")
     try:
         return cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{prefix or 'recipe'}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
+
+
+def shown_key(key: object) -> str:
+    """A key of any type, for a message."""
+    return shown(key).strip("'") if isinstance(key, str) else shown(key)
+
+
+def _hint(key: object, hints: Mapping[str, Any], prefix: str) -> str:
+    within = [f"{prefix}{name}.{key}" for name, hint in hints.items() if _has_field(hint, key)]
+    if within:
+        return f"did you mean {' or '.join(within)}?"
+    near = difflib.get_close_matches(str(key)[:80], hints, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}"
+
+
+def _has_field(hint: Any, name: object) -> bool:
+    fields = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+    return any(field.name == name for field in fields)
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
@@ -81,17 +164,26 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return _build(typing.cast(type, hint), value, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value is None and "none" in arguments:
-            value = "none"
-        if value not in arguments or isinstance(value, bool):
-            raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
+        return _choose(arguments, value, key)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{key}: expected a list, got {value!r}")
+            raise ValueError(f"{key}: expected a list, got {shown(value)}")
         return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{key}: {shown(value)} is not a finite number")
+    if hint is float and number:
         return float(value)
+    if hint is int and number and value == int(value) and abs(value) <= _EXACT:
+        return int(value)  # 1e3
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{key}: expected {hint.__name__}, got {value!r}")
+        raise ValueError(f"{key}: expected {hint.__name__}, got {shown(value)}")
     return value
+
+
+def _choose(choices: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and "none" in choices:
+        return "none"
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{key}: {shown(value)} is not one of {', '.join(map(str, choices))}")
+    return choices[choices.index(value)]

@@ -6,14 +6,29 @@ The string below a field is its documentation.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Literal
+
+MOST_TOKENS = 2**30
+"""Of all calibration windows; as int64 they take 8 GiB."""
 
 
 def check(name: str, value: object, holds: bool, allowed: str) -> None:
     """Raise ValueError, in one line, if a field's value is out of its range."""
     if not holds:
-        raise ValueError(f"{name}: {value!r} is not {allowed}")
+        raise ValueError(f"{name}: {shown(value)} is not {allowed}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError if torch's generators cannot be seeded with it."""
+    check("seed", seed, -(2**63) <= seed < 2**63, "from -2^63 to 2^63 - 1")
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, but short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def codes_or_off(bits: int) -> bool:
@@ -35,12 +50,16 @@ class Override:
     """Leave these layers as they are, unquantized."""
 
     def __post_init__(self) -> None:
+        check("match", self.match, len(self.match) <= 1000, "at most 1000 characters long")
         try:
-            re.compile(self.match)
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                re.compile(self.match)
+        except (re.error, OverflowError) as error:
             raise ValueError(f"match is not a regular expression: {error}") from None
+        except RecursionError:
+            raise ValueError("match is nested too deep for a regular expression") from None
         check("bits", self.bits, self.bits == 0 or 2 <= self.bits <= 8, "2 to 8, or 0")
-        check("group_size", self.group_size, self.group_size >= -1, "positive, -1 or 0")
+        check("group_size", self.group_size, -1 <= self.group_size <= 10**6, "-1 to 1000000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +81,12 @@ class Weights:
 
     def __post_init__(self) -> None:
         check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
+        number = len(self.overrides)
+        check("number of overrides", number, number <= 1000, "at most 1000")
         check(
             "group_size",
             self.group_size,
-            self.group_size == -1 or self.group_size > 0,
+            self.group_size == -1 or 0 < self.group_size <= 10**6,
             "positive or -1",
         )
 
@@ -84,6 +105,9 @@ class Rotation:
     """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
     seed: int = 0
     """Seed of the random signs."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +160,11 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        tokens = self.num_samples * self.seq_len
+        check("num_samples x seq_len", tokens, tokens <= MOST_TOKENS, f"at most {MOST_TOKENS}")
+        check("batch_size", self.batch_size, self.batch_size <= 10**6, "at most 1000000")
         check("masked", self.masked, 0 <= self.masked < 1, "0 or more, below 1")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +219,7 @@ class Solver:
         check("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1")
         alpha = self.target_correction
         check("target_correction", alpha, 0 <= alpha <= 1, "0 to 1")
-        check("refine_sweeps", self.refine_sweeps, self.refine_sweeps >= 0, "0 or more")
+        check("refine_sweeps", self.refine_sweeps, 0 <= self.refine_sweeps <= 1000, "0 to 1000")
 
     @property
     def needs_original(self) -> bool:
@@ -206,7 +234,8 @@ class Output:
     format: Literal["compressed-tensors", "rotq"] = "compressed-tensors"
     """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations."""
     max_shard_gb: float = 5.0
-    """Largest safetensors file, in 10^9 bytes."""
+    """Largest safetensors file, in 10^9 bytes; a tensor that is larger has a file of its own."""
 
     def __post_init__(self) -> None:
-        check("max_shard_gb", self.max_shard_gb, self.max_shard_gb > 0, "above 0")
+        limit = self.max_shard_gb
+        check("max_shard_gb", limit, 1e-9 <= limit <= 1e6, "from 1e-9, a byte, to 1000000")

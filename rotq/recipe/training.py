@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from rotq.recipe.sections import check
+
+
+def check_count(name: str, number: int) -> None:
+    """Raise ValueError for a number of steps or tokens that no job has."""
+    check(name, number, 0 <= number <= 10**9, "0 to 10^9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +42,16 @@ class Transform:
     """Tokens from the start of a calibration window that are trained on; 0 takes the window."""
 
     def __post_init__(self) -> None:
-        check("top_k", self.top_k, self.top_k >= 1, "at least 1")
-        for name in ("angle", "scale_rate", "layer_steps", "steps", "seq_len"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check("top_k", self.top_k, 1 <= self.top_k <= 10**9, "1 to 10^9")
+        for name in ("layer_steps", "steps", "seq_len"):
+            check_count(name, getattr(self, name))
+        check("angle", self.angle, 0 <= self.angle <= math.pi, "0 to pi")
+        check("scale_rate", self.scale_rate, 0 <= self.scale_rate <= 1, "0 to 1")
         among = set(self.balance) <= set(self.scalings)
         check("balance", self.balance, among, "among the scalings")
+        for name in ("scalings", "balance"):
+            names = getattr(self, name)
+            check(name, names, len(set(names)) == len(names), "without repetition")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,7 @@ class Tuning:
     models, which see both sides, are always given the window."""
 
     def __post_init__(self) -> None:
-        check("steps", self.steps, self.steps >= 0, "0 or more")
-        check("seq_len", self.seq_len, self.seq_len >= 0, "0 or more")
-        check("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        check_count("steps", self.steps)
+        check_count("seq_len", self.seq_len)
+        rate = self.learning_rate
+        check("learning_rate", rate, 0 < rate <= 1, "above 0, at most 1")

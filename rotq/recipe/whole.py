@@ -16,6 +16,7 @@ from rotq.recipe.sections import (
     Rotation,
     Solver,
     Weights,
+    check,
 )
 from rotq.recipe.training import Transform, Tuning
 
@@ -38,6 +39,7 @@ class Recipe:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
+        check("name", self.name, len(self.name) <= 100, "at most 100 characters long")
         if self.output.format != "rotq":
             self._check_expressible()
 

@@ -37,11 +37,22 @@ def make_table(*headers: str) -> Table:
 
 
 def render(table: Table) -> str:
-    """Plain lines without colors, whatever the terminal."""
+    """Plain lines without colors, whatever the terminal.
+
+    Names and notes of a checkpoint are foreign text: brackets in them are no markup, and what would
+    command a terminal is spelled.
+    """
     from rich.console import Console
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=WIDTH, color_system=None, highlight=False)
+    console = Console(
+        file=buffer, width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False
+    )
     console.print(table)
-    lines = buffer.getvalue().splitlines()
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    lines = buffer.getvalue().split("\n")
+    return "".join(f"{printable(line).rstrip()}\n" for line in lines[:-1])
+
+
+def printable(line: str) -> str:
+    """The line, with a code in place of each character that is no letter, mark or space."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

@@ -100,6 +100,16 @@ def test_group_sizes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("in_features", "sizes"),
+    [(60, "2, 3, 4, 5, 6, 10, 12, 15, 20, 30, or -1 for"), (61, "only -1, for")],
+)
+def test_legal_sizes_are_never_an_empty_list(in_features: int, sizes: str) -> None:
+    grid = Grid(bits=4, group_size=128, symmetric=True)
+    with pytest.raises(ValueError, match=f"columns; legal sizes: {sizes} one group per channel"):
+        grid.columns_per_group(in_features)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"bits": 1}, "bits must be 2 to 8"),

@@ -5,6 +5,7 @@ import torch
 from tiny_models import MemorySource, tiny_model
 
 from rotq.formats.activations import ActivationGrid
+from rotq.job.overrides import choose_overrides
 from rotq.job.plan import layer_grid, make_plan
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.skeleton import Skeleton
@@ -39,10 +40,11 @@ def test_group_size_that_does_not_divide_names_layer_and_sizes():
 def test_first_override_wins_and_keep_keeps():
     overrides = ({"match": "up$", "bits": 8}, {"match": "block", "bits": 2, "group_size": -1})
     weights = recipe(weights__overrides=list(overrides), weights__group_size=16).weights
-    up, down = (layer_grid(f"block.{name}", 64, weights) for name in ("up", "down"))
+    chosen = choose_overrides(weights.overrides, ["block.up", "block.down"])
+    up, down = (layer_grid(name, 64, weights, override) for name, override in chosen.items())
     assert (up.bits, up.group_size, down.bits, down.group_size) == (8, 16, 2, -1)
     kept = recipe(weights__overrides=[{"match": "up", "keep": True}]).weights
-    assert layer_grid("block.up", 128, kept) is None
+    assert layer_grid("block.up", 128, kept, kept.overrides[0]) is None
 
 
 def test_several_grids_on_one_input_are_noted():
