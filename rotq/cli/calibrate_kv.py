@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import load, show
+from rotq.cli.loading import load, say, show
 from rotq.cli.options import Command, model_options, output_options
 from rotq.errors import RotqError
 
@@ -107,6 +107,7 @@ def calibrate_all(
     from rotq.calibration.data import load_windows
     from rotq.kv.calibration.calibrate import calibrate
     from rotq.kv.calibration.statistics import collect
+    from rotq.models.limits import limits_of
     from rotq.recipe import Calibration
 
     drawn: Windows = load_windows(
@@ -114,7 +115,9 @@ def calibrate_all(
             source=calibration, num_samples=num_samples, seq_len=calibration_seq_len, seed=seed
         ),
         tokenizer,
+        limits_of(model),
     )
+    say(drawn.notes)
     source = {"text": drawn.source, "sha256": drawn.sha256, "seed": seed}
     sinks = max(spec.sinks for spec in specs)
     statistics = collect(
