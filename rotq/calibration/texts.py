@@ -7,6 +7,7 @@ How bytes of a file become text is in ``files``.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,14 @@ def _load_rows(name: str, config: str | None, split: str) -> tuple[list[str], li
     """Columns of a data set, and what its column "text" holds."""
     import datasets
 
-    found = datasets.load_dataset(name, config, split=split)
+    bars = not datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     columns = list(found.column_names)
     return columns, list(found["text"]) if "text" in columns else []
 

@@ -119,7 +119,9 @@ def calibrate_all(
     )
     say(drawn.notes)
     source = {"text": drawn.source, "sha256": drawn.sha256, "seed": seed}
-    sinks = max(spec.sinks for spec in specs)
+    sinks, length = max(spec.sinks for spec in specs), drawn.first_BT.shape[1]
+    if sinks >= length:
+        raise RotqError(f"windows of {length} tokens hold nothing behind {sinks} sinks")
     statistics = collect(
         model, drawn.ids_BT, sinks=sinks, seed=seed, on_window=show("calibration window")
     )
