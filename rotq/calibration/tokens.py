@@ -3,7 +3,7 @@
 What ``tokenizer.json`` may carry and would act without a word is lifted for a call, and put back:
 
     truncation, padding     are of the batches of whoever saved the file
-    dropout, sampling       of BPE merges, of Unigram pieces: other ids at every call
+    dropout                 of BPE merges: other ids at every call
 
 ``split_special_tokens`` of ``tokenizer_config.json`` holds, as in a call through transformers.
 """
@@ -82,18 +82,17 @@ def _lifted(backend: Any, *, split_special: bool) -> Iterator[None]:
     """Nothing but the vocabulary and its rules decides the ids of a text."""
     truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
     model = backend.model
-    found = {name: getattr(model, name, None) for name in ("dropout", "alpha", "nbest_size")}
-    chances = {name: value for name, value in found.items() if value is not None}
+    dropout = getattr(model, "dropout", None)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = split_special
-    for name in chances:
-        setattr(model, name, None)
+    if dropout is not None:
+        model.dropout = None
     try:
         yield
     finally:
-        for name, value in chances.items():
-            setattr(model, name, value)
+        if dropout is not None:
+            model.dropout = dropout
         backend.encode_special_tokens = split
         if truncation is not None:
             backend.enable_truncation(**truncation)
