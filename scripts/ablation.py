@@ -148,8 +148,8 @@ class _Remembered:
         self.model = model
         self.seen: dict[tuple[int, ...], Tensor] = {}
 
-    def get_input_embeddings(self) -> Any:
-        return self.model.get_input_embeddings()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def __call__(self, *, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         key = tuple(input_ids.flatten().tolist())

@@ -21,6 +21,7 @@ from rotq.evaluation.quantized_history import scheme_of
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.calibration.statistics import collect
 from rotq.kv.presets import PRESETS, preset
+from rotq.models.limits import limits_of
 from rotq.recipe import Calibration
 
 OURS = preset("k3v3")
@@ -98,6 +99,7 @@ def main():
     drawn = load_windows(
         Calibration(source=args.calibration, num_samples=args.num_samples, seq_len=1024, seed=0),
         tokenizer,
+        limits_of(model),
     )
     statistics = collect(model, drawn.ids_BT, sinks=OURS.sinks)
     ids_N = tokenize(read_text(args.text, split="test"), tokenizer)

@@ -5,6 +5,8 @@ seeded generator, as GPTQ's own script does:
 
     start_b ~ uniform{0 .. n - T - 2},     ids_b = ids[start_b : start_b + T]
 
+A window is no longer than the model has positions, special tokens counted, and holds ids that the
+model has embeddings for (``limits``).
 FASTA sequences follow each other with the special tokens that the tokenizer puts around each, or
 else are joined by a newline; for a masked language model they are windows of their own (see
 ``proteins``).
@@ -15,16 +17,19 @@ Shape suffixes: N tokens of the text, B windows, T positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotq.calibration.batches import Batch
+from rotq.calibration.fasta import parse_fasta
+from rotq.calibration.limits import Limits
 from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.texts import Text, read_text
+from rotq.calibration.tokens import encode, panics_unprinted
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
 
@@ -41,7 +46,8 @@ class Windows:
     """Of the text's file or content, see ``Text``."""
     tokens: int
     """Tokens of the whole text, or residues of the file, that the windows were drawn from."""
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    """What is to be said about the text and the windows, a line each."""
 
     @property
     def ids_BT(self) -> Tensor:
@@ -65,72 +71,109 @@ class Windows:
         return sum(batch.num_tokens for batch in self.batches)
 
 
-def load_windows(calibration: Calibration, tokenizer: Any, *, masked: bool = False) -> Windows:
+def load_windows(
+    calibration: Calibration, tokenizer: Any, limits: Limits, *, masked: bool = False
+) -> Windows:
     """Draw the calibration windows of a recipe.
 
     Args:
         calibration: Source, number and length of the windows, seed.
         tokenizer: A transformers tokenizer.
+        limits: Of the model; windows are cut to its positions.
         masked: The model fills in masked tokens.
 
     Raises:
-        RotqError: the text is missing, empty, not UTF-8 (names the byte), or too short; or a
-            masked language model of proteins is given something else than FASTA.
+        RotqError: the text is missing, empty, in an unknown encoding (names the byte), too short
+            or holds a token that the model does not know; or a masked language model of proteins is
+            given something else than FASTA.
     """
     text = read_text(calibration.source)
     if masked and reads_residues(tokenizer):
-        return _protein_windows(calibration, text, ResidueCodec(tokenizer))
-    return _text_windows(calibration, text, tokenize(text, tokenizer))
+        return _protein_windows(calibration, text, ResidueCodec(tokenizer), limits)
+    return _text_windows(calibration, text, tokenize(text, tokenizer), limits)
 
 
-def _protein_windows(calibration: Calibration, text: Text, codec: ResidueCodec) -> Windows:
-    if not text.records:
+def _protein_windows(
+    calibration: Calibration, text: Text, codec: ResidueCodec, limits: Limits
+) -> Windows:
+    text = text if text.records else _as_fasta(text)
+    length = limits.cut(calibration.seq_len, least=codec.num_special + 1)
+    batches = draw_proteins(replace(calibration, seq_len=length), text.records, codec)
+    for batch in batches:
+        limits.check(batch.ids_BT, text.source)
+    lengths = [len(record.sequence) for record in text.records]
+    cut = codec.num_special + max(lengths) > length
+    return Windows(
+        batches=batches,
+        source=text.source,
+        sha256=text.sha256,
+        tokens=sum(lengths),
+        notes=_notes(limits.note(calibration.seq_len, length) if cut else "", text.note),
+    )
+
+
+def _as_fasta(text: Text) -> Text:
+    """A file that is FASTA by another name, or the refusal of one that is none."""
+    if not text.content.lstrip().startswith((">", ";")):
         raise RotqError(
             f"calibration text {text.source}: the model reads proteins, so calibration.source "
             "must be a FASTA file"
         )
-    return Windows(
-        batches=draw_proteins(calibration, text.records, codec),
-        source=text.source,
-        sha256=text.sha256,
-        tokens=sum(len(record.sequence) for record in text.records),
-        note=f"{text.source}: {text.note}",
-    )
+    proteins = parse_fasta(text.source, text.content.encode("utf-8"))
+    note = f"{text.source}, read as FASTA: {proteins.describe()}"
+    return replace(text, records=proteins.records, note=note)
 
 
-def _text_windows(calibration: Calibration, text: Text, ids_N: Tensor) -> Windows:
-    num_starts = ids_N.numel() - calibration.seq_len - 1
-    if num_starts < 1:
-        raise RotqError(
-            f"calibration text {text.source} is too short: {ids_N.numel()} tokens, windows of "
-            f"{calibration.seq_len} need at least {calibration.seq_len + 2}"
-        )
-    generator = torch.Generator().manual_seed(calibration.seed)
-    starts = torch.randint(0, num_starts, (calibration.num_samples,), generator=generator)
-    ids_BT = torch.stack([ids_N[start : start + calibration.seq_len] for start in starts.tolist()])
+def _text_windows(calibration: Calibration, text: Text, ids_N: Tensor, limits: Limits) -> Windows:
+    length = limits.cut(calibration.seq_len)
+    ids_BT = _draw(calibration, text.source, ids_N, length)
+    limits.check(ids_BT, text.source)
     return Windows(
         batches=tuple(Batch(ids_BT=part) for part in ids_BT.split(calibration.batch_size)),
         source=text.source,
         sha256=text.sha256,
         tokens=int(ids_N.numel()),
+        notes=_notes(limits.note(calibration.seq_len, length), text.note),
     )
+
+
+def _draw(calibration: Calibration, source: str, ids_N: Tensor, length: int) -> Tensor:
+    """Windows of the text, (B, T); some may be drawn more than once."""
+    num_starts, wanted = ids_N.numel() - length - 1, calibration.num_samples
+    if num_starts < 1:
+        raise RotqError(
+            f"calibration text {source} is too short: {ids_N.numel()} tokens, windows of "
+            f"{length} need at least {length + 2}"
+        )
+    if wanted > num_starts:
+        raise RotqError(
+            f"calibration text {source} is too short: {ids_N.numel()} tokens hold {num_starts} "
+            f"different windows of {length}, of {wanted} asked for; ask for fewer or shorter ones"
+        )
+    generator = torch.Generator().manual_seed(calibration.seed)
+    starts = torch.randint(0, num_starts, (wanted,), generator=generator)
+    return torch.stack([ids_N[start : start + length] for start in starts.tolist()])
+
+
+def _notes(*lines: str) -> tuple[str, ...]:
+    return tuple(filter(None, lines))
 
 
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
     """Token ids of the whole text, int64 (N,); special tokens only around FASTA sequences.
 
     Raises:
-        RotqError: the tokenizer finds no token in it.
+        RotqError: the tokenizer finds no token in it, or fails on it; names the text.
     """
     if text.records and reads_residues(tokenizer) and ResidueCodec(tokenizer).num_special:
         codec = ResidueCodec(tokenizer)
         ids = [id for record in text.records for id in codec.encode(record.sequence)]
-    elif getattr(tokenizer, "is_fast", False):
-        # no offsets: half the time and memory, which a text of some MB makes count
-        backend = tokenizer.backend_tokenizer
-        ids = backend.encode_batch_fast([text.content], add_special_tokens=False)[0].ids
     else:
-        ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            with panics_unprinted():
+                ids = encode(tokenizer, text.content)
+        except RotqError as error:
+            raise RotqError(f"text {text.source}: {error}") from error.__cause__
     if not ids:
         raise RotqError(f"text {text.source} holds no tokens")
     return torch.tensor(ids, dtype=torch.int64)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from rotq.calibration.fasta import AMBIGUOUS
+from rotq.calibration.tokens import encode, panics_unprinted
 from rotq.errors import RotqError
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -53,7 +54,7 @@ class ResidueCodec:
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
         """Special tokens that the tokenizer puts before and behind a sequence."""
-        ids = list(self.tokenizer("A", verbose=False)["input_ids"])
+        ids = _probe(self.tokenizer, "A", special=True)
         place = ids.index(self.ids["A"])
         return ids[:place], ids[place + 1 :]
 
@@ -96,7 +97,7 @@ class ResidueCodec:
         return int(other)
 
     def _plain(self, letter: str) -> list[int]:
-        return list(self.tokenizer(letter, add_special_tokens=False, verbose=False)["input_ids"])
+        return _probe(self.tokenizer, letter)
 
 
 def reads_residues(tokenizer: Any) -> bool:
@@ -111,8 +112,13 @@ def _separator(tokenizer: Any) -> str | None:
     """
     for separator in ("", " "):
         given = separator.join(RESIDUES + RESIDUES[::-1])
-        ids = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _probe(tokenizer, given)
         known = set(ids) - {tokenizer.unk_token_id}
         if len(ids) == 2 * len(RESIDUES) and len(known) == len(RESIDUES):
             return separator
     return None
+
+
+def _probe(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    with panics_unprinted():
+        return encode(tokenizer, text, special=special)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import load, show
+from rotq.cli.loading import load, say, show
 from rotq.cli.options import Command, FilePath, Seed, Words, model_options, output_options
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
@@ -123,15 +123,20 @@ def calibrate_all(
     from rotq.calibration.data import load_windows
     from rotq.kv.calibration.calibrate import calibrate
     from rotq.kv.calibration.statistics import collect
+    from rotq.models.limits import limits_of
 
     drawn: Windows = load_windows(
         Calibration(
             source=calibration, num_samples=num_samples, seq_len=calibration_seq_len, seed=seed
         ),
         tokenizer,
+        limits_of(model),
     )
+    say(drawn.notes)
     source = {"text": drawn.source, "sha256": drawn.sha256, "seed": seed}
-    sinks = max(spec.sinks for spec in specs)
+    sinks, length = max(spec.sinks for spec in specs), drawn.first_BT.shape[1]
+    if sinks >= length:
+        raise RotqError(f"windows of {length} tokens hold nothing behind {sinks} sinks")
     statistics = collect(
         model, drawn.ids_BT, sinks=sinks, seed=seed, on_window=show("calibration window")
     )

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import check_causal, check_device_map, show
+from rotq.cli.loading import check_causal, check_device_map, say, show
 from rotq.cli.options import FilePath, Words, model_options, output_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotq.calibration.limits import Limits
+    from rotq.calibration.texts import Text
     from rotq.evaluation.perplexity import Evaluation, Protocol
 
 
@@ -115,24 +119,48 @@ def measure(
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
     from rotq.calibration.data import tokenize
+    from rotq.calibration.limits import Limits
     from rotq.calibration.texts import read_text
+    from rotq.checkpoint.limits import read_limits
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.evaluation.perplexity import evaluate
 
-    for path in filter(None, (checkpoint, reference)):
+    paths = [path for path in (checkpoint, reference) if path is not None]
+    limits = Limits()
+    for path in paths:
         check_causal(path, trust_remote_code=trust_remote_code)
+        if path.exists():  # else its loader says so
+            limits = limits.within(read_limits(path, trust_remote_code=trust_remote_code))
     content = read_text(text, split="test")
     ids_N = tokenize(content, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
-    protocol.cut(ids_N)  # a text that is too short fails before a model is loaded
+    # what is refused or cut is so before a model is loaded
+    within = checked_protocol(protocol, limits, content, ids_N)
     models = [
         load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        for path in (checkpoint, reference)
-        if path is not None
+        for path in paths
     ]
     return evaluate(
         models[0],
         ids_N,
-        protocol=protocol,
+        protocol=within,
         reference=models[1] if reference is not None else None,
         on_window=show("window"),
     )
+
+
+def checked_protocol(protocol: Protocol, limits: Limits, text: Text, ids_N: Tensor) -> Protocol:
+    """The protocol within a model's limits, and a line for what is odd.
+
+    Args:
+        protocol: As it was asked for.
+        limits: Of the model, or of both.
+        text: That is scored.
+        ids_N: Its tokens.
+
+    Raises:
+        RotqError: the text is too short, or holds a token that the model does not know.
+    """
+    within = protocol.within(limits)
+    limits.check(within.cut(ids_N), text.source)
+    say((text.note, limits.note(protocol.seq_len, within.seq_len)))
+    return within

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
+from rotq.cli.eval import checked_protocol
 from rotq.cli.loading import load, show
 from rotq.cli.options import FilePath, Words, model_options, output_options
 
@@ -77,13 +78,15 @@ def eval_kv(
     from rotq.evaluation.kv import evaluate_kv
     from rotq.evaluation.perplexity import Protocol
     from rotq.evaluation.quantized_history import scheme_of
+    from rotq.models.limits import limits_of
 
     specs = [_with_window(spec, sinks, recent) for spec in named_specs(names)]
     content = read_text(text, split="test")
     loaded, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     ids_N = tokenize(content, tokenizer)
-    protocol = Protocol(windows=windows, seq_len=seq_len)
-    protocol.cut(ids_N)  # a text that is too short fails before calibration
+    # what is refused or cut is so before calibration
+    asked = Protocol(windows=windows, seq_len=seq_len)
+    protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
     calibrations = _find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
     found = evaluate_kv(
         loaded,

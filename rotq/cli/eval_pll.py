@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import load, show
+from rotq.cli.loading import load, say, show
 from rotq.cli.options import FilePath, model_options, output_options
 from rotq.errors import RotqError
 
@@ -116,12 +116,14 @@ def measure_pll(
     Raises:
         RotqError: a model cannot be read, fills in no masks, or does not read residues.
     """
+    from rotq.calibration.limits import Limits
     from rotq.calibration.residues import ResidueCodec
     from rotq.evaluation.pseudo_perplexity import evaluate_pll
     from rotq.evaluation.representations import compare_representations
+    from rotq.models.limits import limits_of
     from rotq.models.task import is_masked
 
-    models, codecs = [], []
+    models, codecs, limits = [], [], Limits()
     for path in (checkpoint, reference):
         if path is None:
             continue
@@ -130,6 +132,11 @@ def measure_pll(
             raise RotqError(f"{path} is no masked language model; use rotq eval ppl")
         models.append(model)
         codecs.append(ResidueCodec(tokenizer))
+        limits = limits.within(limits_of(model))
+    asked, special = protocol, codecs[0].num_special
+    protocol = asked.within(limits, special)
+    if any(protocol.cut(records) != asked.cut(records) for records in groups.values()):
+        say([limits.note(asked.max_length, protocol.max_length, "residues", special=special)])
     found: dict[str, dict[str, Any]] = {}
     for name, records in groups.items():
         scored = evaluate_pll(
@@ -159,7 +166,10 @@ def _records(fasta: Path | None) -> dict[str, list[Record]]:
 
     if fasta is None:
         return load_groups()
-    return {fasta.name: list(read_fasta(fasta).records)}
+    proteins = read_fasta(fasta)
+    if proteins.oddities():
+        say([f"{fasta}: {proteins.describe()}"])
+    return {fasta.name: list(proteins.records)}
 
 
 def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:

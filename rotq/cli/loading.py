@@ -6,7 +6,7 @@ Everything heavy is imported in the functions: ``rotq -h`` loads no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,12 @@ def check_causal(path: Path, *, trust_remote_code: bool) -> None:
         return
     if is_masked(load_config(path, trust_remote_code=trust_remote_code)):
         raise RotqError(f"{path} is a masked language model; score it with rotq eval pll")
+
+
+def say(notes: Iterable[str]) -> None:
+    """Lines on stderr, for what is done otherwise than was asked; empty ones are left out."""
+    for note in filter(None, notes):
+        click.echo(note, err=True)
 
 
 def show(label: str) -> Callable[[int, int], None] | None:

@@ -24,6 +24,7 @@ from rotq.evaluation.divergence import Divergence, compare
 from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
 from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
 from rotq.models.attention.replaced import replaced_attention
+from rotq.models.limits import limits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ def evaluate_kv(
 ) -> list[KVEvaluation]:
     """Score a text with each scheme, and with an unquantized cache; windows do not overlap.
 
+    They are cut to the positions of the model.
+
     Args:
         model: A causal language model of transformers.
         ids_N: int64 token ids of the whole text.
@@ -94,10 +97,13 @@ def evaluate_kv(
         on_window: Called with windows done and windows in all.
 
     Raises:
-        RotqError: text too short, an attention that is not supported, or logits that are not
-            finite.
+        RotqError: text too short, a token id outside the vocabulary, an attention that is not
+            supported, or logits that are not finite.
     """
+    limits = limits_of(model)
+    protocol = protocol.within(limits)
     ids_BT = protocol.cut(ids_N)
+    limits.check(ids_BT)
     reference_nll = 0.0
     sums = [_Sums() for _ in schemes]
     histories = [QuantizedHistory(scheme) for scheme in schemes]

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotq.calibration.limits import Limits
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
+from rotq.models.limits import limits_of
 
 CHUNK = 256
 """Positions whose log-probabilities are held in fp32 at a time."""
@@ -46,6 +48,14 @@ class Protocol:
             raise ValueError(f"seq_len: {self.seq_len} is not at least 2")
         if not 0 <= self.stride < self.seq_len:
             raise ValueError(f"stride: {self.stride} is not below seq_len {self.seq_len}")
+
+    def within(self, limits: Limits) -> Protocol:
+        """The same, with windows that are no longer than a model has positions.
+
+        Raises:
+            RotqError: it has too few for two tokens, or no more than ``stride``.
+        """
+        return replace(self, seq_len=limits.cut(self.seq_len, least=max(2, self.stride + 1)))
 
     def cut(self, ids_N: Tensor) -> Tensor:
         """Windows ids_BT of a text.
@@ -110,6 +120,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a text, window by window; one window's logits are held at a time.
 
+    Windows are cut to the positions of both models.
+
     Args:
         model: A causal language model of transformers, on any device.
         ids_N: int64 token ids of the whole text.
@@ -120,7 +132,12 @@ def evaluate(
         RotqError: text too short, vocabularies differ, a token id outside the vocabulary, or
             logits that are not finite.
     """
+    limits = limits_of(model)
+    if reference is not None:
+        limits = limits.within(limits_of(reference))
+    protocol = protocol.within(limits)
     ids_BT = protocol.cut(ids_N)
+    limits.check(ids_BT)
     nll, reference_nll, tokens = 0.0, 0.0, 0
     divergence = Divergence()
     for window, ids_T in enumerate(ids_BT):

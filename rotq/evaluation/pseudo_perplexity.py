@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from rotq.calibration.batches import Batch, padded
 from rotq.calibration.fasta import Record
+from rotq.calibration.limits import Limits
 from rotq.calibration.residues import ResidueCodec
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
+from rotq.models.limits import limits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,14 @@ class PLLProtocol:
         for name, least in (("sequences", 0), ("max_length", 1), ("positions", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is not {least} or more")
+
+    def within(self, limits: Limits, num_special: int) -> PLLProtocol:
+        """The same, with sequences that fit a model's positions together with special tokens.
+
+        Raises:
+            RotqError: no residue fits.
+        """
+        return replace(self, max_length=limits.cut(self.max_length, special=num_special))
 
     def cut(self, records: Sequence[Record]) -> list[str]:
         """The sequences that are scored, as far as they are."""
@@ -131,6 +141,8 @@ def evaluate_pll(
 ) -> PLLEvaluation:
     """Score proteins with a masked language model.
 
+    Sequences are cut to the positions of both models.
+
     Args:
         model: Of transformers, on any device.
         records: What ``protocol`` takes its sequences from.
@@ -142,10 +154,16 @@ def evaluate_pll(
         RotqError: no residue to score, vocabularies differ, a token id outside the vocabulary, or
             logits that are not finite.
     """
+    limits = limits_of(model)
+    if reference is not None:
+        limits = limits.within(limits_of(reference))
+    protocol = protocol.within(limits, codec.num_special)
     taken = list(records[: protocol.sequences or None])
     whole = [_whole_row(sequence, codec) for sequence in protocol.cut(taken)]
     if not any(row.positions for row in whole):
         raise RotqError("there is no residue to score")
+    used = {codec.mask_id, codec.pad_id}.union(*(row.ids for row in whole))
+    limits.check(torch.tensor(sorted(used)))
     generator = torch.Generator().manual_seed(protocol.seed)
     masked = [one for row in whole for one in _masked_rows(row, codec, protocol, generator)]
     models = [model] if reference is None else [model, reference]

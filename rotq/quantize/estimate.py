@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rotq.calibration.data import load_windows
+from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import describe_source
 from rotq.job.plan import Plan, make_plan
+from rotq.models.limits import limits_of
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.setup import starting_basis, wanted_dtype
 from rotq.recipe import Recipe
@@ -25,7 +28,9 @@ IMPORTED_BYTES = 400_000_000
 def estimate(
     model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> Estimate:
-    """What ``quantize_model`` would make and need; reads the config and file headers only.
+    """What ``quantize_model`` would make and need; no weight is read.
+
+    Calibration windows are drawn and dropped, so that a text is refused here as in the job.
 
     Raises:
         ValueError, RotqError: as ``quantize_model``.
@@ -33,7 +38,14 @@ def estimate(
     source = describe_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     starting_basis(recipe, skeleton)
-    return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
+    found = make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
+    load_windows(
+        recipe.calibration,
+        load_tokenizer(model, trust_remote_code=trust_remote_code),
+        limits_of(skeleton.model),
+        masked=skeleton.masked,
+    )
+    return found
 
 
 def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:

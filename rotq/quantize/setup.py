@@ -18,9 +18,9 @@ from rotq.job.folder import JobFolder
 from rotq.job.plan import make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
+from rotq.models.limits import limits_of
 from rotq.models.registry import GenericAdapter, find_adapter
 from rotq.models.skeleton import Skeleton
-from rotq.models.task import is_masked
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
@@ -47,14 +47,15 @@ def setup(
     """
     gguf_dir = folder.path / "source"
     source = open_source(model, gguf_dir=gguf_dir, trust_remote_code=trust_remote_code)
-    # first, because tokenizing a text of some MB is what most memory is used for until then
+    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
+    # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(
         recipe.calibration,
         load_tokenizer(source.path, trust_remote_code=trust_remote_code),
-        masked=is_masked(source.config),
+        limits_of(skeleton.model),
+        masked=skeleton.masked,
     )
     release_memory()
-    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     drawn = starting_basis(recipe, skeleton)
     wanted = wanted_dtype(dtype, source)
@@ -70,7 +71,7 @@ def setup(
         progress=progress,
     )
     folder.claim(fingerprint(job))
-    for note in filter(None, (*job.plan.notes, windows.note)):
+    for note in (*job.plan.notes, *windows.notes):
         progress.message(note)
     return job, drawn
 

@@ -6,7 +6,7 @@ so that a job repeats from its own output.
 """
 
 from rotq.recipe.notation import read_mapping, write_yaml
-from rotq.recipe.reading import Given, from_dict, load_recipe, resolve
+from rotq.recipe.reading import Given, from_dict, load_recipe, load_rotation, resolve
 from rotq.recipe.sections import (
     Activations,
     Calibration,

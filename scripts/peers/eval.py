@@ -29,9 +29,8 @@ def main():
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.reference)
-    ids = tokenizer(args.text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[
-        0
-    ]
+    text = args.text.read_text(encoding="utf-8-sig")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     windows = ids[: args.windows * args.length].view(args.windows, args.length)
 
     if args.cache and args.cache.exists():

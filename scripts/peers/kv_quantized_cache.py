@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 def windows_of(args):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with open(args.text, encoding="utf-8") as file:
+    with open(args.text, encoding="utf-8-sig") as file:
         ids = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids).unfold(0, args.seq_len, args.seq_len)[: args.windows]
 

@@ -30,9 +30,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.save_pretrained(args.out)
 
-    ids = tokenizer(args.text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[
-        0
-    ]
+    text = args.text.read_text(encoding="utf-8-sig")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     generator = torch.Generator().manual_seed(args.seed)
     starts = torch.randint(0, len(ids) - args.length - 1, (args.windows,), generator=generator)
     windows = torch.stack([ids[s : s + args.length] for s in starts.tolist()])

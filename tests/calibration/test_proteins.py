@@ -9,6 +9,7 @@ from tiny_proteins import esm_tokenizer, sequences, spaced_tokenizer, write_fast
 
 from rotq.calibration.batches import Batch, bucketed, padded
 from rotq.calibration.data import load_windows, tokenize
+from rotq.calibration.limits import Limits
 from rotq.calibration.texts import read_text
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
@@ -18,7 +19,7 @@ def windows(tmp_path: Path, found: list[str], **changes: Any) -> Any:
     settings = {"num_samples": 50, "seq_len": 40, "batch_size": 4, "masked": 0.0, **changes}
     file = write_fasta(tmp_path / "p.fasta", found)
     calibration = Calibration(source=str(file), **settings)
-    return load_windows(calibration, esm_tokenizer(tmp_path), masked=True)
+    return load_windows(calibration, esm_tokenizer(tmp_path), Limits(), masked=True)
 
 
 def rows(batches: Any) -> list[list[int]]:
@@ -83,14 +84,14 @@ def test_fewer_windows_than_sequences_are_drawn_by_seed(tmp_path: Path) -> None:
 
 def test_a_protein_model_wants_fasta_and_room(tmp_path: Path) -> None:
     with pytest.raises(RotqError, match=r"pydoc: the model reads proteins.*FASTA"):
-        load_windows(Calibration(source="pydoc"), esm_tokenizer(tmp_path), masked=True)
+        load_windows(Calibration(source="pydoc"), esm_tokenizer(tmp_path), Limits(), masked=True)
     with pytest.raises(RotqError, match=r"seq_len=2 leaves no room for a residue between 2"):
         windows(tmp_path, ["MKT"], seq_len=2)
 
 
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     drawn = windows(tmp_path, ["MKT", "", "A*C"])
-    assert drawn.note.endswith("1 sequences, 3 residues; left out: 1 empty, 1 with stops")
+    assert drawn.notes[-1].endswith("1 sequences, 3 residues; left out: 1 empty, 1 with stops")
 
 
 def test_causal_models_read_sequences_between_special_tokens(tmp_path: Path) -> None:

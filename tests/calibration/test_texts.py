@@ -1,5 +1,7 @@
 """Texts by name: files, corpora, data sets, and what is wrong with them."""
 
+import gzip
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +10,10 @@ import pytest
 
 from rotq.calibration.texts import HELD_OUT_TOPICS, read_text
 from rotq.errors import RotqError
+
+
+class PanicException(BaseException):
+    """As native code's panics come to Python."""
 
 
 def test_bad_byte_is_named_with_its_offset(tmp_path: Path) -> None:
@@ -59,6 +65,58 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> No
         read_text(str(file))
 
 
+BODY = "First line, größer.\nSecond line\u2028still the second.\n"
+
+
+def stored(content: str) -> dict[str, bytes]:
+    """The same text as programs on several systems write it."""
+    dos = content.replace("\n", "\r\n")
+    return {
+        "plain": content.encode(),
+        "marked": content.encode("utf-8-sig"),
+        "windows": dos.encode("utf-8-sig"),
+        "notepad": dos.encode("utf-16"),
+        "mac": content.replace("\n", "\r").encode(),
+        "joined": ("\ufeff" + content).encode("utf-8-sig"),
+        "zipped": gzip.compress(dos.encode("utf-8-sig")),
+    }
+
+
+@pytest.mark.parametrize(
+    "ending", [".txt", "", ".txt.gz", ".jsonl", ".ndjson", ".json", ".JSONL.gz"]
+)
+@pytest.mark.parametrize("how", stored(""))
+def test_a_text_is_the_same_however_it_is_stored(tmp_path: Path, ending: str, how: str) -> None:
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in (BODY, "more")]
+    content = "\n".join([*lines, ""]) if "json" in ending.lower() else BODY
+    file = tmp_path / f"text{ending}"
+    file.write_bytes(stored(content)[how])
+    text = read_text(str(file))
+    assert text.content == (f"{BODY}\n\nmore" if "json" in ending.lower() else BODY)
+    assert text.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert text.note == ""
+
+
+def test_json_lines_by_another_name_are_noted(tmp_path: Path) -> None:
+    file = tmp_path / "records.txt"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n')
+    text = read_text(str(file))
+    assert text.content == file.read_text()
+    assert (
+        text.note
+        == f"{file} looks like JSON lines and is read as plain text; .jsonl reads its records"
+    )
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf", b"\xff\xfe\n\x00", gzip.compress(b"")])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl"])
+def test_nothing_but_a_mark_is_empty(tmp_path: Path, content: bytes, ending: str) -> None:
+    file = tmp_path / f"empty{ending}"
+    file.write_bytes(content)
+    with pytest.raises(RotqError, match="is empty"):
+        read_text(str(file))
+
+
 def test_fasta_drops_headers_and_joins_lines(tmp_path: Path) -> None:
     file = tmp_path / "proteins.fasta"
     file.write_text(">first protein\nMKV\nLLA\n\n>second\n>third\nGG\n")
@@ -89,6 +147,66 @@ def test_data_set_without_text_column(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(RotqError, match='no column "text", only body'):
         read_text(str(folder))
+
+
+def data_set(folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> str:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    (corpus / "train.jsonl").write_bytes(content)
+    return str(corpus)
+
+
+def test_a_folder_that_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = data_set(tmp_path, monkeypatch, b'{"text": "a"}\n{broken\n')
+    message = f"text {source}: it is a folder, and datasets says: .+: .+"
+    with pytest.raises(RotqError, match=message) as found:
+        read_text(source)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 600
+
+
+def test_the_folder_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vocab.txt").write_text("words\nof\nmodel\n")
+    with pytest.raises(RotqError, match="is the folder of a model; a file is needed"):
+        read_text(str(tmp_path))
+
+
+ERRORS = (KeyError("x"), TypeError("two\nlines"), ImportError("zstd"), PanicException())
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_datasets_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    message = "text some/corpus: no such file, and datasets says: "
+    with pytest.raises(RotqError, match=message) as found:
+        read_text("some/corpus")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["fine", 5], 'row 1: "text" is int, not a string'),
+        ([None, ["a"]], 'row 1: "text" is list, not a string'),
+        (["fine", "", "half \ud83d"], r"row 2: half a character, \\ud83d"),
+    ],
+)
+def test_rows_that_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, rows: list[object], message: str
+) -> None:
+    class Rows(dict[str, list[object]]):
+        column_names = ("text",)
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows(text=rows))
+    with pytest.raises(RotqError, match=message):
+        read_text("some/corpus")
 
 
 def test_unknown_data_set_offline() -> None:

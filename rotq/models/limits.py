@@ -1,0 +1,62 @@
+"""How many tokens and positions a model has tables for.
+
+A table of positions is an embedding or a buffer that is named for them. Rows that no position takes
+are told by the module: those before ``offset`` (OPT), those up to the padding token's (RoBERTa,
+ESM with absolute positions). Rotary models have no table and no bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from rotq.calibration.limits import Limits
+
+_BY_CONFIG = {"mpt": "max_seq_len"}
+"""Model types whose bound is a number of the configuration."""
+
+
+def limits_of(model: Any) -> Limits:
+    """What a model can be given.
+
+    Args:
+        model: A language model of transformers, on any device; its parameters may be on meta.
+    """
+    return Limits(
+        embeddings=model.get_input_embeddings().weight.shape[0],
+        positions=min(_bounds(model), default=None),
+    )
+
+
+def _bounds(model: nn.Module) -> Iterator[int]:
+    config: Any = model.config
+    tables = [*_embeddings(model), *_buffers(model, floating=True)]
+    yield from tables
+    if tables:
+        # some begin their rows later than the module says
+        yield from _buffers(model, floating=False)
+    if config.model_type in _BY_CONFIG:
+        yield int(getattr(config, _BY_CONFIG[config.model_type]))
+
+
+def _embeddings(model: nn.Module) -> Iterator[int]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _is_of_positions(name):
+            unused = getattr(module, "offset", None)
+            if unused is None:
+                unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield module.num_embeddings - unused
+
+
+def _buffers(model: nn.Module, *, floating: bool) -> Iterator[int]:
+    """Rows of tables, or else the length of rows of indices."""
+    for name, buffer in model.named_buffers():
+        if _is_of_positions(name) and buffer.is_floating_point() == floating:
+            yield buffer.shape[0] if floating else buffer.shape[-1]
+
+
+def _is_of_positions(name: str) -> bool:
+    own = name.rpartition(".")[2]
+    return own == "wpe" or "position" in own or own == "pos_encoding"
