@@ -12,6 +12,8 @@ from rotq.cli.loading import check_causal, show
 from rotq.cli.options import model_options, output_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rotq.evaluation.perplexity import Evaluation, Protocol
 
 
@@ -91,6 +93,22 @@ def ppl(
     click.echo(evaluation_table(found.to_dict()), nl=False)
 
 
+def text_ids(checkpoint: Path, text: str, protocol: Protocol, *, trust_remote_code: bool) -> Tensor:
+    """Token ids of a text, which has the windows that the protocol asks for.
+
+    Raises:
+        RotqError: the tokenizer or the text cannot be read, or the text is short.
+    """
+    from rotq.calibration.data import tokenize
+    from rotq.calibration.texts import read_text
+    from rotq.checkpoint.load import load_tokenizer
+
+    content = read_text(text, split="test")
+    ids_N = tokenize(content, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
+    protocol.cut(ids_N)
+    return ids_N
+
+
 def measure(
     checkpoint: Path,
     text: str,
@@ -106,16 +124,13 @@ def measure(
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
-    from rotq.calibration.data import tokenize
-    from rotq.calibration.texts import read_text
-    from rotq.checkpoint.load import load_model, load_tokenizer
+    from rotq.checkpoint.load import load_model
     from rotq.evaluation.perplexity import evaluate
 
     for path in filter(None, (checkpoint, reference)):
         check_causal(path, trust_remote_code=trust_remote_code)
-    content = read_text(text, split="test")
-    ids_N = tokenize(content, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
-    protocol.cut(ids_N)  # a text that is too short fails before a model is loaded
+    # a text that is too short fails before a model is loaded
+    ids_N = text_ids(checkpoint, text, protocol, trust_remote_code=trust_remote_code)
     models = [
         load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         for path in (checkpoint, reference)

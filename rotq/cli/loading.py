@@ -44,10 +44,9 @@ def load_on(path: Path, device: str, *, dtype: str, trust_remote_code: bool) -> 
     Raises:
         RotqError: this machine has no such device, or see ``load``.
     """
-    import torch
+    from rotq.devices import usable_device
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RotqError("--device cuda: this machine has none that torch can use")
+    usable_device(device)
     return load(
         path,
         dtype=dtype,

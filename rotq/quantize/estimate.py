@@ -1,4 +1,4 @@
-"""What a job will cost, from the config alone: bits, bytes on the disk, peak memory."""
+"""What a job will cost, before any weight is loaded: bits, bytes on the disk, peak memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotq.checkpoint.source import describe_source
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
-from rotq.quantize.setup import starting_basis, wanted_dtype
+from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
 from rotq.transform.teacher import TRAINED_POSITIONS
@@ -23,17 +22,22 @@ IMPORTED_BYTES = 400_000_000
 
 
 def estimate(
-    model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
+    model: Path,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Estimate:
-    """What ``quantize_model`` would make and need; reads the config and file headers only.
+    """What ``quantize_model`` would make and need; loads no weight.
 
     Raises:
-        ValueError, RotqError: as ``quantize_model``.
+        ValueError, RotqError: as ``quantize_model``, before its first block.
     """
-    source = describe_source(model, trust_remote_code=trust_remote_code)
-    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    starting_basis(recipe, skeleton)
-    return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
+    settled = settle_described(
+        model, recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    return make_estimate(settled.skeleton, recipe, settled.dtype)
 
 
 def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:

@@ -5,6 +5,7 @@ The string below a field is its documentation.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -209,4 +210,5 @@ class Output:
     """Largest safetensors file, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
-        check("max_shard_gb", self.max_shard_gb, self.max_shard_gb > 0, "above 0")
+        whole_bytes = 1e-9 <= self.max_shard_gb < math.inf
+        check("max_shard_gb", self.max_shard_gb, whole_bytes, "a byte (1e-9) or more, and finite")
