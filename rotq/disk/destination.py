@@ -32,7 +32,7 @@ def resolve_output(output: Path, inputs: Inputs) -> Path:
             there.
     """
     path = Path(os.path.realpath(output))
-    if path.is_symlink():
+    if exists(path) and path.is_symlink():
         raise RotqError(f"{output} is a link that leads to itself; choose another output")
     if path == path.parent:
         raise RotqError(f"{output} is the root of the file system; choose another output")

@@ -18,7 +18,8 @@ from typing import BinaryIO
 from rotq.errors import RotqError
 
 ASIDE = r"\.rotq-[0-9a-f]{16}\.partial"
-"""Regular expression of the names under which files are written; a killed process leaves one."""
+"""Regular expression of names that files are written and folders deleted under; a killed process
+leaves one."""
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         RotqError: the file cannot be written (disk full, no permission); nothing is left behind.
     """
-    aside = path.with_name(f".rotq-{secrets.token_hex(8)}.partial")
+    aside = _aside(path)
     try:
         try:
             with open(aside, "xb") as file:
@@ -102,13 +103,21 @@ def sha256_of(file: Path) -> str:
 def remove(path: Path) -> None:
     """Delete a file, a link, or a folder and what lies in it; nothing that links point to.
 
+    A folder loses its name first, so that no part of it is ever found under it.
+
     Raises:
         RotqError: it cannot be deleted.
     """
     try:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            aside = _aside(path)
+            path.rename(aside)
+            shutil.rmtree(aside)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise RotqError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".rotq-{secrets.token_hex(8)}.partial")

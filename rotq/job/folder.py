@@ -24,7 +24,7 @@ from rotq.checkpoint.inspection import PROVENANCE
 from rotq.checkpoint.ownership import foreign
 from rotq.disk.destination import check_replaceable, exists
 from rotq.disk.files import remove, rename, sha256_of, sync_folder
-from rotq.errors import RotqError
+from rotq.errors import CheckFailed, RotqError
 from rotq.job.marks import CHECKPOINT, LOCK, RECORD, REPLACED, SOURCE, is_ours
 from rotq.job.record import JobRecord
 
@@ -47,7 +47,7 @@ class JobFolder:
             output: What the checkpoint will be called; links are resolved.
             overwrite: Replace what ``output`` is then, if rotq wrote it.
             discard: Begin anew, whatever the record says.
-            tell: Is told what was found damaged.
+            tell: Is told what stays behind.
 
         Raises:
             RotqError: the record is damaged.
@@ -114,18 +114,14 @@ class JobFolder:
     def finished(self, name: str) -> bool:
         """Whether a part is complete; its files are compared with their checksums once.
 
-        One that is damaged is forgotten, with all that were made after it, and said so.
+        Raises:
+            CheckFailed: they are not as they were written. The part is forgotten, with all that
+                were made after it: the next run makes them anew.
         """
-        if not self.recorded(name):
-            return False
-        if name not in self._sound:
-            damage = self._record.parts[name].damage(self.path)
-            if damage is not None:
-                self._tell(f"{damage}: it is made anew, and what came after it")
-                self._forget(name)
-                return False
+        if self.recorded(name) and name not in self._sound:
+            self._check(name)
             self._sound.add(name)
-        return True
+        return self.recorded(name)
 
     def recorded(self, name: str) -> bool:
         """Whether ``record`` has kept something under this name."""
@@ -162,13 +158,10 @@ class JobFolder:
         """Compare all parts with their checksums.
 
         Raises:
-            RotqError: one is not as it was written; the same command makes it anew.
+            CheckFailed: see ``finished``.
         """
-        for name, part in self._record.parts.items():
-            damage = part.damage(self.path)
-            if damage is not None:
-                self._forget(name)
-                raise RotqError(f"{damage}; the same command makes it anew")
+        for name in list(self._record.parts):
+            self._check(name)
 
     def publish(self) -> None:
         """Give the checkpoint its name and remove the job folder.
@@ -214,11 +207,13 @@ class JobFolder:
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def _forget(self, name: str) -> None:
-        before = self._record.files
-        self._record.forget(name)
-        self._write_record(before)
-        self._sound &= self._record.parts.keys()
+    def _check(self, name: str) -> None:
+        damage = self._record.parts[name].damage(self.path)
+        if damage is not None:
+            before = self._record.files
+            self._record.forget(name)
+            self._write_record(before)
+            raise CheckFailed(f"{damage}; the same command makes it anew, and what came after it")
 
     def _write_record(self, before: set[str]) -> None:
         """Files that it named before and names no more are removed after it."""
@@ -227,7 +222,7 @@ class JobFolder:
             remove(self.path / stale)
 
     def _clear(self, keep: set[str]) -> None:
-        for entry in self.path.iterdir():
+        for entry in list(self.path.iterdir()):
             if is_ours(entry.name) and entry.name not in keep:
                 remove(entry)
         sync_folder(self.path)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rotq.checkpoint.gguf import foreign_to_conversion
 from rotq.checkpoint.inspection import PROVENANCE, RECIPE, REPORT
-from rotq.checkpoint.ownership import foreign
 from rotq.disk.files import ASIDE
 from rotq.errors import RotqError
 from rotq.job.record import JobRecord
@@ -23,7 +22,7 @@ _FILES = re.compile(
     r"|((tuned-)?(outer|block-\d{5,})|transform(-[a-z]+-\d{5,})?)\.safetensors"
     r"|(hidden|attention)-(quantized|original)"
 )
-_FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}")
+_FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")
 _ASSEMBLED = re.compile(
     rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|model\.safetensors\.index\.json|{ASIDE}"
     rf"|config\.json|README\.md|{REPORT}|{RECIPE}|{PROVENANCE}"
@@ -62,10 +61,10 @@ def _others(entries: list[Path]) -> Iterator[str]:
 
 
 def _foreign_inside(folder: Path) -> str | None:
-    if folder.name == REPLACED:
-        return foreign(folder)
-    if folder.name != CHECKPOINT:
+    if folder.name.startswith(SOURCE):
         return foreign_to_conversion(folder)
+    if folder.name != CHECKPOINT:
+        return None  # looked at before it was moved here
     copied = _copied(folder.parent / RECORD)
     for entry in folder.iterdir():
         ours = _ASSEMBLED.fullmatch(entry.name) or entry.name in copied

@@ -88,7 +88,7 @@ def open_folder(
 
     Args:
         place: From ``find_place`` with the same ``resume`` and ``overwrite``.
-        tell: Is told what was found damaged.
+        tell: Is told what stays behind.
 
     Raises:
         RotqError: the folder cannot be made, or another process works in it.
@@ -120,13 +120,14 @@ def open_folder(
 
 def _check_partial(partial: Path, inputs: Inputs) -> None:
     check_apart(partial, inputs, named=partial)
+    if not exists(partial):
+        return
     if partial.is_symlink() or is_mount(partial):
         raise RotqError(
             f"{partial} leads to another place; rotq makes that folder itself, beside the "
             "checkpoint: remove the link or mount, or choose an output on the other disk"
         )
-    if exists(partial):
-        check_replaceable(partial, foreign_to_job, named=partial)
+    check_replaceable(partial, foreign_to_job, named=partial)
 
 
 def _check_output(path: Path, output: Path, occupied: bool, overwrite: bool) -> None:

@@ -80,7 +80,8 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
     """The shards of the checkpoint, in a new folder, under the names of the source.
 
     Raises:
-        RotqError: a part is not as it was written, or the disk is full.
+        CheckFailed: a part is not as it was written.
+        RotqError: the disk is full.
     """
     job.folder.verify()
     remove(folder)
