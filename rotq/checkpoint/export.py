@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rotq.checkpoint.card import model_card
 from rotq.checkpoint.files import read_json, write_json, write_text
 from rotq.checkpoint.scheme_writing import quantization_config
+from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 from rotq.layers.quant_linear import QuantLinear
 from rotq.recipe import write_yaml
@@ -123,6 +123,8 @@ def _updated(
 
 def _copy(path: Path, to: Path) -> None:
     try:
-        shutil.copyfile(path, to)
+        content = path.read_bytes()
     except OSError as error:
         raise RotqError(f"cannot copy {path} to {to}: {error.strerror or error}") from error
+    with whole_file(to) as file:
+        file.write(content)

@@ -1,40 +1,16 @@
-"""Files that are whole or absent: written aside, synced, then renamed."""
+"""Text and JSON on the disk; what is written is whole or absent."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 
 LIMIT_BYTES = 1 << 26
 """Of a JSON file; the index of a thousand shards has some MB."""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes ``path`` when the block ends without an exception.
-
-    Raises:
-        RotqError: the file cannot be written (disk full, no permission); nothing is left behind.
-    """
-    aside = path.with_name(path.name + ".partial")
-    try:
-        try:
-            with open(aside, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RotqError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

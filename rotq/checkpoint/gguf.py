@@ -6,14 +6,14 @@ fp32 in its memory, and the caller's memory stays small.
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from rotq.checkpoint.child import run_module
 from rotq.checkpoint.files import read_json, write_json
+from rotq.disk.destination import check_apart, check_replaceable, exists
+from rotq.disk.files import make_folder, remove, rename, sha256_of
 from rotq.errors import RotqError
 
 STAMP = "rotq_gguf.json"
@@ -40,27 +40,72 @@ def find_gguf(path: Path) -> Path | None:
 def convert(gguf: Path, folder: Path) -> Path:
     """Convert ``gguf`` to a dense fp32 checkpoint in ``folder``, unless that was done before.
 
+    The stamp in the folder is rotq's mark, made first; it has the checksums of all files once the
+    conversion is complete. A conversion that is damaged is made anew.
+
     Returns:
         ``folder``.
 
     Raises:
-        RotqError: the file cannot be converted; ``folder`` is left as it was.
+        RotqError: the file cannot be converted, or ``folder`` holds what no conversion has made;
+            ``folder`` is left as it was.
     """
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    stamp = folder / STAMP
-    if stamp.is_file() and read_json(stamp).get("sha256") == digest:
+    digest = sha256_of(gguf)
+    if _is_conversion(folder, digest):
         return folder
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for path in (folder, partial):
+        check_apart(path, {"the GGUF file": gguf}, named=path)
+        if exists(path):
+            check_replaceable(path, foreign_to_conversion, named=path)
+    remove(partial)
+    make_folder(partial)
     try:
+        write_json(partial / STAMP, {"file": gguf.name})
         run_module("rotq.checkpoint.gguf", [gguf, partial], doing=f"converting {gguf.name}")
-        write_json(partial / STAMP, {"file": gguf.name, "sha256": digest})
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        made = sorted(file for file in partial.iterdir() if file.name != STAMP)
+        files = {file.name: sha256_of(file) for file in made}
+        write_json(partial / STAMP, {"file": gguf.name, "sha256": digest, "files": files})
+        remove(folder)
+        rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     return folder
+
+
+def foreign_to_conversion(folder: Path) -> str | None:
+    """What no conversion has made of an existing path, in words; None for one, or an empty folder.
+
+    What is still in the making holds whatever transformers writes.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return "is no folder"
+    entries = sorted(folder.iterdir())
+    if not entries:
+        return None
+    stamp = folder / STAMP
+    if stamp.is_symlink() or not stamp.is_file():
+        return f"holds {entries[0].name} and is no conversion of rotq's"
+    made = read_json(stamp).get("files")
+    for entry in entries:
+        known = not isinstance(made, dict) or entry.name in (STAMP, *made)
+        if entry.is_symlink() or not entry.is_file() or not known:
+            return f"holds {entry.name}, which rotq did not make"
+    return None
+
+
+def _is_conversion(folder: Path, digest: str) -> bool:
+    """Whether a folder holds all of a conversion, as it was written."""
+    if not (folder / STAMP).is_file():
+        return False
+    stamp = read_json(folder / STAMP)
+    files = stamp.get("files")
+    return (
+        stamp.get("sha256") == digest
+        and isinstance(files, dict)
+        and all((folder / name).is_file() for name in files)
+        and all(sha256_of(folder / name) == sha256 for name, sha256 in files.items())
+    )
 
 
 def load_gguf(gguf: Path, *, dtype: Any, device_map: Any = None) -> Any:

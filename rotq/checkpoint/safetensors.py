@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from rotq.checkpoint.files import whole_file
+from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 
 ITEM_BYTES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotq.checkpoint.files import read_json
-from rotq.checkpoint.gguf import convert, find_gguf
+from rotq.checkpoint.gguf import STAMP, convert, find_gguf
 from rotq.checkpoint.safetensors import Entry, read_bytes, read_entries
+from rotq.disk.files import sha256_of
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -34,6 +35,18 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+DECIDING_SUFFIXES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".py",
+    ".tiktoken",
+    ".spm",
+    ".bpe",
+    ".vocab",
+)
+"""Of files that a tokenizer, its templates, the settings or the code of a model are made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +138,28 @@ class Source:
         """The files a tokenizer is made of, as far as they are there."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
 
+    def deciding_files(self) -> dict[str, str]:
+        """sha256 by name of the files beside config and weights that a job's result depends on.
+
+        Tokenizers are made of files of many names, so all of a kind count.
+        """
+        folders = [self.path, self.path / "additional_chat_templates"]
+        files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+        return {
+            file.relative_to(self.path).as_posix(): sha256_of(file)
+            for file in sorted(files)
+            if file.suffix in DECIDING_SUFFIXES
+            and file.is_file()
+            and file.name not in ("config.json", STAMP)
+            and not file.name.endswith(".index.json")
+        }
+
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         files = {entry.file for entry in self.entries.values()} | {self.path / "config.json"}
         for path in sorted(files):
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name} {content}\n".encode())
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,13 @@ def calibration_options(command: Command) -> Command:
 
 @click.command("calibrate-kv")
 @click.argument("model", type=FilePath())
-@click.option("-o", "--output", type=FilePath(), required=True, help="File to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=FilePath(),
+    required=True,
+    help="File to write; one that exists is replaced if this command wrote it.",
+)
 @click.option(
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )
@@ -91,11 +96,11 @@ def calibrate_kv(
     spec, *others = named_specs(name)
     if others:
         raise click.UsageError(f"--kv {name}: a calibration is fitted under one preset")
-    _check_writable(output)
+    path = _writable(output, model, options["calibration"])
     loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     found = calibrate_all(*loaded, [spec], **options)[0]
-    found.save(output)
-    facts = {"output": str(output), "bytes": output.stat().st_size, "preset": spec.name}
+    found.save(path)
+    facts = {"output": str(output), "bytes": path.stat().st_size, "preset": spec.name}
     facts |= {"model_hash": found.model_hash, **found.source}
     if as_json:
         click.echo(json.dumps(facts))
@@ -158,12 +163,11 @@ def named_specs(names: str) -> list[KVSpec]:
     return found
 
 
-def _check_writable(path: Path) -> None:
+def _writable(output: Path, model: Path, calibration: str) -> Path:
     """Fail before the work, not after it."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise RotqError(f"cannot write {path}: it is a folder")
-    if not folder.is_dir():
-        raise RotqError(f"cannot write {path}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK):
-        raise RotqError(f"cannot write {path}: no permission for {folder}")
+    from rotq.disk.destination import file_to_write, named_file
+    from rotq.kv.calibration.file import foreign
+
+    text = named_file(calibration)
+    inputs = {"the model": model} | ({} if text is None else {"the calibration text": text})
+    return file_to_write(output, inputs, foreign)

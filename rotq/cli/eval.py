@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,31 @@ def ppl(
     click.echo(evaluation_table(found.to_dict()), nl=False)
 
 
+def scored_tokens(
+    paths: Sequence[Path], text: str, protocol: Protocol, *, trust_remote_code: bool
+) -> tuple[Tensor, Protocol]:
+    """Token ids of a text for the first of some models, and the protocol within the limits of all.
+
+    Raises:
+        RotqError: a model predicts no next token, the tokenizer or the text cannot be read, the
+            text is short, or it holds a token that a model does not know.
+    """
+    from rotq.calibration.data import tokenize
+    from rotq.calibration.limits import Limits
+    from rotq.calibration.texts import read_text
+    from rotq.checkpoint.limits import read_limits
+    from rotq.checkpoint.load import load_tokenizer
+
+    limits = Limits()
+    for path in paths:
+        check_causal(path, trust_remote_code=trust_remote_code)
+        if path.exists():  # else its loader says so
+            limits = limits.within(read_limits(path, trust_remote_code=trust_remote_code))
+    content = read_text(text, split="test")
+    ids_N = tokenize(content, load_tokenizer(paths[0], trust_remote_code=trust_remote_code))
+    return ids_N, checked_protocol(protocol, limits, content, ids_N)
+
+
 def measure(
     checkpoint: Path,
     text: str,
@@ -118,23 +144,12 @@ def measure(
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
-    from rotq.calibration.data import tokenize
-    from rotq.calibration.limits import Limits
-    from rotq.calibration.texts import read_text
-    from rotq.checkpoint.limits import read_limits
-    from rotq.checkpoint.load import load_model, load_tokenizer
+    from rotq.checkpoint.load import load_model
     from rotq.evaluation.perplexity import evaluate
 
     paths = [path for path in (checkpoint, reference) if path is not None]
-    limits = Limits()
-    for path in paths:
-        check_causal(path, trust_remote_code=trust_remote_code)
-        if path.exists():  # else its loader says so
-            limits = limits.within(read_limits(path, trust_remote_code=trust_remote_code))
-    content = read_text(text, split="test")
-    ids_N = tokenize(content, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code))
     # what is refused or cut is so before a model is loaded
-    within = checked_protocol(protocol, limits, content, ids_N)
+    ids_N, within = scored_tokens(paths, text, protocol, trust_remote_code=trust_remote_code)
     models = [
         load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         for path in paths

@@ -100,7 +100,7 @@ def model_options(command: Command) -> Command:
 
 
 def recipe_options(command: Command) -> Command:
-    """Options that make up a recipe; the command gets it resolved, as ``recipe``."""
+    """Options that make up a recipe; the command gets it as ``recipe`` and ``recipe_file``."""
 
     @functools.wraps(command)
     def run(
@@ -124,7 +124,9 @@ def recipe_options(command: Command) -> Command:
             )
             if value is not None
         ]
-        command(*args, recipe=resolve_recipe(config, assignments, flags), **kwargs)
+        recipe = resolve_recipe(config, assignments, flags)
+        file = find_recipe(config) if config else None
+        command(*args, recipe=recipe, recipe_file=file, **kwargs)
 
     wrapped: Command = run
     for option in (

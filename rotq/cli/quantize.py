@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import json
 import signal
 import sys
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rotq.cli.eval import measure
-from rotq.cli.loading import check_causal
+from rotq.cli.eval_text import EvalText
 from rotq.cli.options import FilePath, Words, model_options, output_options, recipe_options
 from rotq.errors import Stopped
 from rotq.recipe import Recipe, write_yaml
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=FilePath(), help="Folder that will hold the checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print layers, bits, memory and disk, from the config alone."
+    "--dry-run",
+    is_flag=True,
+    help="Print layers, bits, memory, disk; refuse what the job would.",
 )
 @click.option(
     "--resume",
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Continue from OUTPUT.partial: where it fits, or else fail, or never.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an OUTPUT that exists.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an OUTPUT that rotq wrote, or an empty one, once the new one is complete.",
+)
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where."
 )
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
 def quantize(
     model: Path | None,
     recipe: Recipe,
+    recipe_file: Path | None,
     output: Path | None,
     print_config: bool,
     dry_run: bool,
@@ -76,17 +82,18 @@ def quantize(
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'")
+    scored = None
+    if eval_text is not None:
+        common = {name: job[name] for name in ("device", "dtype", "trust_remote_code")}
+        scored = EvalText(model=model, text=eval_text, windows=eval_windows, **common)
     if dry_run:
-        options = {name: job[name] for name in ("dtype", "trust_remote_code")}
-        _dry_run(model, recipe, as_json=as_json, **options)
+        _dry_run(model, recipe, output, scored, recipe_file, as_json=as_json, **job)
         return
     if output is None:
         raise click.UsageError("Missing option '-o'")
-    if eval_text is not None:
-        check_causal(model, trust_remote_code=job["trust_remote_code"])
-    report = _run(model, recipe, output, **job)
-    if eval_text is not None:
-        report = _evaluate(report, model, output, eval_text, eval_windows, job)
+    report = _run(model, recipe, output, scored, inputs=_inputs(recipe_file, eval_text), **job)
+    if scored is not None:
+        report = scored.after(report, output)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return
@@ -95,47 +102,67 @@ def quantize(
     click.echo(job_table(report, output), nl=False)
 
 
-def _dry_run(model: Path, recipe: Recipe, *, as_json: bool, **options: Any) -> None:
+def _dry_run(
+    model: Path,
+    recipe: Recipe,
+    output: Path | None,
+    scored: EvalText | None,
+    recipe_file: Path | None,
+    *,
+    as_json: bool,
+    resume: str,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Refuse what the job would refuse before its work, and show what it would cost."""
     from rotq.quantize.estimate import estimate
     from rotq.report.tables import estimate_table
 
+    if output is not None:
+        from rotq.job.opening import find_place, job_inputs
+
+        text = scored.text if scored is not None else None
+        inputs = job_inputs(model, recipe, _inputs(recipe_file, text))
+        find_place(output, resume=resume, overwrite=overwrite, inputs=inputs)
     with _usage():
         found = estimate(model, recipe, **options)
+    if scored is not None:
+        scored.check()
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
         click.echo(estimate_table(found), nl=False)
 
 
-def _run(model: Path, recipe: Recipe, output: Path, **job: Any) -> JobReport:
+def _inputs(recipe_file: Path | None, eval_text: str | None) -> dict[str, Path]:
+    """What the command reads besides the model and its calibration text."""
+    from rotq.disk.destination import named_file
+
+    found = {
+        "the recipe": recipe_file,
+        "the evaluation text": None if eval_text is None else named_file(eval_text),
+    }
+    return {words: path for words, path in found.items() if path is not None}
+
+
+def _run(
+    model: Path, recipe: Recipe, output: Path, scored: EvalText | None, **job: Any
+) -> JobReport:
     from rotq.quantize.pipeline import quantize_model
 
     try:
         with _usage(), _interruptible(), _progress() as progress:
-            return quantize_model(model, recipe, output, progress=progress, **job)
+            settled = None if scored is None else functools.partial(_score, scored, progress)
+            return quantize_model(model, recipe, output, progress=progress, settled=settled, **job)
     except KeyboardInterrupt:  # before or after the part of the job that keeps its blocks
         raise Stopped("stopped; the same command continues") from None
 
 
-def _evaluate(
-    report: JobReport, model: Path, output: Path, text: str, windows: int, job: dict[str, Any]
-) -> JobReport:
-    """Score the checkpoint against the source, and put the figures into its report.json."""
-    from rotq.checkpoint.files import write_json
-    from rotq.evaluation.perplexity import Protocol
-
-    found = measure(
-        output,
-        text,
-        Protocol(windows=windows),
-        reference=model,
-        device_map=None if job["device"] == "cpu" else job["device"],
-        dtype=job["dtype"],
-        trust_remote_code=job["trust_remote_code"],
-    )
-    report = dataclasses.replace(report, evaluation={"text": text, **found.to_dict()})
-    write_json(output / "report.json", report.to_dict())
-    return report
+def _score(scored: EvalText, progress: Progress, is_new: bool) -> None:
+    """Before the first block: the text is as it must be, and what the model itself has on it."""
+    scored.check()
+    if is_new:
+        progress.message(scored.before())
 
 
 @contextlib.contextmanager

@@ -1,41 +1,89 @@
-"""The folder of a running job: finished parts, the fingerprint that guards a resume, publication.
+"""The folder of a running job: finished parts, the record that guards a resume, publication.
 
-    OUT.partial/  job.json           what the parts were made from
-                  transform.safetensors, transform.json
+    OUT.partial/  rotq.lock          the mark, made first; locked while a process works here
+                  job.json           the record, see ``JobRecord``
+                  transform.safetensors
                   outer.safetensors  embedding, final norm, head
-                  block-00000.safetensors, block-00000.json, ...
-                  tuned-*.safetensors, tuning.json
+                  block-00000.safetensors, ...
+                  tuned-*.safetensors
+                  hidden-*, attention-*  activations, where they are kept on the disk
+                  source/            a GGUF file made dense
                   checkpoint/        assembled at the end, then renamed to OUT
+                  replaced/          what was OUT, until the new one has its name
 
-A part appears under its name only when it is complete and on the disk, so that a killed job
-continues after its last part.
+A job that was killed continues after the last part of its record.
 """
 
 from __future__ import annotations
 
-import fcntl
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rotq.checkpoint.files import read_json, write_json
-from rotq.errors import RotqError
+from rotq.checkpoint.inspection import PROVENANCE
+from rotq.checkpoint.ownership import foreign
+from rotq.disk.destination import check_replaceable, exists
+from rotq.disk.files import remove, rename, sha256_of, sync_folder
+from rotq.errors import CheckFailed, RotqError
+from rotq.job.marks import CHECKPOINT, LOCK, RECORD, REPLACED, SOURCE, is_ours
+from rotq.job.record import JobRecord
 
 
 class JobFolder:
-    """An open job folder, locked against a second process."""
+    """A job's folder, in the hands of this process."""
 
-    def __init__(self, path: Path, output: Path, *, overwrite: bool) -> None:
-        self.path = path
-        self.output = output
-        self._overwrite = overwrite
+    def __init__(
+        self,
+        path: Path,
+        output: Path,
+        *,
+        overwrite: bool = False,
+        discard: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            path: The folder; exists.
+            output: What the checkpoint will be called; links are resolved.
+            overwrite: Replace what ``output`` is then, if rotq wrote it.
+            discard: Begin anew, whatever the record says.
+            tell: Is told what stays behind.
+
+        Raises:
+            RotqError: the record is damaged.
+        """
+        self.path, self.output = path, output
+        self._overwrite, self._tell = overwrite, tell
+        found = None if discard else JobRecord.read(path / RECORD)
+        self._record = found or JobRecord(path / RECORD)
+        self.claimed = False
+        """Whether the folder belongs to the job of this process."""
+        self._sound: set[str] = set()
 
     @property
     def checkpoint(self) -> Path:
         """Where the result is assembled before it takes its name."""
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINT
+
+    @property
+    def source(self) -> Path:
+        """Where a GGUF file is made dense."""
+        return self.path / SOURCE
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the parts are made from; empty where there is no job yet."""
+        return self._record.fingerprint
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is no job to continue."""
+        return not self.fingerprint
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the job was stopped after its checkpoint had been given its name."""
+        return self._record.has_published(self.output)
 
     def part(self, name: str) -> Path:
         """The tensors of a part: "outer" or a block's name from ``block_part``."""
@@ -46,62 +94,145 @@ class JobFolder:
         return self.part(tuned_part(name) if self.recorded(TUNING) else name)
 
     def claim(self, fingerprint: dict[str, Any]) -> None:
-        """Write the fingerprint, or compare it with the one of the job to be continued.
+        """Make the folder this job's, or compare it with the one of the job to be continued.
+
+        The record is written before anything is cleared: from then on the parts of another job are
+        not there, at whatever moment this process is killed.
 
         Raises:
             RotqError: the folder belongs to a job with other inputs; names what differs.
         """
-        file = self.path / "job.json"
-        if not file.exists():
-            write_json(file, fingerprint)
-            return
-        before = read_json(file)
-        differing = [key for key in fingerprint if before.get(key) != fingerprint[key]]
-        if differing:
-            raise RotqError(
-                f"{self.path} holds a job with another {', '.join(differing)}; "
-                "use --resume never to discard it"
-            )
+        if self._record.fingerprint:
+            self._record.check(fingerprint)
+        else:
+            self._record.fingerprint = fingerprint
+            self._record.write()
+        self.claimed = True
+        if not self.is_published:
+            self._clear(keep={LOCK, RECORD, SOURCE, REPLACED, *self._record.files})
 
     def finished(self, name: str) -> bool:
-        """Whether a part and its results are complete."""
-        return self.part(name).exists() and self.recorded(name)
+        """Whether a part is complete; its files are compared with their checksums once.
+
+        Raises:
+            CheckFailed: they are not as they were written. The part is forgotten, with all that
+                were made after it: the next run makes them anew.
+        """
+        if self.recorded(name) and name not in self._sound:
+            self._check(name)
+            self._sound.add(name)
+        return self.recorded(name)
 
     def recorded(self, name: str) -> bool:
         """Whether ``record`` has kept something under this name."""
-        return self._results(name).exists()
+        return name in self._record.parts
 
-    def record(self, name: str, results: dict[str, Any]) -> None:
-        """Keep what is to be reported about a part, after its tensors are on the disk."""
-        write_json(self._results(name), results)
+    def record(
+        self, name: str, results: dict[str, Any], parts: Sequence[str] | None = None
+    ) -> None:
+        """Name a part as finished, after its tensors are on the disk.
+
+        Args:
+            name: What it is recorded under; an earlier record of the name goes, with its files.
+            results: What is to be reported about it.
+            parts: Whose files belong to it; the part of that name where left out.
+        """
+        before = self._record.files
+        files = [self.part(part) for part in ([name] if parts is None else parts)]
+        self._record.add(name, {file.name: sha256_of(file) for file in files}, results)
+        self._write_record(before)
+        self._sound.add(name)
+
+    def drop_states(self, name: str) -> None:
+        """Forget the states of a training that has ended: records under ``name-...``."""
+        before = self._record.files
+        for state in [part for part in self._record.parts if part.startswith(f"{name}-")]:
+            del self._record.parts[state]
+        self._write_record(before)
 
     def results(self, name: str) -> dict[str, Any]:
         """What ``record`` kept."""
-        return read_json(self._results(name))
+        return self._record.parts[name].results
+
+    def verify(self) -> None:
+        """Compare all parts with their checksums.
+
+        Raises:
+            CheckFailed: see ``finished``.
+        """
+        for name in list(self._record.parts):
+            self._check(name)
 
     def publish(self) -> None:
-        """Rename the checkpoint to its final name and remove the job folder."""
-        old = self.output.with_name(self.output.name + ".old")
-        if self.output.exists():
-            assert self._overwrite, "checked when the job was opened"
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-        self.checkpoint.rename(self.output)
-        shutil.rmtree(self.path)
-        if old.exists():
-            shutil.rmtree(old)
+        """Give the checkpoint its name and remove the job folder.
 
-    def _results(self, name: str) -> Path:
-        return self.path / f"{name}.json"
+        Raises:
+            RotqError: what has the name is not rotq's to replace; the job is kept.
+        """
+        self._record.published = sha256_of(self.checkpoint / PROVENANCE)
+        self._record.write()
+        replaced = self.path / REPLACED
+        if exists(self.output):
+            if not self._overwrite:
+                raise RotqError(
+                    f"{self.output} has come into being; move it away, and the same command "
+                    "publishes the result"
+                )
+            check_replaceable(self.output, foreign, named=self.output)
+            remove(replaced)
+            rename(self.output, replaced)
+        rename(self.checkpoint, self.output)
+        self.leave()
+
+    def leave(self) -> None:
+        """Remove the folder of a published job: parts, record, lock, each only after the other.
+
+        What somebody else has put there meanwhile stays, and is told.
+        """
+        self._clear(keep={LOCK, RECORD})
+        remove(self.path / RECORD)
+        sync_folder(self.path)
+        remove(self.path / LOCK)
+        left = next(self.path.iterdir(), None)
+        if left is None:
+            self.path.rmdir()
+        else:
+            self._tell(f"{self.path} stays: rotq did not make {left.name}")
+
+    def abandon(self) -> None:
+        """Take the folder away again if no job has ever claimed it."""
+        if exists(self.path / RECORD):
+            return
+        self._clear(keep=set())
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _check(self, name: str) -> None:
+        damage = self._record.parts[name].damage(self.path)
+        if damage is not None:
+            before = self._record.files
+            self._record.forget(name)
+            self._write_record(before)
+            raise CheckFailed(f"{damage}; the same command makes it anew, and what came after it")
+
+    def _write_record(self, before: set[str]) -> None:
+        """Files that it named before and names no more are removed after it."""
+        self._record.write()
+        for stale in before - self._record.files:
+            remove(self.path / stale)
+
+    def _clear(self, keep: set[str]) -> None:
+        for entry in list(self.path.iterdir()):
+            if is_ours(entry.name) and entry.name not in keep:
+                remove(entry)
+        sync_folder(self.path)
 
 
 OUTER = "outer"
 """Name of the part with everything outside the blocks."""
 
-
 TUNING = "tuning"
 """Name under which the training of scales is recorded, once all tuned parts are on the disk."""
-
 
 TRANSFORM = "transform"
 """Name of the part with the basis, where it was searched for."""
@@ -115,47 +246,3 @@ def block_part(index: int) -> str:
 def tuned_part(name: str) -> str:
     """Name of what ``tune`` made of a part."""
     return f"tuned-{name}"
-
-
-@contextmanager
-def open_folder(output: Path, *, resume: str, overwrite: bool) -> Iterator[JobFolder]:
-    """Open or create OUT.partial.
-
-    Args:
-        output: Folder of the finished checkpoint.
-        resume: "auto" continues a job if there is one, "required" insists, "never" discards it.
-        overwrite: Allow ``output`` to exist; it is replaced only by a finished checkpoint.
-
-    Raises:
-        ValueError: unknown ``resume``.
-        RotqError: the output exists, there is nothing to resume, or another process works on it.
-    """
-    if resume not in ("auto", "required", "never"):
-        raise ValueError(f"resume must be auto, required or never, got {resume!r}")
-    if output.exists() and not overwrite:
-        raise RotqError(f"{output} exists; choose another output or pass --overwrite")
-    path = output.with_name(output.name + ".partial")
-    if resume == "required" and not (path / "job.json").exists():
-        raise RotqError(f"nothing to resume in {path}")
-    with _locked(path) as lock:
-        if resume == "never":
-            for entry in path.iterdir():
-                if entry != lock:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield JobFolder(path, output, overwrite=overwrite)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[Path]:
-    lock = path / "lock"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
-    except OSError as error:
-        raise RotqError(f"cannot write to {path}: {error.strerror}") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RotqError(f"another process is working in {path}") from None
-        yield lock

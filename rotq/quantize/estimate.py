@@ -1,4 +1,4 @@
-"""What a job will cost, from the config alone: bits, bytes on the disk, peak memory."""
+"""What a job will cost, before any weight is loaded: bits, bytes on the disk, peak memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotq.calibration.data import load_windows
-from rotq.checkpoint.load import load_tokenizer
-from rotq.checkpoint.source import describe_source
 from rotq.job.plan import Plan, make_plan
-from rotq.models.limits import limits_of
 from rotq.models.skeleton import Skeleton
-from rotq.quantize.setup import starting_basis, wanted_dtype
+from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
 from rotq.transform.teacher import TRAINED_POSITIONS
@@ -26,26 +22,24 @@ IMPORTED_BYTES = 400_000_000
 
 
 def estimate(
-    model: Path, recipe: Recipe, *, dtype: str = "auto", trust_remote_code: bool = False
+    model: Path,
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """What ``quantize_model`` would make and need; no weight is read.
 
     Calibration windows are drawn and dropped, so that a text is refused here as in the job.
 
     Raises:
-        ValueError, RotqError: as ``quantize_model``.
+        ValueError, RotqError: as ``quantize_model``, before its first block.
     """
-    source = describe_source(model, trust_remote_code=trust_remote_code)
-    skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    starting_basis(recipe, skeleton)
-    found = make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
-    load_windows(
-        recipe.calibration,
-        load_tokenizer(model, trust_remote_code=trust_remote_code),
-        limits_of(skeleton.model),
-        masked=skeleton.masked,
+    settled = settle_described(
+        model, recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    return found
+    return make_estimate(settled.skeleton, recipe, settled.dtype)
 
 
 def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:

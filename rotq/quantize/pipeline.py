@@ -9,22 +9,27 @@ recomputed, so that the result has the same bytes as an unbroken one.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from rotq.calibration.streams import Streams
+from rotq.checkpoint.files import read_json
+from rotq.checkpoint.inspection import REPORT
+from rotq.disk.destination import Inputs
 from rotq.errors import Stopped
 from rotq.job.context import Job
-from rotq.job.folder import TUNING, block_part, open_folder
+from rotq.job.folder import TUNING, JobFolder, block_part
+from rotq.job.opening import find_place, job_inputs, open_folder
 from rotq.job.parts import restored_block
 from rotq.memory import release_memory, settled_objects
 from rotq.quantize.block_quantizer import BlockQuantizer, save_block
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.publish import publish
 from rotq.quantize.rotated_model import RotatedModel
-from rotq.quantize.setup import setup
+from rotq.quantize.setup import fingerprint, setup
 from rotq.recipe import Recipe
 from rotq.report import JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
@@ -43,31 +48,41 @@ def quantize_model(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    inputs: Inputs | None = None,
+    settled: Callable[[bool], None] | None = None,
 ) -> JobReport:
     """Quantize a checkpoint folder (or one that holds a GGUF file) into ``output``.
 
     Args:
         model: Dense Hugging Face checkpoint; only read.
         recipe: What to do.
-        output: Created; while the job runs its files are in ``output`` + ".partial".
+        output: Created; while the job runs its files are in ``output`` + ".partial". A link is
+            resolved first.
         device: Where blocks run and are solved.
         dtype: Of activations and of what stays dense: "auto" is the checkpoint's.
-        resume: "auto", "required" or "never", see ``open_folder``.
-        overwrite: Replace an existing ``output`` once the new one is complete.
+        resume: "auto", "required" or "never", see ``find_place``.
+        overwrite: Replace an existing ``output``, empty or written by rotq, once the new one is
+            complete.
         trust_remote_code: Let transformers run code that comes with the model.
         progress: Listener.
+        inputs: What the caller reads besides, see ``find_place``: it is never replaced.
+        settled: Called before the first block, once all that can be refused was; told whether
+            the job is new.
 
     Returns:
         The report, as written to ``report.json``.
 
     Raises:
         ValueError: the recipe does not fit the model (a group size that does not divide).
-        RotqError: model, text, disk or an existing output are not as they must be.
+        RotqError: model, text, disk, device or an existing output are not as they must be.
         CheckFailed: the rotated model or the reloaded checkpoint is not the same function.
         Stopped: interrupted; the job can be resumed.
     """
-    started = time.monotonic()
-    with open_folder(output, resume=resume, overwrite=overwrite) as folder, torch.no_grad():
+    started, progress = time.monotonic(), progress or Progress()
+    reads = job_inputs(model, recipe, inputs or {})
+    place = find_place(output, resume=resume, overwrite=overwrite, inputs=reads)
+    opened = open_folder(place, resume=resume, overwrite=overwrite, tell=progress.message)
+    with opened as folder, torch.no_grad():
         try:
             job, drawn = setup(
                 model,
@@ -76,17 +91,28 @@ def quantize_model(
                 device=device,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                progress=progress or Progress(),
+                progress=progress,
             )
+            if settled is not None:
+                settled(folder.is_new)
+            folder.claim(fingerprint(job, trust_remote_code=trust_remote_code))
+            if folder.is_published:
+                return _finished_report(folder)
             with settled_objects():
                 check = _quantize(job, drawn)
                 seconds = time.monotonic() - started
                 return publish(job, check, seconds=seconds, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
-            raise Stopped(
-                f"stopped; finished blocks are kept in {folder.path}, "
-                "the same command continues from there"
-            ) from None
+            kept = f" finished blocks are kept in {folder.path}," if folder.claimed else ""
+            there = " from there" if folder.claimed else ""
+            raise Stopped(f"stopped;{kept} the same command continues{there}") from None
+
+
+def _finished_report(folder: JobFolder) -> JobReport:
+    """Of a job that was killed after its checkpoint had its name; what it left is removed."""
+    report = JobReport.from_dict(read_json(folder.output / REPORT))
+    folder.leave()
+    return report
 
 
 def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
@@ -140,7 +166,7 @@ def _tune(job: Job, structure: list[nn.Module], streams: Streams, check: Invaria
     """Train scales and gains of all blocks, and take the check through the result."""
     assert streams.original is not None, "a job that tunes keeps the original stream"
     release_memory()
-    if not job.folder.recorded(TUNING):
+    if not job.folder.finished(TUNING):
         tune(job, structure, streams.original)
     check.restart_quantized()
     for index, block in enumerate(structure):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -19,6 +17,8 @@ from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme_writing import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import read_tensor
+from rotq.disk.files import make_folder, remove, sha256_of
+from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.folder import OUTER, TRANSFORM, TUNING, block_part
 from rotq.job.plan import has_experts
@@ -42,9 +42,11 @@ def publish(
 
     Raises:
         CheckFailed: a fresh process does not reproduce the quantized model's logits.
-        RotqError: the disk is full, or the checkpoint does not load.
+        RotqError: the disk is full, the checkpoint does not load, a part is not as it was written,
+            or the model's tokenizer or code was changed meanwhile.
     """
     folder = job.folder.checkpoint
+    _check_unchanged(job)
     weights = _assemble(job, folder)
     quantization = _quantization(job, check.basis)
     write_metadata(
@@ -66,11 +68,24 @@ def publish(
     return report
 
 
+def _check_unchanged(job: Job) -> None:
+    """What travels with the weights, or decided them, is as the job's fingerprint has it."""
+    before, now = job.folder.fingerprint, job.source.deciding_files()
+    for name in sorted({*now, *(key for key in before if "." in key)}):
+        if before.get(name) != now.get(name):
+            raise RotqError(f"{job.source.path / name} was changed while the job ran; put it back")
+
+
 def _assemble(job: Job, folder: Path) -> list[Path]:
-    """The shards of the checkpoint, in a new folder, under the names of the source."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
+    """The shards of the checkpoint, in a new folder, under the names of the source.
+
+    Raises:
+        CheckFailed: a part is not as it was written.
+        RotqError: the disk is full.
+    """
+    job.folder.verify()
+    remove(folder)
+    make_folder(folder)
     names = [OUTER, *(block_part(index) for index in range(job.skeleton.num_blocks))]
     limit = int(job.recipe.output.max_shard_gb * 1e9)
     parts = [job.folder.latest(name) for name in names]
@@ -202,16 +217,12 @@ def _bits_per_weight(layers: Sequence[LayerResult]) -> float:
 
 
 def _provenance(job: Job, folder: Path) -> dict[str, Any]:
-    files = sorted(file for file in folder.iterdir() if file.name not in (REPORT, PROVENANCE))
+    own = (folder / REPORT, folder / PROVENANCE)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in own)
     return {
         "model": job.source.path.name,
         "model_hash": job.source.fingerprint(),
         "data": _data(job),
         "versions": versions(),
-        "files": {file.name: _sha256(file) for file in files},
+        "files": {file.relative_to(folder).as_posix(): sha256_of(file) for file in files},
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

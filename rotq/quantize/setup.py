@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import rotq
-from rotq.calibration.data import load_windows
+from rotq.calibration.data import Windows, load_windows
+from rotq.checkpoint.gguf import find_gguf
 from rotq.checkpoint.load import load_tokenizer
-from rotq.checkpoint.source import Source, open_source
+from rotq.checkpoint.source import Source, describe_source, open_source
+from rotq.devices import usable_device
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
-from rotq.job.plan import make_plan
+from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
 from rotq.models.limits import limits_of
@@ -26,32 +30,46 @@ from rotq.report import Progress
 from rotq.rotations.basis import Basis
 
 
-def setup(
-    model: Path,
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What a job will work with, once all that can be refused was."""
+
+    source: Source
+    """Under the adapter's names."""
+    skeleton: Skeleton
+    drawn: Basis
+    """The bases that the recipe draws: what the search for the job's basis starts from."""
+    plan: Plan
+    windows: Windows
+    device: torch.device
+    dtype: torch.dtype
+
+
+def settle(
+    source: Source,
     recipe: Recipe,
-    folder: JobFolder,
     *,
+    tokenizer: Path,
     device: str,
     dtype: str,
     trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Job, Basis]:
-    """Everything that can be refused is refused here, before the first block.
+) -> Settled:
+    """Everything that can be refused before the first block is refused here; nothing is written.
 
     Args:
-        model, recipe, device, dtype, trust_remote_code, progress: As for ``quantize_model``.
-        folder: Claimed for the job, or refused if it holds another one.
+        source: From ``open_source``, or from ``describe_source``, which has no tensors.
+        tokenizer: The folder or file that has it.
+        recipe, device, dtype, trust_remote_code: As for ``quantize_model``.
 
-    Returns:
-        The job, and the bases that its recipe draws: what the search for its basis starts from.
+    Raises:
+        ValueError, RotqError: as ``quantize_model``.
     """
-    gguf_dir = folder.path / "source"
-    source = open_source(model, gguf_dir=gguf_dir, trust_remote_code=trust_remote_code)
+    usable = usable_device(device)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(
         recipe.calibration,
-        load_tokenizer(source.path, trust_remote_code=trust_remote_code),
+        load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
         limits_of(skeleton.model),
         masked=skeleton.masked,
     )
@@ -59,21 +77,58 @@ def setup(
     source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     drawn = starting_basis(recipe, skeleton)
     wanted = wanted_dtype(dtype, source)
-    job = Job(
-        recipe=recipe,
+    return Settled(
         source=source,
         skeleton=skeleton,
+        drawn=drawn,
         plan=make_plan(skeleton, recipe, wanted),
         windows=windows,
-        folder=folder,
-        device=torch.device(device),
+        device=usable,
         dtype=wanted,
+    )
+
+
+def settle_described(model: Path, recipe: Recipe, **options: Any) -> Settled:
+    """As ``settle``, for a model that is not converted yet if it is a GGUF file."""
+    source = describe_source(model, trust_remote_code=options["trust_remote_code"])
+    return settle(source, recipe, tokenizer=model, **options)
+
+
+def setup(
+    model: Path,
+    recipe: Recipe,
+    folder: JobFolder,
+    *,
+    progress: Progress,
+    **options: Any,
+) -> tuple[Job, Basis]:
+    """The job, and the bases that the search for its basis starts from.
+
+    Args:
+        model, recipe, progress: As for ``quantize_model``.
+        folder: Takes a GGUF file's dense tensors; not claimed yet.
+        options: As for ``settle``.
+    """
+    if model.exists() and find_gguf(model) is not None:
+        settle_described(model, recipe, **options)  # a conversion takes long
+    source = open_source(
+        model, gguf_dir=folder.source, trust_remote_code=options["trust_remote_code"]
+    )
+    settled = settle(source, recipe, tokenizer=source.path, **options)
+    job = Job(
+        recipe=recipe,
+        source=settled.source,
+        skeleton=settled.skeleton,
+        plan=settled.plan,
+        windows=settled.windows,
+        folder=folder,
+        device=settled.device,
+        dtype=settled.dtype,
         progress=progress,
     )
-    folder.claim(fingerprint(job))
-    for note in (*job.plan.notes, *windows.notes):
+    for note in (*job.plan.notes, *job.windows.notes):
         progress.message(note)
-    return job, drawn
+    return job, settled.drawn
 
 
 def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
@@ -92,21 +147,23 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     return basis
 
 
-def fingerprint(job: Job) -> dict[str, object]:
-    """What a job must have in common with the one it continues."""
+def fingerprint(job: Job, *, trust_remote_code: bool) -> dict[str, object]:
+    """What a job must have in common with the one it continues: all that decides its bytes."""
     return {
         "recipe": job.recipe.to_dict(),
         "model": job.source.fingerprint(),
         "data": job.windows.sha256,
         "dtype": str(job.dtype),
         "device": str(job.device),
+        "trust_remote_code": trust_remote_code,
         "versions": versions(),
+        **job.source.deciding_files(),
     }
 
 
 def versions() -> dict[str, str]:
     """Of everything that decides the bytes of the result."""
-    packages = ("torch", "transformers", "safetensors")
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
     return {
         "rotq": rotq.__version__,
         "python": platform.python_version(),

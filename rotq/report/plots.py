@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rotq.disk.destination import file_to_write
+from rotq.disk.files import make_folder, whole_file
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ FIGURES = {
     "log_qsur": ("log QSUR$^{1/d}$", "linear"),
 }
 """Field of ``Flatness`` to label and scale of its row."""
+
+FLATNESS = "flatness.png"
+
+_SOFTWARE = "rotq inspect --plots"
+"""Stands in the files, which tells them from others of the name."""
 
 _STYLES: dict[str, dict[str, Any]] = {
     "before": {"color": "#d1495b", "linestyle": "--"},
@@ -37,7 +44,8 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
         The file.
 
     Raises:
-        RotqError: matplotlib is not installed, or the folder cannot be written to.
+        RotqError: matplotlib is not installed, the folder cannot be written to, or it has another
+            file of the name.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,6 +54,7 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
         raise RotqError(
             "plots need matplotlib; install the extra: pip install 'rotq[plots]'"
         ) from None
+    file = file_to_write(folder / FLATNESS, {}, foreign, parents=True)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in flatness))
     figure = Figure(figsize=(2.6 * len(kinds) + 0.6, 9), layout="constrained")
     FigureCanvasAgg(figure)
@@ -61,13 +70,23 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
     figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.align_ylabels()
     figure.suptitle("Inputs of linear layers, before and after the rotations")
-    file = folder / "flatness.png"
+    make_folder(file.parent)
+    with whole_file(file) as opened:
+        figure.savefig(opened, dpi=150, format="png", metadata={"Software": _SOFTWARE})
+    return folder / FLATNESS
+
+
+def foreign(path: Path) -> str | None:
+    """What makes an existing path no plot of rotq's, in words; None if it is one."""
+    if not path.is_file():
+        return "is no plain file"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150)
+        with open(path, "rb") as file:
+            start = file.read(4096)
     except OSError as error:
-        raise RotqError(f"cannot write {file}: {error.strerror}") from None
-    return file
+        return f"cannot be read ({error.strerror})"
+    mark = b"tEXtSoftware\0" + _SOFTWARE.encode()
+    return None if not start or mark in start else "exists and is no plot of rotq's"
 
 
 def _series(flatness: Changes, kind: str, field: str) -> dict[str, list[float | None]]:

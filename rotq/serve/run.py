@@ -8,6 +8,7 @@ A second signal ends everything at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -150,12 +151,18 @@ def run(
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain_timeout + _LAST_WORDS),
     )
+    # a request that the end of the server cuts off is no error of the server's
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     bound = _bind(host, port)
     try:
         asyncio.run(_serve(_Server(config, served, settings), bound, on_ready))
     finally:
         served.engine.close()
         bound.close()
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _bind(host: str, port: int) -> socket.socket:

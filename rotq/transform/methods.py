@@ -103,16 +103,18 @@ def _parameters(
 
 def _train(job: Job, name: str, trainer: Trainer) -> dict[str, Any]:
     """Run a trainer to its end, from its last state if there is one; returns its losses."""
-    steps = trainer.pace.steps
-    state = job.folder.part(f"{TRANSFORM}-{name}")
-    if state.exists():
-        trainer.restore(state)
+    steps, part = trainer.pace.steps, f"{TRANSFORM}-{name}"
+    if job.folder.finished(part):
+        trainer.restore(job.folder.part(job.folder.results(part)["state"]))
     while len(trainer.losses) < steps:
         loss = trainer.step()
         done = len(trainer.losses)
         job.progress.transform_step(name, done - 1, steps, loss)
         if done % SAVE_EVERY == 0 or done == steps:
-            trainer.save(state)
+            # a name of its own: the state before it stays until this one is on record
+            state = f"{part}-{done:05d}"
+            trainer.save(job.folder.part(state))
+            job.folder.record(part, {"state": state}, [state])
     quarter = max(1, steps // 4)
     return {
         "steps": steps,

@@ -48,6 +48,7 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
     save_tensors(job.folder.part(TRANSFORM), basis.tensors())
     told = {"description": basis.description, "seconds": time.monotonic() - started}
     job.folder.record(TRANSFORM, {"method": method, **results, **told})
+    job.folder.drop_states(TRANSFORM)
     return _restored(job.folder, drawn)
 
 

@@ -54,9 +54,11 @@ def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
     outer = TunableOuter(job)
     with large_blocks_mapped(MAPPED_FROM):
         divergences = _train(job, trained, outer, original)
-    for index, block in enumerate(trained):
-        save_tensors(job.folder.part(tuned_part(block_part(index))), block.tuned())
-    save_tensors(job.folder.part(tuned_part(OUTER)), outer.tensors())
+    parts = [tuned_part(block_part(index)) for index in range(len(trained))]
+    for part, block in zip(parts, trained, strict=True):
+        save_tensors(job.folder.part(part), block.tuned())
+    parts.append(tuned_part(OUTER))
+    save_tensors(job.folder.part(parts[-1]), outer.tensors())
     quarter = max(1, len(divergences) // 4)
     first, last = divergences[:quarter], divergences[-quarter:]
     job.folder.record(
@@ -66,6 +68,7 @@ def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
             "kl_first_quarter": sum(first) / quarter,
             "kl_last_quarter": sum(last) / quarter,
         },
+        parts,
     )
 
 

@@ -88,6 +88,8 @@ def test_defaults_reach_the_library(pipeline: Pipeline) -> None:
         "resume": "auto",
         "overwrite": False,
         "trust_remote_code": False,
+        "inputs": {},
+        "settled": None,
     }
 
 
@@ -193,7 +195,11 @@ def test_dry_run(pipeline: Pipeline) -> None:
     result = run("model", "--dry-run", "--dtype", "bfloat16")
     assert result.exit_code == 0
     assert "bits per weight  3.500" in result.stdout
-    assert pipeline.calls[0][1] == {"dtype": "bfloat16", "trust_remote_code": False}
+    assert pipeline.calls[0][1] == {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "trust_remote_code": False,
+    }
     found = json.loads(run("model", "--dry-run", "--json").stdout)
     assert found["output_bytes"] == 7
 
@@ -232,7 +238,7 @@ def test_evaluation_goes_into_report_and_table(
             ppl=30.0, kl=0.25, top1=0.5, reference_ppl=20.0, tokens=9, protocol="windowed"
         )
 
-    monkeypatch.setattr("rotq.cli.quantize.measure", measure)
+    monkeypatch.setattr("rotq.cli.eval_text.measure", measure)
     result = run("m", "-o", str(tmp_path), "--eval-text", "pydoc-test", "--eval-windows", "3")
     assert result.exit_code == 0, result.stderr
     assert (asked["checkpoint"], asked["reference"]) == (tmp_path, Path("m"))

@@ -7,10 +7,8 @@ written aside and renamed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
@@ -113,7 +112,8 @@ class KVCalibration:
             "layers": {n: layer_facts(constants) for n, constants in self.layers.items()},
         }
         # one key: the library writes several in an order of its own
-        _write(path, save(tensors, metadata={_KIND: json.dumps(facts)}))
+        with whole_file(path) as file:
+            file.write(save(tensors, metadata={_KIND: json.dumps(facts)}))
 
 
 def hash_config(config: Any) -> str:
@@ -147,6 +147,23 @@ def load_calibration(path: Path, model_config: Any) -> KVCalibration:
     return found
 
 
+def foreign(path: Path) -> str | None:
+    """What makes an existing path no file of ``KVCalibration.save``, in words; None if it is one.
+
+    Nothing is lost with an empty file either.
+    """
+    if not path.is_file():
+        return "is a folder" if path.is_dir() else "is no plain file"
+    try:
+        if path.stat().st_size == 0:
+            return None
+        with safe_open(path, framework="pt") as file:
+            ours = _KIND in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        ours = False
+    return None if ours else "exists and is no file of rotq calibrate-kv"
+
+
 def _read(path: Path) -> KVCalibration:
     try:
         with safe_open(path, framework="pt") as file:
@@ -178,20 +195,3 @@ def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RotqError(f"{path} is damaged: {name} is not finite")
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".partial")
-    try:
-        try:
-            with open(aside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
-    except OSError as error:
-        raise RotqError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,81 @@
+"""``--eval-text`` of ``rotq quantize``: what a job is scored on, before it and after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rotq.cli.eval import measure, scored_tokens
+from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    from rotq.report import JobReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalText:
+    """A text, and how MODEL and the checkpoint that is made of it are scored on it."""
+
+    model: Path
+    text: str
+    windows: int
+    device: str
+    dtype: str
+    trust_remote_code: bool
+
+    def check(self) -> None:
+        """Refuse now what would be refused after the job.
+
+        Raises:
+            RotqError: the model predicts no next token, or the text is missing or short.
+        """
+        from rotq.evaluation.perplexity import Protocol
+
+        scored_tokens(
+            [self.model],
+            self.text,
+            Protocol(windows=self.windows),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def before(self) -> str:
+        """Score the model; returns a line that says so.
+
+        A process of its own does it: the whole model would count as memory of the job.
+
+        Raises:
+            RotqError: the model cannot be scored.
+        """
+        from rotq.checkpoint.child import run_module
+
+        arguments: list[str | Path] = ["eval", "ppl", self.model, "--text", self.text, "--json"]
+        arguments += ["--windows", str(self.windows), "--dtype", self.dtype]
+        arguments += ["--device-map", self.device] * (self.device != "cpu")
+        arguments += ["--trust-remote-code"] * self.trust_remote_code
+        try:
+            told = run_module("rotq", arguments, doing=f"evaluating {self.model}")
+        except RotqError as error:
+            raise RotqError(str(error).replace("rotq: error: ", "")) from None
+        return f"before: perplexity {json.loads(told)['ppl']:.4g} on {self.text}"
+
+    def after(self, report: JobReport, output: Path) -> JobReport:
+        """Score the checkpoint against the model, and put the figures into its report.json."""
+        from rotq.checkpoint.files import write_json
+        from rotq.checkpoint.inspection import REPORT
+        from rotq.evaluation.perplexity import Protocol
+
+        found = measure(
+            output,
+            self.text,
+            Protocol(windows=self.windows),
+            reference=self.model,
+            device_map=None if self.device == "cpu" else self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        report = dataclasses.replace(report, evaluation={"text": self.text, **found.to_dict()})
+        write_json(output / REPORT, report.to_dict())
+        return report
