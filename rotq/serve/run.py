@@ -24,6 +24,7 @@ from rotq.serve.engine.engine import Engine
 from rotq.serve.http.app import create_app
 from rotq.serve.http.guard import LOOPBACK, Guard
 from rotq.serve.http.service import Service
+from rotq.serve.http.tokenization import Tokenization
 from rotq.serve.metrics import Metrics
 from rotq.serve.settings import DENSE, Settings
 
@@ -40,6 +41,11 @@ class Served:
     engine: Engine
     facts: dict[str, Any]
     """What is served and how, for the line at start and for ``/stats``."""
+
+    def close(self) -> None:
+        """End the engine, and the processes that encode."""
+        self.engine.close()
+        self.service.tokenization.close()
 
 
 def build_server(
@@ -66,17 +72,23 @@ def build_server(
         on_error: Told of what failed inside.
 
     Raises:
-        RotqError: the model cannot be served.
+        RotqError: the model or its tokenizer cannot be served.
     """
     metrics = Metrics(on_error)
     engine = build_engine(model, calibration, settings, observer=metrics)
     metrics.watch(engine)
+    tokenization = Tokenization(
+        tokenizer,
+        model.config.get_text_config(decoder=True).vocab_size,
+        longest=engine.longest,
+        limit=max(1, settings.max_queue),
+        on_error=on_error,
+    )
     service = Service(
         engine,
-        tokenizer,
+        tokenization,
         name=name,
         end_tokens=_end_tokens(model, tokenizer),
-        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
         settings=settings,
     )
     facts = _facts(engine, calibration, name, model)
@@ -152,9 +164,10 @@ def run(
     )
     bound = _bind(host, port)
     try:
+        served.service.tokenization.start()
         asyncio.run(_serve(_Server(config, served, settings), bound, on_ready))
     finally:
-        served.engine.close()
+        served.close()
         bound.close()
 
 
