@@ -20,6 +20,7 @@ from rotq.cli.serve_options import (
     require_packages,
     serving_options,
 )
+from rotq.errors import RotqError
 
 KEY_VARIABLE = "ROTQ_API_KEY"
 
@@ -167,7 +168,8 @@ def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
 
 def _reporter(debug: bool) -> Callable[[Exception], None]:
     def report(error: Exception) -> None:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
+        name = "" if isinstance(error, RotqError) else f"{type(error).__name__}: "
+        line = " ".join(f"{name}{error}".split())
         click.echo(f"rotq: error: {line}", err=True)
         if debug:
             traceback.print_exception(error)

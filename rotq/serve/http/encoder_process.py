@@ -101,6 +101,8 @@ class EncoderProcess:
             code = self._end()
             why = "took too long" if code == -signal.SIGALRM else f"crashed ({code})"
             raise EncoderLost(why) from None
+        if found.get("last"):
+            self._end()
         return found
 
     def close(self) -> None:

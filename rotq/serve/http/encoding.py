@@ -158,7 +158,7 @@ def main(descriptor: int) -> None:
         try:
             found = answer(encoder, job)
         except BaseException as panic:
-            _reply(connection, {"failed": _line(panic)})
+            _reply(connection, {"failed": _line(panic), "last": True})
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(connection, found)

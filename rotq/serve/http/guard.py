@@ -24,6 +24,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 """Paths that are served without a key."""
 
+BODY_SECONDS = 30.0
+"""Until the next part of a request's body."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
 
@@ -92,12 +95,18 @@ class Guard:
             raise self._too_large()
 
     def _limited(self, receive: Receive) -> Receive:
-        taken = 0
+        taken, whole = 0, False
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            try:
+                # once the body is whole, this waits for the client to leave
+                async with asyncio.timeout(None if whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come in time") from None
             taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if taken > self.max_body:
                 # of the one kind that the framework does not take for a fault of its own
                 raise HTTPException(413, self._too_large().message)
