@@ -14,7 +14,7 @@ from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.model_runner import ModelRunner, rows_that_agree
 from rotq.serve.engine.observer import Observer
 from rotq.serve.engine.page_allocator import PageAllocator
-from rotq.serve.engine.trial import Trial
+from rotq.serve.engine.trial import Trial, refusing
 from rotq.serve.settings import Settings
 
 ROWS_CPU, ROWS_GPU = 8, 32
@@ -44,6 +44,17 @@ def build_engine(
     Raises:
         RotqError: the model cannot be served, or not in so few bytes.
     """
+    with refusing(model):
+        return _build(model, calibration, settings, observer, rows)
+
+
+def _build(
+    model: Any,
+    calibration: KVCalibration | None,
+    settings: Settings,
+    observer: Observer | None,
+    rows: int | None,
+) -> Engine:
     trial = Trial(model)
     cost = DensePool.cost(model) if calibration is None else PackedPool.cost(model, calibration)
     sinks = 0 if calibration is None else calibration.sinks

@@ -9,7 +9,8 @@ Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ _TOKENS = 8
 
 _ALLOWED = 0.1
 """Of the spread of logits: rms of what other kernels, in 16 bits, may differ by."""
+
+
+@contextmanager
+def refusing(model: Any) -> Iterator[None]:
+    """What fails inside, whatever it is, is a model that cannot be served.
+
+    Raises:
+        RotqError: something failed.
+    """
+    try:
+        yield
+    except RotqError:
+        raise
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RotqError(f"{model.config.model_type}: the model cannot be served: {line}") from error
 
 
 class Trial:
@@ -59,7 +76,7 @@ class Trial:
             stored: Tokens must see stored ones so, too.
 
         Raises:
-            RotqError: it fails, or the result is another.
+            RotqError: the result is another.
         """
         count = min(_TOKENS, longest)
         sink = 0 if runner.pool.sinks else -1

@@ -156,9 +156,14 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first thing that is wrong, in one line; never what was sent, which may be large."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """One thing that is wrong, in one line; never what was sent, which may be large.
+
+    Of several ways in which a value could be right, the one that it came furthest on.
+    """
+    first = max(errors, key=lambda error: len(error["loc"]))
+    *way, last = [str(part) for part in first["loc"] if part != "body"] or [""]
+    # names that pydantic gives to the ways are not the client's
+    place = [part for part in (*[step for step in way if "[" not in step], last) if part]
     param = place[0] if place and first["type"] != "json_invalid" else None
     if first["type"] == "json_invalid":
         message = "the body is no JSON"

@@ -72,6 +72,8 @@ class Guard:
                 await self.app(scope, self._limited(receive), response)
         except ApiError as error:
             await response.fail(error)
+        except HTTPException as error:
+            await response.fail(ApiError(error.status_code, str(error.detail)))
         except TimeoutError:
             await response.fail(ApiError(408, "the request took too long", code="timeout"))
         except Exception as error:

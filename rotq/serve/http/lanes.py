@@ -39,7 +39,16 @@ class Turns:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give()
+            else:
+                self._leave(client, turn)
             raise
+
+    def _leave(self, client: str, turn: asyncio.Future[None]) -> None:
+        line = self._lines.get(client, deque())
+        if turn in line:
+            line.remove(turn)
+            if not line:
+                del self._lines[client]
 
     def give(self) -> None:
         """End a turn: the next client that still waits has it."""
@@ -49,6 +58,7 @@ class Turns:
             self._lines.move_to_end(client)
             if not line:
                 del self._lines[client]
+            # one that was cancelled in this very moment is about to leave
             if not turn.done():
                 turn.set_result(None)
                 return
