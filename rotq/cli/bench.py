@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import load_on
+from rotq.cli.loading import check_causal, load_on
 from rotq.cli.options import FilePath, Seed, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
@@ -84,6 +84,7 @@ def bench_serve(
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")
+    check_causal(model, trust_remote_code=trust_remote_code)
     loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     from rotq.serve.bench import Load, measure

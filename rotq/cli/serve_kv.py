@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from rotq.cli.loading import load_on
+from rotq.cli.loading import check_causal, load_on
 from rotq.cli.options import FilePath, debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
     checked_settings,
@@ -20,6 +20,7 @@ from rotq.cli.serve_options import (
     require_packages,
     serving_options,
 )
+from rotq.errors import RotqError
 
 KEY_VARIABLE = "ROTQ_API_KEY"
 
@@ -100,10 +101,11 @@ def serve_kv(
     """
     require_packages("fastapi", "uvicorn", "prometheus_client")
     settings = checked_settings(kv_memory=kv_memory, **limits)
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = _key()
     local = _is_loopback(host)
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
+    check_causal(model, trust_remote_code=trust_remote_code)
     loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
     calibration = find_calibration(loaded, name, kv_calibration)
 
@@ -125,6 +127,23 @@ def serve_kv(
         click.echo(_ready_line(address, served.facts, as_json))
 
     run(served, host, port, settings, on_ready=ready)
+
+
+def _key() -> str | None:
+    """The key that clients must send; None if the environment has none.
+
+    Raises:
+        click.UsageError: it is there, and nobody could send it: empty, or with spaces at its ends.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key is None:
+        return None
+    if not key.strip() or key != key.strip() or not key.isprintable():
+        what = "has spaces or line ends that no client can send" if key.strip() else "is empty"
+        raise click.UsageError(
+            f"{KEY_VARIABLE} {what}; set a key, or unset it to serve without one"
+        )
+    return key
 
 
 def _is_loopback(host: str) -> bool:
@@ -149,7 +168,8 @@ def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
 
 def _reporter(debug: bool) -> Callable[[Exception], None]:
     def report(error: Exception) -> None:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
+        name = "" if isinstance(error, RotqError) else f"{type(error).__name__}: "
+        line = " ".join(f"{name}{error}".split())
         click.echo(f"rotq: error: {line}", err=True)
         if debug:
             traceback.print_exception(error)

@@ -59,12 +59,19 @@ def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration 
     """
     from rotq.kv.calibration.calibrate import data_oblivious
     from rotq.kv.calibration.file import load_calibration
+    from rotq.models.attention.online import rounds_heads
     from rotq.serve.settings import DENSE
 
     if name == DENSE:
         if file is not None:
             raise click.UsageError("--kv dense has no calibration")
         return None
+    if rounds_heads(model):
+        click.echo(
+            f"{name}: the cache packs keys and values in place of the model's own rounding of them "
+            "(kv_cache.bits), which --kv dense keeps",
+            err=True,
+        )
     spec, *others = named_specs(name)
     if others:
         raise click.UsageError(f"--kv {name}: a server has one scheme")
@@ -78,14 +85,24 @@ def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration 
     except ValueError as error:
         raise RotqError(f"{error}; give --kv-calibration") from None
     except RotqError as error:
-        raise RotqError(f"{error}; --kv dense serves it unpacked") from None
-    if spec.needs_calibration:
+        advice = "; --kv dense serves it unpacked" if _serves_dense(model) else ""
+        raise RotqError(f"{error}{advice}") from None
+    if spec.needs_calibration and not rounds_heads(model):
         click.echo(
             f"{name}: no --kv-calibration, so constants that need no data ({found.spec.name}); "
             "rotq calibrate-kv makes better ones",
             err=True,
         )
     return found
+
+
+def _serves_dense(model: Any) -> bool:
+    from rotq.kv.pool.dense import shapes_and_windows
+
+    try:
+        return bool(shapes_and_windows(model))
+    except RotqError:
+        return False
 
 
 def checked_settings(*, kv_memory: str, **limits: Any) -> Settings:

@@ -84,8 +84,12 @@ class KVShape:
     """Query heads per KV head."""
 
 
-def kv_shapes(config: Any) -> list[KVShape]:
+def kv_shapes(config: Any, *, packed: bool = True) -> list[KVShape]:
     """Of every layer, from the configuration of a text decoder.
+
+    Args:
+        config: transformers' configuration.
+        packed: Only widths that can be packed.
 
     Raises:
         RotqError: the configuration does not say, or heads do not divide.
@@ -97,10 +101,11 @@ def kv_shapes(config: Any) -> list[KVShape]:
         width = head_dim(config)
     except AttributeError as error:
         raise RotqError(f"{config.model_type}: not a decoder with a KV cache ({error})") from None
-    if num_queries % num_heads or width % 8:
+    if num_queries % num_heads or (packed and width % 8):
+        needs = "packed cache needs whole groups and a width that is a multiple of 8"
         raise RotqError(
             f"{config.model_type}: {num_queries} query heads on {num_heads} KV heads of width "
-            f"{width}; a packed cache needs whole groups and a width that is a multiple of 8"
+            f"{width}; a {needs if packed else 'cache needs whole groups'}"
         )
     shape = KVShape(num_heads=num_heads, head_dim=width, group=num_queries // num_heads)
     return [shape] * num_layers

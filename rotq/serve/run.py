@@ -2,7 +2,7 @@
 
 SIGTERM or SIGINT: no new connections, new requests on old ones get 503, ``/health`` says draining,
 and what runs or waits goes on. After ``drain_timeout`` what is left ends with an error of its own.
-A second signal ends everything at once.
+A second signal gives these errors at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from rotq.kv.calibration.file import KVCalibration
 from rotq.serve.engine.build import build_engine
 from rotq.serve.engine.engine import Engine
 from rotq.serve.http.app import create_app
+from rotq.serve.http.connection import Connection
 from rotq.serve.http.guard import LOOPBACK, Guard
 from rotq.serve.http.service import Service
+from rotq.serve.http.tokenization import Tokenization
 from rotq.serve.metrics import Metrics
 from rotq.serve.settings import DENSE, Settings
 
@@ -41,6 +43,11 @@ class Served:
     engine: Engine
     facts: dict[str, Any]
     """What is served and how, for the line at start and for ``/stats``."""
+
+    def close(self) -> None:
+        """End the engine, and the processes that encode."""
+        self.engine.close()
+        self.service.tokenization.close()
 
 
 def build_server(
@@ -67,17 +74,23 @@ def build_server(
         on_error: Told of what failed inside.
 
     Raises:
-        RotqError: the model cannot be served.
+        RotqError: the model or its tokenizer cannot be served.
     """
     metrics = Metrics(on_error)
     engine = build_engine(model, calibration, settings, observer=metrics)
     metrics.watch(engine)
+    tokenization = Tokenization(
+        tokenizer,
+        model.config.get_text_config(decoder=True).vocab_size,
+        longest=engine.longest,
+        limit=max(1, settings.max_queue),
+        on_error=on_error,
+    )
     service = Service(
         engine,
-        tokenizer,
+        tokenization,
         name=name,
         end_tokens=_end_tokens(model, tokenizer),
-        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
         settings=settings,
     )
     facts = _facts(engine, calibration, name, model)
@@ -145,7 +158,9 @@ def run(
     """
     config = uvicorn.Config(
         served.app,
-        log_level="error",
+        http=Connection,
+        # what goes wrong is told by the guard; uvicorn would add the traces of those it cuts off
+        log_level="critical",
         access_log=False,
         lifespan="off",
         server_header=False,
@@ -155,9 +170,10 @@ def run(
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     bound = _bind(host, port)
     try:
+        served.service.tokenization.start()
         asyncio.run(_serve(_Server(config, served, settings), bound, on_ready))
     finally:
-        served.engine.close()
+        served.close()
         bound.close()
 
 
@@ -184,7 +200,11 @@ async def _serve(server: _Server, bound: socket.socket, on_ready: Callable[[int]
         await asyncio.sleep(0.01)
     if server.started:
         on_ready(bound.getsockname()[1])
-    await serving
+    try:
+        await serving
+    finally:
+        # before the loop ends, which waits for threads that wait for these
+        server.served.close()
 
 
 class _Server(uvicorn.Server):
@@ -192,7 +212,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, served: Served, settings: Settings) -> None:
         super().__init__(config)
-        self._served, self._settings = served, settings
+        self.served, self._settings = served, settings
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -207,13 +227,17 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        service = self._served.service
+        service = self.served.service
         if service.draining:
-            self.force_exit = True
+            self._end()
+            asyncio.get_running_loop().call_later(_LAST_WORDS, self._force)
             return
         service.draining = True
         self.should_exit = True
         asyncio.get_running_loop().call_later(self._settings.drain_timeout, self._end)
 
     def _end(self) -> None:
-        asyncio.get_running_loop().run_in_executor(None, self._served.engine.close)
+        asyncio.get_running_loop().run_in_executor(None, self.served.close)
+
+    def _force(self) -> None:
+        self.force_exit = True

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
@@ -118,6 +119,97 @@ def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
         assert found[0].status_code == 503
         assert found[0].json()["error"]["code"] == "shutting_down"
         assert "Traceback" not in said
+
+
+def test_a_second_signal_ends_it_without_a_trace(folder: Path) -> None:
+    with serving(folder, "--drain-timeout", "60", "--kv", "dense") as server:
+        found: list[httpx.Response] = []
+        body = {"max_tokens": 600, "ignore_eos": True, "n": 16, "stream": True}
+        thread = threading.Thread(target=lambda: found.append(server.ask(**body)))
+        thread.start()
+        while httpx.get(f"{server.url}/stats").json()["running"] == 0:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        began = time.monotonic()
+        code, said = server.end(signal.SIGTERM)
+        thread.join()
+        assert time.monotonic() - began < 20
+        assert (code, said) == (0, "")
+        assert "shutting_down" in found[0].text
+
+
+@pytest.mark.parametrize("key", ["", "  ", "secret\n", " secret"])
+def test_a_key_that_nobody_can_send_is_refused(
+    folder: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROTQ_API_KEY", key)
+    result = run("serve-kv", folder)
+    assert result.exit_code == 2
+    assert "ROTQ_API_KEY" in result.stderr.splitlines()[-1]
+    assert "secret" not in result.stderr
+
+
+def masked(path: Path) -> Path:
+    config = transformers.BertConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("command", [["serve-kv"], ["bench", "serve"]], ids=" ".join)
+@pytest.mark.parametrize("kv", ["k3v3", "dense"])
+def test_a_masked_model_is_refused(tmp_path: Path, command: list[str], kv: str) -> None:
+    result = run(*command, masked(tmp_path / "bert"), "--kv", kv)
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert "is a masked language model" in last
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    config = transformers.LlamaConfig(vocab_size=258, **{**sizes, **heads, **changes})
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_advice_works(tmp_path: Path) -> None:
+    """A head width that no packed cache has: what the refusal says to do can be done."""
+    path = saved(tmp_path / "narrow")
+    result = run("serve-kv", path)
+    assert result.exit_code == 1
+    assert "--kv dense serves it" in result.stderr.splitlines()[-1]
+    with serving(path, "--kv", "dense") as server:
+        assert server.ask(max_tokens=2).is_success
+    # and where it could not, nothing is advised
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 2, "hidden_size": 48}
+    uneven = saved(tmp_path / "uneven", **heads)
+    result = run("serve-kv", uneven)
+    assert result.exit_code == 1
+    assert "--kv dense" not in result.stderr
+
+
+def test_results_that_round_keys_and_values_are_served(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", head_dim=16, num_key_value_heads=2)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 100)
+    small = ["--num-samples", "2", "--seq-len", "32", "--calibration", str(text)]
+    made = run("quantize", path, "-c", "quarot-w4a4kv4", "-o", tmp_path / "out", *small)
+    assert made.exit_code == 0, made.stderr
+    for kv in ("k3v3", "dense"):
+        with serving(tmp_path / "out", "--kv", kv) as server:
+            assert server.ask(max_tokens=2).is_success
+            _, said = server.end()
+            assert ("in place of the model's own rounding" in said) == (kv != "dense")
+            assert "calibrate-kv" not in said
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])

@@ -161,6 +161,9 @@ def running_server(
         local=local,
         on_error=errors.append,
     )
+    # starting takes a second or two, which is what others can wait for with their first text
+    if limits.request_timeout < 10:
+        served.service.tokenization.start()
     config = uvicorn.Config(served.app, port=0, log_level="critical", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -172,6 +175,6 @@ def running_server(
     try:
         yield Running(url=f"http://127.0.0.1:{port}", served=served, errors=errors)
     finally:
-        served.engine.close()
+        served.close()
         server.should_exit = True
         thread.join()

@@ -30,16 +30,20 @@ class WatchingCache(ABC):
         """After a pass that did not fail."""
 
 
-def attach(model: Any) -> nn.Module:
+def attach(model: Any, name: str = attention.NAME) -> nn.Module:
     """Set the model's attention and put the hooks on its decoder, once; returns the decoder.
+
+    Args:
+        model: Of transformers.
+        name: Of an attention that reads what the cache hands out.
 
     Raises:
         RotqError: the model does not dispatch its attention by name.
     """
     attention.register()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(name)
     decoder: nn.Module = model.get_decoder()
-    if attention_name(decoder) != attention.NAME:
+    if attention_name(decoder) != name:
         raise RotqError(f"{type(model).__name__} does not let its attention be set")
     if _before not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)

@@ -11,13 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
+from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV
-from rotq.kv.cache.support import check_decoder, windows
+from rotq.kv.cache.support import windows
+from rotq.kv.pool.attention import PLAIN, Extras, Whole
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
-from rotq.models.rotary import kv_shapes
+from rotq.models.rotary import KVShape, kv_shapes
+
+
+def shapes_and_windows(model: Any) -> list[tuple[KVShape, int]]:
+    """What each layer keeps, and how many tokens its queries see; 0 for all.
+
+    Raises:
+        RotqError: the model cannot be served from dense pages.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or not getattr(config, "is_causal", True):
+        raise RotqError(f"{config.model_type}: a server is for causal decoders")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise RotqError(f"{config.model_type}: its attention is not causal")
+    return list(zip(kv_shapes(config, packed=False), windows(config), strict=True))
 
 
 class DensePool(Pool):
@@ -33,9 +48,7 @@ class DensePool(Pool):
     """
 
     def __init__(self, model: Any, *, num_pages: int, table_width: int) -> None:
-        check_decoder(model)
-        config = model.config.get_text_config(decoder=True)
-        found = zip(kv_shapes(config), windows(config), strict=True)
+        found = shapes_and_windows(model)
         layers = [
             DenseLayer((num_pages, shape.num_heads, PAGE_SIZE, shape.head_dim), window, model)
             for shape, window in found
@@ -48,7 +61,8 @@ class DensePool(Pool):
     @staticmethod
     def cost(model: Any) -> Cost:
         """Bytes that pages take."""
-        whole = sum(2 * shape.num_heads * shape.head_dim for shape in kv_shapes(model.config))
+        shapes = kv_shapes(model.config, packed=False)
+        whole = sum(2 * shape.num_heads * shape.head_dim for shape in shapes)
         return Cost(page=PAGE_SIZE * whole * model.dtype.itemsize, sinks=0, elements=whole)
 
 
@@ -107,7 +121,7 @@ class DenseLayer(CacheLayerMixin):
 
 
 @dataclass(kw_only=True)
-class DenseVisible:
+class DenseVisible(Whole):
     """What the queries of one layer can see in one forward pass."""
 
     layer: DenseLayer
@@ -116,7 +130,7 @@ class DenseVisible:
     window: int
     was_read: bool = False
 
-    def attend(self, query_BMTD: Tensor, scale: float) -> Tensor:
+    def attend(self, query_BMTD: Tensor, scale: float, extras: Extras = PLAIN) -> Tensor:
         """Attention row by row, each over its own keys; zeros for rows of padding."""
         self.was_read = True
         out_BMTD = torch.zeros_like(query_BMTD)
@@ -124,24 +138,25 @@ class DenseVisible:
         for b, last in enumerate(position_BT.amax(1).tolist()):
             if last >= 0:
                 first = int(position_BT[b, 0])
-                out_BMTD[b] = self._attend(query_BMTD[b], b, first, last + 1, scale)
+                k_HND, v_HND, seen_TN = self._row(b, first, last + 1, query_BMTD)
+                out_BMTD[b] = extras.attend(query_BMTD[b, None], k_HND, v_HND, seen_TN, scale)[0]
         return out_BMTD
 
-    def _attend(self, query_MTD: Tensor, b: int, first: int, end: int, scale: float) -> Tensor:
-        device = query_MTD.device
+    def _row(
+        self, b: int, first: int, end: int, query_BMTD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of one sequence, (1, H, N, D), and which of them each query sees."""
+        device = query_BMTD.device
         page_J = self.layout.page_table_BJ[b, : -(-end // PAGE_SIZE)].long().to(device)
         k_HND, v_HND = (
             pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end]
             for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
         )
-        position_T1 = first + torch.arange(query_MTD.shape[1], device=device)[:, None]
+        position_T1 = first + torch.arange(query_BMTD.shape[2], device=device)[:, None]
         ahead_TN = position_T1 - torch.arange(end, device=device)
         seen_TN = ahead_TN >= 0
         if self.window:
             seen_TN &= ahead_TN < self.window
         # columns of padding see their neighbours, and nobody sees them
         seen_TN[end - first :, -1] = True
-        out = F.scaled_dot_product_attention(
-            query_MTD[None], k_HND, v_HND, attn_mask=seen_TN, scale=scale, enable_gqa=True
-        )
-        return out[0]
+        return k_HND, v_HND, seen_TN

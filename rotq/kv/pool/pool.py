@@ -28,6 +28,8 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.cache.hooks import WatchingCache, attach
 from rotq.kv.cache.layout import NO_TOKEN, Layout
+from rotq.kv.pool import attention
+from rotq.models.attention import dispatch
 
 PAGE_SIZE = 64
 """Tokens of a page."""
@@ -109,7 +111,8 @@ class Pool(WatchingCache, Cache):
         self.sinks = sinks
         self.table_width = table_width
         self._layout: PoolLayout | None = None
-        self._decoder = weakref.ref(attach(model))
+        attention.register()
+        self._decoder = weakref.ref(attach(model, dispatch.POOLED))
 
     def plan(self, rows: Sequence[Row], length: int) -> None:
         """Say what the next forward pass of the model adds; it must be given (B, T) tokens."""

@@ -13,6 +13,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from rotq.errors import RotqError
 
 ONLINE, OBSERVED, REPLACED = "rotq_online", "rotq_observed", "rotq_replaced"
+POOLED = "rotq_pooled"
+"""Of a server's pages; the others are of this package."""
 
 
 def register(

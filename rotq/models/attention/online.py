@@ -18,7 +18,7 @@ from rotq.models.attention import dispatch
 
 ATTRIBUTE = "online_heads"
 
-_ROUNDING = (dispatch.ONLINE, dispatch.OBSERVED)
+_ROUNDING = (dispatch.ONLINE, dispatch.OBSERVED, dispatch.POOLED)
 """Attentions that do what ``heads_of`` says."""
 
 
@@ -32,6 +32,11 @@ def set_heads(attention: nn.Module, heads: OnlineHeads) -> None:
     if not hasattr(attention, ATTRIBUTE):
         attention.register_forward_pre_hook(_check_dispatch)
     setattr(attention, ATTRIBUTE, heads)
+
+
+def rounds_heads(model: nn.Module) -> bool:
+    """Whether any attention of the model rounds its keys and values."""
+    return any(heads_of(module).grid is not None for module in model.modules())
 
 
 def use_online_attention(model: Any) -> None:

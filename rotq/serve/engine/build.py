@@ -9,10 +9,12 @@ from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.pool.pool import PAGE_SIZE, Pool
+from rotq.models.attention.online import rounds_heads
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.model_runner import ModelRunner, rows_that_agree
 from rotq.serve.engine.observer import Observer
 from rotq.serve.engine.page_allocator import PageAllocator
+from rotq.serve.engine.trial import Trial, refusing
 from rotq.serve.settings import Settings
 
 ROWS_CPU, ROWS_GPU = 8, 32
@@ -42,6 +44,18 @@ def build_engine(
     Raises:
         RotqError: the model cannot be served, or not in so few bytes.
     """
+    with refusing(model):
+        return _build(model, calibration, settings, observer, rows)
+
+
+def _build(
+    model: Any,
+    calibration: KVCalibration | None,
+    settings: Settings,
+    observer: Observer | None,
+    rows: int | None,
+) -> Engine:
+    trial = Trial(model)
     cost = DensePool.cost(model) if calibration is None else PackedPool.cost(model, calibration)
     sinks = 0 if calibration is None else calibration.sinks
     num_sinks = settings.max_batch + -(-settings.max_batch // _SPARE_SINKS) if sinks else 0
@@ -67,6 +81,11 @@ def build_engine(
         )
     wanted = rows or min(settings.max_batch, ROWS_GPU if model.device.type == "cuda" else ROWS_CPU)
     runner = ModelRunner(model, pool, rows=rows_that_agree(model, wanted))
+    if calibration is not None:
+        # a packed cache rounds in place of the model, and not what is in the same pass
+        trial.run(runner, longest, fresh=not rounds_heads(model), stored=False)
+    else:
+        trial.run(runner, longest, fresh=True, stored=True)
     allocator = PageAllocator(
         num_pages=num_pages, num_sinks=num_sinks, page_size=PAGE_SIZE, sinks=sinks
     )

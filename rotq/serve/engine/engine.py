@@ -223,10 +223,16 @@ class Engine:
 
     def _choose(self, sequence: Generation, logits_V: Tensor) -> None:
         now = time.monotonic()
-        if sequence.max_tokens == 0:
-            self._retire(sequence, sequence.event(finish="length"))
+        try:
+            if sequence.max_tokens == 0:
+                self._retire(sequence, sequence.event(sequence.text.finish(), finish="length"))
+                return
+            event = sequence.accept(sequence.sampler.pick(logits_V))
+        except Exception as error:
+            # a tokenizer that cannot read its own tokens costs one sequence
+            self.observer.failed(error)
+            self._fail(sequence, "internal")
             return
-        event = sequence.accept(sequence.sampler.pick(logits_V))
         self._generated += 1
         if len(sequence.generated) == 1:
             self.observer.first_token(now - sequence.created)

@@ -64,6 +64,8 @@ class Generation:
     end_tokens: frozenset[int] = frozenset()
     """End the text, and are no part of it."""
     prompt_logprobs: bool = False
+    owed: bool = False
+    """A character that the prompt leaves unfinished has been told to nobody; see ``TextStream``."""
     deadline: float = float("inf")
     """When the sequence fails with ``timeout``, on the clock of ``time.monotonic``."""
     number: int = field(default_factory=lambda: next(_NUMBERS))
@@ -83,7 +85,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling, self.index)
-        self.text = TextStream(self.decode, self.stops, self.prompt[-_CONTEXT:])
+        context = self.prompt[-_CONTEXT:]
+        self.text = TextStream(self.decode, self.stops, context, owed=self.owed)
 
     @property
     def total(self) -> int:

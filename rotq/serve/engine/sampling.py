@@ -15,13 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-5
+"""Temperatures from here on down are greedy: the next ones would divide to infinity."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How one sequence's tokens are chosen."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; up to ``COLDEST`` it takes the likeliest token."""
     top_p: float = 1.0
     """Likeliest tokens that together have this probability, in (0, 1]."""
     top_k: int = 0
@@ -61,7 +64,7 @@ class Sampler:
 
     def _choose(self, logits_V: Tensor) -> int:
         sampling = self.sampling
-        if sampling.temperature == 0:
+        if sampling.temperature <= COLDEST:
             return int(logits_V.argmax())
         scaled_V = logits_V.double() / sampling.temperature
         # equal numbers in the order of their tokens, on every machine

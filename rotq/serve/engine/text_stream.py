@@ -4,6 +4,9 @@ A token may end inside a character, and what a token reads like may depend on it
 text is the difference between what the last tokens read with and without the new one, and waits
 while it ends in an unfinished character. Text that may be the beginning of a stop string waits
 too, until it is one or is not.
+
+What comes before may end inside a character as well. Its bytes are held back, and the first tokens
+may complete them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,14 @@ class Piece:
     """Where each token's text begins, from the beginning of the generated text."""
 
 
+def finished(decode: Decode, ids: Sequence[int]) -> int:
+    """How many of the tokens can be read: those after them are the beginning of a character."""
+    for end in range(len(ids), max(-1, len(ids) - _LONGEST_CHARACTER), -1):
+        if not decode(ids[:end]).endswith(_UNFINISHED):
+            return end
+    return len(ids)
+
+
 @dataclass(kw_only=True)
 class _Token:
     picked: Picked
@@ -46,15 +57,23 @@ class TextStream:
         decode: See ``Decode``.
         stops: End the text in front of the first of them.
         context: Tokens before the first, which may decide how it reads (a leading space).
+        owed: What is unfinished at the context's end has been shown to nobody: it is text of the
+            stream even where no token completes it.
     """
 
     def __init__(
-        self, decode: Decode, stops: Sequence[str] = (), context: Sequence[int] = ()
+        self,
+        decode: Decode,
+        stops: Sequence[str] = (),
+        context: Sequence[int] = (),
+        *,
+        owed: bool = False,
     ) -> None:
         self._decode = decode
         self._stops = tuple(stops)
         self._ids = list(context)
-        self._prefix, self._read = 0, len(self._ids)
+        self._prefix, self._read = 0, finished(decode, context)
+        self._shown = "" if owed else decode(self._ids)
         self._text = ""
         self._sent = 0
         self._tokens: list[_Token] = []
@@ -81,7 +100,9 @@ class TextStream:
         unfinished = after.endswith(_UNFINISHED)
         if wait and unfinished and len(self._ids) - self._read < _LONGEST_CHARACTER:
             return None
-        self._prefix, self._read = self._read, len(self._ids)
+        if after.startswith(self._shown):
+            before = max(before, self._shown, key=len)
+        self._prefix, self._read, self._shown = self._read, len(self._ids), ""
         return after[len(before) :]
 
     def _take(self, fresh: str, *, last: bool) -> Piece:

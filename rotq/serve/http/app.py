@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,9 +17,11 @@ import rotq
 from rotq.serve.http.errors import ApiError
 from rotq.serve.http.guard import Guard
 from rotq.serve.http.responses import Choice
-from rotq.serve.http.schemas import ChatRequest, CompletionRequest, ErrorBody
+from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest, ErrorBody
 from rotq.serve.http.service import Call, Service
 from rotq.serve.metrics import Metrics
+
+T = TypeVar("T")
 
 _GRACE = 15.0
 """Seconds beyond a request's own time-out, after which its connection is cut."""
@@ -79,14 +81,12 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or score it."""
-        call = await service.complete(body, _client(request))
-        return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
+        return await _answer(service.complete(body, _client(request)), request, body)
 
     @app.post("/v1/chat/completions", responses=_ERRORS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation under the model's chat template."""
-        call = await service.chat(body, _client(request))
-        return await _respond(call, request, stream=bool(body.stream), usage=body.wants_usage)
+        return await _answer(service.chat(body, _client(request)), request, body)
 
     card = {"id": service.name, "object": "model", "created": 0, "owned_by": "rotq"}
 
@@ -156,9 +156,14 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first thing that is wrong, in one line; never what was sent, which may be large."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """One thing that is wrong, in one line; never what was sent, which may be large.
+
+    Of several ways in which a value could be right, the one that it came furthest on.
+    """
+    first = max(errors, key=lambda error: len(error["loc"]))
+    *way, last = [str(part) for part in first["loc"] if part != "body"] or [""]
+    # names that pydantic gives to the ways are not the client's
+    place = [part for part in (*[step for step in way if "[" not in step], last) if part]
     param = place[0] if place and first["type"] != "json_invalid" else None
     if first["type"] == "json_invalid":
         message = "the body is no JSON"
@@ -173,25 +178,35 @@ def _client(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def _respond(call: Call, request: Request, *, stream: bool, usage: bool) -> Response:
-    if stream:
+async def _answer(beginning: Coroutine[Any, Any, Call], request: Request, body: Common) -> Response:
+    call = await _unless_left(request, beginning)
+    if call is None:
+        # nobody is there to read it
+        return Response(status_code=499)
+    if body.stream:
         return StreamingResponse(
-            _stream(call, usage),
+            _stream(call, body.wants_usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
-    collecting = asyncio.create_task(call.collect())
-    leaving = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if collecting.done():
-            return JSONResponse(call.writer.response(collecting.result()))
-        # nobody is there to read it
-        return Response(status_code=499)
+        choices = await _unless_left(request, call.collect())
     finally:
         call.cancel()
-        for task in (collecting, leaving):
-            task.cancel()
+    if choices is None:
+        return Response(status_code=499)
+    return JSONResponse(call.writer.response(choices))
+
+
+async def _unless_left(request: Request, doing: Coroutine[Any, Any, T]) -> T | None:
+    """The result, or None if the client leaves before it is there."""
+    work, leaving = asyncio.create_task(doing), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        work.cancel()
+        leaving.cancel()
 
 
 async def _disconnected(request: Request) -> None:

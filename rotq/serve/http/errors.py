@@ -69,3 +69,9 @@ def of_failure(failure: str) -> ApiError:
     if failure == "shutdown":
         return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=30)
     return ApiError(500, "the server failed to compute an answer", code="internal_error")
+
+
+def of_full_queue(seconds: int) -> ApiError:
+    """For a request that finds too many waiting."""
+    message = f"the queue is full; try again in {seconds} s"
+    return ApiError(429, message, code="queue_full", retry_after=seconds)

@@ -24,6 +24,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 """Paths that are served without a key."""
 
+BODY_SECONDS = 30.0
+"""Until the next part of a request's body."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine for itself."""
 
@@ -69,6 +72,8 @@ class Guard:
                 await self.app(scope, self._limited(receive), response)
         except ApiError as error:
             await response.fail(error)
+        except HTTPException as error:
+            await response.fail(ApiError(error.status_code, str(error.detail)))
         except TimeoutError:
             await response.fail(ApiError(408, "the request took too long", code="timeout"))
         except Exception as error:
@@ -92,12 +97,18 @@ class Guard:
             raise self._too_large()
 
     def _limited(self, receive: Receive) -> Receive:
-        taken = 0
+        taken, whole = 0, False
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            try:
+                # once the body is whole, this waits for the client to leave
+                async with asyncio.timeout(None if whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not come in time") from None
             taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if taken > self.max_body:
                 # of the one kind that the framework does not take for a fault of its own
                 raise HTTPException(413, self._too_large().message)

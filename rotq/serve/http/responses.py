@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from rotq.serve.engine.generation import Event, joined
 from rotq.serve.engine.sampling import Picked
 from rotq.serve.engine.text_stream import Piece
-
-TokenText = Callable[[int], str]
-"""The text of a single token, special ones by their names."""
+from rotq.serve.http.token_names import TokenNames
+from rotq.serve.http.tokenization import Prompt
 
 
 @dataclass(kw_only=True)
@@ -49,7 +47,8 @@ class Writer:
     """The objects of one request; subclasses know the endpoint."""
 
     model: str
-    token_text: TokenText
+    names: TokenNames | None
+    """None without log probabilities."""
     top: int | None
     """Likeliest tokens to report; None for no log probabilities."""
     prompt_lengths: Sequence[int]
@@ -112,28 +111,27 @@ class Writer:
 class CompletionWriter(Writer):
     """Bodies of ``/v1/completions``: plain text."""
 
-    echoed: Sequence[str] | None = None
-    """Text of each choice's prompt, if it is part of the response."""
+    echoed: Sequence[Prompt] | None = None
+    """Each choice's prompt, if it is part of the response."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        echoed, piece = self.echoed[index] if self.echoed else "", choice.piece
+        piece = choice.piece
         return {
             "index": index,
-            "text": echoed + piece.text,
-            "logprobs": self._logprobs(piece, choice.prompt, len(echoed)),
+            "text": self._echo(index) + piece.text,
+            "logprobs": self._logprobs(index, piece, choice.prompt),
             "finish_reason": choice.finish,
         }
 
     def delta(self, index: int, event: Event) -> dict[str, Any]:
         """The event's text without the echoed prompt, which is a chunk of its own."""
-        echoed = len(self.echoed[index]) if self.echoed else 0
         return {
             "index": index,
             "text": event.piece.text,
-            "logprobs": self._logprobs(event.piece, event.prompt, echoed),
+            "logprobs": self._logprobs(index, event.piece, event.prompt),
             "finish_reason": event.finish,
         }
 
@@ -141,31 +139,36 @@ class CompletionWriter(Writer):
         """The echoed prompt, if one was asked for."""
         if not self.echoed:
             return None
-        return self._frame(self.kind, [self._plain(index, self.echoed[index])])
+        text = self._echo(index)
+        plain = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        return self._frame(self.kind, [plain])
 
-    def _plain(self, index: int, text: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def _echo(self, index: int) -> str:
+        return (self.echoed[index].text or "") if self.echoed else ""
 
     def _logprobs(
-        self, piece: Piece, prompt: tuple[Picked, ...] | None, echoed: int
+        self, index: int, piece: Piece, prompt: tuple[Picked, ...] | None
     ) -> dict[str, Any] | None:
-        if self.top is None:
+        if self.top is None or self.names is None:
             return None
-        prompt, text = prompt or (), self.token_text
-        picked = (*prompt, *piece.picked)
-        lengths = [len(text(item.token)) for item in prompt]
-        offsets = list(accumulate(lengths, initial=0))[:-1]
-        offsets += [echoed + offset for offset in piece.offsets]
-        tops = [
-            None if item.logprob is None else {text(token): value for token, value in item.top}
-            for item in picked
-        ]
+        picked = (*(prompt or ()), *piece.picked)
+        offsets = list(self.echoed[index].offsets or ()) if self.echoed and prompt else []
+        offsets += [len(self._echo(index)) + offset for offset in piece.offsets]
+        tops = [None if item.logprob is None else self._top(item) for item in picked]
         return {
-            "tokens": [text(item.token) for item in picked],
+            "tokens": [self.names[item.token].name for item in picked],
             "token_logprobs": [item.logprob for item in picked],
             "top_logprobs": tops if self.top else None,
             "text_offset": offsets,
         }
+
+    def _top(self, item: Picked) -> dict[str, float | None]:
+        """The likeliest tokens and, as at OpenAI, the one that is there."""
+        assert self.names is not None
+        found: dict[str, float | None] = {
+            self.names[token].name: value for token, value in item.top
+        }
+        return found | {self.names[item.token].name: item.logprob}
 
 
 @dataclass(kw_only=True)
@@ -200,7 +203,7 @@ class ChatWriter(Writer):
         return self._frame(self.chunk_kind, [choice])
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self.top is None:
+        if self.top is None or self.names is None:
             return None
         content = [
             self._entry(item.token, item.logprob)
@@ -210,7 +213,7 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.token_text(token)
-        # a part of a character has no text, and no bytes that could be told
-        known = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        assert self.names is not None
+        named = self.names[token]
+        content = None if named.content is None else list(named.content)
+        return {"token": named.name, "logprob": logprob, "bytes": content}

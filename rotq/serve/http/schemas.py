@@ -1,15 +1,18 @@
 """What clients may ask for: OpenAI's requests, as far as this server does what they say.
 
-A field that is not listed here is refused, as is a value that would have to be ignored (penalties,
-tools). ``top_k`` and ``ignore_eos`` are extensions, which OpenAI's client sends by ``extra_body``.
-Types are strict: "1" is no number.
+A field that is neither here nor in ``neutral`` is refused, as is a value that would have to be
+ignored (penalties, tools). ``top_k`` and ``ignore_eos`` are extensions, which OpenAI's client sends
+by ``extra_body``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
+
+from rotq.serve.http.neutral import Neutral, NeutralChat, NeutralCompletion
+from rotq.serve.http.strict import Off, Strict, Tolerant
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -19,15 +22,14 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
-
-class Strict(BaseModel):
-    """Converts nothing, and refuses fields that it does not list."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+LARGEST_SEED = 9223372036854776000
+"""OpenAI's bound: a schema has floats for bounds, and would write 2^63 itself as this number."""
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: Off | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponseFormat(Strict):
@@ -36,24 +38,22 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class Common(Strict):
+class Common(Neutral):
     """What both kinds of requests have."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    """0 is no bound, and so is -1, as vLLM and SGLang write it."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
     ignore_eos: bool | None = None
-    # neutral values only
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Common(Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(Common):
+class CompletionRequest(Common, NeutralCompletion):
     """Body of ``POST /v1/completions``."""
 
     prompt: (
@@ -78,8 +78,6 @@ class CompletionRequest(Common):
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -90,29 +88,34 @@ class CompletionRequest(Common):
         return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item, return-value]
 
 
-class TextPart(Strict):
+class TextPart(Tolerant):
     """A part of a message; parts of other types are refused."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
-    """One turn of a conversation."""
+class Message(Tolerant):
+    """One turn of a conversation.
+
+    Answers are taken back as they were given: refusal, annotations, audio, function and tool calls
+    may be there, as long as they are empty.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | list[TextPart] | None = None
+    """An assistant's may be null or missing, which is no text."""
     name: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        named = {"name": self.name} if self.name is not None else {}
-        return {"role": self.role, "content": text, **named}
+    @property
+    def texts(self) -> list[str]:
+        """The text of each part; a string is one."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content or ()]
 
 
-class ChatRequest(Common):
+class ChatRequest(Common, NeutralChat):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -120,9 +123,6 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def limit(self) -> int | None:

@@ -11,10 +11,10 @@ from typing import Any
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.generation import Event, Generation
 from rotq.serve.engine.sampling import Sampling
-from rotq.serve.http.errors import ApiError, of_failure
+from rotq.serve.http.errors import ApiError, of_failure, of_full_queue
 from rotq.serve.http.responses import ChatWriter, Choice, CompletionWriter, Writer
 from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest
-from rotq.serve.http.tokenization import Tokenization
+from rotq.serve.http.tokenization import Prompt, Tokenization
 from rotq.serve.settings import Settings
 
 _DEFAULT_COMPLETION = 16
@@ -72,26 +72,24 @@ class Service:
 
     Args:
         engine: Started.
-        tokenizer: Of transformers.
+        tokenization: Of the model.
         name: The model's, as clients call it.
         end_tokens: That end a text.
-        vocabulary: Tokens that the model knows.
         settings: Limits.
     """
 
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Any,
+        tokenization: Tokenization,
         *,
         name: str,
         end_tokens: frozenset[int],
-        vocabulary: int,
         settings: Settings,
     ) -> None:
-        self.engine, self.name, self.settings = engine, name, settings
+        self.engine, self.tokenization = engine, tokenization
+        self.name, self.settings = name, settings
         self.end_tokens = end_tokens
-        self.tokenization = Tokenization(tokenizer, vocabulary)
         self.draining = False
 
     async def complete(self, request: CompletionRequest, client: str) -> Call:
@@ -100,25 +98,26 @@ class Service:
         Raises:
             ApiError: the request cannot be served, or not now.
         """
-        self._check_model(request.model)
-        prompts = await asyncio.to_thread(self.tokenization.prompts, request)
-        top = request.logprobs
+        self._check(request)
+        top, echo, choices = request.logprobs, bool(request.echo), request.n or 1
+        async with self._in_time() as deadline:
+            names = None if top is None else await self.tokenization.names()
+            prompts = [
+                await self.tokenization.prompt(
+                    given, request.user or client, echo=echo, offsets=top is not None
+                )
+                for given in request.prompts
+            ]
         writer = CompletionWriter(
             model=self.name,
-            token_text=self.tokenization.token_text,
+            names=names,
             top=top,
-            prompt_lengths=[len(ids) for ids in prompts],
+            prompt_lengths=[len(prompt.ids) for prompt in prompts],
+            echoed=[prompt for prompt in prompts for _ in range(choices)] if echo else None,
         )
-        choices = request.n or 1
-        if request.echo:
-            texts = [
-                prompt if isinstance(prompt, str) else self.tokenization.decode(prompt)
-                for prompt in request.prompts
-            ]
-            writer.echoed = [text for text in texts for _ in range(choices)]
         limit = _DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
-        scored = bool(request.echo) and top is not None
-        return self._begin(request, writer, prompts, limit, top, client, scored=scored)
+        scored = echo and top is not None
+        return self._begin(request, writer, prompts, limit, top, client, deadline, scored=scored)
 
     async def chat(self, request: ChatRequest, client: str) -> Call:
         """Begin to answer.
@@ -126,61 +125,75 @@ class Service:
         Raises:
             ApiError: the request cannot be served, or not now.
         """
-        self._check_model(request.model)
-        if request.top_logprobs is not None and not request.logprobs:
+        self._check(request)
+        if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        ids = await asyncio.to_thread(self.tokenization.conversation, request)
+        _check_contents(request)
         top = (request.top_logprobs or 0) if request.logprobs else None
-        writer = ChatWriter(
-            model=self.name,
-            token_text=self.tokenization.token_text,
-            top=top,
-            prompt_lengths=[len(ids)],
-        )
+        async with self._in_time() as deadline:
+            names = None if top is None else await self.tokenization.names()
+            ids = await self.tokenization.conversation(request.messages, request.user or client)
+        writer = ChatWriter(model=self.name, names=names, top=top, prompt_lengths=[len(ids)])
         room = self.engine.longest - len(ids)
         limit = request.limit or max(1, min(self.settings.default_max_tokens, room))
-        return self._begin(request, writer, [ids], limit, top, client)
+        return self._begin(request, writer, [Prompt(ids=ids)], limit, top, client, deadline)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.name:
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[float]:
+        """What is inside may take as long as a request; gives the end of that."""
+        seconds = self.settings.request_timeout
+        deadline = time.monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield deadline
+        except TimeoutError:
+            raise of_failure("timeout") from None
+
+    def _check(self, request: Common) -> None:
+        if request.model != self.name:
             raise ApiError(
                 404,
-                f"no model {name[:100]!r} here; this server has {self.name!r}",
+                f"no model {request.model[:100]!r} here; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
+        if request.wants_usage and not request.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self.draining or not self.engine.alive:
+            raise of_failure("shutdown")
 
     def _begin(
         self,
         request: Common,
         writer: Writer,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         limit: int,
         top: int | None,
         client: str,
+        deadline: float,
         *,
         scored: bool = False,
     ) -> Call:
-        if self.draining or not self.engine.alive:
-            raise of_failure("shutdown")
-        if request.stream_options is not None and not request.stream:
-            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+        self._check_open()
         call = Call(writer)
-        wanted = [ids for ids in prompts for _ in range(request.n or 1)]
+        wanted = [prompt for prompt in prompts for _ in range(request.n or 1)]
         if len(wanted) > max(1, self.settings.max_queue):
             raise ApiError(400, f"at most {self.settings.max_queue} sequences in one request")
         sampling = Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=request.top_p or 1.0,
-            top_k=request.top_k or 0,
+            top_k=max(0, request.top_k or 0),
             seed=request.seed,
             logprobs=top,
         )
-        for index, ids in enumerate(wanted):
-            self._check_length(ids, limit)
+        for index, prompt in enumerate(wanted):
+            self._check_length(prompt.ids, limit)
             call.sequences.append(
                 Generation(
-                    prompt=ids,
+                    prompt=prompt.ids,
                     max_tokens=limit,
                     sampling=sampling,
                     decode=self.tokenization.decode,
@@ -190,13 +203,12 @@ class Service:
                     stops=request.stops,
                     end_tokens=frozenset() if request.ignore_eos else self.end_tokens,
                     prompt_logprobs=scored,
-                    deadline=time.monotonic() + self.settings.request_timeout,
+                    owed=prompt.owed,
+                    deadline=deadline,
                 )
             )
         if not self.engine.submit(call.sequences):
-            seconds = self.engine.retry_after()
-            message = f"the queue is full; try again in {seconds} s"
-            raise ApiError(429, message, code="queue_full", retry_after=seconds)
+            raise of_full_queue(self.engine.retry_after())
         return call
 
     def _check_length(self, ids: Sequence[int], limit: int) -> None:
@@ -208,3 +220,11 @@ class Service:
                 f"{longest} tokens",
                 code="context_length_exceeded",
             )
+
+
+def _check_contents(request: ChatRequest) -> None:
+    """Only an assistant may have said nothing."""
+    for place, message in enumerate(request.messages):
+        if not message.content and message.content != "" and message.role != "assistant":
+            line = f"messages.{place}.content: a {message.role}'s message has text"
+            raise ApiError(400, line, param="messages")

@@ -137,12 +137,11 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(RotqError, match="another model"):
         packed(served_model("qwen3"), calibration)
     model.config.attn_logit_softcapping = 30.0
-    for make in (
-        lambda: packed(model, calibration),
-        lambda: DensePool(model, num_pages=1, table_width=1),
-    ):
-        with pytest.raises(RotqError, match="softcapping"):
-            make()
+    with pytest.raises(RotqError, match="softcapping"):
+        packed(model, calibration)
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(RotqError, match="not causal"):
+        DensePool(model, num_pages=1, table_width=1)
 
 
 def test_a_pass_that_nobody_planned_is_our_bug() -> None:

@@ -23,6 +23,13 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
     assert Sampler(Sampling(temperature=0)).pick(LOGITS).token == 1
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-20, 1e-5])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    for logits in (LOGITS, 1e4 * LOGITS, LOGITS.half()):
+        picked = Sampler(Sampling(temperature=temperature, seed=1, logprobs=1)).pick(logits)
+        assert picked == Sampler(Sampling(temperature=0, logprobs=1)).pick(logits)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_softmax(temperature: float) -> None:
     wanted = (LOGITS / temperature).softmax(-1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rotq.serve.engine.generation import joined
 from rotq.serve.engine.sampling import Picked
-from rotq.serve.engine.text_stream import Piece, TextStream
+from rotq.serve.engine.text_stream import Piece, TextStream, finished
 
 
 def from_bytes(ids: Sequence[int]) -> str:
@@ -86,6 +86,44 @@ def test_the_context_decides_how_the_first_token_reads() -> None:
 
     assert TextStream(words, context=[0]).push(Picked(token=1)).text == " b"
     assert TextStream(words).push(Picked(token=1)).text == "b"
+
+
+PEPPER = "a\U0001f336b".encode()
+
+
+@pytest.mark.parametrize("owed", [False, True])
+@pytest.mark.parametrize("end", [2, 3, 4])
+def test_a_character_that_the_context_began_is_completed(end: int, owed: bool) -> None:
+    stream = TextStream(from_bytes, context=PEPPER[:end], owed=owed)
+    pieces = [stream.push(Picked(token=byte)) for byte in PEPPER[end:]]
+    assert joined([*pieces, stream.finish()]).text == "\U0001f336b"
+    assert [offset for piece in pieces for offset in piece.offsets] == [*[0] * (5 - end), 1]
+
+
+def test_a_character_that_nobody_completes_is_the_contexts() -> None:
+    """It has been shown with the context, unless the context's text is left out of it."""
+    for context in (PEPPER[:3], "a\ufffd".encode()):
+        for owed, wanted in ((False, "xy"), (True, "\ufffdxy")):
+            stream = TextStream(from_bytes, context=context, owed=owed)
+            texts = [stream.push(Picked(token=byte)).text for byte in b"xy"]
+            assert "".join(texts) + stream.finish().text == wanted
+    assert TextStream(from_bytes, context=PEPPER[:3]).finish().text == ""
+    assert TextStream(from_bytes, context=PEPPER[:3], owed=True).finish().text == "\ufffd"
+
+
+def test_a_stop_string_ends_in_the_character_that_the_context_began() -> None:
+    stream = TextStream(from_bytes, ["\U0001f336"], context=PEPPER[:3])
+    texts = [stream.push(Picked(token=byte)).text for byte in PEPPER[3:5]]
+    assert (texts, stream.stopped) == (["", ""], True)
+
+
+@pytest.mark.parametrize(
+    ("text", "end"), [(b"", 0), (b"ab", 2), (b"a\xf0\x9f", 1), (b"\xf0\x9f\x8c", 0)]
+)
+def test_finished(text: bytes, end: int) -> None:
+    assert finished(from_bytes, text) == end
+    # bytes that are no character at all
+    assert finished(from_bytes, text + b"\x80" * 9) == len(text) + 9
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from asking import JSON, chat, http, post, refused
+from asking import JSON, chat, http, post, refused, wait_until
 from tiny_served import Running, byte_tokenizer, running_server, served_model
 
 
@@ -124,6 +124,7 @@ def test_failures_inside_stay_inside() -> None:
         assert post(server, {"prompt": "x"}).is_success
         server.served.service.complete = failing  # type: ignore[method-assign]
         assert "secret" not in refused(post(server, {"prompt": "x"}), 500)["message"]
+        wait_until(lambda: len(server.errors) > 1)
         assert [type(error) for error in server.errors] == [RuntimeError, RuntimeError]
         server.errors.clear()
 
