@@ -74,18 +74,20 @@ class QuantizedHistory:
         self.chunk = chunk
         self.error_energy = dict.fromkeys(self.coders, 0.0)
         self.energy = dict.fromkeys(self.coders, 0.0)
+        self.calls = dict.fromkeys(self.coders, 0)
 
     @property
     def attention_error(self) -> list[float]:
-        """Relative squared error of each layer's output so far.
+        """Relative squared error of each layer's output so far; 0 where the output was zero.
 
         Raises:
             RotqError: the model never called a layer's attention.
         """
-        unseen = [layer for layer, energy in self.energy.items() if not energy]
+        unseen = [layer for layer, calls in self.calls.items() if not calls]
         if unseen:
-            raise RotqError(f"attention of layer {unseen[0]} did not run or gave zeros")
-        return [self.error_energy[layer] / self.energy[layer] for layer in sorted(self.energy)]
+            raise RotqError(f"attention of layer {unseen[0]} did not run")
+        pairs = [(self.error_energy[layer], self.energy[layer]) for layer in sorted(self.energy)]
+        return [error / energy if energy else 0.0 for error, energy in pairs]
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """The attention's output, (B, T, H G, D)."""
@@ -110,6 +112,7 @@ class QuantizedHistory:
         return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
     def _compare(self, layer: int, output: Tensor, exact: Tensor) -> None:
+        self.calls[layer] += 1
         self.error_energy[layer] += float((output - exact).double().square().sum())
         self.energy[layer] += float(exact.double().square().sum())
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.kv.norm_range import NormReach
 from rotq.ops import (
     KVConstants,
     dequantize_residual,
@@ -103,6 +104,10 @@ class KVCodec:
     def fake_quantize(
         self, k_BHTD: Tensor, v_BHTD: Tensor, position_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values as the cache gives them back, in their dtypes."""
-        k_hat_BHTD, v_hat_BHTD = self.decode(self.encode(k_BHTD, v_BHTD, position_BT), position_BT)
+        """Keys and values as a cache that begins with them gives them back, in their dtypes."""
+        reach = NormReach(self.constants)
+        reach.settle(k_BHTD, v_BHTD, position_BT)
+        codec = KVCodec(reach.constants)
+        codes = codec.encode(k_BHTD, v_BHTD, position_BT)
+        k_hat_BHTD, v_hat_BHTD = codec.decode(codes, position_BT)
         return k_hat_BHTD.to(k_BHTD.dtype), v_hat_BHTD.to(v_BHTD.dtype)

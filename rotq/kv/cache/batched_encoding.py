@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.calibration.device_constants import stacked
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.codec import KVCodec
-from rotq.ops import SideConstants, pack_kv, write_tokens
+from rotq.kv.norm_range import outgrown
+from rotq.ops import KVConstants, SideConstants, pack_kv, write_tokens
 
 
 class BatchedEncoder:
@@ -28,10 +30,13 @@ class BatchedEncoder:
     Args:
         layers: Of one window, format and rotation, on one device. One layer alone may have any.
         codec: Of all their heads; None for one layer alone.
+        given: Of each layer, what the codec was made of.
     """
 
-    def __init__(self, layers: Sequence[EncodedLayer], codec: KVCodec | None) -> None:
-        self.layers, self.codec = layers, codec
+    def __init__(
+        self, layers: Sequence[EncodedLayer], codec: KVCodec | None, given: Sequence[KVConstants]
+    ) -> None:
+        self.layers, self.codec, self.given = layers, codec, given
 
     def encode(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
@@ -42,6 +47,9 @@ class BatchedEncoder:
         visible = self.layers[0].visible
         if not tokens or visible is None:
             return
+        if any(a.constants is not b for a, b in zip(self.layers, self.given, strict=True)):
+            self.given = [layer.constants for layer in self.layers]
+            self.codec = KVCodec(stacked(self.given))
         layout, form = visible.layout, self.codec.constants.format
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
@@ -54,8 +62,11 @@ class BatchedEncoder:
             (codes.v_norm_BHT, [item.v_norm for item in pages]),
         )
         write_tokens(written, layout.encode_slot_BE, form.page_size)
+        there_BE = layout.encode_slot_BE >= 0
+        norms = [norm for norm in (codes.k_norm_BHT, codes.v_norm_BHT) if norm is not None]
+        flag = torch.stack([outgrown(norm, there_BE) for norm in norms]).any() if norms else None
         for layer in self.layers:
-            layer.uncoded = None
+            layer.uncoded, layer.outgrown = None, flag
 
     def constant_bytes(self) -> int:
         """Bytes of the constants that are held once more, for all layers together."""
@@ -80,10 +91,11 @@ def batched_encoders(
         kinds.setdefault(_kind(index, layer), []).append(index)
     found = []
     for indices in kinds.values():
-        codec = None
+        codec, shared = None, calibration.on(_device(layers[indices[0]]))
         if len(indices) > 1:
-            codec = calibration.on(_device(layers[indices[0]])).stack(indices)
-        found.append(BatchedEncoder([layers[index] for index in indices], codec))
+            codec = shared.stack(indices)
+        given = [shared.layer(index) for index in indices]
+        found.append(BatchedEncoder([layers[index] for index in indices], codec, given))
     return found
 
 

@@ -10,6 +10,7 @@ heads, D head width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.layout import Layout
 from rotq.kv.cache.pages import PageStore
+from rotq.kv.norm_range import NormReach, outgrown
 from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
 
 ENCODED = 1024
@@ -42,8 +44,8 @@ class EncodedLayer(CacheLayerMixin):
 
     def __init__(self, constants: KVConstants, window: int) -> None:
         super().__init__()
-        self.constants = constants
         self.window = window
+        self.start_with(constants)
         self.store: PageStore | None = None
         self.layout: Layout | None = None
         """Of the forward pass that is under way; who owns the layer sets it."""
@@ -51,6 +53,17 @@ class EncodedLayer(CacheLayerMixin):
         """In that pass, from ``update`` on."""
         self.uncoded: tuple[Tensor, Tensor] | None = None
         """Columns (B, H, E, D) that are coded after the forward pass."""
+
+    def start_with(self, constants: KVConstants) -> None:
+        """Code with these constants, nothing having been coded; see ``norm_range``."""
+        self.reach = NormReach(constants)
+        self.outgrown: Tensor | None = None
+        """bool (), of the tokens that were coded last: whether a norm did not fit."""
+
+    @property
+    def constants(self) -> KVConstants:
+        """That its tokens are coded with."""
+        return self.reach.constants
 
     @property
     def is_sliding(self) -> bool:
@@ -115,11 +128,20 @@ class EncodedLayer(CacheLayerMixin):
     def encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
         """Write columns into their pages; a few, on a CPU, are left in ``uncoded``.
 
+        The first ones decide how far the norms of their heads reach.
+
         Args:
             layout: On the device of the columns.
             k_BHED: After RoPE.
             v_BHED: As ``k_BHED``.
         """
+        first = slice(0, ENCODED)
+        self.reach.settle(
+            k_BHED[:, :, first],
+            v_BHED[:, :, first],
+            layout.encode_position_BE[:, first],
+            layout.encode_slot_BE[:, first] >= 0,
+        )
         if k_BHED.device.type == "cpu" and 0 < k_BHED.shape[2] <= POSTPONED:
             self.uncoded = k_BHED, v_BHED
             return
@@ -133,7 +155,9 @@ class EncodedLayer(CacheLayerMixin):
 
     def _encode_now(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
         number = k_BHED.shape[2]
-        step = ENCODED if k_BHED.device.type == "cpu" else max(1, number)
+        if not number:
+            return
+        step = ENCODED if k_BHED.device.type == "cpu" else number
         for e in range(0, number, step):
             turn = slice(e, e + step)
             encode_kv(
@@ -144,6 +168,19 @@ class EncodedLayer(CacheLayerMixin):
                 self.constants,
                 self.pages,
             )
+        self._look_at_norms(layout)
+
+    def _look_at_norms(self, layout: Layout) -> None:
+        """Whether a norm that has just been stored did not fit; on the device, without waiting."""
+        pages, slot_BE = self.pages, layout.encode_slot_BE
+        at_BE, size = slot_BE.clamp(min=0), pages.format.page_size
+        flags = [
+            # [B, E, H] -> [B, H, E]
+            outgrown(norm_PHS[at_BE // size, :, at_BE % size].transpose(1, 2), slot_BE >= 0)
+            for norm_PHS in (pages.k_norm, pages.v_norm, pages.k_gamma)
+            if norm_PHS is not None
+        ]
+        self.outgrown = torch.stack(flags).any() if flags else None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a mask would have, and the first of them."""
@@ -152,3 +189,17 @@ class EncodedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: transformers' word for no maximum."""
         return -1
+
+
+def check_norms(layers: Sequence[EncodedLayer]) -> None:
+    """After a pass, before anything attends to what it has coded.
+
+    Raises:
+        RotqError: a norm did not fit.
+    """
+    flags = [layer.outgrown for layer in layers if layer.outgrown is not None]
+    if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
+        raise RotqError(
+            "a token's keys or values are hundreds of times larger than the first ones that were "
+            "packed, and than calibration has seen; the packed cache cannot hold their norms"
+        )

@@ -50,7 +50,7 @@ class PackedLayer(EncodedLayer):
                 f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
                 f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
             )
-        self.constants = self.calibration.on(key_states.device).layer(self.index)
+        self.start_with(self.calibration.on(key_states.device).layer(self.index))
         self.store = PageStore(self.constants.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks
         shape = (key_states.shape[0], num_heads, count, width)

@@ -27,6 +27,7 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
+from rotq.kv.cache.encoded_layer import check_norms
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageTable
@@ -140,7 +141,8 @@ class PackedCache(WatchingCache, Cache):
         """Take over what a forward pass added.
 
         Raises:
-            RotqError: the model did not use the cache as a decoder does.
+            RotqError: the model did not use the cache as a decoder does, or keys or values are
+                beyond what can be coded.
         """
         assert self._step is not None
         for index, layer in enumerate(self._packed_layers()):
@@ -150,6 +152,7 @@ class PackedCache(WatchingCache, Cache):
             self._encoders = batched_encoders(self._packed_layers(), self.calibration)
         for encoder in self._encoders:
             encoder.encode()
+        check_norms(self._packed_layers())
         for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)

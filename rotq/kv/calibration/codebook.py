@@ -24,6 +24,8 @@ _UNIFORM_STEP = {5: 0.18814, 6: 0.10406, 7: 0.05687, 8: 0.03076}
 """Best step of a uniform quantizer for N(0, 1), by bits (Max 1960, extended)."""
 
 _MAX_LEVEL = 127
+_SMALLEST = 1e-30
+"""Below it, levels count as zero; so that the unit has a logarithm."""
 _SWEEPS = 200
 
 
@@ -32,7 +34,7 @@ class Codebook:
     """How the numbers of one head become codes."""
 
     levels_L: Tensor
-    """int8, ascending; empty above TABLE_BITS bits."""
+    """int8, ascending (equal ones where a head was zero); empty above TABLE_BITS bits."""
     thresholds_E: Tensor
     """fp32, ascending, in the units of what is coded."""
     unit: float
@@ -55,8 +57,11 @@ def uniform_codebook(bits: int, step: float) -> Codebook:
 
 
 def integer_codebook(centres_L: Tensor) -> Codebook:
-    """Round real levels to int8, and put thresholds half-way between what they become."""
-    unit = float(centres_L.abs().max()) / _MAX_LEVEL
+    """Round real levels to int8, and put thresholds half-way between what they become.
+
+    Levels of zeros are zeros, so that a head that is nothing comes back as nothing.
+    """
+    unit = max(float(centres_L.abs().max()), _SMALLEST) / _MAX_LEVEL
     levels_L = (centres_L / unit).round().clamp(-_MAX_LEVEL, _MAX_LEVEL)
     middle_E = (levels_L[1:] + levels_L[:-1]) / 2 * unit
     return Codebook(levels_L=levels_L.to(torch.int8), thresholds_E=middle_E.float(), unit=unit)

@@ -40,7 +40,7 @@ class DeviceConstants:
         """The codec of several layers of one kind as of one with all their heads."""
         key = tuple(indices)
         if key not in self._stacks:
-            self._stacks[key] = KVCodec(_stacked([self.layer(index) for index in key]))
+            self._stacks[key] = KVCodec(stacked([self.layer(index) for index in key]))
         return self._stacks[key]
 
 
@@ -59,7 +59,7 @@ def _moved(held: Any, device: torch.device) -> Any:
     return replace(held, **changed) if changed else held
 
 
-def _stacked(layers: Sequence[KVConstants]) -> KVConstants:
+def stacked(layers: Sequence[KVConstants]) -> KVConstants:
     """The heads of all, for coding only; what is of no head is the first one's."""
     key = _stacked_side([layer.key for layer in layers])
     return replace(layers[0], key=key, value=_stacked_side([layer.value for layer in layers]))

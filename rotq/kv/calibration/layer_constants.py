@@ -26,6 +26,7 @@ from rotq.rotations.hadamard import orthogonal
 
 _BASIS_SEED = 0
 _SKETCH_SEED = 1
+_SMALLEST_RMS = 1e-30
 _OCTAVES = 16
 """Factors of two that a log8 norm spans."""
 
@@ -94,10 +95,10 @@ def centred_base(rms_H: Tensor, unit_H: Tensor) -> Tensor:
     """base_H that puts the norm of a token of typical size at the middle of the codes.
 
     Args:
-        rms_H: Typical rms of y.
+        rms_H: Typical rms of y; 0 counts as tiny.
         unit_H: What a level of 1 is worth in units of that.
     """
-    return (rms_H * unit_H).log2() - _OCTAVES / 2
+    return (rms_H.clamp(min=_SMALLEST_RMS) * unit_H).log2() - _OCTAVES / 2
 
 
 def orthogonal_sketch(head_dim: int) -> Tensor:

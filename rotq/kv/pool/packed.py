@@ -13,7 +13,7 @@ from torch import Tensor
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
-from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.cache.encoded_layer import EncodedLayer, check_norms
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_served, windows
 from rotq.kv.calibration.file import KVCalibration
@@ -63,12 +63,24 @@ class PackedPool(Pool):
             )
             layers.append(layer)
         super().__init__(model, layers, sinks=calibration.sinks, table_width=table_width)
+        self._constants = [layer.constants for layer in layers]
         self._encoders: list[BatchedEncoder] = batched_encoders(layers, calibration)
 
     def take_over(self) -> None:
-        """Code the tokens of a decode step, for all layers at once."""
+        """Code the tokens of a decode step, for all layers at once.
+
+        Raises:
+            RotqError: a norm did not fit. What is in pages is worth nothing then, and the tokens
+                that are coded next decide anew how far norms reach.
+        """
         for encoder in self._encoders:
             encoder.encode()
+        try:
+            check_norms(self.layers)
+        except RotqError:
+            for layer, constants in zip(self.layers, self._constants, strict=True):
+                layer.start_with(constants)
+            raise
 
     @staticmethod
     def cost(model: Any, calibration: KVCalibration) -> Cost:
