@@ -11,9 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rotq.checkpoint.dtypes import checkpoint_dtype, torch_dtype, unusable_dtype
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import convert, find_gguf
-from rotq.checkpoint.safetensors import Entry, read_bytes, read_entries
+from rotq.checkpoint.safetensors import Entry, read_bytes
+from rotq.checkpoint.weight_files import find_entries
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -50,18 +52,8 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The config's dtype; without one, that of the first floating-point tensor."""
-        import torch
-
-        declared = getattr(self.config.get_text_config(), "dtype", None) or self.config.dtype
-        if isinstance(declared, str):
-            declared = getattr(torch, declared)
-        if isinstance(declared, torch.dtype):
-            return declared
-        floats = (
-            e.dtype for e in self.entries.values() if e.dtype in ("F64", "F32", "F16", "BF16")
-        )
-        return torch_dtype(next(floats, "F32"))
+        """See ``checkpoint_dtype``."""
+        return checkpoint_dtype(self.config, self.entries.values(), self.path)
 
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
@@ -195,40 +187,11 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else unusable_dtype(path)
+    with library_errors(path / (gguf_file or "config.json")):
         return AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise RotqError(f"{path / (gguf_file or 'config.json')}: {first_line}") from error
-
-
-def find_entries(path: Path) -> list[Entry]:
-    """Every tensor of a checkpoint folder.
-
-    Raises:
-        RotqError: no safetensors weights, a shard of the index is missing or lacks a tensor.
-    """
-    index = path / INDEX_NAME
-    if not index.is_file():
-        single = path / "model.safetensors"
-        if not single.is_file():
-            raise RotqError(f"{path} has no model.safetensors and no {INDEX_NAME}{_other(path)}")
-        return read_entries(single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise RotqError(f"{index} has no weight_map")
-    entries: dict[str, Entry] = {}
-    for file_name in sorted(set(weight_map.values())):
-        if not (path / file_name).is_file():
-            raise RotqError(f"{path} lacks the shard {file_name}, which its index names")
-        entries.update({entry.name: entry for entry in read_entries(path / file_name)})
-    for name, file_name in weight_map.items():
-        if name not in entries:
-            raise RotqError(f"{path / file_name} lacks the tensor {name}, which the index names")
-    return list(entries.values())
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -240,40 +203,12 @@ def read_tensor(entry: Entry) -> Tensor:
     return tensor.view(torch_dtype(entry.dtype)).view(entry.shape)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype."""
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }[name]
-
-
 def _find_entries(path: Path) -> dict[str, Entry]:
     entries = {entry.name: entry for entry in find_entries(path)}
     for name, entry in entries.items():
         if entry.dtype.startswith("F8"):
             raise RotqError(f"{entry.file}: {name} is {entry.dtype}; a dense checkpoint is needed")
     return dict(sorted(entries.items()))
-
-
-def _other(path: Path) -> str:
-    pickled = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pth")])
-    return f"; {pickled[0].name} must be converted to safetensors first" if pickled else ""
 
 
 def _all_finite(tensor: Any) -> bool:
