@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rotq.checkpoint.dtypes import checkpoint_dtype, torch_dtype, unusable_dtype
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.fit import check_fit
 from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import convert, find_gguf
+from rotq.checkpoint.made_tensors import MadeTensors
 from rotq.checkpoint.safetensors import Entry, read_bytes
 from rotq.checkpoint.weight_files import find_entries
 from rotq.errors import RotqError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PretrainedConfig
+
+    from rotq.models.conversion import Making
+    from rotq.models.skeleton import Skeleton
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,6 +54,8 @@ class Source:
     """By our name of the tensor."""
     transposed: str = ""
     """Regular expression of the names whose tensors are stored as (in, out)."""
+    makings: Mapping[str, Making] | None = None
+    """How the model's tensors are made of ``entries``; None: they are the entries."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,14 +64,20 @@ class Source:
 
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
-        return sorted(self.entries)
+        return sorted(self.entries if self.makings is None else self.makings)
 
     def load(self, name: str) -> Tensor:
-        """Copy a tensor out of its file; stored dtype, on the CPU.
+        """A tensor in memory of its own; stored dtype, on the CPU.
 
         Raises:
             RotqError: no such tensor, the file is truncated, or a value is NaN or infinite.
         """
+        if self.makings is None or name not in self.makings:
+            return self._stored(name)
+        return self._made.tensor(name, self.makings[name], self._stored)
+
+    def _stored(self, name: str) -> Tensor:
+        """Copy a tensor out of its file."""
         if name not in self.entries:
             raise RotqError(f"{self.path} has no tensor {name}")
         tensor = read_tensor(self.entries[name])
@@ -96,6 +109,25 @@ class Source:
             entries[new] = entry
         return dataclasses.replace(self, entries=entries, transposed=transposed)
 
+    def read_for(self, skeleton: Skeleton) -> Source:
+        """The same checkpoint with the tensors that a model has.
+
+        Raises:
+            RotqError: a tensor of the model is missing, or has another shape.
+        """
+        adapter = skeleton.adapter
+        renamed = self.renamed(adapter.renames, adapter.transposed)
+        makings = skeleton.with_tied(skeleton.conversion.makings(renamed.entries))
+        source = dataclasses.replace(renamed, makings=makings)
+        if source.entries:
+            check_fit(source, skeleton)
+        return source
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``entries``, as ``load`` gives it."""
+        shape = self.entries[name].shape
+        return shape[::-1] if self.transposed and re.search(self.transposed, name) else shape
+
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name for one of our tensors, also for one made of its weight.
 
@@ -103,11 +135,18 @@ class Source:
         ``model.layers.0.block_sparse_moe.experts.3.w3.weight_packed``.
         """
         layer, _, leaf = name.rpartition(".")
-        if name in self.entries:
-            return self.entries[name].name
-        if f"{layer}.weight" in self.entries:
-            return self.entries[f"{layer}.weight"].name.removesuffix("weight") + leaf
+        for ours, end in ((name, ""), (f"{layer}.weight", "weight")):
+            stored = self._own_name(ours)
+            if stored is not None:
+                return stored if not end else stored.removesuffix(end) + leaf
         return name
+
+    def _own_name(self, name: str) -> str | None:
+        """The file's name of a tensor that is taken from it as it is; None for any other."""
+        if self.makings is None:
+            return self.entries[name].name if name in self.entries else None
+        stored = self.makings[name].stored if name in self.makings else None
+        return None if stored is None else self.entries[stored].name
 
     def fingerprint(self) -> str:
         """SHA-256 of the config and the weights, as hex; the files are read once per Source."""
@@ -116,6 +155,10 @@ class Source:
     def tokenizer_files(self) -> list[Path]:
         """The files a tokenizer is made of, as far as they are there."""
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    @cached_property
+    def _made(self) -> MadeTensors:
+        return MadeTensors(self.makings or {}, self.path)
 
     @cached_property
     def _fingerprint(self) -> str:

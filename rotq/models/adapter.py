@@ -84,7 +84,7 @@ class Adapter:
     down_rotation: bool = True
     """The last linear of the MLP is known, so R4 can be applied before it."""
     renames: tuple[tuple[str, str], ...] = ()
-    """(regular expression, replacement) from checkpoint tensor names to module names."""
+    """(regular expression, replacement) on names of stored tensors, before transformers' own rules."""
     transposed: str = ""
     """Regular expression of the weights that a checkpoint stores as (in, out), for Conv1D."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from rotq.models.adapter import Adapter
 from rotq.models.loading import TensorSource, load_tensors
+from rotq.models.ties import stored_under
 
 BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Index, hidden states and keyword arguments of a block, to what is to be its output."""
@@ -37,13 +38,18 @@ class Stop(Exception):  # noqa: N818, it is not an error
 class OuterModel:
     """A model without its blocks; its tensors are given to each run, by full name."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, *, tied: bool) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, ties: Mapping[str, str]) -> None:
         """
         Args:
             model: Of transformers; its parameters may be on meta.
-            tied: The head takes the embedding's tensor unless it is given one of its own.
+            ties: Of the model: a tensor takes another's unless it is given one of its own.
         """
-        self.model, self.adapter, self.tied = model, adapter, tied
+        self.model, self.adapter = model, adapter
+        self.ties = {
+            name: other
+            for name, other in ties.items()
+            if not self._inside(name) and not self._inside(other)
+        }
         self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
 
     def load(
@@ -52,7 +58,7 @@ class OuterModel:
         """Every tensor outside the blocks by full name; ``Skeleton.load_outer`` says more."""
         present = set(source.names())
         wanted = self._tensors()
-        for name in (target for target, _ in self._ties() if target not in present):
+        for name in (name for name in self.ties if name in wanted and name not in present):
             del wanted[name]
         buffers = dict(self.model.named_buffers())
         outer: dict[str, Tensor] = {}
@@ -62,11 +68,14 @@ class OuterModel:
             if name in present:
                 loaded = load_tensors(source, {name: like}, device=device, dtype=like.dtype)
             outer |= loaded
-        outer |= load_tensors(source, wanted, device=device, dtype=dtype)
-        if self.tied and self._head in outer:
-            embedding_VD = outer[f"{self.adapter.embedding}.weight"]
-            if torch.equal(outer[self._head], embedding_VD):
-                del outer[self._head]
+        names = {name: stored_under(name, present, self.ties) for name in wanted}
+        stored = {names[name]: like for name, like in wanted.items()}
+        loaded = load_tensors(source, stored, device=device, dtype=dtype)
+        outer |= {name: loaded[names[name]] for name in wanted}
+        head = f"{self.adapter.head}.weight"
+        other = self.ties.get(head)
+        if head in outer and other in outer and torch.equal(outer[head], outer[other]):
+            del outer[head]
         return outer
 
     def run(self, outer: dict[str, Tensor], forward: BlockForward, **inputs: Tensor | None) -> Any:
@@ -77,7 +86,7 @@ class OuterModel:
             inputs: Of the model's forward.
         """
         tensors = dict(outer)
-        tensors |= {name: outer[to] for name, to in self._ties() if name not in outer}
+        tensors |= {name: outer[to] for name, to in self.ties.items() if name not in outer}
         given = next(value for value in inputs.values() if value is not None)
         tensors |= {
             name: buffer.to(given.device)
@@ -110,17 +119,6 @@ class OuterModel:
 
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")
-
-    def _ties(self) -> list[tuple[str, str]]:
-        """(tensor, the tensor it takes unless it has one of its own)."""
-        if not self.tied:
-            return []
-        embedding = f"{self.adapter.embedding}.weight"
-        return [(self._head, embedding), *self.adapter.tied_biases]
-
-    @property
-    def _head(self) -> str:
-        return f"{self.adapter.head}.weight"
 
     @contextmanager
     def _blocks_replaced(self, forward: BlockForward) -> Iterator[None]:

@@ -62,6 +62,12 @@ def adapter_for(model: nn.Module) -> Adapter:
     return generic_adapter(model)
 
 
+def known_renames(config: Any) -> tuple[tuple[str, str], ...]:
+    """Those of the family's adapter; none where the family is not known."""
+    found = [ADAPTERS[name] for name in architectures(config) if name in ADAPTERS]
+    return found[0].renames if found else ()
+
+
 def generic_adapter(model: nn.Module) -> Adapter:
     """An adapter without rotations, for a decoder of which only the list of blocks is known.
 

@@ -11,6 +11,7 @@ Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any, Self, cast
 
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
+from rotq.models.conversion import Conversion, Making
 from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.outer import OuterModel, Stop
 from rotq.models.registry import adapter_for
 from rotq.models.task import auto_class, is_masked
+from rotq.models.ties import stored_under, ties_of
 
 _KEPT_SHAPES = 4
 """Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""
@@ -33,17 +36,22 @@ _KEPT_SHAPES = 4
 class Skeleton:
     """A language model's structure, and its parts with weights on request.
 
-    ``model`` is the model on meta; ``adapter`` knows its family; ``tied`` says that the head takes
-    the embedding's tensor unless it is given one of its own.
+    ``model`` is the model on meta; ``adapter`` knows its family; ``ties`` has the tensors that take
+    another's unless they are given one of their own, and ``tied`` says that the head is one;
+    ``conversion`` knows how they are made of stored ones.
     """
 
-    def __init__(self, config: Any, adapter: Adapter, model: nn.Module) -> None:
+    def __init__(
+        self, config: Any, adapter: Adapter, model: nn.Module, conversion: Conversion
+    ) -> None:
         self.config = config
         self.adapter = adapter
+        self.conversion = conversion
         self.model = model.eval().requires_grad_(False)
-        self.tied = bool(getattr(config, "tie_word_embeddings", False)) and bool(adapter.head)
+        self.ties = ties_of(model, adapter)
+        self.tied = f"{adapter.head}.weight" in self.ties
         self.masked = is_masked(config)
-        self._outer = OuterModel(self.model, adapter, tied=self.tied)
+        self._outer = OuterModel(self.model, adapter, self.ties)
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
@@ -68,11 +76,10 @@ class Skeleton:
                 )
         except ValueError as error:
             raise RotqError(f"cannot build the model: {' '.join(str(error).split())}") from None
-        adapter = adapter_for(model)
-        if adapter.experts:
-            unfuse_experts(model)
+        conversion = Conversion(model)
+        forms = unfuse_experts(model)
         linearize(model)
-        return cls(model.config, adapter, model)
+        return cls(model.config, adapter_for(model), model, conversion.unfused(model, forms))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -87,6 +94,32 @@ class Skeleton:
         """Full module name, for example ``model.layers.3``."""
         return f"{self.adapter.blocks}.{index}"
 
+    def wanted(self, present: Collection[str]) -> dict[str, Tensor]:
+        """What the model must be given, by the names under which a checkpoint has it, on meta.
+
+        Args:
+            present: Names that the checkpoint has. Of tied tensors one is wanted, and of buffers
+                outside the blocks none.
+        """
+        buffers = {name for name, _ in self.model.named_buffers()}
+        wanted = {}
+        for name, like in self.model.state_dict().items():
+            inside = name.startswith(f"{self.adapter.blocks}.")
+            if inside or name in present or (name not in buffers and name not in self.ties):
+                wanted[stored_under(name, present, self.ties)] = like
+        return wanted
+
+    def with_tied(self, makings: dict[str, Making]) -> dict[str, Making]:
+        """Tied tensors inside the blocks too, which are loaded one block at a time."""
+        prefix = f"{self.adapter.blocks}."
+        names = {name: stored_under(name, makings, self.ties) for name in self.ties}
+        tied = {
+            name: makings[stored]
+            for name, stored in names.items()
+            if name.startswith(prefix) and stored in makings
+        }
+        return makings | tied
+
     def load_block(
         self, index: int, source: TensorSource, *, device: torch.device | str, dtype: torch.dtype
     ) -> nn.Module:
@@ -94,7 +127,7 @@ class Skeleton:
 
         Args:
             index: Which block.
-            source: Names as in ``model`` (``Source.renamed(adapter.renames)``).
+            source: Names as in ``model`` (``Source.read_for``).
             device: Where it is put.
             dtype: Of its floating point parameters; buffers that are not in checkpoints keep the
                 dtype the model gave them.

@@ -32,6 +32,7 @@ def estimate(
     """
     source = describe_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
+    source = source.read_for(skeleton)
     starting_basis(recipe, skeleton)
     return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
 

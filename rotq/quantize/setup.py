@@ -55,7 +55,7 @@ def setup(
     )
     release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
+    source = source.read_for(skeleton)
     drawn = starting_basis(recipe, skeleton)
     wanted = wanted_dtype(dtype, source)
     job = Job(

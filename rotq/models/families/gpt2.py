@@ -29,7 +29,6 @@ ADAPTER = Adapter(
     mlp_inputs=("c_fc",),
     mlp_output="c_proj",
     residual_needs=(("add_cross_attention", False),),
-    renames=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
 )
 
