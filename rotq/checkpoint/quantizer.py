@@ -139,8 +139,6 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             raise RotqError(f"{name}: {error}") from error
         _check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
-        # GPT-2 would draw the weights of its linears anew, and finds none
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def put_online_heads(model: Any, heads: OnlineHeads) -> None:

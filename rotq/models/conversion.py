@@ -52,7 +52,7 @@ class Making:
 
     group: Group
     target: str
-    """Which of the group's results."""
+    """Which of the group's results; the stored name where there is nothing to make."""
     cut: Callable[[Tensor], Tensor] | None = None
     """What is taken of it; None takes all."""
 
@@ -99,7 +99,7 @@ class Conversion:
             if target is None:
                 continue
             if pattern is None:
-                made.setdefault(target, Making(group=Group(stored=(name,)), target=target))
+                made.setdefault(target, Making(group=Group(stored=(name,)), target=name))
                 continue
             rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
             _, by_pattern = rules.setdefault(target, (rule, {}))

@@ -45,6 +45,8 @@ class OuterModel:
             ties: Of the model: a tensor takes another's unless it is given one of its own.
         """
         self.model, self.adapter = model, adapter
+        self.rest: int | None = None
+        """Values that blocks return behind the hidden states; None: they return them alone."""
         self.ties = {
             name: other
             for name, other in ties.items()
@@ -94,24 +96,60 @@ class OuterModel:
             if name not in tensors and not self._inside(name)
         }
         kwargs = {**inputs, "use_cache": False}
-        with self._blocks_replaced(forward):
+        with self._blocks_replaced(self._in_form(forward)):
             return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
 
     def zeros(self, like: Tensor) -> dict[str, Tensor]:
         """In place of the tensors where their values do not matter; no memory behind them."""
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
-        return {
-            name: zero.expand(parameter.shape)
-            for name, parameter in self.model.named_parameters()
-            if not self._inside(name)
-        }
+        return {name: zero.expand(parameter.shape) for name, parameter in self.parameters()}
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those outside the blocks, by full name."""
+        named = self.model.named_parameters()
+        return [(name, parameter) for name, parameter in named if not self._inside(name)]
 
     def stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
-        """Inputs of a run in which only shape, dtype and device of what is embedded matter."""
-        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+        """Inputs of a run in which only shape, dtype and device of what is embedded matter.
+
+        Embedded tokens, but for families that are not known: they may project what they embed, or
+        want the tokens too.
+        """
+        takes_embeds = "inputs_embeds" in inspect.signature(self.model.forward).parameters
+        if takes_embeds and not self.adapter.is_generic:
             return {"inputs_embeds": hidden_BTD}
-        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
-        return {"input_ids": ids_BT}
+        shape, device = hidden_BTD.shape[:2], hidden_BTD.device
+        return {"input_ids": torch.full(shape, self._plain_token(), device=device)}
+
+    @contextmanager
+    def head_left_out(self) -> Iterator[None]:
+        """The largest product outside the blocks is not computed inside the context."""
+        head = self.model.get_submodule(self.adapter.head) if self.adapter.head else None
+        if not isinstance(head, nn.Linear):
+            yield
+            return
+        size = head.out_features
+        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def _in_form(self, forward: BlockForward) -> Callable[[int, Tensor, dict[str, Any]], Any]:
+        """The same, returning what the family's blocks return."""
+        rest = self.rest
+        if rest is None:
+            return forward
+        return lambda *given: (forward(*given), *[None] * rest)
+
+    def _plain_token(self) -> int:
+        """One that stands for nothing special, as padding does."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        special: set[int] = set()
+        for key, value in config.to_dict().items():
+            if key.endswith("_token_id"):
+                special |= set(value) if isinstance(value, list) else {value}
+        return next(token for token in range(len(special) + 1) if token not in special)
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
@@ -121,7 +159,7 @@ class OuterModel:
         return name.startswith(f"{self.adapter.blocks}.")
 
     @contextmanager
-    def _blocks_replaced(self, forward: BlockForward) -> Iterator[None]:
+    def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         # on the instances: everything else a model may ask of its blocks stays as it is
         for index, block in enumerate(self.blocks):
             block.forward = functools.partial(_call_replaced, forward, index, type(block).forward)
@@ -133,8 +171,12 @@ class OuterModel:
 
 
 def _call_replaced(
-    forward: BlockForward, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Tensor:
+    forward: Callable[..., Any],
+    index: int,
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     names = list(inspect.signature(original).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     return forward(index, kwargs.pop(names[0]), kwargs)

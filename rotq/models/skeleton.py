@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -25,7 +26,8 @@ from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.outer import OuterModel, Stop
-from rotq.models.registry import adapter_for
+from rotq.models.registry import GenericAdapter, adapter_for, with_transposed
+from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked
 from rotq.models.ties import stored_under, ties_of
 
@@ -52,6 +54,8 @@ class Skeleton:
         self.tied = f"{adapter.head}.weight" in self.ties
         self.masked = is_masked(config)
         self._outer = OuterModel(self.model, adapter, self.ties)
+        self.kept: dict[str, str] = {}
+        """Linear layers of the blocks that cannot be packed, by full name, and why."""
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
@@ -78,8 +82,28 @@ class Skeleton:
             raise RotqError(f"cannot build the model: {' '.join(str(error).split())}") from None
         conversion = Conversion(model)
         forms = unfuse_experts(model)
-        linearize(model)
-        return cls(model.config, adapter_for(model), model, conversion.unfused(model, forms))
+        convolutions = linearize(model)
+        adapter = with_transposed(adapter_for(model), convolutions)
+        skeleton = cls(model.config, adapter, model, conversion.unfused(model, forms))
+        skeleton.look_at_blocks()
+        return skeleton
+
+    def look_at_blocks(self) -> None:
+        """Find out what an adapter would say of the blocks, where there is none.
+
+        Raises:
+            RotqError: they cannot be run one by one, or most of their weights cannot be packed.
+        """
+        if not isinstance(self.adapter, GenericAdapter):
+            return
+        found = survey(self._outer, self.config)
+        self._outer.rest = found.rest
+        self.adapter = replace(self.adapter, linears=found.linears)
+        self.kept = {
+            f"{self.block_name(index)}.{path}": reason
+            for index, block in enumerate(self.blocks)
+            for path, reason in found.kept[kind_of(block)].items()
+        }
 
     @property
     def blocks(self) -> nn.ModuleList:

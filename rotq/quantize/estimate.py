@@ -32,8 +32,8 @@ def estimate(
     """
     source = describe_source(model, trust_remote_code=trust_remote_code)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.read_for(skeleton)
     starting_basis(recipe, skeleton)
+    source = source.read_for(skeleton)
     return make_estimate(skeleton, recipe, wanted_dtype(dtype, source))
 
 

@@ -55,8 +55,8 @@ def setup(
     )
     release_memory()
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
-    source = source.read_for(skeleton)
     drawn = starting_basis(recipe, skeleton)
+    source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
     job = Job(
         recipe=recipe,
