@@ -96,7 +96,8 @@ def unpack(packed_NW: Tensor, bits: int, num_codes: int, *, dim: int = 1) -> Ten
             f"{num_codes} codes of {bits} bits take {packed_words(num_codes, bits)} words, "
             f"got {words}"
         )
-    stream = packed_NW.contiguous().view(torch.uint8)
+    # flat first: a column of one word may have any stride, with which no bytes can be seen
+    stream = packed_NW.contiguous().view(-1).view(torch.uint8).view(N, 4 * words)
     if bits in (2, 4, 8):
         return _unpack_bytes(stream, bits)[:, :num_codes].contiguous()
     eights = -(-num_codes // 8)

@@ -18,7 +18,7 @@ class _Seen(Exception):  # noqa: N818 - not an error
 def run_block(block: nn.Module, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The block's output hidden states, (B, T, D)."""
     output = block(hidden_BTD, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def capture_inputs(

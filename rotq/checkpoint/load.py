@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rotq.checkpoint.dtypes import checkpoint_dtype, unusable_dtype
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import find_gguf, load_gguf
 from rotq.checkpoint.scheme import ROTQ_VERSION, read_scheme
 from rotq.checkpoint.source import load_config
+from rotq.checkpoint.weight_files import find_entries
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -45,10 +50,15 @@ def load_model(
         raise RotqError(f"{path} does not exist; rotq reads local folders only")
     gguf = find_gguf(path)
     if gguf is not None:
-        return load_gguf(
-            gguf, dtype=torch.float32 if dtype == "auto" else dtype, device_map=device_map
-        )
+        with library_errors(gguf):
+            return load_gguf(
+                gguf, dtype=torch.float32 if dtype == "auto" else dtype, device_map=device_map
+            )
     config = load_config(path, trust_remote_code=trust_remote_code)
+    # transformers would follow an index out of the folder, and says less about what is damaged
+    entries = [] if _is_pickled(path) else find_entries(path)
+    if dtype == "auto":
+        dtype = checkpoint_dtype(config, entries, path)
     quantized = _as_rotq(path, config)
     model = _from_pretrained(
         path,
@@ -74,14 +84,20 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     if not path.exists():
         raise RotqError(f"{path} does not exist; rotq reads local folders only")
     gguf = find_gguf(path)
-    options = {"gguf_file": gguf.name} if gguf else {}
+    options: dict[str, Any] = {"gguf_file": gguf.name} if gguf else {}
+    if not gguf and unusable_dtype(path):
+        options["config"] = load_config(path, trust_remote_code=trust_remote_code)
     folder = gguf.parent if gguf else path
-    try:
+    with library_errors(f"{path}: no usable tokenizer"):
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise RotqError(f"{path}: no usable tokenizer: {_first_line(error)}") from error
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether transformers finds pickled weights only."""
+    found = [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]
+    return not found and any(path.glob("pytorch_model*.bin"))
 
 
 def _as_rotq(path: Path, config: Any) -> bool:
@@ -106,30 +122,43 @@ def _as_rotq(path: Path, config: Any) -> bool:
 
 
 def _from_pretrained(path: Path, *, strict: bool, **options: Any) -> PreTrainedModel:
-    import transformers
-    from safetensors import SafetensorError
-
     from rotq.models.task import auto_class
 
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    # a tensor of another shape is told apart from other errors, and named, where it is ignored
+    with library_errors(f"cannot load {path}"), _no_bars():
         model, info = auto_class(options["config"]).from_pretrained(
-            path, local_files_only=True, output_loading_info=True, **options
+            path,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RotqError(f"cannot load {path}: {_first_line(error)}") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     # transformers fills what is missing with random numbers
     for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if strict else [])):
         if info.get(kind):
-            first = sorted(map(str, info[kind]))[0]
-            number = len(info[kind])
-            raise RotqError(f"cannot load {path}: {number} {kind.replace('_', ' ')}, first {first}")
+            first = min(info[kind], key=str)
+            number = f"{len(info[kind])} {kind.replace('_', ' ')}"
+            raise RotqError(f"cannot load {path}: {number}, first {_described(first)}")
     return model
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _described(key: str | tuple[str, Any, Any]) -> str:
+    """A tensor's name; of one that does not fit, both shapes too."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name}: the checkpoint has shape {list(stored)}, its configuration says {list(wanted)}"
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()

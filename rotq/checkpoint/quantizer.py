@@ -6,21 +6,20 @@ what is complete by then.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rotq.checkpoint.dtypes import torch_dtype
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
-from rotq.checkpoint.source import torch_dtype
 from rotq.errors import RotqError
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.quant_linear import QuantLinear
@@ -45,8 +44,8 @@ class RotqConfig(QuantizationConfigMixin):
 class RotqHfQuantizer(HfQuantizer):
     """Loads checkpoints whose linear layers are packed, and keeps them packed.
 
-    Tensors load one to one: experts are unfused before, and the conversions by which transformers
-    fuses them are left out.
+    Tensors load one to one, under the names of ``names.model_names``: experts are unfused before,
+    and the conversions by which transformers fuses them are left out.
     """
 
     requires_calibration = True
@@ -54,31 +53,42 @@ class RotqHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: RotqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.renames: tuple[tuple[str, str], ...] = ()
+        self.names: dict[str, str] = {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise RotqError("a rotq checkpoint is loaded from its safetensors files")
+        from rotq.checkpoint.names import model_names
+        from rotq.models.conversion import Conversion
         from rotq.models.experts import unfuse_experts
         from rotq.models.families.gpt2 import linearize
-        from rotq.models.registry import adapter_for
+        from rotq.models.registry import known_renames
 
-        unfuse_experts(model)
+        conversion = Conversion(model)
+        forms = unfuse_experts(model)
         linearize(model)
-        self.renames = adapter_for(model).renames
-        entries = _entries(checkpoint_files, self.renames)
+        stored = {entry.name: entry for entry in _entries(checkpoint_files)}
+        self.names = model_names(
+            stored, conversion.unfused(model, forms), known_renames(model.config)
+        )
+        entries = {ours: stored[name] for name, ours in self.names.items()}
         scheme = self.quantization_config.scheme()
         put_quant_linears(model, scheme, entries)
         put_online_heads(model, scheme.heads)
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.num_parameters = functools.partial(num_parameters, model)
+        return model
+
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
     ) -> list[Any]:
-        """Renamings only; ``model`` is passed since transformers 5.23."""
-        ours = [WeightRenaming(pattern, replacement) for pattern, replacement in self.renames]
-        return ours + [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)]
+        """The table in place of all rules; ``model`` is passed since transformers 5.23."""
+        from rotq.checkpoint.names import NameTable
+
+        return [NameTable(self.names)]
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the packed tensors."""
@@ -104,10 +114,11 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
     Raises:
         RotqError: a layer has no packed tensors, or its shape is not that of the model.
     """
+    prefix = str(getattr(model, "base_model_prefix", ""))
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:
-        group = scheme.group(name)
-        if group is None:
+        group = scheme.group(name, prefix)
+        if group is None or _is_new(name, scheme, prefix, entries):
             continue
         scale = entries.get(f"{name}.weight_scale")
         if scale is None or f"{name}.weight_packed" not in entries:
@@ -118,7 +129,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
                 linear.out_features,
                 group.grid,
                 bias=linear.bias is not None,
-                rotated=scheme.is_rotated(name),
+                rotated=scheme.is_rotated(name, prefix),
                 input_grid=group.input_grid,
                 scale_dtype=torch_dtype(scale.dtype),
                 dtype=linear.weight.dtype,
@@ -128,8 +139,6 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             raise RotqError(f"{name}: {error}") from error
         _check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
-        # GPT-2 would draw the weights of its linears anew, and finds none
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def put_online_heads(model: Any, heads: OnlineHeads) -> None:
@@ -145,8 +154,22 @@ def put_online_heads(model: Any, heads: OnlineHeads) -> None:
         return
     adapter = find_adapter(model.config)
     use_online_attention(model)
-    for block in model.get_submodule(adapter.blocks):
+    blocks = adapter.blocks
+    if model.base_model is model:  # without a head, and the prefix that names have below one
+        blocks = blocks.removeprefix(f"{model.base_model_prefix}.")
+    for block in model.get_submodule(blocks):
         set_heads(block.get_submodule(adapter.attention), heads)
+
+
+def num_parameters(
+    model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """As transformers counts them, and a packed weight as the weights that it stands for."""
+    number = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if only_trainable:
+        return number
+    return number + sum(layer.in_features * layer.out_features for layer in packed)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
@@ -174,15 +197,19 @@ def _check_shapes(name: str, layer: QuantLinear, entries: dict[str, Entry]) -> N
             )
 
 
-def _entries(files: Iterable[str], renames: tuple[tuple[str, str], ...]) -> dict[str, Entry]:
-    entries = {}
-    for file in files:
-        for entry in read_entries(Path(file)):
-            name = entry.name
-            for pattern, replacement in renames:
-                name = re.sub(pattern, replacement, name)
-            entries[name] = entry
-    return entries
+def _entries(files: Iterable[str]) -> list[Entry]:
+    return [entry for file in files for entry in read_entries(Path(file))]
+
+
+def _is_new(name: str, scheme: Scheme, prefix: str, entries: dict[str, Entry]) -> bool:
+    """Whether a layer is none of the checkpoint's: a head that was put on what it holds.
+
+    Its class is all that makes the scheme mean it, the file has nothing of it, and it is no part of
+    a block.
+    """
+    in_a_block = any(part.isdecimal() for part in name.split("."))
+    is_there = any(f"{name}.{leaf}" in entries for leaf in ("weight", "weight_packed"))
+    return not in_a_block and not is_there and not scheme.names(name, prefix)
 
 
 register()

@@ -15,7 +15,7 @@ ones, and two for what heads and inputs go through at run time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,21 +56,30 @@ class Scheme:
         group = self.group(name)
         return None if group is None else group.grid
 
-    def group(self, name: str) -> Group | None:
-        """The group of the linear layer ``name``; None where it is not quantized."""
-        if any(_rank(target, name) is not None for target in self.ignore):
+    def group(self, name: str, prefix: str = "") -> Group | None:
+        """The group of the linear layer ``name``; None where it is not quantized.
+
+        Args:
+            prefix: Of the model below a head: a model without one leaves it out of its names, and
+                the scheme may be of a model of either kind.
+        """
+        if _best(self.ignore, name, prefix) is not None:
             return None
         ranked = [
             (rank, number)
             for number, group in enumerate(self.groups)
-            for target in group.targets
-            if (rank := _rank(target, name)) is not None
+            if (rank := _best(group.targets, name, prefix)) is not None
         ]
         return self.groups[min(ranked)[1]] if ranked else None
 
-    def is_rotated(self, name: str) -> bool:
+    def names(self, name: str, prefix: str = "") -> bool:
+        """Whether a target means this layer by its name, and not by its class alone."""
+        ranks = [_best(group.targets, name, prefix) for group in self.groups]
+        return any(rank is not None and rank < CLASS for rank in ranks)
+
+    def is_rotated(self, name: str, prefix: str = "") -> bool:
         """The input of ``name`` is rotated at run time."""
-        return any(_rank(target, name) is not None for target in self.rotated)
+        return _best(self.rotated, name, prefix) is not None
 
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme:
@@ -102,13 +111,25 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     )
 
 
+CLASS = 2
+"""Rank of a target that is the class of the layer."""
+
+
+def _best(targets: Iterable[str], name: str, prefix: str) -> int | None:
+    """The best rank among targets, of the name with the prefix and without it."""
+    bare = name.removeprefix(f"{prefix}.")
+    names = {name, bare, f"{prefix}.{bare}"} if prefix else {name}
+    ranks = [_rank(target, each) for target in targets for each in names]
+    return min((rank for rank in ranks if rank is not None), default=None)
+
+
 def _rank(target: str, name: str) -> int | None:
     """0 for the full name, 1 for a pattern, 2 for the class; None where it does not match."""
     if target == name:
         return 0
     if target.startswith("re:"):
         return 1 if re.match(target[3:], name) else None
-    return 2 if target == "Linear" else None
+    return CLASS if target == "Linear" else None
 
 
 def _read_online(online: Mapping[str, Any]) -> tuple[str, ...]:

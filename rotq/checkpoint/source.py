@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rotq.checkpoint.dtypes import checkpoint_dtype, torch_dtype, unusable_dtype
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.fit import check_fit
+from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
-from rotq.checkpoint.safetensors import Entry, read_bytes, read_entries
+from rotq.checkpoint.made_tensors import MadeTensors
+from rotq.checkpoint.safetensors import Entry, read_bytes
+from rotq.checkpoint.weight_files import find_entries
 from rotq.disk.files import sha256_of
 from rotq.errors import RotqError
 
@@ -22,7 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-INDEX_NAME = "model.safetensors.index.json"
+    from rotq.models.conversion import Making
+    from rotq.models.skeleton import Skeleton
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -60,32 +67,30 @@ class Source:
     """By our name of the tensor."""
     transposed: str = ""
     """Regular expression of the names whose tensors are stored as (in, out)."""
+    makings: Mapping[str, Making] | None = None
+    """How the model's tensors are made of ``entries``; None: they are the entries."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The config's dtype; without one, that of the first floating-point tensor."""
-        import torch
-
-        declared = getattr(self.config.get_text_config(), "dtype", None) or self.config.dtype
-        if isinstance(declared, str):
-            declared = getattr(torch, declared)
-        if isinstance(declared, torch.dtype):
-            return declared
-        floats = (
-            e.dtype for e in self.entries.values() if e.dtype in ("F64", "F32", "F16", "BF16")
-        )
-        return torch_dtype(next(floats, "F32"))
+        """See ``checkpoint_dtype``."""
+        return checkpoint_dtype(self.config, self.entries.values(), self.path)
 
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
-        return sorted(self.entries)
+        return sorted(self.entries if self.makings is None else self.makings)
 
     def load(self, name: str) -> Tensor:
-        """Copy a tensor out of its file; stored dtype, on the CPU.
+        """A tensor in memory of its own; stored dtype, on the CPU.
 
         Raises:
             RotqError: no such tensor, the file is truncated, or a value is NaN or infinite.
         """
+        if self.makings is None or name not in self.makings:
+            return self._stored(name)
+        return self._made.tensor(name, self.makings[name], self._stored)
+
+    def _stored(self, name: str) -> Tensor:
+        """Copy a tensor out of its file."""
         if name not in self.entries:
             raise RotqError(f"{self.path} has no tensor {name}")
         tensor = read_tensor(self.entries[name])
@@ -117,6 +122,25 @@ class Source:
             entries[new] = entry
         return dataclasses.replace(self, entries=entries, transposed=transposed)
 
+    def read_for(self, skeleton: Skeleton) -> Source:
+        """The same checkpoint with the tensors that a model has.
+
+        Raises:
+            RotqError: a tensor of the model is missing, or has another shape.
+        """
+        adapter = skeleton.adapter
+        renamed = self.renamed(adapter.renames, adapter.transposed)
+        makings = skeleton.with_tied(skeleton.conversion.makings(renamed.entries))
+        source = dataclasses.replace(renamed, makings=makings)
+        if source.entries:
+            check_fit(source, skeleton)
+        return source
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``entries``, as ``load`` gives it."""
+        shape = self.entries[name].shape
+        return shape[::-1] if self.transposed and re.search(self.transposed, name) else shape
+
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name for one of our tensors, also for one made of its weight.
 
@@ -124,11 +148,18 @@ class Source:
         ``model.layers.0.block_sparse_moe.experts.3.w3.weight_packed``.
         """
         layer, _, leaf = name.rpartition(".")
-        if name in self.entries:
-            return self.entries[name].name
-        if f"{layer}.weight" in self.entries:
-            return self.entries[f"{layer}.weight"].name.removesuffix("weight") + leaf
+        for ours, end in ((name, ""), (f"{layer}.weight", "weight")):
+            stored = self._own_name(ours)
+            if stored is not None:
+                return stored if not end else stored.removesuffix(end) + leaf
         return name
+
+    def _own_name(self, name: str) -> str | None:
+        """The file's name of a tensor that is taken from it as it is; None for any other."""
+        if self.makings is None:
+            return self.entries[name].name if name in self.entries else None
+        stored = self.makings[name].stored if name in self.makings else None
+        return None if stored is None else self.entries[stored].name
 
     def fingerprint(self) -> str:
         """SHA-256 of the config and the weights, as hex; the files are read once per Source."""
@@ -153,6 +184,10 @@ class Source:
             and file.name not in ("config.json", STAMP)
             and not file.name.endswith(".index.json")
         }
+
+    @cached_property
+    def _made(self) -> MadeTensors:
+        return MadeTensors(self.makings or {}, self.path)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -222,40 +257,11 @@ def load_config(
     """
     from transformers import AutoConfig
 
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else unusable_dtype(path)
+    with library_errors(path / (gguf_file or "config.json")):
         return AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise RotqError(f"{path / (gguf_file or 'config.json')}: {first_line}") from error
-
-
-def find_entries(path: Path) -> list[Entry]:
-    """Every tensor of a checkpoint folder.
-
-    Raises:
-        RotqError: no safetensors weights, a shard of the index is missing or lacks a tensor.
-    """
-    index = path / INDEX_NAME
-    if not index.is_file():
-        single = path / "model.safetensors"
-        if not single.is_file():
-            raise RotqError(f"{path} has no model.safetensors and no {INDEX_NAME}{_other(path)}")
-        return read_entries(single)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise RotqError(f"{index} has no weight_map")
-    entries: dict[str, Entry] = {}
-    for file_name in sorted(set(weight_map.values())):
-        if not (path / file_name).is_file():
-            raise RotqError(f"{path} lacks the shard {file_name}, which its index names")
-        entries.update({entry.name: entry for entry in read_entries(path / file_name)})
-    for name, file_name in weight_map.items():
-        if name not in entries:
-            raise RotqError(f"{path / file_name} lacks the tensor {name}, which the index names")
-    return list(entries.values())
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -267,40 +273,12 @@ def read_tensor(entry: Entry) -> Tensor:
     return tensor.view(torch_dtype(entry.dtype)).view(entry.shape)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype."""
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }[name]
-
-
 def _find_entries(path: Path) -> dict[str, Entry]:
     entries = {entry.name: entry for entry in find_entries(path)}
     for name, entry in entries.items():
         if entry.dtype.startswith("F8"):
             raise RotqError(f"{entry.file}: {name} is {entry.dtype}; a dense checkpoint is needed")
     return dict(sorted(entries.items()))
-
-
-def _other(path: Path) -> str:
-    pickled = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pth")])
-    return f"; {pickled[0].name} must be converted to safetensors first" if pickled else ""
 
 
 def _all_finite(tensor: Any) -> bool:

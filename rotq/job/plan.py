@@ -110,8 +110,10 @@ def _check_format(skeleton: Skeleton, recipe: Recipe) -> None:
     if recipe.output.format == "rotq":
         return
     if skeleton.adapter.transposed:
+        family = skeleton.adapter.family
+        name = type(skeleton.model).__name__ if skeleton.adapter.is_generic else family
         raise ValueError(
-            f"{skeleton.adapter.family}'s layers are Conv1D, for which compressed-tensors has no "
+            f"{name}'s layers are Conv1D, for which compressed-tensors has no "
             "name; set output.format=rotq"
         )
     if activation_grid(recipe.activations) is not None and has_experts(skeleton):

@@ -10,6 +10,8 @@ Shape suffixes: N out features, K in features, G groups of K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +56,7 @@ class QuantLinear(nn.Module):
             rotated: Rotate the input online, by ``input_signs``.
             input_grid: What inputs are rounded to at run time; None leaves them.
             scale_dtype: As stored.
-            dtype: Of the bias.
+            dtype: Of the bias, and of ``weight``; None is fp32.
 
         Raises:
             ValueError: the group size does not divide ``in_features``.
@@ -62,6 +64,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self.input_grid = input_grid
+        self.dtype = dtype or torch.float32
         groups = in_features // grid.columns_per_group(in_features)
         self._allocate(
             "weight_packed", (out_features, packed_words(in_features, grid.bits)), device
@@ -104,6 +107,7 @@ class QuantLinear(nn.Module):
             bias=bias_N is not None,
             input_grid=input_grid,
             scale_dtype=quantized.scale_NG.dtype,
+            dtype=None if bias_N is None else bias_N.dtype,
             device="meta",
         )
         bits, device = quantized.grid.bits, quantized.q_NK.device
@@ -129,6 +133,16 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) dense weight, computed in fp32, then cast to ``dtype``."""
         return self.quantized().dequantize(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) dense, made at each access, for models that look at it; nothing is written back.
+
+        It counts as loaded: transformers initializes what does not.
+        """
+        weight_NK = self.dequantize(self.dtype)
+        weight_NK._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight_NK
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with a dense weight of ``dtype``."""
@@ -156,6 +170,15 @@ class QuantLinear(nn.Module):
             self.bias,
             bits=self.grid.bits,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Scales keep the dtype that they are stored in: another would be another weight."""
+        scale_NG = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale_NG.dtype:
+            self.weight_scale = scale_NG.to(self.weight_scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale_NG.device)).dtype
+        return self
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_grid is None else f", inputs {self.input_grid}"

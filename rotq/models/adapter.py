@@ -84,9 +84,14 @@ class Adapter:
     down_rotation: bool = True
     """The last linear of the MLP is known, so R4 can be applied before it."""
     renames: tuple[tuple[str, str], ...] = ()
-    """(regular expression, replacement) from checkpoint tensor names to module names."""
+    """(regular expression, replacement) on stored tensors' names, before transformers' rules."""
     transposed: str = ""
     """Regular expression of the weights that a checkpoint stores as (in, out), for Conv1D."""
+
+    @property
+    def is_generic(self) -> bool:
+        """Nothing is known of the family but its list of blocks."""
+        return False
 
     @property
     def attention(self) -> str:

@@ -55,12 +55,19 @@ def normalized(norm: nn.Module, x_ND: Tensor) -> Tensor:
     return x_ND * torch.rsqrt(x_ND.pow(2).mean(-1, keepdim=True) + _epsilon(norm))
 
 
-def _exact_norm(norm: nn.Module, offset: float, x_ND: Tensor) -> Tensor:
+def _exact_norm(norm: nn.Module, offset: float | None, x_ND: Tensor) -> Tensor:
+    if offset is None:
+        return normalized(norm, x_ND)
     return normalized(norm, x_ND) * (offset + _parameter(norm).to(x_ND.dtype))
 
 
-def _gain_offset(norm: nn.Module) -> float:
-    """0 where the gain is the weight, 1 where it is 1 + weight; asked of the module's forward."""
+def _gain_offset(norm: nn.Module) -> float | None:
+    """0 where the gain is the weight, 1 where it is 1 + weight; asked of the module's forward.
+
+    None where it has no gain.
+    """
+    if getattr(norm, "weight", None) is None:
+        return None
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
         _parameter(probe).fill_(0.25)

@@ -1,40 +1,52 @@
 """Mixtures of experts with one Linear per weight, instead of transformers' 3-D parameters.
 
-Solvers, hooks and quantized layers work on nn.Linear, and checkpoints store experts one by one,
-so the fused module is replaced by a list of experts with the same call and the same result:
+Solvers, hooks and quantized layers work on nn.Linear, and most checkpoints store experts one by
+one, so the fused module is replaced by a list of experts with the same call and the same result:
 
     y_m = sum over slots s of  w_ms * expert_{i_ms}(x_m)
 
 with indices i and weights w as the model's own router gives them.
 
-Shape suffixes: M tokens, S slots (experts per token), D hidden size, E experts.
+Shape suffixes: M tokens, S slots (experts per token), D hidden size, F width of an expert.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
+
+from rotq.models.fused import FusedForm, fused_form
+
+
+class Between(Protocol):
+    """What an expert does between its products; (M, F) each."""
+
+    def __call__(self, up_MF: Tensor, gate_MF: Tensor | None = None) -> Tensor:
+        """What the last product reads."""
 
 
 class Expert(nn.Module):
-    """A gated MLP: down(act(gate(x)) * up(x))."""
+    """An MLP, with a gate or without: down(between(up(x), gate(x))) or down(between(up(x)))."""
 
-    def __init__(
-        self, hidden_dim: int, intermediate_dim: int, act_fn: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, form: FusedForm, between: Between) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_dim, intermediate_dim, bias=False)
-        self.up_proj = nn.Linear(hidden_dim, intermediate_dim, bias=False)
-        self.down_proj = nn.Linear(intermediate_dim, hidden_dim, bias=False)
-        self.act_fn = act_fn
+        D, F = form.hidden_dim, form.intermediate_dim
+        if form.gate:
+            self.gate_proj = nn.Linear(D, F, bias=form.bias)
+        self.up_proj = nn.Linear(D, F, bias=form.bias)
+        self.down_proj = nn.Linear(F, D, bias=form.bias)
+        self.gated, self.between = form.gate, between
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """(M, D) to (M, D)."""
-        return cast(Tensor, self.down_proj(self.act_fn(self.gate_proj(x_MD)) * self.up_proj(x_MD)))
+        gate_MF = self.gate_proj(x_MD) if self.gated else None
+        return cast(Tensor, self.down_proj(self.between(self.up_proj(x_MD), gate_MF)))
 
 
 class UnfusedExperts(nn.ModuleList):
@@ -81,45 +93,63 @@ def calibrating(module: nn.Module) -> Iterator[None]:
             mixture.see_all_tokens = False
 
 
-def is_fused(module: nn.Module) -> bool:
-    """A transformers 5 experts module: (E, 2F, D) gate_up_proj and (E, D, F) down_proj."""
-    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return False
-    E, D, F = down.shape if down.ndim == 3 else (0, 0, 0)
-    return gate_up.shape == (E, 2 * F, D)
-
-
 def unfuse(fused: nn.Module) -> UnfusedExperts:
     """The same experts as a list; weights are copied, on meta they stay there.
 
     Raises:
-        ValueError: the module is not of the fused form that ``is_fused`` describes.
+        ValueError: the module is none that ``fused_form`` knows.
     """
-    if not is_fused(fused):
-        raise ValueError(f"{type(fused).__name__} does not hold fused gate_up_proj and down_proj")
-    gate_up = cast(Tensor, fused.gate_up_proj)
-    down = cast(Tensor, fused.down_proj)
-    _, D, F = down.shape
-    experts = []
-    for number in range(len(down)):
-        with torch.device("meta"):
-            expert = Expert(D, F, cast(Callable[[Tensor], Tensor], fused.act_fn))
-        gate, up = gate_up[number].chunk(2)
-        for linear, weight in (
-            (expert.gate_proj, gate),
-            (expert.up_proj, up),
-            (expert.down_proj, down[number]),
-        ):
-            linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        experts.append(expert)
+    form = fused_form(fused)
+    if form is None:
+        raise ValueError(f"{type(fused).__name__} does not hold fused experts of a known form")
+    with torch.device("meta"):
+        experts = [Expert(form, _between(fused, form)) for _ in range(form.num_experts)]
+    for number, name, whole, cut in form.parts():
+        linear, _, leaf = name.partition(".")
+        tensor = cut(cast(Tensor, getattr(fused, whole))).detach().clone()
+        parameter = nn.Parameter(tensor.contiguous(), requires_grad=False)
+        setattr(experts[number].get_submodule(linear), leaf, parameter)
     return UnfusedExperts(experts)
 
 
-def unfuse_experts(model: nn.Module) -> int:
-    """Replace every fused experts module inside ``model``; returns how many there were."""
-    names = [name for name, module in model.named_modules() if is_fused(module)]
-    for name in names:
+def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
+    """Replace every fused experts module inside ``model``; returns what they were, by name."""
+    forms = {name: fused_form(module) for name, module in model.named_modules()}
+    found = {name: form for name, form in forms.items() if form is not None}
+    for name in found:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, unfuse(model.get_submodule(name)))
-    return len(names)
+    return found
+
+
+def _between(fused: nn.Module, form: FusedForm) -> Between:
+    if form.gate and type(fused)._apply_gate is not moe._default_apply_gate:
+        return _OwnGate(fused, form)
+    return _Activation(cast(Callable[[Tensor], Tensor], fused.act_fn))
+
+
+class _Activation:
+    """act(gate) * up, or act(up) without a gate."""
+
+    def __init__(self, act_fn: Callable[[Tensor], Tensor]) -> None:
+        self.act_fn = act_fn
+
+    def __call__(self, up_MF: Tensor, gate_MF: Tensor | None = None) -> Tensor:
+        return self.act_fn(up_MF) if gate_MF is None else self.act_fn(gate_MF) * up_MF
+
+
+class _OwnGate:
+    """The fused module's own gate, given gate and up side by side or in turn, as it had them."""
+
+    def __init__(self, fused: nn.Module, form: FusedForm) -> None:
+        # its settings and functions are wanted, its parameters are not
+        self.fused, self.form = copy.copy(fused), form
+        self.fused._parameters = {}
+
+    def __call__(self, up_MF: Tensor, gate_MF: Tensor | None = None) -> Tensor:
+        assert gate_MF is not None, "a gate of its own is a gate"
+        if self.form.concatenated:
+            both = torch.cat((gate_MF, up_MF), dim=-1)
+        else:
+            both = torch.stack((gate_MF, up_MF), dim=-1).flatten(-2)
+        return cast(Tensor, self.fused._apply_gate(both))  # type: ignore[operator]

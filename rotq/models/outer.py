@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from rotq.models.adapter import Adapter
 from rotq.models.loading import TensorSource, load_tensors
+from rotq.models.ties import stored_under
 
 BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Index, hidden states and keyword arguments of a block, to what is to be its output."""
@@ -37,13 +38,20 @@ class Stop(Exception):  # noqa: N818, it is not an error
 class OuterModel:
     """A model without its blocks; its tensors are given to each run, by full name."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, *, tied: bool) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, ties: Mapping[str, str]) -> None:
         """
         Args:
             model: Of transformers; its parameters may be on meta.
-            tied: The head takes the embedding's tensor unless it is given one of its own.
+            ties: Of the model: a tensor takes another's unless it is given one of its own.
         """
-        self.model, self.adapter, self.tied = model, adapter, tied
+        self.model, self.adapter = model, adapter
+        self.rest: int | None = None
+        """Values that blocks return behind the hidden states; None: they return them alone."""
+        self.ties = {
+            name: other
+            for name, other in ties.items()
+            if not self._inside(name) and not self._inside(other)
+        }
         self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
 
     def load(
@@ -52,7 +60,7 @@ class OuterModel:
         """Every tensor outside the blocks by full name; ``Skeleton.load_outer`` says more."""
         present = set(source.names())
         wanted = self._tensors()
-        for name in (target for target, _ in self._ties() if target not in present):
+        for name in (name for name in self.ties if name in wanted and name not in present):
             del wanted[name]
         buffers = dict(self.model.named_buffers())
         outer: dict[str, Tensor] = {}
@@ -62,11 +70,14 @@ class OuterModel:
             if name in present:
                 loaded = load_tensors(source, {name: like}, device=device, dtype=like.dtype)
             outer |= loaded
-        outer |= load_tensors(source, wanted, device=device, dtype=dtype)
-        if self.tied and self._head in outer:
-            embedding_VD = outer[f"{self.adapter.embedding}.weight"]
-            if torch.equal(outer[self._head], embedding_VD):
-                del outer[self._head]
+        names = {name: stored_under(name, present, self.ties) for name in wanted}
+        stored = {names[name]: like for name, like in wanted.items()}
+        loaded = load_tensors(source, stored, device=device, dtype=dtype)
+        outer |= {name: loaded[names[name]] for name in wanted}
+        head = f"{self.adapter.head}.weight"
+        other = self.ties.get(head)
+        if head in outer and other in outer and torch.equal(outer[head], outer[other]):
+            del outer[head]
         return outer
 
     def run(self, outer: dict[str, Tensor], forward: BlockForward, **inputs: Tensor | None) -> Any:
@@ -77,7 +88,7 @@ class OuterModel:
             inputs: Of the model's forward.
         """
         tensors = dict(outer)
-        tensors |= {name: outer[to] for name, to in self._ties() if name not in outer}
+        tensors |= {name: outer[to] for name, to in self.ties.items() if name not in outer}
         given = next(value for value in inputs.values() if value is not None)
         tensors |= {
             name: buffer.to(given.device)
@@ -85,24 +96,60 @@ class OuterModel:
             if name not in tensors and not self._inside(name)
         }
         kwargs = {**inputs, "use_cache": False}
-        with self._blocks_replaced(forward):
+        with self._blocks_replaced(self._in_form(forward)):
             return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
 
     def zeros(self, like: Tensor) -> dict[str, Tensor]:
         """In place of the tensors where their values do not matter; no memory behind them."""
         zero = torch.zeros((), dtype=like.dtype, device=like.device)
-        return {
-            name: zero.expand(parameter.shape)
-            for name, parameter in self.model.named_parameters()
-            if not self._inside(name)
-        }
+        return {name: zero.expand(parameter.shape) for name, parameter in self.parameters()}
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those outside the blocks, by full name."""
+        named = self.model.named_parameters()
+        return [(name, parameter) for name, parameter in named if not self._inside(name)]
 
     def stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
-        """Inputs of a run in which only shape, dtype and device of what is embedded matter."""
-        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+        """Inputs of a run in which only shape, dtype and device of what is embedded matter.
+
+        Embedded tokens, but for families that are not known: they may project what they embed, or
+        want the tokens too.
+        """
+        takes_embeds = "inputs_embeds" in inspect.signature(self.model.forward).parameters
+        if takes_embeds and not self.adapter.is_generic:
             return {"inputs_embeds": hidden_BTD}
-        ids_BT = torch.zeros(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
-        return {"input_ids": ids_BT}
+        shape, device = hidden_BTD.shape[:2], hidden_BTD.device
+        return {"input_ids": torch.full(shape, self._plain_token(), device=device)}
+
+    @contextmanager
+    def head_left_out(self) -> Iterator[None]:
+        """The largest product outside the blocks is not computed inside the context."""
+        head = self.model.get_submodule(self.adapter.head) if self.adapter.head else None
+        if not isinstance(head, nn.Linear):
+            yield
+            return
+        size = head.out_features
+        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def _in_form(self, forward: BlockForward) -> Callable[[int, Tensor, dict[str, Any]], Any]:
+        """The same, returning what the family's blocks return."""
+        rest = self.rest
+        if rest is None:
+            return forward
+        return lambda *given: (forward(*given), *[None] * rest)
+
+    def _plain_token(self) -> int:
+        """One that stands for nothing special, as padding does."""
+        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        special: set[int] = set()
+        for key, value in config.to_dict().items():
+            if key.endswith("_token_id"):
+                special |= set(value) if isinstance(value, list) else {value}
+        return next(token for token in range(len(special) + 1) if token not in special)
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
@@ -111,19 +158,8 @@ class OuterModel:
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")
 
-    def _ties(self) -> list[tuple[str, str]]:
-        """(tensor, the tensor it takes unless it has one of its own)."""
-        if not self.tied:
-            return []
-        embedding = f"{self.adapter.embedding}.weight"
-        return [(self._head, embedding), *self.adapter.tied_biases]
-
-    @property
-    def _head(self) -> str:
-        return f"{self.adapter.head}.weight"
-
     @contextmanager
-    def _blocks_replaced(self, forward: BlockForward) -> Iterator[None]:
+    def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         # on the instances: everything else a model may ask of its blocks stays as it is
         for index, block in enumerate(self.blocks):
             block.forward = functools.partial(_call_replaced, forward, index, type(block).forward)
@@ -135,8 +171,12 @@ class OuterModel:
 
 
 def _call_replaced(
-    forward: BlockForward, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Tensor:
+    forward: Callable[..., Any],
+    index: int,
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     names = list(inspect.signature(original).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     return forward(index, kwargs.pop(names[0]), kwargs)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter, Site
+from rotq.models.experts import UnfusedExperts
 from rotq.models.families import (
     bert,
     esm,
@@ -21,6 +24,7 @@ from rotq.models.families import (
     qwen3,
     qwen3_moe,
 )
+from rotq.models.survey import Kind, kind_of
 from rotq.models.task import architectures
 
 _FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe, gpt2, esm, esmc, bert)
@@ -60,6 +64,24 @@ def adapter_for(model: nn.Module) -> Adapter:
     if any(name in ADAPTERS for name in architectures(model.config)):
         return find_adapter(model.config)
     return generic_adapter(model)
+
+
+def known_renames(config: Any) -> tuple[tuple[str, str], ...]:
+    """Those of the family's adapter; none where the family is not known."""
+    found = [ADAPTERS[name] for name in architectures(config) if name in ADAPTERS]
+    return found[0].renames if found else ()
+
+
+def with_transposed(adapter: Adapter, convolutions: Iterable[str]) -> Adapter:
+    """The adapter of a model some of whose linear layers were Conv1D, which it need not know.
+
+    Args:
+        convolutions: Their names.
+    """
+    leaves = sorted({name.rpartition(".")[2] for name in convolutions})
+    if adapter.transposed or not leaves:
+        return adapter
+    return replace(adapter, transposed=rf"(^|\.)({'|'.join(map(re.escape, leaves))})\.weight$")
 
 
 def generic_adapter(model: nn.Module) -> Adapter:
@@ -103,15 +125,19 @@ def generic_adapter(model: nn.Module) -> Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class GenericAdapter(Adapter):
-    """Every linear of a block is a site of its own."""
+    """Every linear layer of a block that can be packed is a site of its own."""
+
+    linears: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
+    """By kind of block, in the order in which they are called (``Survey.linears``)."""
+
+    @property
+    def is_generic(self) -> bool:
+        """True."""
+        return True
 
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
-        """One site per nn.Linear, in the order the block registers them."""
-        return tuple(
-            Site(name=name, linears=(name,))
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        )
+        """One site per linear layer."""
+        return tuple(Site(name=path, linears=(path,)) for path in self.linears[kind_of(block)])
 
     @property
     def attention(self) -> str:
@@ -119,8 +145,8 @@ class GenericAdapter(Adapter):
         return ""
 
     def has_experts(self, block: nn.Module) -> bool:
-        """Unknown, hence treated as no."""
-        return False
+        """Whether some were unfused in it."""
+        return any(isinstance(module, UnfusedExperts) for module in block.modules())
 
 
 def _path(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -11,6 +11,8 @@ Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 
 from rotq.errors import RotqError, told
 from rotq.models.adapter import Adapter
+from rotq.models.conversion import Conversion, Making
 from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.outer import OuterModel, Stop
-from rotq.models.registry import adapter_for
+from rotq.models.registry import GenericAdapter, adapter_for, with_transposed
+from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked
+from rotq.models.ties import stored_under, ties_of
 
 _KEPT_SHAPES = 4
 """Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""
@@ -33,17 +38,24 @@ _KEPT_SHAPES = 4
 class Skeleton:
     """A language model's structure, and its parts with weights on request.
 
-    ``model`` is the model on meta; ``adapter`` knows its family; ``tied`` says that the head takes
-    the embedding's tensor unless it is given one of its own.
+    ``model`` is the model on meta; ``adapter`` knows its family; ``ties`` has the tensors that take
+    another's unless they are given one of their own, and ``tied`` says that the head is one;
+    ``conversion`` knows how they are made of stored ones.
     """
 
-    def __init__(self, config: Any, adapter: Adapter, model: nn.Module) -> None:
+    def __init__(
+        self, config: Any, adapter: Adapter, model: nn.Module, conversion: Conversion
+    ) -> None:
         self.config = config
         self.adapter = adapter
+        self.conversion = conversion
         self.model = model.eval().requires_grad_(False)
-        self.tied = bool(getattr(config, "tie_word_embeddings", False)) and bool(adapter.head)
+        self.ties = ties_of(model, adapter)
+        self.tied = f"{adapter.head}.weight" in self.ties
         self.masked = is_masked(config)
-        self._outer = OuterModel(self.model, adapter, tied=self.tied)
+        self._outer = OuterModel(self.model, adapter, self.ties)
+        self.kept: dict[str, str] = {}
+        """Linear layers of the blocks that cannot be packed, by full name, and why."""
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
@@ -65,11 +77,30 @@ class Skeleton:
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
             )
-        adapter = adapter_for(model)
-        if adapter.experts:
-            unfuse_experts(model)
-        linearize(model)
-        return cls(model.config, adapter, model)
+        conversion = Conversion(model)
+        forms = unfuse_experts(model)
+        convolutions = linearize(model)
+        adapter = with_transposed(adapter_for(model), convolutions)
+        skeleton = cls(model.config, adapter, model, conversion.unfused(model, forms))
+        skeleton.look_at_blocks()
+        return skeleton
+
+    def look_at_blocks(self) -> None:
+        """Find out what an adapter would say of the blocks, where there is none.
+
+        Raises:
+            RotqError: they cannot be run one by one, or most of their weights cannot be packed.
+        """
+        if not isinstance(self.adapter, GenericAdapter):
+            return
+        found = survey(self._outer, self.config)
+        self._outer.rest = found.rest
+        self.adapter = replace(self.adapter, linears=found.linears)
+        self.kept = {
+            f"{self.block_name(index)}.{path}": reason
+            for index, block in enumerate(self.blocks)
+            for path, reason in found.kept[kind_of(block)].items()
+        }
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -84,6 +115,32 @@ class Skeleton:
         """Full module name, for example ``model.layers.3``."""
         return f"{self.adapter.blocks}.{index}"
 
+    def wanted(self, present: Collection[str]) -> dict[str, Tensor]:
+        """What the model must be given, by the names under which a checkpoint has it, on meta.
+
+        Args:
+            present: Names that the checkpoint has. Of tied tensors one is wanted, and of buffers
+                outside the blocks none.
+        """
+        buffers = {name for name, _ in self.model.named_buffers()}
+        wanted = {}
+        for name, like in self.model.state_dict().items():
+            inside = name.startswith(f"{self.adapter.blocks}.")
+            if inside or name in present or (name not in buffers and name not in self.ties):
+                wanted[stored_under(name, present, self.ties)] = like
+        return wanted
+
+    def with_tied(self, makings: dict[str, Making]) -> dict[str, Making]:
+        """Tied tensors inside the blocks too, which are loaded one block at a time."""
+        prefix = f"{self.adapter.blocks}."
+        names = {name: stored_under(name, makings, self.ties) for name in self.ties}
+        tied = {
+            name: makings[stored]
+            for name, stored in names.items()
+            if name.startswith(prefix) and stored in makings
+        }
+        return makings | tied
+
     def load_block(
         self, index: int, source: TensorSource, *, device: torch.device | str, dtype: torch.dtype
     ) -> nn.Module:
@@ -91,7 +148,7 @@ class Skeleton:
 
         Args:
             index: Which block.
-            source: Names as in ``model`` (``Source.renamed(adapter.renames)``).
+            source: Names as in ``model`` (``Source.read_for``).
             device: Where it is put.
             dtype: Of its floating point parameters; buffers that are not in checkpoints keep the
                 dtype the model gave them.

@@ -74,8 +74,8 @@ def settle(
         masked=skeleton.masked,
     )
     release_memory()
-    source = source.renamed(skeleton.adapter.renames, skeleton.adapter.transposed)
     drawn = starting_basis(recipe, skeleton)
+    source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
     return Settled(
         source=source,

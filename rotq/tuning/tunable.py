@@ -77,7 +77,7 @@ class TunableBlock:
             for name, tensor in self._weights(hidden_BTD.dtype).items()
         }
         output = functional_call(self.block, tensors, (hidden_BTD,), kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     @torch.no_grad()
     def tuned(self) -> dict[str, Tensor]:

@@ -203,6 +203,34 @@ def edit_tensors(path: Path, change: dict[str, torch.Tensor | None]) -> None:
     save_tensors(file, tensors)
 
 
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, {"model.embed_tokens.weight": torch.zeros(103, 48)})
+    with pytest.raises(RotqError) as caught:
+        load_model(tmp_path)
+    assert "1 mismatched keys, first model.embed_tokens.weight" in str(caught.value)
+    assert "shape [103, 48], its configuration says [97, 48]" in str(caught.value)
+
+
+def test_a_library_that_panics_is_an_error_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As PyO3 raises them."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise Panic("called `Option::unwrap()` on a `None` value\nnote: run with RUST_BACKTRACE")
+
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", panic)
+    for read in (load_tokenizer, load_model):
+        with pytest.raises(RotqError, match=r"called `Option::unwrap\(\)`") as caught:
+            read(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 
 

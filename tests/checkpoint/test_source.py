@@ -16,7 +16,8 @@ from tiny_models import tiny_model
 
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import INDEX_NAME, open_source
+from rotq.checkpoint.source import open_source
+from rotq.checkpoint.weight_files import INDEX_NAME
 from rotq.errors import RotqError
 
 

@@ -109,3 +109,13 @@ def test_unpack_refuses_a_wrong_count(num_codes: int) -> None:
     packed = pack(random_codes(2, 16, 4), 4)
     with pytest.raises(ValueError, match="words"):
         unpack(packed, 4, num_codes)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_one_word_of_codes_along_rows(bits: int) -> None:
+    """As a file has the zero points of few rows: each column is one word, its stride anything."""
+    q = random_codes(4, 6, bits)
+    packed = pack(q, bits, dim=0)
+    stored = torch.tensor(packed.tolist(), dtype=torch.int32)
+    assert stored.shape == (1, 6)
+    assert torch.equal(unpack(stored, bits, 4, dim=0), q)

@@ -6,7 +6,8 @@ from tiny_models import MemorySource, random_ids, tiny_model
 from torch import nn
 
 from rotq.checkpoint.source import open_source
-from rotq.models.experts import UnfusedExperts, calibrating, is_fused, unfuse, unfuse_experts
+from rotq.models.experts import UnfusedExperts, calibrating, unfuse, unfuse_experts
+from rotq.models.fused import fused_form
 from rotq.models.skeleton import Skeleton
 
 MIXTURES = ["mixtral", "qwen3-moe", "qwen3-moe-mixed"]
@@ -25,12 +26,12 @@ def routed(num_experts, tokens=13, top_k=2):
 def test_unfused_is_fused(name):
     fused = tiny_model(name).model.layers[1].mlp.experts
     arguments = routed(4)
-    assert is_fused(fused)
+    assert fused_form(fused)
     unfused = unfuse(fused)
     torch.testing.assert_close(unfused(*arguments), fused(*arguments), rtol=0, atol=1e-12)
     with calibrating(unfused):
         torch.testing.assert_close(unfused(*arguments), fused(*arguments), rtol=0, atol=1e-12)
-    assert not is_fused(unfused)
+    assert fused_form(unfused) is None
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -38,9 +39,9 @@ def test_model_with_unfused_experts_gives_the_same_logits(name):
     model = tiny_model(name)
     ids_BT = random_ids(2, 9)
     before = model(ids_BT).logits
-    count = sum(is_fused(module) for module in model.modules())
-    assert unfuse_experts(model) == count
-    assert unfuse_experts(model) == 0
+    found = {name for name, module in model.named_modules() if fused_form(module)}
+    assert unfuse_experts(model).keys() == found != set()
+    assert not unfuse_experts(model)
     torch.testing.assert_close(model(ids_BT).logits, before, rtol=0, atol=1e-12)
 
 
@@ -87,7 +88,7 @@ def test_checkpoints_as_transformers_saves_them(name, tmp_path):
     model.save_pretrained(tmp_path)
     source = open_source(tmp_path)
     skeleton = Skeleton.open(source)
-    source = source.renamed(skeleton.adapter.renames)
+    source = source.read_for(skeleton)
     inside = {name for name in source.names() if name.startswith("model.layers.1.")}
     block = skeleton.load_block(1, source, device="cpu", dtype=torch.float32)
     assert {f"model.layers.1.{name}" for name in block.state_dict()} == inside

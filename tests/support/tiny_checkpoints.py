@@ -24,7 +24,7 @@ from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import unfuse_experts
-from rotq.models.registry import adapter_for
+from rotq.models.skeleton import Skeleton
 from rotq.rotations.hadamard import random_signs
 
 W4 = Grid(bits=4, group_size=8, symmetric=False)
@@ -121,7 +121,8 @@ def write_checkpoint(
         if name not in tied and not (layer in layers and leaf in ONLINE):
             tensors[name] = tensor
     save_tensors(folder / "part.safetensors", tensors)
-    opened = open_source(source).renamed(adapter_for(model).renames)
+    opened = open_source(source)
+    opened = opened.read_for(Skeleton.open(opened))
     assemble([folder / "part.safetensors"], out, max_shard_bytes, rename=opened.stored_name)
     write_metadata(
         out,

@@ -26,5 +26,4 @@ ADAPTER = Adapter(
     mlp_inputs=("intermediate.dense",),
     mlp_output="output.dense",
     residual_rotation=False,
-    renames=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )

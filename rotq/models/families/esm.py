@@ -37,11 +37,8 @@ ADAPTER = Adapter(
     mlp_inputs=("intermediate.dense",),
     mlp_output="output.dense",
     residual_needs=(("emb_layer_norm_before", False), ("position_embedding_type", "rotary")),
-    # frequencies are stored once per layer and read once; transformers 5.23 writes the asterisk,
-    # and the norms' names of 2018
+    # frequencies are stored once per layer and read once; transformers 5.23 writes the asterisk
     renames=(
-        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-        (r"LayerNorm\.beta$", "LayerNorm.bias"),
         (
             r"^esm\.encoder\.layer\.(\*|0)\.attention\.self\.rotary_embeddings\.inv_freq$",
             "esm.rotary_embeddings.inv_freq",

@@ -29,13 +29,12 @@ ADAPTER = Adapter(
     mlp_inputs=("c_fc",),
     mlp_output="c_proj",
     residual_needs=(("add_cross_attention", False),),
-    renames=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
     transposed=r"\.(c_attn|c_proj|c_fc)\.weight$",
 )
 
 
-def linearize(model: nn.Module) -> int:
-    """Replace every Conv1D by the nn.Linear of the same function; returns how many there were."""
+def linearize(model: nn.Module) -> list[str]:
+    """Replace every Conv1D by the nn.Linear of the same function; returns their names."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Conv1D)]
     for name, conv in found:
         in_features, out_features = conv.weight.shape
@@ -43,4 +42,4 @@ def linearize(model: nn.Module) -> int:
         linear.weight = nn.Parameter(conv.weight.detach().T.contiguous(), requires_grad=False)
         linear.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
         model.set_submodule(name, linear)
-    return len(found)
+    return [name for name, _ in found]

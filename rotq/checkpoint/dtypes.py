@@ -1,0 +1,99 @@
+"""The dtype of a checkpoint: what its configuration declares, else that of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotq.checkpoint.files import read_json
+from rotq.checkpoint.safetensors import Entry
+from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""As safetensors spells the dtypes that a dense model may have."""
+
+NAMES = ("float64", "float32", "float16", "bfloat16")
+"""As config.json spells them."""
+
+KEYS = ("dtype", "torch_dtype")
+"""Where config.json has one; the first wins."""
+
+
+def checkpoint_dtype(config: Any, entries: Iterable[Entry], path: Path) -> torch.dtype:
+    """What ``auto`` means for a checkpoint, as transformers reads it.
+
+    The configuration decides, of a model in parts the whole one's before the text model's. Where
+    it has none, or says "auto", the first floating-point tensor of the first file does.
+
+    Args:
+        config: transformers' configuration, from ``load_config``.
+        entries: In any order; without any the answer is fp32.
+        path: Of the checkpoint's folder.
+
+    Raises:
+        RotqError: config.json names a dtype that is none of a dense model.
+    """
+    import torch
+
+    for part in (config, config.get_text_config()):
+        if part.dtype is not None:
+            return getattr(torch, part.dtype) if isinstance(part.dtype, str) else part.dtype
+    declared = _declared(path)
+    if declared not in (None, "auto"):
+        raise RotqError(
+            f"{path / 'config.json'}: dtype {declared!r} is no dtype of a dense model; "
+            "pass --dtype, or correct it"
+        )
+    return _stored_dtype(entries)
+
+
+def unusable_dtype(path: Path) -> dict[str, None]:
+    """What to pass on to transformers where config.json has a dtype that it stumbles over.
+
+    "auto" and names that torch does not know would end its reading of the configuration, also
+    where another dtype is asked for.
+    """
+    declared = _declared(path)
+    if declared is None or declared in NAMES:
+        return {}
+    return dict.fromkeys(key for key in KEYS if key in read_json(path / "config.json"))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }[name]
+
+
+def _declared(path: Path) -> Any:
+    """What config.json says, whatever it is; None where it says nothing."""
+    file = path / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return next((config[key] for key in KEYS if config.get(key) is not None), None)
+
+
+def _stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
+    floats = [entry for entry in entries if entry.dtype in FLOATS]
+    first = min(floats, key=lambda entry: (entry.file, entry.name), default=None)
+    return torch_dtype("F32" if first is None else first.dtype)
