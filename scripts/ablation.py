@@ -10,7 +10,6 @@ to the results file as soon as it is there, and rows that are in it already are 
 import argparse
 import functools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.disk.files import remove
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
@@ -129,7 +129,7 @@ def _run(choices: dict, row: dict, arguments: argparse.Namespace) -> dict:
         progress=PlainProgress(),
     )
     found = _score(output, arguments)
-    shutil.rmtree(output)
+    remove(output)
     return {
         "ppl": found.ppl,
         "kl": found.kl,

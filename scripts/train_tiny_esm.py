@@ -22,6 +22,7 @@ each head starts by looking at one neighbour; see ``look_nearby``.
 import argparse
 import hashlib
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from rotq.calibration.batches import Batch, padded
 from rotq.calibration.fasta import AMBIGUOUS, Record, read_fasta
 from rotq.calibration.residues import ResidueCodec
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.disk.filling import folder_to_fill
+from rotq.errors import RotqError
 from rotq.evaluation.perplexity import summed_nll, window_logits
 from rotq.evaluation.pseudo_perplexity import PLLProtocol, evaluate_pll
 
@@ -269,6 +272,7 @@ def write_fasta(path: Path, records: Sequence[Record]) -> None:
 
 def make_tiny_plm(folder: Path, fasta: Path, steps: dict[str, int]) -> dict[str, list[float]]:
     """Split, train, save; returns the losses of both models."""
+    folder = folder_to_fill(folder, "train_tiny_esm.py")
     records = [record for record in read_fasta(fasta).records if usable(record)]
     training, held_out = split(records)
     print(f"{len(training)} sequences to train on, {len(held_out)} held out")
@@ -353,7 +357,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"of each model; default: {STEPS}")
     arguments = parser.parse_args()
     steps = dict.fromkeys(STEPS, arguments.steps) if arguments.steps else STEPS
-    losses = make_tiny_plm(arguments.folder, arguments.fasta, steps)
+    try:
+        losses = make_tiny_plm(arguments.folder, arguments.fasta, steps)
+    except RotqError as error:
+        sys.exit(f"train_tiny_esm.py: {error}")
     for kind, found in sanity(arguments.folder).items():
         print(f"{kind}: perplexity", ", ".join(f"{name} {x:.2f}" for name, x in found.items()))
     for kind, values in losses.items():

@@ -120,6 +120,55 @@ def test_conversion_is_exact_and_done_once(
     assert (dense / "model.safetensors").is_file()
 
 
+def test_a_damaged_conversion_is_made_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = convert(folder / "tiny.gguf", tmp_path / "dense")
+    weights = bytearray((dense / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (dense / "model.safetensors").write_bytes(weights)
+    monkeypatch.setattr("rotq.checkpoint.gguf.run_module", refuse)
+    with pytest.raises(RotqError, match="converted again"):
+        convert(folder / "tiny.gguf", dense)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense.partial"])
+def test_a_folder_of_the_users_own_is_not_converted_into(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("rotq.checkpoint.gguf.run_module", refuse)
+    mine = tmp_path / name / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(RotqError, match=f"{name} holds mine and is no conversion of rotq's"):
+        convert(folder / "tiny.gguf", tmp_path / "dense")
+    (tmp_path / name / STAMP).write_text('{"sha256": "x", "files": {}}')
+    with pytest.raises(RotqError, match="holds mine, which rotq did not make"):
+        convert(folder / "tiny.gguf", tmp_path / "dense")
+    with pytest.raises(RotqError, match="holds the GGUF file"):
+        convert(folder / "tiny.gguf", folder)
+    assert mine.read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_conversion_that_was_killed_is_begun_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mark is there before the first file of it."""
+    seen: list[str] = []
+
+    def look(_: str, arguments: list[Path], **__: str) -> str:
+        seen.extend(path.name for path in arguments[1].iterdir())
+        return ""
+
+    monkeypatch.setattr("rotq.checkpoint.gguf.run_module", look)
+    (tmp_path / "dense.partial").mkdir()
+    (tmp_path / "dense.partial" / STAMP).write_text('{"file": "tiny.gguf"}')
+    (tmp_path / "dense.partial" / "model.safetensors").write_text("half")
+    convert(folder / "tiny.gguf", tmp_path / "dense")
+    assert seen == [STAMP]
+
+
 def test_loading_directly(folder: Path, dense_model: Any) -> None:
     model = load_model(folder)
     ids_BT = torch.arange(1, 9)[None]

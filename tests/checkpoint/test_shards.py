@@ -160,9 +160,9 @@ class FullDisk:
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_full(path: Path, mode: str, **kwargs: Any) -> Any:
         file = open(path, mode, **kwargs)  # noqa: SIM115
-        return FullDisk(file, 500) if "w" in mode else file
+        return FullDisk(file, 500) if "x" in mode else file
 
-    monkeypatch.setattr("rotq.checkpoint.files.open", open_full, raising=False)
+    monkeypatch.setattr("rotq.disk.files.open", open_full, raising=False)
 
 
 @pytest.mark.usefixtures("full_disk")

@@ -1,6 +1,7 @@
 """`rotq calibrate-kv` and `rotq eval kv` on random models, without a trained one."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,46 @@ def test_calibrate_errors(
     assert message in " ".join(result.stderr.split())
     assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_only_a_file_of_its_own_kind_is_replaced(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    os.mkfifo(tmp_path / "pipe")
+    for output, words in (
+        (folder / "model.safetensors", "lies inside the model"),
+        (folder / "new.safetensors", "lies inside the model"),
+        (Path(text), "is the calibration text"),
+        (tmp_path / "notes", "is no file of rotq calibrate-kv; rotq replaces only what it has"),
+        (tmp_path / "link", "is no file of rotq calibrate-kv"),
+        (tmp_path / "pipe", "is no plain file"),
+    ):
+        given = ["--calibration", text, *SMALL]
+        result = run("calibrate-kv", str(folder), "-o", str(output), *given)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert words in " ".join(result.stderr.split())
+        assert "calibration window" not in result.stderr
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_what_is_replaced_and_what_stays_beside_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "kv.safetensors").touch()  # as mktemp leaves it
+    (tmp_path / "kv.safetensors.partial").write_text("mine")
+    first = Path(calibrated(tmp_path, text)).read_bytes()
+    assert Path(calibrated(tmp_path, text, "--seed", "1")).read_bytes() != first
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "link").symlink_to(tmp_path / "kv.safetensors")
+    (tmp_path / "there" / "dangling").symlink_to(tmp_path / "later")
+    for name in ("link", "dangling"):
+        output = str(tmp_path / "there" / name)
+        result = run("calibrate-kv", "llama", "-o", output, "--calibration", text, *SMALL)
+        assert result.exit_code == 0, result.stderr
+        assert Path(output).is_symlink()
+    assert (tmp_path / "kv.safetensors").read_bytes() == first
+    assert (tmp_path / "later").read_bytes() == first
+    assert (tmp_path / "kv.safetensors.partial").read_text() == "mine"

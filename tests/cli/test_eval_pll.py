@@ -42,10 +42,11 @@ def quantized_folder(model: Path) -> Path:
     small = ["--num-samples", "8", "--seq-len", "32", "--set", "weights.group_size=16"]
     turned = ["--set", "rotation.residual=hadamard", "--set", "weights.bits=8"]
     calibration = ["--calibration", model / "p.fasta"]
-    done = run("quantize", model, *small, *turned, *calibration, "-o", model / "out")
+    out = model.with_name(f"{model.name}-out")
+    done = run("quantize", model, *small, *turned, *calibration, "-o", out)
     assert done.exit_code == 0, done.output
     assert "12 sequences" in done.stderr
-    return model / "out"
+    return out
 
 
 def test_figures_as_json(model: Path, quantized: Path) -> None:
@@ -105,7 +106,8 @@ def test_masked_and_causal_models_are_sent_to_their_commands(model: Path, tmp_pa
     assert done.exit_code == 1
     assert "is a masked language model; score it with rotq eval pll" in done.stderr
     out = tmp_path / "out"
-    done = run("quantize", model, "-o", out, "--eval-text", "pydoc-test")
+    calibration = ["--calibration", model / "p.fasta", "--set", "weights.group_size=16"]
+    done = run("quantize", model, *calibration, "-o", out, "--eval-text", "pydoc-test")
     assert done.exit_code == 1
     assert "score it with rotq eval pll" in done.stderr
     assert not out.exists()

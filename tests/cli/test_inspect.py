@@ -94,6 +94,21 @@ def test_plots(checkpoint: Path, tmp_path: Path) -> None:
     assert "figures/flatness.png" in result.stderr
 
 
+def test_a_plot_is_replaced_and_another_picture_is_not(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with_flatness(checkpoint)
+    figure = tmp_path / "new" / "flatness.png"
+    for _ in range(2):
+        assert run(checkpoint, "--plots", tmp_path / "new").exit_code == 0
+    figure.write_bytes(figure.read_bytes().replace(b"rotq inspect", b"a camera at "))
+    before = figure.read_bytes()
+    result = run(checkpoint, "--plots", tmp_path / "new")
+    assert result.exit_code == 1
+    assert "exists and is no plot of rotq's; rotq replaces only what it has" in result.stderr
+    assert figure.read_bytes() == before
+    assert [path.name for path in figure.parent.iterdir()] == ["flatness.png"]
+
+
 def test_plots_without_matplotlib_name_the_extra(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

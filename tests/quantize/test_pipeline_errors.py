@@ -182,8 +182,8 @@ def test_output_that_exists(model: Path, unbroken: Path, tmp_path: Path) -> None
 
 def test_overwrite_replaces_the_output(model: Path, unbroken: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "stale").write_text("x")
+    first = quantize(model, "-c", "rtn", *SMALL, "-o", output)
+    assert first.exit_code == 0, first.stderr
     result = quantize(model, *W3, "-o", output, "--overwrite")
     assert result.exit_code == 0, result.stderr
     assert files_of(output) == files_of(unbroken)
