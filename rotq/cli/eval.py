@@ -27,7 +27,10 @@ def eval_group() -> None:
 @eval_group.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--text", required=True, metavar="FILE|ID", help="UTF-8 file, pydoc-test, or a datasets id."
+    "--text",
+    required=True,
+    metavar="FILE|ID",
+    help="Text, JSON lines or FASTA; pydoc-test; or a datasets id.",
 )
 @click.option(
     "--windows",
@@ -41,7 +44,7 @@ def eval_group() -> None:
     type=click.IntRange(min=2),
     default=1024,
     show_default=True,
-    help="Tokens per window.",
+    help="Tokens per window; no more than the model has positions.",
 )
 @click.option(
     "--stride",

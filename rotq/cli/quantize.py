@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 )
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and stop.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print layers, bits, memory and disk, from the config alone."
+    "--dry-run",
+    is_flag=True,
+    help="Print layers, bits, memory and disk; no weight is read, and what the job would refuse "
+    "is refused.",
 )
 @click.option(
     "--resume",
