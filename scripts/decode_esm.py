@@ -25,6 +25,7 @@ from rotq.kv.cache.esm import EsmPackedCache
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
 from rotq.models.families.esm import as_decoder
+from rotq.models.limits import limits_of
 
 WINDOW = 126
 """Residues of a calibration window."""
@@ -40,6 +41,7 @@ def evaluate(
     model: Any, sequences: list[str], codec: ResidueCodec, ids_BT: torch.Tensor, names: list[str]
 ) -> list[DecodingEvaluation]:
     """All caches on one set of sequences."""
+    limits_of(model).check(ids_BT)
     with as_decoder(model):
         found = {name: calibrate(model, ids_BT, preset(name)) for name in names}
     caches = {

@@ -4,8 +4,6 @@ What ``tokenizer.json`` may carry and would act without a word is lifted for a c
 
     truncation, padding     are of the batches of whoever saved the file
     dropout                 of BPE merges: other ids at every call
-
-``split_special_tokens`` of ``tokenizer_config.json`` holds, as in a call through transformers.
 """
 
 from __future__ import annotations
@@ -72,20 +70,19 @@ def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     # no offsets: half the time and memory, which a text of some MB makes count
     backend = tokenizer.backend_tokenizer
-    with _lifted(backend, split_special=bool(tokenizer.split_special_tokens)):
+    with _lifted(backend):
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return ids
 
 
 @contextmanager
-def _lifted(backend: Any, *, split_special: bool) -> Iterator[None]:
+def _lifted(backend: Any) -> Iterator[None]:
     """Nothing but the vocabulary and its rules decides the ids of a text."""
-    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
+    truncation, padding = backend.truncation, backend.padding
     model = backend.model
     dropout = getattr(model, "dropout", None)
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = split_special
     if dropout is not None:
         model.dropout = None
     try:
@@ -93,7 +90,6 @@ def _lifted(backend: Any, *, split_special: bool) -> Iterator[None]:
     finally:
         if dropout is not None:
             model.dropout = dropout
-        backend.encode_special_tokens = split
         if truncation is not None:
             backend.enable_truncation(**truncation)
         if padding is not None:

@@ -44,7 +44,7 @@ def calibration_options(command: Command) -> Command:
             type=click.IntRange(min=64),
             default=1024,
             show_default=True,
-            help="Tokens per calibration window.",
+            help="Tokens per calibration window; no more than the model has positions.",
         ),
         click.option(
             "--num-samples",

@@ -33,7 +33,7 @@ def eval_group() -> None:
     type=Words(),
     required=True,
     metavar="FILE|ID",
-    help="UTF-8 file, pydoc-test, or a datasets id.",
+    help="Text, JSON lines or FASTA; pydoc-test; or a datasets id.",
 )
 @click.option(
     "--windows",
@@ -47,7 +47,7 @@ def eval_group() -> None:
     type=click.IntRange(min=2),
     default=1024,
     show_default=True,
-    help="Tokens per window.",
+    help="Tokens per window; no more than the model has positions.",
 )
 @click.option(
     "--stride",

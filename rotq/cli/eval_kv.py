@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2),
     default=1024,
     show_default=True,
-    help="Tokens per window.",
+    help="Tokens per window; no more than the model has positions.",
 )
 @click.option("--sinks", type=click.IntRange(min=0), help="First tokens kept whole.")
 @click.option("--recent", type=click.IntRange(min=0), help="Last tokens kept whole.")

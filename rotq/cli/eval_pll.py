@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Residues; longer sequences are cut.",
+    help="Residues; longer sequences are cut, and so are those that the model's positions do not "
+    "suffice for.",
 )
 @click.option(
     "--positions",

@@ -138,7 +138,11 @@ def recipe_options(command: Command) -> Command:
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
         click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
-        click.option("--seq-len", type=int, help="Tokens per calibration window."),
+        click.option(
+            "--seq-len",
+            type=int,
+            help="Tokens per calibration window; no more than the model has positions.",
+        ),
         click.option("--num-samples", type=int, help="Calibration windows."),
         click.option(
             "--calibration",

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print layers, bits, memory, disk; refuse what the job would.",
+    help="Print layers, bits, memory and disk; no weight is read, and what the job would refuse "
+    "is refused.",
 )
 @click.option(
     "--resume",

@@ -141,13 +141,13 @@ class Calibration:
     """The text that statistics are taken from."""
 
     source: str = "pydoc"
-    """A .txt, .jsonl or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    """A .txt, .jsonl, .json or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
     masked: float = 0.15
     """Share of residues that a masked language model of proteins finds masked."""
     num_samples: int = 64
     """Windows that are drawn from the text."""
     seq_len: int = 1024
-    """Tokens of each window."""
+    """Tokens of each window; a model with fewer positions gets as many as it has."""
     batch_size: int = 4
     """Windows of one forward pass."""
     seed: int = 0

@@ -6,11 +6,14 @@ import pytest
 import torch
 from kv_oracle import calibration_of
 from tiny_models import VOCAB, random_ids, tiny_model
+from tiny_readers import BYTES, reader
 
 from rotq.errors import RotqError
 from rotq.evaluation.kv import bits_per_element, evaluate_kv
 from rotq.evaluation.perplexity import Protocol, evaluate
 from rotq.evaluation.quantized_history import KVScheme, scheme_of
+from rotq.kv.calibration.calibrate import data_oblivious
+from rotq.kv.presets import preset
 
 MODEL = tiny_model("llama", dtype=torch.float32)
 IDS_N = random_ids(1, 100)[0]
@@ -74,6 +77,24 @@ def test_bits_count_what_is_kept_whole() -> None:
 def test_too_short() -> None:
     with pytest.raises(RotqError, match="text is too short"):
         evaluate_kv(MODEL, IDS_N, [scheme()], protocol=Protocol(windows=6, seq_len=20))
+
+
+def test_foreign_ids_and_positions_are_settled_before_the_first_window() -> None:
+    bounded = reader("gpt2", n_positions=64)
+    seen: list[int] = []
+    bounded.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    schemes = [scheme_of(data_oblivious(bounded.config, preset("turboquant")))]
+    ids_N = random_ids(1, 200)[0]
+    found = evaluate_kv(bounded, ids_N, schemes, protocol=Protocol(windows=2, seq_len=90))[0]
+    assert set(seen) == {64}
+    assert found.tokens == 2 * 63
+    seen.clear()
+    ids_N[100] = BYTES
+    with pytest.raises(RotqError, match=f"token id {BYTES} is outside"):
+        evaluate_kv(bounded, ids_N, schemes, protocol=Protocol(windows=2, seq_len=64))
+    assert seen == []
 
 
 def test_logits_that_are_not_finite() -> None:

@@ -115,6 +115,25 @@ def test_foreign_token_ids(model: Any) -> None:
         evaluate(model, ids_N, protocol=Protocol(windows=1, seq_len=30))
 
 
+def test_foreign_ids_and_positions_are_settled_before_the_first_window() -> None:
+    bounded = tiny_model("gpt2", dtype=torch.float32)
+    seen: list[int] = []
+    bounded.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ids_N = random_ids(1, 300)[0]
+    found = evaluate(bounded, ids_N, protocol=Protocol(windows=3, seq_len=90))
+    assert seen == [64, 64, 64]
+    assert found.tokens == 3 * 63
+    assert "windows of 64 tokens" in found.protocol
+    ids_N[150] = VOCAB
+    with pytest.raises(RotqError, match=f"token id {VOCAB} is outside"):
+        evaluate(bounded, ids_N, protocol=Protocol(windows=3, seq_len=64))
+    assert len(seen) == 3
+    with pytest.raises(RotqError, match="64 positions leave room for 64 tokens"):
+        evaluate(bounded, ids_N, protocol=Protocol(windows=1, seq_len=90, stride=64))
+
+
 def test_logits_must_be_finite(ids_N: Tensor) -> None:
     broken = tiny_model("llama", dtype=torch.float32)
     broken.lm_head.weight[3, 3] = float("nan")

@@ -42,6 +42,23 @@ def by_hand(
     return math.exp(-sum(log_p) / len(log_p)), sum(correct) / len(correct)
 
 
+def test_foreign_ids_and_positions_are_settled_before_the_first_pass(codec: ResidueCodec) -> None:
+    bounded = tiny_model("bert", dtype=torch.float32)
+    passes: list[int] = []
+    bounded.register_forward_pre_hook(
+        lambda _, __, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = records(["MKT" * 40, "MK"])
+    scored = evaluate_pll(bounded, found, codec, protocol=PLLProtocol(positions=1))
+    assert max(passes) == 64
+    assert "1 of them cut to 62 residues" in scored.protocol
+    passes.clear()
+    bounded.resize_token_embeddings(codec.ids["U"])
+    with pytest.raises(RotqError, match="is outside the model's"):
+        evaluate_pll(bounded, records(["MKTA", "MKU"]), codec, protocol=PLLProtocol(batch_tokens=1))
+    assert passes == []
+
+
 @pytest.mark.parametrize("name", ["esm", "bert"])
 def test_equals_one_residue_at_a_time(name: str, codec: ResidueCodec) -> None:
     model = tiny_model(name)

@@ -39,21 +39,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<end>")
 
 
+def reader(family: str, **changes: Any) -> Any:
+    """A random model of ``FAMILIES``, in eval mode.
+
+    Args:
+        changes: To the model's configuration.
+    """
+    config_class, options = FAMILIES[family]
+    options = {**options, **changes}
+    masked = family in ("bert", "esm")
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return auto.from_config(getattr(transformers, config_class)(**options)).eval()
+
+
 def save_reader(folder: Path, family: str, tokenizer: Any, **changes: Any) -> Path:
-    """A random model of ``FAMILIES`` and its tokenizer.
+    """A folder with such a model and its tokenizer.
 
     Args:
         folder: Made if it is not there.
         tokenizer: Of transformers.
         changes: To the model's configuration.
     """
-    config_class, options = FAMILIES[family]
-    options = {**options, "vocab_size": len(tokenizer), **changes}
-    masked = family in ("bert", "esm")
-    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto.from_config(getattr(transformers, config_class)(**options))
+    model = reader(family, **{"vocab_size": len(tokenizer), **changes})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
