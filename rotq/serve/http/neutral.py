@@ -178,6 +178,5 @@ class NeutralCompletion(Neutral):
     """Those that only completions have."""
 
     suffix: Nothing | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     add_special_tokens: On | None = None
     add_bos_token: On | None = None

@@ -78,6 +78,8 @@ class CompletionRequest(Common, NeutralCompletion):
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """At most ``n``: all that are made are told."""
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -143,6 +143,12 @@ def test_chats_refuse_what_would(server: Running, name: str, value: Any) -> None
     refused(chat(server, messages=USER, max_tokens=2, **{name: value}), 400, name)
 
 
+def test_as_many_made_as_told(server: Running) -> None:
+    body = {"prompt": "x", "max_tokens": 1, "best_of": 3}
+    assert len(post(server, {**body, "n": 3}).json()["choices"]) == 3
+    refused(post(server, {**body, "n": 2}), 400, "best_of")
+
+
 def test_all_at_once(server: Running) -> None:
     """Some clients send everything that they know."""
     known = {name: values[-1] for name, values in {**NEUTRAL, **COMPLETION}.items()}
