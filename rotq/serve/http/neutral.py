@@ -12,7 +12,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from rotq.serve.http.strict import EmptyList, EmptyObject, Nothing, Null, Off, On, One, Strict, Zero
+from rotq.serve.http.strict import (
+    EmptyList,
+    EmptyObject,
+    Integer,
+    Nothing,
+    Null,
+    Off,
+    On,
+    One,
+    Strict,
+    Zero,
+)
 
 Name = Annotated[str, StringConstraints(max_length=256)]
 """Who asks, or what for: it may be recorded, and changes no answer."""
@@ -118,7 +129,7 @@ class Neutral(Strict):
     thinking_forced_open: Off | None = None
     stream_interval: One | None = None
     watermarking: Off | None = None
-    thinking_token_budget: Annotated[int, Field(ge=-1, le=-1)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=-1, le=-1), Integer] | None = None
 
     # grammars; an empty schema would ask for JSON
     grammar: Nothing | None = None
@@ -137,7 +148,7 @@ class Neutral(Strict):
     cache_prompt: On | None = None
     n_cache_reuse: Zero | None = None
     backend_sampling: Off | None = None
-    id_slot: Annotated[int, Field(ge=-1, le=-1)] | None = None
+    id_slot: Annotated[int, Field(ge=-1, le=-1), Integer] | None = None
     lora: EmptyList | None = None
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: Name | None = None
@@ -178,6 +189,5 @@ class NeutralCompletion(Neutral):
     """Those that only completions have."""
 
     suffix: Nothing | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     add_special_tokens: On | None = None
     add_bos_token: On | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, StringConstraints
 
 from rotq.serve.http.neutral import Neutral, NeutralChat, NeutralCompletion
-from rotq.serve.http.strict import Off, Strict, Tolerant
+from rotq.serve.http.strict import Integer, Integers, Off, Strict, Tolerant
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -20,7 +20,7 @@ MAX_TOP = 20
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Integers]
 
 LARGEST_SEED = 9223372036854776000
 """OpenAI's bound: a schema has floats for bounds, and would write 2^63 itself as this number."""
@@ -44,11 +44,11 @@ class Common(Neutral):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), Integer] | None = None
     """0 is no bound, and so is -1, as vLLM and SGLang write it."""
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Integer] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED), Integer] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None
@@ -72,12 +72,14 @@ class CompletionRequest(Common, NeutralCompletion):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31), Integer] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), Integer] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), Integer] | None = None
+    """At most ``n``: all that are made are told."""
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -119,10 +121,10 @@ class ChatRequest(Common, NeutralChat):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31), Integer] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31), Integer] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), Integer] | None = None
 
     @property
     def limit(self) -> int | None:

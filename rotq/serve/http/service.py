@@ -100,6 +100,8 @@ class Service:
         """
         self._check(request)
         top, echo, choices = request.logprobs, bool(request.echo), request.n or 1
+        if (request.best_of or 1) > choices:
+            raise ApiError(400, "best_of may not be more than n: all are told", param="best_of")
         async with self._in_time() as deadline:
             names = None if top is None else await self.tokenization.names()
             prompts = [

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -84,6 +85,8 @@ class Only:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
+        if self.value is None:
+            return {"type": "null"}
         return {**handler(schema), "const": self.value}
 
     def _check(self, given: Any) -> Any:
@@ -96,6 +99,22 @@ class Only:
             )
         return given
 
+
+def _whole(given: Any) -> Any:
+    """JSON has one kind of number: 16.0 is an integer."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+def _all_whole(given: Any) -> Any:
+    if isinstance(given, list) and any(isinstance(item, float) for item in given):
+        return [_whole(item) for item in given]
+    return given
+
+
+Integer = BeforeValidator(_whole)
+"""On an int, behind its bounds."""
+Integers = BeforeValidator(_all_whole)
+"""On a list of many, where a validator of each would take long."""
 
 Zero = Annotated[float, Only(0)]
 One = Annotated[float, Only(1)]

@@ -143,6 +143,23 @@ def test_chats_refuse_what_would(server: Running, name: str, value: Any) -> None
     refused(chat(server, messages=USER, max_tokens=2, **{name: value}), 400, name)
 
 
+def test_an_integer_may_have_a_point(server: Running) -> None:
+    """JSON has one kind of number, and languages that have one too write it so."""
+    body = {"prompt": [5.0, 6], "max_tokens": 2.0, "seed": 1.0, "n": 1.0, "top_k": 3.0}
+    found = post(server, body).json()
+    assert found["usage"]["completion_tokens"] <= 2
+    whole = {"prompt": [5, 6], "max_tokens": 2, "seed": 1, "n": 1, "top_k": 3}
+    assert post(server, whole).json()["choices"] == found["choices"]
+    for wrong in ({"max_tokens": 1.5}, {"prompt": [5, 6.5]}, {"n": True}, {"prompt": [True]}):
+        refused(post(server, {"prompt": "x", **wrong}), 400)
+
+
+def test_as_many_made_as_told(server: Running) -> None:
+    body = {"prompt": "x", "max_tokens": 1, "best_of": 3}
+    assert len(post(server, {**body, "n": 3}).json()["choices"]) == 3
+    refused(post(server, {**body, "n": 2}), 400, "best_of")
+
+
 def test_all_at_once(server: Running) -> None:
     """Some clients send everything that they know."""
     known = {name: values[-1] for name, values in {**NEUTRAL, **COMPLETION}.items()}
@@ -169,6 +186,8 @@ def test_schemas_say_what_is_taken() -> None:
         schema = request.model_json_schema()
         assert schema["additionalProperties"] == {"type": "null"}
         assert schema["properties"]["min_p"]["anyOf"][0]["const"] == 0
+        told = schema["properties"]["json_schema"]["type"]
+        assert told == "null"
 
 
 ANSWERS: list[dict[str, Any]] = [
