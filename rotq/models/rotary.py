@@ -39,6 +39,9 @@ HALF_SPLIT = {
 }
 """``model_type`` of families that are known to pair elements i and i + R in every layer."""
 
+POSITIONS_FROM_MASK = {"opt"}
+"""``model_type`` of decoders that count tokens in the mask where no positions are given."""
+
 _FIXED_TYPES = {"default", "linear", "llama3", "yarn"}
 """RoPE types whose frequencies do not depend on the length of the sequence."""
 
@@ -96,19 +99,24 @@ def kv_shapes(config: Any, *, packed: bool = True) -> list[KVShape]:
     """
     config = _text(config)
     try:
-        num_queries, num_layers = config.num_attention_heads, config.num_hidden_layers
-        num_heads = getattr(config, "num_key_value_heads", None) or num_queries
-        width = head_dim(config)
+        return [_kv_shape(layer, packed) for layer in layer_configs(config)]
     except AttributeError as error:
         raise RotqError(f"{config.model_type}: not a decoder with a KV cache ({error})") from None
+
+
+def _kv_shape(config: Any, packed: bool) -> KVShape:
+    """Of a layer with this configuration."""
+    num_queries, width = config.num_attention_heads, head_dim(config)
+    num_heads = getattr(config, "num_key_value_heads", None) or num_queries
+    if getattr(config, "multi_query", False):  # GPT-BigCode's own word for it
+        num_heads = 1
     if num_queries % num_heads or (packed and width % 8):
         needs = "packed cache needs whole groups and a width that is a multiple of 8"
         raise RotqError(
             f"{config.model_type}: {num_queries} query heads on {num_heads} KV heads of width "
             f"{width}; a {needs if packed else 'cache needs whole groups'}"
         )
-    shape = KVShape(num_heads=num_heads, head_dim=width, group=num_queries // num_heads)
-    return [shape] * num_layers
+    return KVShape(num_heads=num_heads, head_dim=width, group=num_queries // num_heads)
 
 
 def rotaries(config: Any) -> list[Rotary | None]:
@@ -122,10 +130,14 @@ def rotaries(config: Any) -> list[Rotary | None]:
         if config.position_embedding_type != "rotary":
             return [None] * num_layers
         parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+    layers = layer_configs(config)
     if "rope_type" in parameters:
-        return [_rotary(config, parameters, None)] * num_layers
-    by_type = {kind: _rotary(config, found, kind) for kind, found in parameters.items() if found}
-    return [by_type.get(kind) for kind in config.layer_types]
+        return [_rotary(layer, parameters, None) for layer in layers]
+    kinds = zip(layers, config.layer_types, strict=True)
+    return [
+        _rotary(layer, parameters[kind], kind) if parameters.get(kind) else None
+        for layer, kind in kinds
+    ]
 
 
 def _rotary(config: Any, parameters: dict[str, Any], layer_type: str | None) -> Rotary | None:
@@ -138,6 +150,13 @@ def _rotary(config: Any, parameters: dict[str, Any], layer_type: str | None) -> 
     width = int(head_dim(config) * parameters.get("partial_rotary_factor", 1.0))
     exponent_R = torch.arange(0, width, 2, dtype=torch.float32) / width
     return Rotary(inv_freq_R=1.0 / parameters["rope_theta"] ** exponent_R)
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The configuration that each layer of a text decoder has; as a rule all have the same."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
 
 
 def _text(config: Any) -> Any:

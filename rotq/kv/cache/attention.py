@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotq.errors import RotqError
+from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.layout import Layout
 from rotq.ops import KVHistory, packed_attention
 
@@ -114,7 +115,10 @@ def attention(
     visible = key.visible
     _check(module, visible, kwargs)
     scale = kwargs.get("scaling")
-    out_BMTD = visible.attend(query, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = lowered(query)
+    with switched_off(query.device):
+        out_BMTD = visible.attend(query, scale)
     return out_BMTD.transpose(1, 2).contiguous(), None
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV, Visible
+from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.layout import Layout
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.norm_range import NormReach, outgrown
@@ -100,9 +101,12 @@ class EncodedLayer(CacheLayerMixin):
             )
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RotqError("PackedCache is for inference; use torch.no_grad()")
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.visible = self.take_in(key_states, value_states)
+        # under autocast they may have different dtypes
+        key_states, value_states = lowered(key_states), lowered(value_states)
+        with switched_off(key_states.device):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.visible = self.take_in(key_states, value_states)
         batch, num_heads, length, width = key_states.shape
         shape = (batch, num_heads, self.get_mask_sizes(length)[0], width)
         handle = PackedKV(shape, key_states, self.visible)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from rotq.errors import RotqError
 from rotq.kv.cache import attention
+from rotq.models.attention import dispatch
 
 
 class WatchingCache(ABC):
@@ -30,25 +31,43 @@ class WatchingCache(ABC):
         """After a pass that did not fail."""
 
 
-def attach(model: Any, name: str = attention.NAME) -> nn.Module:
+def attach(model: Any, trial: Callable[[nn.Module], None], name: str = attention.NAME) -> nn.Module:
     """Set the model's attention and put the hooks on its decoder, once; returns the decoder.
 
     Args:
         model: Of transformers.
+        trial: Called with the decoder when it has just got its hooks; if it raises, the model is
+            left as it was.
         name: Of an attention that reads what the cache hands out.
 
     Raises:
-        RotqError: the model does not dispatch its attention by name.
+        RotqError: the model does not dispatch its attention by name, or the trial's.
     """
     attention.register()
-    model.set_attn_implementation(name)
-    decoder: nn.Module = model.get_decoder()
-    if attention_name(decoder) != name:
-        raise RotqError(f"{type(model).__name__} does not let its attention be set")
-    if _before not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
-        decoder.register_forward_hook(_after, with_kwargs=True)
+    before, decoder = dispatch.names(model), _decoder_of(model)
+    try:
+        dispatch.use(model, name)
+        if _before not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
+            decoder.register_forward_hook(_after, with_kwargs=True)
+            trial(decoder)
+    except BaseException:
+        dispatch.put_back(before)
+        _detach(decoder)
+        raise
     return decoder
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """What receives mask, positions and cache; some models have another module called decoder."""
+    decoder: nn.Module = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
+def _detach(decoder: nn.Module) -> None:
+    for hooks, own in ((decoder._forward_pre_hooks, _before), (decoder._forward_hooks, _after)):
+        for number in [number for number, hook in hooks.items() if hook is own]:
+            del hooks[number]
 
 
 def attention_name(decoder: Any) -> str:

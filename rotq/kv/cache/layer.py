@@ -65,6 +65,7 @@ class PackedLayer(EncodedLayer):
         assert self.sinks is not None
         assert self.recent is not None
         layout = self.layout.to(k_BHTD.device)
+        self._follow(k_BHTD)
         k_BHND, v_BHND = _joined(self.recent, (k_BHTD, v_BHTD))
         dense = (k_BHND, v_BHND)
         if layout.has_sinks:
@@ -76,6 +77,25 @@ class PackedLayer(EncodedLayer):
         # a copy, so that the whole chunk is not held for a few columns of it
         self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
         return visible
+
+    def _follow(self, k_BHTD: Tensor) -> None:
+        """Bring what is held whole to the dtype that the model has now.
+
+        Raises:
+            RotqError: the model is on another device now.
+        """
+        assert self.sinks is not None
+        assert self.recent is not None
+        held = self.sinks[0]
+        if held.device != k_BHTD.device:
+            raise RotqError(
+                f"the model moved from {held.device} to {k_BHTD.device} while its PackedCache held "
+                "tokens; call reset() and run them again"
+            )
+        if held.dtype != k_BHTD.dtype:
+            self.sinks, self.recent = (
+                (k.to(k_BHTD.dtype), v.to(k_BHTD.dtype)) for k, v in (self.sinks, self.recent)
+            )
 
     def _keep_sinks(self, layout: CacheLayout, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
         if layout.sink_BTS is None:

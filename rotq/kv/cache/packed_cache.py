@@ -15,10 +15,10 @@ values, gradients.
 
 from __future__ import annotations
 
+import copy
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,47 +26,19 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
+from rotq.kv.cache.autocast import switched_off
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import check_norms
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
+from rotq.kv.cache.report import CacheReport
 from rotq.kv.cache.sequences import Sequences, Step
 from rotq.kv.cache.support import check_served, windows
+from rotq.kv.cache.trial import try_out
 from rotq.kv.calibration.file import KVCalibration, load_calibration
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheReport:
-    """Memory of a cache, by allocated bytes."""
-
-    tokens: int
-    """Of all sequences; shared pages count for each."""
-    packed: int
-    """Bytes of pages, free ones included."""
-    whole: int
-    """Bytes of sinks and recent window."""
-    tables: int
-    """Bytes of page tables and masks."""
-    constants: int
-    """Bytes of the calibration, which all caches of a model share; not part of ``total``."""
-    elements: int
-    """Key and value elements of the tokens, all layers."""
-
-    @property
-    def total(self) -> int:
-        """Bytes that grow with the tokens."""
-        return self.packed + self.whole + self.tables
-
-    @property
-    def bits_per_element(self) -> float:
-        """Allocated bits per key or value element."""
-        return 8 * self.total / max(1, self.elements)
-
-    def below(self, dtype: torch.dtype) -> float:
-        """How many times smaller than a dense cache of ``dtype``."""
-        return self.elements * dtype.itemsize / max(1, self.total)
+from rotq.models.rotary import POSITIONS_FROM_MASK
 
 
 class PackedCache(WatchingCache, Cache):
@@ -103,7 +75,17 @@ class PackedCache(WatchingCache, Cache):
             layers.append(PackedLayer(calibration, index, placements[size, window]))
         self.placements = list(placements.values())
         super().__init__(layers=layers)
-        self._decoder = weakref.ref(attach(model))
+        self._decoder = weakref.ref(attach(model, self._try_out))
+
+    def _try_out(self, decoder: nn.Module) -> None:
+        """Run a few tokens, and forget them."""
+        self._decoder = weakref.ref(decoder)
+
+        def run(ids_1T: Tensor, position_1T: Tensor) -> None:
+            decoder(input_ids=ids_1T, past_key_values=self, use_cache=True)
+
+        try_out(decoder, run)
+        self.reset()
 
     def begin(self, decoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """Prepare for a forward pass of the decoder with these arguments; returns what to pass.
@@ -122,10 +104,19 @@ class PackedCache(WatchingCache, Cache):
             raise RotqError("packed attention has no attention weights to return")
         source = given.get("input_ids")
         source = given["inputs_embeds"] if source is None else source
+        if given.get("use_cache") is False:
+            raise RotqError(
+                "use_cache=False runs all tokens again at each step, and a PackedCache takes each "
+                "once; leave one of them out"
+            )
         batch, length = source.shape[:2]
         mask, position = given.get("attention_mask"), given.get("position_ids")
         if isinstance(mask, dict) or (position is not None and position.ndim != 2):
             raise RotqError("PackedCache needs a plain 2-D attention mask and 2-D positions")
+        config: Any = decoder.config
+        if position is None and config.model_type in POSITIONS_FROM_MASK:
+            position = self.sequences.counted(batch, length, mask).to(source.device)
+            given = given | {"position_ids": position}
         step = self.sequences.plan(batch, length, mask, position)
         self._step = step
         layouts = {
@@ -150,13 +141,33 @@ class PackedCache(WatchingCache, Cache):
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
         if self._encoders is None:
             self._encoders = batched_encoders(self._packed_layers(), self.calibration)
-        for encoder in self._encoders:
-            encoder.encode()
+        with switched_off(self._packed_layers()[0].pages.k_codes.device):
+            for encoder in self._encoders:
+                encoder.encode()
         check_norms(self._packed_layers())
         for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)
         self._step = None
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, and to be copied but by ``deepcopy``.
+
+        Raises:
+            RotqError: always.
+        """
+        raise RotqError(
+            "a PackedCache belongs to its model and cannot be pickled; copy.deepcopy copies it, "
+            "and another process makes its own"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
+        """For the same model, with the same tokens."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
 
     def reset(self) -> None:
         """Forget everything and free its memory."""

@@ -92,7 +92,7 @@ class Sequences:
             b, t = wrong_BT.nonzero()[0].tolist()
             raise RotqError(
                 f"sequence {b} has a token at position {int(position_BT[b, t])} where "
-                f"{int(first_B[b] + number_BT[b, t])} follows; a packed cache takes tokens in order"
+                f"{int(first_B[b] + number_BT[b, t])} follows; {self._reason(b, there_BT)}"
             )
         return Step(
             number_BT=number_BT.where(there_BT, NO_TOKEN),
@@ -101,6 +101,31 @@ class Sequences:
             firsts=first_B.tolist(),
             there_BT=there_BT,
         )
+
+    def _reason(self, b: int, there_BT: Tensor) -> str:
+        """Why the positions of a sequence are not in order, and what to do."""
+        there_N = torch.cat((self.there_BN[b], there_BT[b])) if self.counts else there_BT[b]
+        if bool((there_N[:-1] & ~there_N[1:]).any()):
+            return (
+                "it is padded on the right, and generate() counts padding there as positions: pad "
+                'on the left (tokenizer.padding_side = "left")'
+            )
+        return "a packed cache takes tokens in order"
+
+    def counted(self, batch: int, length: int, mask_BN: Tensor | None) -> Tensor:
+        """Positions (B, T) of families that count the tokens of the mask; -1 for padding.
+
+        Args:
+            batch: B.
+            length: T.
+            mask_BN: As for ``plan``.
+
+        Raises:
+            RotqError: as ``plan``.
+        """
+        there_BT = self._new_tokens(batch, length, mask_BN)
+        before_B = torch.tensor(self.counts or [0] * batch)
+        return (before_B[:, None] + there_BT.cumsum(1) - 1).where(there_BT, NO_TOKEN)
 
     def _new_tokens(self, batch: int, length: int, mask_BN: Tensor | None) -> Tensor:
         before = self.num_columns

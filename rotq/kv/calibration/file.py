@@ -24,7 +24,7 @@ from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
 from rotq.kv.calibration.stored_layer import layer_facts, layer_tensors, restore_layer
 from rotq.kv.presets import KVSpec
-from rotq.models.rotary import kv_shapes
+from rotq.models.rotary import kv_shapes, layer_configs
 from rotq.ops import KVConstants
 
 VERSION = 1
@@ -119,9 +119,16 @@ class KVCalibration:
 def hash_config(config: Any) -> str:
     """sha256 over what decides the shape and position of keys and values."""
     config = config.get_text_config(decoder=True)
-    values = {name: getattr(config, name, None) for name in _HASHED}
+    values = {name: _value(config, name) for name in _HASHED}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _value(config: Any, name: str) -> Any:
+    """Of the configuration, or of every layer where they differ in it."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in layer_configs(config)]
+    return getattr(config, name, None)
 
 
 def load_calibration(path: Path, model_config: Any) -> KVCalibration:

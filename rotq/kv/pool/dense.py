@@ -53,7 +53,11 @@ class DensePool(Pool):
             DenseLayer((num_pages, shape.num_heads, PAGE_SIZE, shape.head_dim), window, model)
             for shape, window in found
         ]
-        super().__init__(model, layers, sinks=0, table_width=table_width)
+        super().__init__(layers, sinks=0, table_width=table_width)
+        self.attach(model)
+
+    def forget(self) -> None:
+        """Nothing: keys and values are overwritten."""
 
     def take_over(self) -> None:
         """Nothing: ``update`` has stored all."""

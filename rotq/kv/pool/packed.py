@@ -62,24 +62,28 @@ class PackedPool(Pool):
                 dtype=model.dtype,
             )
             layers.append(layer)
-        super().__init__(model, layers, sinks=calibration.sinks, table_width=table_width)
+        super().__init__(layers, sinks=calibration.sinks, table_width=table_width)
         self._constants = [layer.constants for layer in layers]
         self._encoders: list[BatchedEncoder] = batched_encoders(layers, calibration)
+        self.attach(model)
+
+    def forget(self) -> None:
+        """Let the tokens that are coded next decide how far norms reach."""
+        for layer, constants in zip(self.layers, self._constants, strict=True):
+            layer.start_with(constants)
 
     def take_over(self) -> None:
         """Code the tokens of a decode step, for all layers at once.
 
         Raises:
-            RotqError: a norm did not fit. What is in pages is worth nothing then, and the tokens
-                that are coded next decide anew how far norms reach.
+            RotqError: a norm did not fit; what is in pages is worth nothing then.
         """
         for encoder in self._encoders:
             encoder.encode()
         try:
             check_norms(self.layers)
         except RotqError:
-            for layer, constants in zip(self.layers, self._constants, strict=True):
-                layer.start_with(constants)
+            self.forget()
             raise
 
     @staticmethod

@@ -28,6 +28,7 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.cache.hooks import WatchingCache, attach
 from rotq.kv.cache.layout import NO_TOKEN, Layout
+from rotq.kv.cache.trial import try_out
 from rotq.kv.pool import attention
 from rotq.models.attention import dispatch
 
@@ -106,13 +107,38 @@ def lay_out(rows: Sequence[Row], length: int, *, sinks: int, table_width: int) -
 class Pool(WatchingCache, Cache):
     """Pages of all layers, and the forward pass that is under way."""
 
-    def __init__(self, model: Any, layers: list[Any], *, sinks: int, table_width: int) -> None:
+    def __init__(self, layers: list[Any], *, sinks: int, table_width: int) -> None:
         super().__init__(layers=layers)
         self.sinks = sinks
         self.table_width = table_width
         self._layout: PoolLayout | None = None
+
+    def attach(self, model: Any) -> None:
+        """Let the model use the pool, once all of it is there.
+
+        Raises:
+            RotqError: the model cannot.
+        """
         attention.register()
-        self._decoder = weakref.ref(attach(model, dispatch.POOLED))
+        self._decoder = weakref.ref(attach(model, self._try_out, dispatch.POOLED))
+
+    def _try_out(self, decoder: nn.Module) -> None:
+        """Run a few tokens of a sequence that holds the first page, and is forgotten."""
+        self._decoder = weakref.ref(decoder)
+
+        def run(ids_1T: Tensor, position_1T: Tensor) -> None:
+            count, fresh = int(position_1T[0, 0]), position_1T.shape[1]
+            self.plan([Row(pages=[0], count=count, fresh=fresh)], fresh)
+            decoder(
+                input_ids=ids_1T, position_ids=position_1T, past_key_values=self, use_cache=True
+            )
+
+        try_out(decoder, run)
+        self.forget()
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Begin anew: what is in pages and sinks is of nobody."""
 
     def plan(self, rows: Sequence[Row], length: int) -> None:
         """Say what the next forward pass of the model adds; it must be given (B, T) tokens."""

@@ -50,13 +50,23 @@ def use(module: nn.Module, name: str) -> None:
 @contextmanager
 def used(module: nn.Module, name: str) -> Iterator[None]:
     """``use`` inside the context."""
-    before = [(config, config._attn_implementation) for config in _configs(module)]
+    before = names(module)
     try:
         use(module, name)
         yield
     finally:
-        for config, earlier in before:
-            config._attn_implementation = earlier
+        put_back(before)
+
+
+def names(module: nn.Module) -> list[tuple[Any, str]]:
+    """What each configuration inside ``module`` says now, for ``put_back``."""
+    return [(config, config._attn_implementation) for config in _configs(module)]
+
+
+def put_back(before: list[tuple[Any, str]]) -> None:
+    """Let configurations say again what they said when ``names`` was called."""
+    for config, earlier in before:
+        config._attn_implementation = earlier
 
 
 def _configs(module: nn.Module) -> list[Any]:

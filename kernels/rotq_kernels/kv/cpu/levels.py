@@ -98,7 +98,9 @@ def signs(words_HNC: Tensor, head_dim: int) -> Tensor:
 
 def _spare_bits(words_HNW: Tensor) -> Tensor:
     """Bits 3 of the nibbles of three words as the nibbles of one, eight codes: (H, N, C)."""
-    words_3HNC = words_HNW.unflatten(-1, (-1, 3)).movedim(-1, 0).contiguous()
+    words_3HNC = words_HNW.unflatten(-1, (-1, 3)).movedim(-1, 0)
+    # contiguous() would leave the strides of a single word as they are, and they show in a view
+    words_3HNC = words_3HNC.clone(memory_format=torch.contiguous_format)
     bits_3HNC = words_3HNC.bitwise_right_shift_(3).bitwise_and_(0x11111111)
     return bits_3HNC[0].add_(bits_3HNC[1], alpha=2).add_(bits_3HNC[2], alpha=4)
 
