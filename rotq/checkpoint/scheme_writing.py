@@ -22,6 +22,7 @@ def quantization_config(
     *,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -33,11 +34,14 @@ def quantization_config(
         online: Full name of a layer to the kind of rotation of its input; only for ``rotq``.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
+        prefix: Of the model below its head. Names are matched with it and without, so that a model
+            without a head, or with another one, finds its layers.
 
     Returns:
-        One config group where all grids are equal, with the target ``Linear``; else a group per
-        grid. A target is a pattern over block and expert numbers where the group has all layers
-        that the pattern matches, and a full name elsewhere. ``dequantize`` is set where all
+        A config group per grid. Its targets are the layers' names, never their class, which would
+        take in the head that somebody puts on the model: patterns over block and expert numbers
+        where the group has all layers that the pattern matches, and single names elsewhere.
+        ``dequantize`` is set where all
         grids are equal and asymmetric: transformers 5.23 with compressed-tensors 0.20 refuses
         packed zero points unless it makes the weights dense while loading. In that mode it takes
         the first group for every layer, so that different asymmetric grids are not readable by
@@ -56,7 +60,7 @@ def quantization_config(
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
     everything = [*layers, *kept]
     config: dict[str, Any] = {
-        "config_groups": _groups(layers, everything, inputs),
+        "config_groups": _groups(layers, everything, inputs, prefix),
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": list(kept),
@@ -65,7 +69,7 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(online or {}, heads, everything)
+        return config | _rotq_fields(online or {}, heads, everything, prefix)
     return config | _compressed_tensors_fields(set(layers.values()))
 
 
@@ -88,9 +92,9 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
 
 
 def _rotq_fields(
-    online: Mapping[str, str], heads: OnlineHeads, everything: Sequence[str]
+    online: Mapping[str, str], heads: OnlineHeads, everything: Sequence[str], prefix: str
 ) -> dict[str, Any]:
-    fields: dict[str, Any] = {"online": _online(online, everything)}
+    fields: dict[str, Any] = {"online": _online(online, everything, prefix)}
     if heads != UNTOUCHED:
         fields["attention"] = _attention(heads)
     newest = 3 if "butterfly" in fields["online"] else 2 if heads != UNTOUCHED else 1
@@ -109,11 +113,13 @@ def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:
     return fields
 
 
-def _online(online: Mapping[str, str], everything: Iterable[str]) -> dict[str, list[str]]:
+def _online(
+    online: Mapping[str, str], everything: Iterable[str], prefix: str
+) -> dict[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
     for name, kind in online.items():
         by_kind.setdefault(kind, []).append(name)
-    return {kind: _targets(names, everything) for kind, names in sorted(by_kind.items())}
+    return {kind: _targets(names, everything, prefix) for kind, names in sorted(by_kind.items())}
 
 
 def _attention(heads: OnlineHeads) -> dict[str, Any]:
@@ -137,14 +143,15 @@ def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
 
 
 def _groups(
-    layers: Mapping[str, Grid], everything: Sequence[str], inputs: ActivationGrid | None
+    layers: Mapping[str, Grid],
+    everything: Sequence[str],
+    inputs: ActivationGrid | None,
+    prefix: str,
 ) -> dict[str, dict[str, Any]]:
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in layers.items():
         by_grid.setdefault(grid, []).append(name)
-    targets = [_targets(names, everything) for names in by_grid.values()]
-    if len(by_grid) == 1:
-        targets = [["Linear"]]
+    targets = [_targets(names, everything, prefix) for names in by_grid.values()]
     return {
         f"group_{number}": _group(grid, group, inputs)
         for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
@@ -169,20 +176,33 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
     }
 
 
-def _targets(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+def _targets(names: Iterable[str], everything: Iterable[str], prefix: str) -> list[str]:
     wanted = set(names)
     classes: dict[str, list[str]] = {}
     for name in everything:
-        classes.setdefault(_pattern(name), []).append(name)
+        classes.setdefault(_pattern(name, prefix, numbers=False), []).append(name)
     targets = []
     for pattern, members in classes.items():
         inside = [name for name in members if name in wanted]
         whole = len(inside) == len(members) > 1
-        targets += [pattern] if whole else inside
+        targets += [pattern] if whole else [_single(name, prefix) for name in inside]
     return targets
 
 
-def _pattern(name: str) -> str:
-    """``re:model\\.layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``."""
-    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in name.split("."))
-    return "re:" + r"\.".join(parts) + "$"
+def _single(name: str, prefix: str) -> str:
+    """The full name, or a pattern of it where it has the prefix."""
+    inside = bool(prefix) and name.startswith(f"{prefix}.")
+    return _pattern(name, prefix, numbers=True) if inside else name
+
+
+def _pattern(name: str, prefix: str, *, numbers: bool) -> str:
+    """``re:(model\\.)?layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``.
+
+    Args:
+        numbers: Keep those that the name has.
+    """
+    inside = bool(prefix) and name.startswith(f"{prefix}.")
+    parts = name.removeprefix(f"{prefix}.").split(".") if inside else name.split(".")
+    escaped = (r"\d+" if part.isdecimal() and not numbers else re.escape(part) for part in parts)
+    optional = rf"({re.escape(prefix)}\.)?" if inside else ""
+    return "re:" + optional + r"\.".join(escaped) + "$"
