@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from rotq.checkpoint.scheme_writing import transformers_obstacle
 from rotq.report.lines import runtime_line
 
 TEMPLATE = """\
@@ -36,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install "compressed-
 ```
 
 transformers makes the weights dense while loading or at the first
-forward pass; `rotq.checkpoint.load.load_model` keeps them packed."""
+forward pass; `rotq.load("PATH")` keeps them packed."""
 
 NOT_TRANSFORMERS = """\
 The weights are stored as compressed-tensors (`pack-quantized`). transformers 5.23 with
@@ -45,16 +44,14 @@ compressed-tensors 0.20 does not load them:
 rotq does, and keeps them packed:
 
 ```python
-from pathlib import Path
+import rotq
 
-from rotq.checkpoint.load import load_model
-
-model = load_model(Path("PATH"))
+model = rotq.load("PATH")
 ```"""
 
 ROTQ = """\
-The weights are stored in the rotq format. transformers reads it once rotq is imported; without
-the import it would load a model with random weights.
+The weights are stored in the rotq format. transformers reads it once rotq is imported, with this
+head, another one or none; without the import it would load a model with random weights.
 
 ```python
 import rotq
@@ -69,7 +66,7 @@ def model_card(
     quantization: dict[str, Any],
     base_model: str | None,
     *,
-    has_experts: bool,
+    obstacle: str | None,
 ) -> str:
     """Markdown with the hub's front matter.
 
@@ -77,6 +74,7 @@ def model_card(
         config: The source's config.json.
         quantization: From ``quantization_config``.
         base_model: Hub id or name; left out where it is not known.
+        obstacle: Why transformers alone cannot load it; None where it can.
     """
     method = quantization["quant_method"]
     groups = list(quantization["config_groups"].values())
@@ -94,14 +92,13 @@ def model_card(
         title=f"{name}, {' and '.join(map(str, bits))} bits",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
         runtime=f"- at run time: {runtime}\n" if runtime else "",
-        loading=_loading(quantization, has_experts),
+        loading=_loading(quantization, obstacle),
     )
 
 
-def _loading(quantization: Mapping[str, Any], has_experts: bool) -> str:
+def _loading(quantization: Mapping[str, Any], obstacle: str | None) -> str:
     if quantization["quant_method"] == "rotq":
         return ROTQ
-    obstacle = transformers_obstacle(quantization, has_experts=has_experts)
     return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS.format(obstacle=obstacle)
 
 

@@ -75,6 +75,7 @@ def write_metadata(
     dtype: torch.dtype,
     untied: bool,
     base_model: str | None = None,
+    obstacle: str | None = None,
 ) -> None:
     """Write everything that is not weights, and copy what the source has of it.
 
@@ -86,6 +87,7 @@ def write_metadata(
         dtype: Of the tensors left dense, and of activations.
         untied: The head has a tensor of its own that the source did not have.
         base_model: Hub id or name of the source, for the card.
+        obstacle: Why transformers alone cannot load it (``loading_obstacle``), for the card.
 
     Raises:
         RotqError: a file cannot be read or written.
@@ -94,8 +96,7 @@ def write_metadata(
     write_json(out_dir / "config.json", _updated(config, quantization, dtype, untied))
     write_text(out_dir / "rotq_recipe.yaml", write_yaml(recipe))
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
-    has_experts = any(".experts." in name for name in source.entries)
-    card = model_card(config, quantization, base_model, has_experts=has_experts)
+    card = model_card(config, quantization, base_model, obstacle=obstacle)
     write_text(out_dir / "README.md", card)
     copied = [*source.tokenizer_files(), source.path / "generation_config.json"]
     if "auto_map" in config:

@@ -28,8 +28,9 @@ def load_model(
     device_map: Any = None,
     trust_remote_code: bool = False,
     packed: bool = True,
+    auto: Any = None,
 ) -> PreTrainedModel:
-    """Load a language model with its head, causal or masked, in eval mode.
+    """Load a model in eval mode.
 
     Args:
         path: Folder of a dense, rotq or compressed-tensors (``pack-quantized``) checkpoint, a
@@ -39,6 +40,8 @@ def load_model(
         device_map: As for ``from_pretrained``.
         trust_remote_code: Let transformers run the checkpoint's own code.
         packed: Keep quantized weights packed; else they are made dense, with equal results.
+        auto: transformers' auto class, as ``AutoModel`` for embeddings. None is the language model,
+            causal or masked, all of which must be in the checkpoint.
 
     Raises:
         RotqError: the checkpoint is missing, corrupt, incomplete, or of a kind that rotq does not
@@ -62,6 +65,7 @@ def load_model(
     quantized = _as_rotq(path, config)
     model = _from_pretrained(
         path,
+        auto,
         strict=quantized,
         config=config,
         dtype=dtype,
@@ -121,12 +125,13 @@ def _as_rotq(path: Path, config: Any) -> bool:
     return True
 
 
-def _from_pretrained(path: Path, *, strict: bool, **options: Any) -> PreTrainedModel:
+def _from_pretrained(path: Path, auto: Any, *, strict: bool, **options: Any) -> PreTrainedModel:
     from rotq.models.task import auto_class
 
+    found = auto_class(options["config"]) if auto is None else auto
     # a tensor of another shape is told apart from other errors, and named, where it is ignored
     with library_errors(f"cannot load {path}"), _no_bars():
-        model, info = auto_class(options["config"]).from_pretrained(
+        model, info = found.from_pretrained(
             path,
             local_files_only=True,
             output_loading_info=True,
@@ -134,12 +139,21 @@ def _from_pretrained(path: Path, *, strict: bool, **options: Any) -> PreTrainedM
             **options,
         )
     # transformers fills what is missing with random numbers
-    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if strict else [])):
-        if info.get(kind):
-            first = min(info[kind], key=str)
-            number = f"{len(info[kind])} {kind.replace('_', ' ')}"
+    kinds = ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if strict else []))
+    for kind in kinds:
+        keys = set(info.get(kind) or ())
+        if auto is not None:
+            keys = _in_blocks(keys) if kind == "missing_keys" else keys
+            keys = set() if kind == "unexpected_keys" else keys
+        if keys:
+            first, number = min(keys, key=str), f"{len(keys)} {kind.replace('_', ' ')}"
             raise RotqError(f"cannot load {path}: {number}, first {_described(first)}")
     return model
+
+
+def _in_blocks(keys: set[str]) -> set[str]:
+    """Those that no head has, whatever it is: a part of them is a block's number."""
+    return {key for key in keys if any(part.isdecimal() for part in key.split("."))}
 
 
 def _described(key: str | tuple[str, Any, Any]) -> str:

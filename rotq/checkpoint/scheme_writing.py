@@ -22,6 +22,7 @@ def quantization_config(
     *,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
+    prefix: str = "",
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -33,11 +34,14 @@ def quantization_config(
         rotated: Full names of the layers whose input is rotated; only for ``rotq``.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
+        prefix: Of the model below its head. Names are matched with it and without, so that a model
+            without a head, or with another one, finds its layers.
 
     Returns:
-        One config group where all grids are equal, with the target ``Linear``; else a group per
-        grid. A target is a pattern over block and expert numbers where the group has all layers
-        that the pattern matches, and a full name elsewhere. ``dequantize`` is set where all
+        A config group per grid. Its targets are the layers' names, never their class, which would
+        take in the head that somebody puts on the model: patterns over block and expert numbers
+        where the group has all layers that the pattern matches, and single names elsewhere.
+        ``dequantize`` is set where all
         grids are equal and asymmetric: transformers 5.23 with compressed-tensors 0.20 refuses
         packed zero points unless it makes the weights dense while loading. In that mode it takes
         the first group for every layer, so that different asymmetric grids are not readable by
@@ -56,7 +60,7 @@ def quantization_config(
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
     everything = [*layers, *kept]
     config: dict[str, Any] = {
-        "config_groups": _groups(layers, everything, inputs),
+        "config_groups": _groups(layers, everything, inputs, prefix),
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": list(kept),
@@ -65,7 +69,7 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(rotated, heads, everything)
+        return config | _rotq_fields(rotated, heads, everything, prefix)
     return config | _compressed_tensors_fields(set(layers.values()))
 
 
@@ -88,9 +92,9 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
 
 
 def _rotq_fields(
-    rotated: Collection[str], heads: OnlineHeads, everything: Sequence[str]
+    rotated: Collection[str], heads: OnlineHeads, everything: Sequence[str], prefix: str
 ) -> dict[str, Any]:
-    online = {"hadamard": _targets(rotated, everything)} if rotated else {}
+    online = {"hadamard": _targets(rotated, everything, prefix)} if rotated else {}
     if heads == UNTOUCHED:
         return {"online": online, "version": 1}
     return {"online": online, "attention": _attention(heads), "version": 2}
@@ -129,14 +133,15 @@ def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
 
 
 def _groups(
-    layers: Mapping[str, Grid], everything: Sequence[str], inputs: ActivationGrid | None
+    layers: Mapping[str, Grid],
+    everything: Sequence[str],
+    inputs: ActivationGrid | None,
+    prefix: str,
 ) -> dict[str, dict[str, Any]]:
     by_grid: dict[Grid, list[str]] = {}
     for name, grid in layers.items():
         by_grid.setdefault(grid, []).append(name)
-    targets = [_targets(names, everything) for names in by_grid.values()]
-    if len(by_grid) == 1:
-        targets = [["Linear"]]
+    targets = [_targets(names, everything, prefix) for names in by_grid.values()]
     return {
         f"group_{number}": _group(grid, group, inputs)
         for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
@@ -161,20 +166,33 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
     }
 
 
-def _targets(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+def _targets(names: Iterable[str], everything: Iterable[str], prefix: str) -> list[str]:
     wanted = set(names)
     classes: dict[str, list[str]] = {}
     for name in everything:
-        classes.setdefault(_pattern(name), []).append(name)
+        classes.setdefault(_pattern(name, prefix, numbers=False), []).append(name)
     targets = []
     for pattern, members in classes.items():
         inside = [name for name in members if name in wanted]
         whole = len(inside) == len(members) > 1
-        targets += [pattern] if whole else inside
+        targets += [pattern] if whole else [_single(name, prefix) for name in inside]
     return targets
 
 
-def _pattern(name: str) -> str:
-    """``re:model\\.layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``."""
-    parts = (r"\d+" if part.isdecimal() else re.escape(part) for part in name.split("."))
-    return "re:" + r"\.".join(parts) + "$"
+def _single(name: str, prefix: str) -> str:
+    """The full name, or a pattern of it where it has the prefix."""
+    inside = bool(prefix) and name.startswith(f"{prefix}.")
+    return _pattern(name, prefix, numbers=True) if inside else name
+
+
+def _pattern(name: str, prefix: str, *, numbers: bool) -> str:
+    """``re:(model\\.)?layers\\.\\d+\\.mlp\\.down_proj$`` for any block's ``down_proj``.
+
+    Args:
+        numbers: Keep those that the name has.
+    """
+    inside = bool(prefix) and name.startswith(f"{prefix}.")
+    parts = name.removeprefix(f"{prefix}.").split(".") if inside else name.split(".")
+    escaped = (r"\d+" if part.isdecimal() and not numbers else re.escape(part) for part in parts)
+    optional = rf"({re.escape(prefix)}\.)?" if inside else ""
+    return "re:" + optional + r"\.".join(escaped) + "$"

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -89,6 +90,30 @@ class Conversion:
         unfused = copy.copy(self)
         unfused._unfused, unfused._forms = _on_meta(model), dict(forms)
         return unfused
+
+    @property
+    def mixtures(self) -> tuple[str, ...]:
+        """Names of the modules whose experts were unfused."""
+        return tuple(self._forms)
+
+    def merges(self, stored: Iterable[str]) -> bool:
+        """Whether transformers would fuse experts stored under these names; True for none.
+
+        Args:
+            stored: Names of weights, and of nothing else.
+        """
+        groups = [
+            self._renamed(name, self.fused, self._renamings, self._converters) for name in stored
+        ]
+        return all(pattern is not None and target in self.fused for target, pattern in groups)
+
+    def keeps(self, stored: str, name: str) -> bool:
+        """Whether transformers would take ``stored`` for ``name``, a packed tensor of the model.
+
+        It falls back on the stored name where its rules lead to nothing that the model has.
+        """
+        renamed = apply_renamings(stored, self._renamings)
+        return renamed == name or (stored == name and renamed not in self.fused)
 
     def makings(self, stored: Iterable[str]) -> dict[str, Making]:
         """How the model's tensors are made, by name, as far as ``stored`` has what they need."""

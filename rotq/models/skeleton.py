@@ -56,6 +56,8 @@ class Skeleton:
         self._outer = OuterModel(self.model, adapter, self.ties)
         self.kept: dict[str, str] = {}
         """Linear layers of the blocks that cannot be packed, by full name, and why."""
+        self.read: set[str] = set()
+        """Linear layers whose weight the model looks at, beside calling them, by full name."""
         self._kwargs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     @classmethod
@@ -96,11 +98,10 @@ class Skeleton:
         found = survey(self._outer, self.config)
         self._outer.rest = found.rest
         self.adapter = replace(self.adapter, linears=found.linears)
-        self.kept = {
-            f"{self.block_name(index)}.{path}": reason
-            for index, block in enumerate(self.blocks)
-            for path, reason in found.kept[kind_of(block)].items()
-        }
+        for index, block in enumerate(self.blocks):
+            name, kind = self.block_name(index), kind_of(block)
+            self.kept |= {f"{name}.{path}": why for path, why in found.kept[kind].items()}
+            self.read |= {f"{name}.{path}" for path in found.read[kind]}
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -51,6 +51,8 @@ class Survey:
     """Linear layers that can be packed, by kind of block, in the order in which they are called."""
     kept: Mapping[Kind, Mapping[str, str]] = field(default_factory=dict)
     """The others: path to the reason."""
+    read: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
+    """Those of ``linears`` whose weight the model looks at, beside calling them."""
 
 
 def survey(outer: OuterModel, config: Any) -> Survey:
@@ -88,7 +90,12 @@ def survey(outer: OuterModel, config: Any) -> Survey:
             f"{name} cannot be quantized block by block: beside the hidden states its blocks are "
             f"given {', '.join(sorted(made_of_tokens))}, made from the tokens"
         )
-    found = Survey(rest=watched.rest, linears=watched.linears, kept=watched.kept)
+    found = Survey(
+        rest=watched.rest,
+        linears=watched.linears,
+        kept=watched.kept,
+        read={kind: spied.read() for kind, spied in watched.spied.items()},
+    )
     _check_share(found, outer, name)
     return found
 
@@ -119,7 +126,7 @@ class _Watch:
         self.rest: int | None = None
         self.linears: dict[Kind, tuple[str, ...]] = {}
         self.kept: dict[Kind, dict[str, str]] = {}
-        self._spied = {kind_of(block): SpiedBlock(block) for block in outer.blocks}
+        self.spied = {kind_of(block): SpiedBlock(block) for block in outer.blocks}
         self._returned: dict[Kind, Any] = {}
         self._behind: set[int] = set()
 
@@ -155,7 +162,7 @@ class _Watch:
         """What the model is to be given for a block's output: its input, in the same form."""
         kind = kind_of(block)
         if kind not in self._returned:
-            spied = self._spied[kind]
+            spied = self.spied[kind]
             containers = {key: len(value) for key, value in _containers(kwargs)}
             self._returned[kind] = spied.run(hidden_BTD, kwargs)
             if any(len(value) != containers[key] for key, value in _containers(kwargs)):

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
+from rotq.checkpoint.obstacle import loading_obstacle
 from rotq.checkpoint.reload import check_reload
 from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.scheme_writing import transformers_obstacle
 from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import read_tensor
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.folder import OUTER, TRANSFORM, TUNING, block_part
-from rotq.job.plan import has_experts
 from rotq.layers.online_heads import OnlineHeads
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.setup import versions
@@ -49,6 +48,7 @@ def publish(
     _check_unchanged(job)
     weights = _assemble(job, folder)
     quantization = _quantization(job, check.basis)
+    obstacle = loading_obstacle(job.skeleton, quantization, job.plan.grids, job.source.stored_name)
     write_metadata(
         folder,
         job.source,
@@ -57,11 +57,12 @@ def publish(
         provenance={},
         dtype=job.dtype,
         untied=_is_untied(job),
+        obstacle=obstacle,
     )
     job.progress.message("checking the checkpoint in a fresh process")
     logits_BTV = check.logits(_outer(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
-    report = _report(job, check, weights, _notes(job, quantization), seconds)
+    report = _report(job, check, weights, _notes(job, obstacle), seconds)
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(job, folder))
     job.folder.publish()
@@ -124,12 +125,12 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         rotated,
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
+        prefix=str(job.skeleton.model.base_model_prefix),
     )
 
 
-def _notes(job: Job, quantization: dict[str, Any]) -> tuple[str, ...]:
+def _notes(job: Job, obstacle: str | None) -> tuple[str, ...]:
     """Warnings of the plan, and what other loaders cannot do with the result."""
-    obstacle = transformers_obstacle(quantization, has_experts=has_experts(job.skeleton))
     if obstacle is None:
         return job.plan.notes
     note = f"transformers cannot load this checkpoint without rotq: {obstacle}"

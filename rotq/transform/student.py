@@ -47,7 +47,7 @@ class Student:
         """The block's output, differentiable in the input and in the basis."""
         block, tensors = self.fused_block(index, basis)
         output = functional_call(block, tensors, (hidden_BTD,), kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def fused_block(self, index: int, basis: Basis) -> tuple[nn.Module, dict[str, Tensor]]:
         """A block that rounds as the finished model will, and the parameters to run it with."""

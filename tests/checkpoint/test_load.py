@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, W8, random_quantized, write_checkpoint
+from tiny_checkpoints import (
+    W3_CHANNEL,
+    W4,
+    W4_SYMMETRIC,
+    W8,
+    edit_tensors,
+    random_quantized,
+    write_checkpoint,
+)
 from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
@@ -190,17 +197,6 @@ def test_missing_path_and_tokenizer(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     with pytest.raises(RotqError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
-
-
-def edit_tensors(path: Path, change: dict[str, torch.Tensor | None]) -> None:
-    file = path / "model.safetensors"
-    tensors = {entry.name: read_tensor(entry) for entry in read_entries(file)}
-    for name, tensor in change.items():
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor
-    save_tensors(file, tensors)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_name
 from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, W8
 
 from rotq.checkpoint.scheme import read_scheme
@@ -60,11 +61,35 @@ def test_heads_are_read_as_written(grid: ActivationGrid | None, rotated: bool) -
     assert read_scheme(json.loads(json.dumps(config))).heads == heads
 
 
-def test_one_grid_targets_linear() -> None:
+def test_layers_are_named_and_never_their_class() -> None:
+    """A head that is put on the model is a Linear too."""
     config = quantization_config(dict.fromkeys(LAYERS, W4), ["lm_head"], "compressed-tensors")
     assert config["config_groups"].keys() == {"group_0"}
-    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert config["config_groups"]["group_0"]["targets"] == [
+        r"re:model\.layers\.\d+\.mlp\.up_proj$",
+        r"re:model\.layers\.\d+\.mlp\.down_proj$",
+    ]
     assert config["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all blocks", "some layers"])
+def test_names_are_matched_with_the_base_models_prefix_and_without(
+    format: str, whole: bool
+) -> None:
+    layers = dict.fromkeys(LAYERS if whole else LAYERS[1:3], W4)
+    others = [name for name in LAYERS if name not in layers]
+    online = {name: "hadamard" for name in layers if "down" in name and format == "rotq"}
+    config = quantization_config(layers, [*others, "lm_head"], format, online, prefix="model")
+    scheme = read_scheme(json.loads(json.dumps(config)))
+    for name in layers:
+        for other in (name, name.removeprefix("model.")):
+            assert scheme.grid(other) == W4
+            assert scheme.rotation(other) == online.get(name)
+            compressed = QuantizationConfig.model_validate(config).config_groups["group_0"]
+            assert any(match_name(other, target) for target in compressed.targets)
+    for name in (*others, "lm_head", "score", "pooler.dense", "tower.layers.0.mlp.up_proj"):
+        assert scheme.grid(name) is None
 
 
 def test_two_grids_by_kind_of_layer_and_by_name() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from rotq.checkpoint.export import (
     packed_tensors,
@@ -16,15 +17,20 @@ from rotq.checkpoint.export import (
     stored_scale_dtype,
     write_metadata,
 )
+from rotq.checkpoint.obstacle import loading_obstacle
 from rotq.checkpoint.quantizer import put_online_heads
+from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import assemble, save_tensors
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.source import open_source, read_tensor
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.experts import unfuse_experts
+from rotq.models.families.gpt2 import linearize
+from rotq.models.registry import adapter_for
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import auto_class
 from rotq.rotations.hadamard import random_signs
 
 W4 = Grid(bits=4, group_size=8, symmetric=False)
@@ -86,19 +92,20 @@ def write_checkpoint(
     Args:
         rotated: The input of every down projection is rotated.
     """
-    from transformers import AutoModelForCausalLM
-
     source, out = folder / "source", folder / "out"
     out.mkdir(parents=True)
     tiny_model(family, dtype=dtype).save_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    config = AutoConfig.from_pretrained(source)
+    model = auto_class(config).from_pretrained(source).eval()
     unfuse_experts(model)
+    linearize(model)
+    blocks = adapter_for(model).blocks
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Grid] = {}
     turned: list[str] = []
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     for number, (name, linear) in enumerate(linears):
-        if name == "lm_head":
+        if not name.startswith(f"{blocks}."):
             continue
         grid = layers[name] = grids[number % len(grids)]
         stored = stored_scale_dtype(
@@ -115,24 +122,45 @@ def write_checkpoint(
         model.set_submodule(name, layer)
         tensors |= packed_tensors(name, quantized, signs_K)
     put_online_heads(model, heads)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tied = model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
         if name not in tied and not (layer in layers and leaf in ONLINE):
             tensors[name] = tensor
     save_tensors(folder / "part.safetensors", tensors)
     opened = open_source(source)
-    opened = opened.read_for(Skeleton.open(opened))
+    skeleton = Skeleton.open(opened)
+    opened = opened.read_for(skeleton)
     assemble([folder / "part.safetensors"], out, max_shard_bytes, rename=opened.stored_name)
+    quantization = quantization_config(
+        layers,
+        [name for name, _ in linears if name not in layers],
+        format,
+        turned,
+        inputs=inputs,
+        heads=heads,
+        prefix=model.base_model_prefix,
+    )
     write_metadata(
         out,
         opened,
-        quantization=quantization_config(
-            layers, ["lm_head"], format, turned, inputs=inputs, heads=heads
-        ),
+        quantization=quantization,
         recipe={"name": "tiny"},
         provenance={"seed": 0},
         dtype=dtype,
         untied=False,
+        obstacle=loading_obstacle(skeleton, quantization, layers, opened.stored_name),
     )
     return Written(path=out, dense=model, layers=layers, source=source)
+
+
+def edit_tensors(path: Path, change: dict[str, Tensor | None]) -> None:
+    """Put tensors into a checkpoint's only file, or take out those that are None."""
+    file = path / "model.safetensors"
+    tensors = {entry.name: read_tensor(entry) for entry in read_entries(file)}
+    for name, tensor in change.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_tensors(file, tensors)
