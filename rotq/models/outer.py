@@ -129,7 +129,7 @@ class OuterModel:
             yield
             return
         size = head.out_features
-        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore
         try:
             yield
         finally:

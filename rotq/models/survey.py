@@ -169,6 +169,7 @@ class _Watch:
                 raise RotqError("its blocks hand on more than hidden states, by a shared container")
             self.linears[kind], self.kept[kind] = spied.linears(), spied.kept()
         returned = self._returned[kind]
+        answer: Any
         if isinstance(returned, Tensor):
             rest, answer = None, hidden_BTD
         elif isinstance(returned, tuple | list) and isinstance(returned[0], Tensor):
