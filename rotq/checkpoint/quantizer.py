@@ -105,6 +105,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
         RotqError: a layer has no packed tensors, or its shape is not that of the model.
     """
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    scheme.check_patterns([name for name, _ in linears])
     for name, linear in linears:
         group = scheme.group(name)
         if group is None:

@@ -16,7 +16,7 @@ ones, and two for what heads and inputs go through at run time.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_linear import ROTATIONS
+from rotq.patterns import PatternTooSlow, search
 
 ROTQ_VERSION = 3
 """Newest version of the rotq format; a checkpoint says the oldest that has what it needs."""
@@ -69,6 +70,21 @@ class Scheme:
         ]
         return self.groups[min(ranked)[1]] if ranked else None
 
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Refuse a pattern among the targets that would never end on a model's layers.
+
+        Raises:
+            RotqError: names it.
+        """
+        targets = [*self.ignore, *(target for group in self.groups for target in group.targets)]
+        targets += [target for kind in self.online.values() for target in kind]
+        patterns = [target[3:] for target in targets if target.startswith("re:")]
+        try:
+            if patterns:
+                search(patterns, names)
+        except PatternTooSlow as error:
+            raise RotqError(f"a target of quantization_config: {error}") from None
+
     def rotation(self, name: str) -> str | None:
         """How the input of ``name`` is rotated at run time; None where it is not."""
         for kind, targets in self.online.items():
@@ -103,8 +119,11 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
         groups=tuple(
             _read_group(name, group, config.get("format")) for name, group in groups.items()
         ),
-        ignore=tuple(config.get("ignore") or ()),
-        online={kind: tuple(targets) for kind, targets in (config.get("online") or {}).items()},
+        ignore=_read_targets("ignore", config.get("ignore") or ()),
+        online={
+            kind: _read_targets(f"online.{kind}", targets)
+            for kind, targets in (config.get("online") or {}).items()
+        },
         heads=_read_heads(config.get("attention") or {}),
     )
 
@@ -118,6 +137,18 @@ def _rank(target: str, name: str) -> int | None:
     return 2 if target == "Linear" else None
 
 
+def _read_targets(name: str, targets: object) -> tuple[str, ...]:
+    """Names and patterns of layers; those that no layer can be compared with are refused."""
+    if not isinstance(targets, list | tuple) or not all(isinstance(t, str) for t in targets):
+        raise RotqError(f"{name} of quantization_config is not a list of names")
+    for target in targets:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RotqError(f"{name} of quantization_config: {target!r}: {error}") from None
+    return tuple(targets)
+
+
 def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
     rotation = attention.get("rotation")
     if rotation not in (None, "hadamard"):
@@ -128,7 +159,7 @@ def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
 
 def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Group:
     return Group(
-        targets=tuple(group["targets"]),
+        targets=_read_targets(f"{name}.targets", group.get("targets")),
         grid=_read_grid(name, group, format),
         input_grid=_read_dynamic(f"{name}.input_activations", group.get("input_activations")),
     )

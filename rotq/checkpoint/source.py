@@ -15,6 +15,7 @@ from rotq.checkpoint.files import read_json
 from rotq.checkpoint.gguf import convert, find_gguf
 from rotq.checkpoint.safetensors import Entry, read_bytes, read_entries
 from rotq.errors import RotqError
+from rotq.models.sizes import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,8 @@ def load_config(
     from transformers import AutoConfig
 
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    if (path / "config.json").is_file():
+        check_counts(read_json(path / "config.json"), path / "config.json")
     try:
         return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
