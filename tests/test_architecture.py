@@ -19,7 +19,7 @@ ARROWS: list[set[str]] = [
     {"layers"},
     {"rotations"},
     {"solvers", "calibration", "report", "ops"},
-    {"formats", "recipe", "numerics", "memory", "devices", "disk"},
+    {"formats", "recipe", "numerics", "memory", "devices", "disk", "patterns"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""
 

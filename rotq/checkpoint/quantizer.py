@@ -116,6 +116,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    scheme.check_patterns([name for name, _ in linears])
     for name, linear in linears:
         group = scheme.group(name, prefix)
         if group is None or _is_new(name, scheme, prefix, entries):

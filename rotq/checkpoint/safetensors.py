@@ -39,7 +39,8 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 32_000_000
+"""Bytes; a header of 100,000 tensors has 14 MB."""
 CHUNK_BYTES = 8 << 20
 
 
@@ -177,7 +178,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> _Header:
         raise RotqError(f"{path} is not a safetensors file, or is truncated in its header")
     try:
         fields = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RotqError(f"{path} is corrupt: its header is not JSON") from error
     if not isinstance(fields, dict):
         raise RotqError(f"{path} is corrupt: its header is not a JSON object")

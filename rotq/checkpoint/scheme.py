@@ -15,7 +15,7 @@ ones, and two for what heads and inputs go through at run time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.patterns import PatternTooSlow, search
 
 ROTQ_VERSION = 2
 """Newest version of the rotq format; a checkpoint says the oldest that has what it needs. 3 was for
@@ -81,6 +82,21 @@ class Scheme:
         """The input of ``name`` is rotated at run time."""
         return _best(self.rotated, name, prefix) is not None
 
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Refuse a pattern among the targets that would never end on a model's layers.
+
+        Raises:
+            RotqError: names it.
+        """
+        targets = [*self.ignore, *(target for group in self.groups for target in group.targets)]
+        targets += self.rotated
+        patterns = [target[3:] for target in targets if target.startswith("re:")]
+        try:
+            if patterns:
+                search(patterns, names)
+        except PatternTooSlow as error:
+            raise RotqError(f"a target of quantization_config: {error}") from None
+
 
 def read_scheme(config: Mapping[str, Any]) -> Scheme:
     """Read a ``quantization_config``.
@@ -105,7 +121,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
         groups=tuple(
             _read_group(name, group, config.get("format")) for name, group in groups.items()
         ),
-        ignore=tuple(config.get("ignore") or ()),
+        ignore=_read_targets("ignore", config.get("ignore") or ()),
         rotated=_read_online(config.get("online") or {}),
         heads=_read_heads(config.get("attention") or {}),
     )
@@ -142,7 +158,19 @@ def _read_online(online: Mapping[str, Any]) -> tuple[str, ...]:
     for kind in online:
         if kind != "hadamard":
             raise RotqError(f"unknown online rotation {kind}; known: hadamard")
-    return tuple(online.get("hadamard", ()))
+    return _read_targets("online.hadamard", online.get("hadamard", ()))
+
+
+def _read_targets(name: str, targets: object) -> tuple[str, ...]:
+    """Names and patterns of layers; those that no layer can be compared with are refused."""
+    if not isinstance(targets, list | tuple) or not all(isinstance(t, str) for t in targets):
+        raise RotqError(f"{name} of quantization_config is not a list of names")
+    for target in targets:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RotqError(f"{name} of quantization_config: {target!r}: {error}") from None
+    return tuple(targets)
 
 
 def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
@@ -155,7 +183,7 @@ def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
 
 def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Group:
     return Group(
-        targets=tuple(group["targets"]),
+        targets=_read_targets(f"{name}.targets", group.get("targets")),
         grid=_read_grid(name, group, format),
         input_grid=_read_dynamic(f"{name}.input_activations", group.get("input_activations")),
     )

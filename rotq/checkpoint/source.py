@@ -21,6 +21,7 @@ from rotq.checkpoint.safetensors import Entry, read_bytes
 from rotq.checkpoint.weight_files import find_entries
 from rotq.disk.files import sha256_of
 from rotq.errors import RotqError
+from rotq.models.sizes import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -258,6 +259,8 @@ def load_config(
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else unusable_dtype(path)
+    if (path / "config.json").is_file():
+        check_counts(read_json(path / "config.json"), path / "config.json")
     with library_errors(path / (gguf_file or "config.json")):
         return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True, **options

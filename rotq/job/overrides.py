@@ -1,28 +1,11 @@
-"""Which override of the recipe serves which layer.
-
-Python's engine of regular expressions knows no limit, and some patterns take years for one name.
-They are searched in a process of their own, which is ended when it takes too long.
-"""
+"""Which override of the recipe serves which layer."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from rotq.patterns import PatternTooSlow, search
 from rotq.recipe import Override
-
-LIMIT_SECONDS = 10.0
-"""For all patterns on all names; what people write takes milliseconds."""
-
-_SEARCH = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    found = [index for index, name in enumerate(names) if re.search(pattern, name)]
-    print(json.dumps(found), flush=True)
-"""
 
 
 def choose_overrides(
@@ -42,8 +25,11 @@ def choose_overrides(
         return {}
     names = [*layers, *others]
     chosen: dict[str, Override] = {}
-    patterns = [override.match for override in overrides]
-    for index, found in enumerate(search(patterns, names)):
+    try:
+        matches = search([override.match for override in overrides], names)
+    except PatternTooSlow as error:
+        raise ValueError(f"weights.overrides[{error.index}]: match {error}") from None
+    for index, found in enumerate(matches):
         override = overrides[index]
         served = [names[place] for place in found if override.keep or place < len(layers)]
         if not served:
@@ -66,24 +52,3 @@ def idle_overrides(overrides: Sequence[Override], chosen: Mapping[str, Override]
                 f"weights.overrides[{index}]: match {override.match!r} changes nothing: earlier "
                 "overrides serve its layers"
             )
-
-
-def search(patterns: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """For each regular expression the indices of the names that it is found in.
-
-    Raises:
-        ValueError: it takes longer than ``LIMIT_SECONDS``; names the pattern.
-    """
-    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _SEARCH]
-    given = json.dumps([patterns, names]).encode()
-    try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, timeout=LIMIT_SECONDS, check=True
-        )
-    except subprocess.TimeoutExpired as error:
-        slow = (error.stdout or b"").count(b"\n")
-        raise ValueError(
-            f"weights.overrides[{slow}]: match {patterns[slow]!r} takes more than "
-            f"{LIMIT_SECONDS:g} s on the names of the layers; write it without repeats in repeats"
-        ) from None
-    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from rotq.errors import RotqError
+
+MOST_MODULES = 10_000
+"""Layers or experts; the largest model of today has some hundred of each."""
+
+
+def check_counts(values: Mapping[str, Any], file: Path) -> None:
+    """Refuse a configuration, as read from its file, whose modules alone would fill the memory.
+
+    Raises:
+        RotqError: more layers or experts than any model has; names the key.
+    """
+    for key, number in _counts(values):
+        if number > MOST_MODULES:
+            raise RotqError(f"{file}: {key} {number} is more than the {MOST_MODULES} rotq reads")
+
+
+def _counts(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers of layers and experts, also of a model within the model."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif isinstance(value, int | float) and ("layer" in key or "expert" in key):
+            yield key, value
 
 
 def head_dim(config: Any) -> int:

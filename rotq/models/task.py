@@ -16,7 +16,8 @@ def architectures(config: Any) -> list[str]:
 
     A type that has both heads, as BERT, is masked unless the configuration is a decoder's.
     """
-    names = list(getattr(config, "architectures", None) or [])
+    named = getattr(config, "architectures", None)
+    names = [n for n in named if isinstance(n, str)] if isinstance(named, list | tuple) else []
     if names:
         return names
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
