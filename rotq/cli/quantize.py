@@ -187,8 +187,8 @@ def _interruptible() -> Iterator[None]:
     """SIGTERM, as schedulers send it, stops the job the way Ctrl-C does.
 
     Python drops what a handler raises while a finalizer runs, so it is raised again every second
-    until the job has ended. A SIGINT that the shell has ignored stays ignored. Signals that come once
-    the interpreter ends a stopped process are ignored: its exit code stays.
+    until the job has ended. A SIGINT that the shell has ignored stays ignored. Signals that
+    come while the interpreter of a stopped process ends are ignored: its exit code stays.
     """
 
     over = False
