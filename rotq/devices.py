@@ -10,8 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str, option: str = "--device") -> torch.device:
     """The torch device of a name such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Args:
+        name: Of the device.
+        option: That it was given with, for the message.
 
     Raises:
         RotqError: torch knows no such device, or this machine does not have it.
@@ -20,11 +24,8 @@ def usable_device(name: str) -> torch.device:
 
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise RotqError(f"device {name}: torch has no device of this name") from None
-    if device.type == "cuda":
-        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= present:
-            found = f"{present} of the kind" if present else "none that torch can use"
-            raise RotqError(f"--device {name}: this machine has {found}")
+        torch.empty(1, device=device).tolist()  # which meta has no values for
+    except (RuntimeError, AssertionError, NotImplementedError):
+        # what torch says of a device that is missing names its own build, and is of all these kinds
+        raise RotqError(f"{option} {name}: this machine has none that torch can use") from None
     return device

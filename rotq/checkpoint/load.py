@@ -14,11 +14,15 @@ from rotq.checkpoint.gguf import find_gguf, load_gguf
 from rotq.checkpoint.scheme import ROTQ_VERSION, read_scheme
 from rotq.checkpoint.source import load_config
 from rotq.checkpoint.weight_files import find_entries
+from rotq.devices import usable_device
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What accelerate takes besides the name of a device."""
 
 
 def load_model(
@@ -45,10 +49,12 @@ def load_model(
 
     Raises:
         RotqError: the checkpoint is missing, corrupt, incomplete, or of a kind that rotq does not
-            read.
+            read; or this machine has no such device.
     """
     import torch
 
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        usable_device(device_map, "--device-map")
     if not path.exists():
         raise RotqError(f"{path} does not exist; rotq reads local folders only")
     gguf = find_gguf(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -186,10 +187,17 @@ def _interruptible() -> Iterator[None]:
     """SIGTERM, as schedulers send it, stops the job the way Ctrl-C does.
 
     Python drops what a handler raises while a finalizer runs, so it is raised again every second
-    until the job has ended. A SIGINT that the shell has ignored stays ignored.
+    until the job has ended. A SIGINT that the shell has ignored stays ignored. Signals that
+    come while the interpreter of a stopped process ends are ignored: its exit code stays.
     """
 
-    def stop(number: int, frame: object) -> NoReturn:
+    over = False
+
+    def stop(number: int, frame: object) -> None:
+        if over:
+            return
+        atexit.unregister(_ignore_signals)
+        atexit.register(_ignore_signals)
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         raise KeyboardInterrupt
 
@@ -200,6 +208,12 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        over = True  # before any call: a signal in the middle would leave the timer running
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,9 @@
-"""An interrupt that Python drops, because it fell into a finalizer, is raised again."""
+"""A job that is interrupted: dropped interrupts come again, and many are as good as one."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -28,3 +30,32 @@ def test_a_dropped_interrupt_comes_again() -> None:
         be_interrupted()
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+LEAVING = """
+import atexit, os, signal, sys, time
+from rotq.cli.main import main
+
+def late():
+    os.kill(os.getpid(), {number})
+    time.sleep(0.2)
+
+atexit.register(late)  # runs after what is registered later
+
+class Pipeline:
+    @staticmethod
+    def quantize_model(*_, **__):
+        os.kill(os.getpid(), {number})
+        time.sleep(5)
+
+sys.modules["rotq.quantize.pipeline"] = Pipeline
+main(["quantize", "m", "-o", "out"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_while_the_process_leaves(number: signal.Signals) -> None:
+    script = LEAVING.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "rotq: error: stopped; the same command continues\n"
