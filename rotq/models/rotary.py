@@ -104,8 +104,8 @@ def _kv_shape(config: Any) -> KVShape:
     """Of a layer with this configuration."""
     num_queries, width = config.num_attention_heads, head_dim(config)
     num_heads = getattr(config, "num_key_value_heads", None) or num_queries
-    if getattr(config, "multi_query", False):  # GPT-BigCode's own word for it
-        num_heads = 1
+    if hasattr(config, "multi_query"):  # GPT-BigCode's own word for it
+        num_heads = 1 if config.multi_query else num_queries
     if num_queries % num_heads or width % 8:
         raise RotqError(
             f"{config.model_type}: {num_queries} query heads on {num_heads} KV heads of width "
