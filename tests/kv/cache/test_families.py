@@ -1,4 +1,4 @@
-"""Decoders of other families: served as a dense cache of decoded codes, or refused by name at once."""
+"""Decoders of other families: served as a dense cache of decoded codes, or refused by name."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ def made(config: str, changes: dict[str, Any]) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def oblivious(model: Any, **changes: Any) -> KVCalibration:
+def oblivious(model: Any) -> KVCalibration:
     return data_oblivious(model.config, preset("k8v3"))
 
 

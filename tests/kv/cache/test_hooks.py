@@ -67,7 +67,7 @@ def generate(model: Any, **how: Any) -> None:
 def test_padding_on_the_right(model: Any, padding: int) -> None:
     mask = torch.ones_like(IDS)
     mask[1, -padding:] = 0
-    with pytest.raises(RotqError, match="sequence 1 .* padded on the right, .* pad on the left"):
+    with pytest.raises(RotqError, match=r"sequence 1 .* padded on the right, .* pad on the left"):
         generate(model, attention_mask=mask)
 
 

@@ -199,7 +199,7 @@ def test_copied_deeply_or_not_at_all() -> None:
     cache, ids = PackedCache(model, calibration_of(model, recent=3)), random_ids(2, 30)
     logits_of(model, cache, ids[:, :20], [20])
     for attempt in (pickle.dumps, copy.copy, lambda held: torch.save(held, io.BytesIO())):
-        with pytest.raises(RotqError, match="cannot be pickled; copy.deepcopy copies it"):
+        with pytest.raises(RotqError, match=r"cannot be pickled; copy\.deepcopy copies it"):
             attempt(cache)
     copied = copy.deepcopy(cache)
     expected = logits_of(model, cache, ids[:, 20:], [1] * 10)
