@@ -108,8 +108,8 @@ def _kv_shape(config: Any, packed: bool) -> KVShape:
     """Of a layer with this configuration."""
     num_queries, width = config.num_attention_heads, head_dim(config)
     num_heads = getattr(config, "num_key_value_heads", None) or num_queries
-    if getattr(config, "multi_query", False):  # GPT-BigCode's own word for it
-        num_heads = 1
+    if hasattr(config, "multi_query"):  # GPT-BigCode's own word for it
+        num_heads = 1 if config.multi_query else num_queries
     if num_queries % num_heads or (packed and width % 8):
         needs = "packed cache needs whole groups and a width that is a multiple of 8"
         raise RotqError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.kv.cache.autocast import switched_off
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.calibration.device_constants import stacked
 from rotq.kv.calibration.file import KVCalibration
@@ -40,20 +41,24 @@ class BatchedEncoder:
 
     def encode(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
-        if self.codec is None:
-            self.layers[0].encode_rest()
-            return
+        with switched_off(_device(self.layers[0])):
+            if self.codec is None:
+                self.layers[0].encode_rest()
+            else:
+                self._encode_together(self.codec)
+
+    def _encode_together(self, codec: KVCodec) -> None:
         tokens = [layer.uncoded for layer in self.layers if layer.uncoded is not None]
         visible = self.layers[0].visible
         if not tokens or visible is None:
             return
         if any(a.constants is not b for a, b in zip(self.layers, self.given, strict=True)):
             self.given = [layer.constants for layer in self.layers]
-            self.codec = KVCodec(stacked(self.given))
-        layout, form = visible.layout, self.codec.constants.format
+            self.codec = codec = KVCodec(stacked(self.given))
+        layout, form = visible.layout, codec.constants.format
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
-        codes = self.codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
+        codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
         pages = [layer.pages for layer in self.layers]
         written = (
             (pack_kv(codes.k_codes_BHTD, form.k_bits), [item.k_codes for item in pages]),

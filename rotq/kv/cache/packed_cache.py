@@ -26,7 +26,6 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
-from rotq.kv.cache.autocast import switched_off
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import check_norms
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
@@ -141,9 +140,8 @@ class PackedCache(WatchingCache, Cache):
                 raise RotqError(f"layer {index} of the model did not attend to the packed cache")
         if self._encoders is None:
             self._encoders = batched_encoders(self._packed_layers(), self.calibration)
-        with switched_off(self._packed_layers()[0].pages.k_codes.device):
-            for encoder in self._encoders:
-                encoder.encode()
+        for encoder in self._encoders:
+            encoder.encode()
         check_norms(self._packed_layers())
         for layer in self._packed_layers():
             layer.layout = layer.visible = None

@@ -46,7 +46,7 @@ def try_out(decoder: Any, run: Callable[[Tensor, Tensor], object]) -> None:
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise RotqError(
-            f"{decoder.config.model_type}: no packed cache for this family, a pass with one fails "
+            f"{decoder.config.model_type}: no packed cache for this model, a pass with one fails "
             f"({line})"
         ) from error
     finally:

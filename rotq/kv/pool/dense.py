@@ -101,8 +101,8 @@ class DenseLayer(CacheLayerMixin):
         b, t = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
         slot = layout.encode_slot_BE[b, t]
         page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
-        self.k_PHSD[page, :, offset] = key_states[b, :, t]
-        self.v_PHSD[page, :, offset] = value_states[b, :, t]
+        self.k_PHSD[page, :, offset] = key_states[b, :, t].to(self.k_PHSD.dtype)
+        self.v_PHSD[page, :, offset] = value_states[b, :, t].to(self.v_PHSD.dtype)
         self.visible = DenseVisible(layer=self, layout=self.layout, window=self.window)
         handle = PackedKV(tuple(key_states.shape), key_states, self.visible)
         return handle, handle
@@ -153,7 +153,7 @@ class DenseVisible(Whole):
         device = query_BMTD.device
         page_J = self.layout.page_table_BJ[b, : -(-end // PAGE_SIZE)].long().to(device)
         k_HND, v_HND = (
-            pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end]
+            pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end].to(query_MTD.dtype)
             for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
         )
         position_T1 = first + torch.arange(query_BMTD.shape[2], device=device)[:, None]

@@ -142,12 +142,12 @@ class PooledLayer(EncodedLayer):
         """Code all fresh tokens but new sinks, which are held whole."""
         assert self.layout is not None
         layout = self.layout.to(k_BHTD.device)
-        k, v = (held[layout.sink_B] for held in self.sinks)
+        k, v = (held[layout.sink_B].to(k_BHTD.dtype) for held in self.sinks)
         visible = self._see(layout, torch.cat((k, k_BHTD), dim=2), torch.cat((v, v_BHTD), dim=2))
         self.encode(layout, k_BHTD, v_BHTD)
         row, column, sink = layout.sink_BTS
         for held, fresh in zip(self.sinks, (k_BHTD, v_BHTD), strict=True):
-            held[layout.sink_B[row], :, sink] = fresh[row, :, column]
+            held[layout.sink_B[row], :, sink] = fresh[row, :, column].to(held.dtype)
         return visible
 
     def get_seq_length(self) -> int:

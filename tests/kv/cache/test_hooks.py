@@ -44,6 +44,7 @@ NEXT = {"input_ids": IDS[:, 4:6], "attention_mask": MASK}
         ({"position_ids": torch.arange(4, 6).expand(3, 2, 2)}, "2-D positions"),
         ({"input_ids": IDS[:1, 4:6], "attention_mask": MASK[:1]}, "holds 2 sequences, the input 1"),
         ({"output_attentions": True}, "no attention weights"),
+        ({"use_cache": False}, "use_cache=False runs all tokens again"),
     ],
 )
 @torch.no_grad()
@@ -53,6 +54,36 @@ def test_inputs(model: Any, cache: PackedCache, change: dict[str, Any], message:
     # nothing happened: the right input goes on
     assert cache.get_seq_length() == 4
     model.model(past_key_values=cache, **NEXT)
+
+
+def generate(model: Any, **how: Any) -> None:
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(
+        IDS, past_key_values=PackedCache(model, calibration_of(model)), **settings, **how
+    )
+
+
+@pytest.mark.parametrize("padding", [1, 6])
+def test_padding_on_the_right(model: Any, padding: int) -> None:
+    mask = torch.ones_like(IDS)
+    mask[1, -padding:] = 0
+    with pytest.raises(RotqError, match=r"sequence 1 .* padded on the right, .* pad on the left"):
+        generate(model, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_without_positions(model: Any) -> None:
+    cache, mask = PackedCache(model, calibration_of(model)), torch.ones_like(IDS)
+    mask[0, 5:] = 0
+    model(input_ids=IDS, attention_mask=mask, past_key_values=cache)
+    mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), dim=1)
+    with pytest.raises(RotqError, match="position 8 where 5 follows; it is padded on the right"):
+        model(input_ids=IDS[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_generating_without_a_cache(model: Any) -> None:
+    with pytest.raises(RotqError, match="use_cache=False runs all tokens again"):
+        generate(model, use_cache=False)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """PackedCache in the model and under generate(), against a dense cache of decoded codes."""
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,32 @@ def test_reset_is_a_new_cache() -> None:
     cache.reset()
     assert cache.report().packed == cache.report().whole == cache.report().tokens == 0
     assert_close(logits_of(model, cache, ids, [20, 10]), expected)
+
+
+@torch.no_grad()
+def test_copied_deeply_or_not_at_all() -> None:
+    model = tiny_model("gemma3")
+    cache, ids = PackedCache(model, calibration_of(model, recent=3)), random_ids(2, 30)
+    logits_of(model, cache, ids[:, :20], [20])
+    for attempt in (pickle.dumps, copy.copy, lambda held: torch.save(held, io.BytesIO())):
+        with pytest.raises(RotqError, match=r"cannot be pickled; copy\.deepcopy copies it"):
+            attempt(cache)
+    copied = copy.deepcopy(cache)
+    expected = logits_of(model, cache, ids[:, 20:], [1] * 10)
+    assert copied.get_seq_length() == 20
+    assert torch.equal(logits_of(model, copied, ids[:, 20:], [1] * 10), expected)
+
+
+@torch.no_grad()
+def test_a_model_that_had_a_cache_can_be_pickled_and_saved(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    PackedCache(model, calibration_of(model))
+    again = pickle.loads(pickle.dumps(model))
+    ids = random_ids(1, 20)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    logits_of(again, PackedCache(again, calibration_of(again)), ids, [10, *[1] * 10])
+    model.save_pretrained(tmp_path)
+    assert "rotq_packed" not in (tmp_path / "config.json").read_text()
 
 
 @torch.no_grad()

@@ -29,6 +29,16 @@ def test_levels_of_packed_codes(bits: int, head_dim: int, same: bool) -> None:
     assert torch.equal(reader.stored(x_HMD) @ level_HNE.mT, x_HMD @ expected_HND.mT)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_one_token_of_one_narrow_head(bits: int) -> None:
+    """A single chunk, whose strides need not be those of a contiguous tensor to count as one."""
+    side = side_of(1, 16, bits, seed=0)
+    codes_HND = torch.arange(16).remainder(2**bits).to(torch.uint8).view(1, 1, 16)
+    reader = level_reader(side, bits, 16)
+    found_HND = reader.natural(reader.read(pack_kv(codes_HND, bits), torch.float32))
+    assert torch.equal(found_HND, side_levels(codes_HND[None], side, bits)[0])
+
+
 @pytest.mark.parametrize("head_dim", [8, 40, 64])
 def test_signs_of_packed_bits(head_dim: int) -> None:
     generator = torch.Generator().manual_seed(1)
