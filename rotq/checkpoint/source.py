@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rotq.checkpoint.companions import companion_files
 from rotq.checkpoint.dtypes import checkpoint_dtype, torch_dtype, unusable_dtype
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.fit import check_fit
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
 
     from rotq.models.conversion import Making
     from rotq.models.skeleton import Skeleton
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +141,8 @@ class Source:
         return self._fingerprint
 
     def tokenizer_files(self) -> list[Path]:
-        """The files a tokenizer is made of, as far as they are there."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        """The files that travel with the weights; see ``companions``."""
+        return companion_files(self.path)
 
     @cached_property
     def _made(self) -> MadeTensors:

@@ -89,7 +89,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         grids=grids,
         shapes=shapes,
         scale_dtype=scale_dtype,
-        notes=(*notes, *_loader_notes(recipe, dtype, scale_dtype)),
+        notes=(*notes, *_kept_notes(skeleton), *_loader_notes(recipe, dtype, scale_dtype)),
         inputs=activation_grid(recipe.activations),
         kv=activation_grid(recipe.kv_cache),
     )
@@ -123,6 +123,15 @@ def _sites(skeleton: Skeleton) -> Iterator[dict[str, nn.Linear]]:
                 assert isinstance(linear, nn.Linear), f"{path} is a linear layer"
                 linears[f"{skeleton.block_name(index)}.{path}"] = linear
             yield linears
+
+
+def _kept_notes(skeleton: Skeleton) -> Iterator[str]:
+    """Linear layers that stay dense because they cannot be packed, once for all blocks."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, reason in skeleton.kept.items():
+        found.setdefault((re.sub(r"\b\d+\b", "*", name), reason), []).append(name)
+    for (pattern, reason), names in found.items():
+        yield f"{pattern if len(names) > 1 else names[0]} stays dense: {reason}"
 
 
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:
