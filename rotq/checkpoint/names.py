@@ -68,7 +68,7 @@ class NameTable(WeightRenaming):
         """The name to load under, or to save under, and what was matched."""
         if source_key not in self.table:
             return source_key, None
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc]
         return self.table[source_key], source_key
 
     def reverse_transform(self) -> NameTable:

@@ -123,7 +123,8 @@ def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
 
 
 def _between(fused: nn.Module, form: FusedForm) -> Between:
-    if form.gate and type(fused)._apply_gate is not moe._default_apply_gate:
+    own = getattr(type(fused), "_apply_gate", None)
+    if form.gate and own is not moe._default_apply_gate:
         return _OwnGate(fused, form)
     return _Activation(cast(Callable[[Tensor], Tensor], fused.act_fn))
 

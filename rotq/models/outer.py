@@ -129,7 +129,11 @@ class OuterModel:
             yield
             return
         size = head.out_features
-        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore[method-assign]
+
+        def forward(input: Tensor) -> Tensor:
+            return input[..., :1].expand(*input.shape[:-1], size)
+
+        head.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:

@@ -170,8 +170,10 @@ class _Watch:
                 raise RotqError("its blocks hand on more than hidden states, by a shared container")
             self.linears[kind], self.kept[kind] = spied.linears(), spied.kept()
         returned = self._returned[kind]
+        rest: int | None = None
+        answer: Any = hidden_BTD
         if isinstance(returned, Tensor):
-            rest, answer = None, hidden_BTD
+            pass
         elif isinstance(returned, tuple | list) and isinstance(returned[0], Tensor):
             rest, answer = len(returned) - 1, (hidden_BTD, *returned[1:])
             self._behind |= {id(value) for value in _tensors(returned[1:])}
