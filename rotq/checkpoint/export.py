@@ -98,12 +98,9 @@ def write_metadata(
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
     card = model_card(config, quantization, base_model, obstacle=obstacle)
     write_text(out_dir / "README.md", card)
-    copied = [*source.tokenizer_files(), source.path / "generation_config.json"]
-    if "auto_map" in config:
-        copied += sorted(source.path.glob("*.py"))
-    for path in copied:
+    for path in {*source.tokenizer_files(), source.path / "generation_config.json"}:
         if path.is_file():
-            _copy(path, out_dir / path.name)
+            _copy(path, out_dir / path.relative_to(source.path))
 
 
 def _updated(
@@ -124,6 +121,7 @@ def _updated(
 
 def _copy(path: Path, to: Path) -> None:
     try:
+        to.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes()
     except OSError as error:
         raise RotqError(f"cannot copy {path} to {to}: {error.strerror or error}") from error

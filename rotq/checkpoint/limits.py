@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotq.checkpoint.configuration import load_config
 from rotq.checkpoint.gguf import find_gguf
-from rotq.checkpoint.source import load_config
 from rotq.errors import told
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rotq.checkpoint.dtypes import checkpoint_dtype, unusable_dtype
+from rotq.checkpoint.configuration import checkpoint_dtype, load_config, unusable_dtype
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import find_gguf, load_gguf
 from rotq.checkpoint.scheme import ROTQ_VERSION, read_scheme
-from rotq.checkpoint.source import load_config
 from rotq.checkpoint.weight_files import find_entries
 from rotq.devices import usable_device
 from rotq.errors import RotqError

@@ -11,17 +11,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rotq.checkpoint.dtypes import checkpoint_dtype, torch_dtype, unusable_dtype
+from rotq.checkpoint.companions import companion_files
+from rotq.checkpoint.configuration import (
+    checkpoint_dtype,
+    declares_dtype,
+    load_config,
+    torch_dtype,
+)
 from rotq.checkpoint.files import read_json
-from rotq.checkpoint.fit import check_fit
-from rotq.checkpoint.foreign import library_errors
+from rotq.checkpoint.fit import check_fit, with_tied
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
 from rotq.checkpoint.made_tensors import MadeTensors
 from rotq.checkpoint.safetensors import Entry, read_bytes
 from rotq.checkpoint.weight_files import find_entries
 from rotq.disk.files import sha256_of
 from rotq.errors import RotqError
-from rotq.models.sizes import check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +35,6 @@ if TYPE_CHECKING:
     from rotq.models.conversion import Making
     from rotq.models.skeleton import Skeleton
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 DECIDING_SUFFIXES = (
     ".json",
     ".jinja",
@@ -131,7 +123,7 @@ class Source:
         """
         adapter = skeleton.adapter
         renamed = self.renamed(adapter.renames, adapter.transposed)
-        makings = skeleton.with_tied(skeleton.conversion.makings(renamed.entries))
+        makings = with_tied(skeleton.conversion.makings(renamed.entries), skeleton)
         source = dataclasses.replace(renamed, makings=makings)
         if source.entries:
             check_fit(source, skeleton)
@@ -167,8 +159,8 @@ class Source:
         return self._fingerprint
 
     def tokenizer_files(self) -> list[Path]:
-        """The files a tokenizer is made of, as far as they are there."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        """The files that travel with the weights; see ``companions``."""
+        return companion_files(self.path)
 
     def deciding_files(self) -> dict[str, str]:
         """sha256 by name of the files beside config and weights that a job's result depends on.
@@ -228,8 +220,10 @@ def open_source(
     if declared.get("quantization_config"):
         method = declared["quantization_config"].get("quant_method", "unknown")
         raise RotqError(f"{path} is already quantized ({method}); a dense checkpoint is needed")
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    return Source(path=path, config=config, entries=_find_entries(path))
+    config, entries = load_config(path, trust_remote_code=trust_remote_code), _find_entries(path)
+    if config.dtype is None and not declares_dtype(path):
+        config.dtype = checkpoint_dtype(config, entries.values(), path)
+    return Source(path=path, config=config, entries=entries)
 
 
 def describe_source(path: Path, *, trust_remote_code: bool = False) -> Source:
@@ -246,25 +240,6 @@ def describe_source(path: Path, *, trust_remote_code: bool = False) -> Source:
     config = load_config(gguf.parent, gguf_file=gguf.name)
     config.dtype = "float32"
     return Source(path=gguf.parent, config=config, entries={})
-
-
-def load_config(
-    path: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None
-) -> PretrainedConfig:
-    """The transformers config of a folder, or of a .gguf file in it.
-
-    Raises:
-        RotqError: transformers does not know the model type, or cannot read the config.
-    """
-    from transformers import AutoConfig
-
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else unusable_dtype(path)
-    if (path / "config.json").is_file():
-        check_counts(read_json(path / "config.json"), path / "config.json")
-    with library_errors(path / (gguf_file or "config.json")):
-        return AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True, **options
-        )
 
 
 def read_tensor(entry: Entry) -> Tensor:

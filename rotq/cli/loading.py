@@ -81,8 +81,8 @@ def check_causal(path: Path, *, trust_remote_code: bool) -> None:
     Raises:
         RotqError: it fills in masks.
     """
+    from rotq.checkpoint.configuration import load_config
     from rotq.checkpoint.gguf import find_gguf
-    from rotq.checkpoint.source import load_config
     from rotq.models.task import is_masked
 
     if not path.exists() or find_gguf(path) is not None:

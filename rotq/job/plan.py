@@ -1,5 +1,6 @@
 """Which layer gets which grid, and what is rounded at run time, from the config alone."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -98,6 +99,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         notes=(
             *notes,
             *idle_overrides(recipe.weights.overrides, overrides),
+            *_kept_notes(skeleton),
+            *_dtype_notes(skeleton, dtype),
             *_loader_notes(recipe, dtype, scale_dtype),
         ),
         inputs=activation_grid(recipe.activations),
@@ -139,6 +142,21 @@ def _never_planned(skeleton: Skeleton, layers: set[str]) -> list[str]:
     """Full names of all else that has a weight: embeddings, head, norms, routers."""
     modules = skeleton.model.named_modules()
     return [name for name, m in modules if hasattr(m, "weight") and name not in layers]
+
+
+def _kept_notes(skeleton: Skeleton) -> Iterator[str]:
+    """Linear layers that stay dense because they cannot be packed, once for all blocks."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, reason in skeleton.kept.items():
+        found.setdefault((re.sub(r"\b\d+\b", "*", name), reason), []).append(name)
+    for (pattern, reason), names in found.items():
+        yield f"{pattern if len(names) > 1 else names[0]} stays dense: {reason}"
+
+
+def _dtype_notes(skeleton: Skeleton, dtype: torch.dtype) -> Iterator[str]:
+    """A checkpoint in fp64 is quantized in another dtype."""
+    if skeleton.config.dtype == torch.float64:
+        yield f"the checkpoint is in float64; the job computes, and writes, {_named(dtype)}"
 
 
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:

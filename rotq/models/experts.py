@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,8 @@ def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
 
 
 def _between(fused: nn.Module, form: FusedForm) -> Between:
-    if form.gate and cast(Any, type(fused))._apply_gate is not moe._default_apply_gate:
+    own = getattr(type(fused), "_apply_gate", None)
+    if form.gate and own is not moe._default_apply_gate:
         return _OwnGate(fused, form)
     return _Activation(cast(Callable[[Tensor], Tensor], fused.act_fn))
 

@@ -96,7 +96,7 @@ class OuterModel:
             if name not in tensors and not self._inside(name)
         }
         kwargs = {**inputs, "use_cache": False}
-        with self._blocks_replaced(self._in_form(forward)):
+        with self._blocks_replaced(self._in_form(forward)), self._settings_kept():
             return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
 
     def zeros(self, like: Tensor) -> dict[str, Tensor]:
@@ -129,7 +129,11 @@ class OuterModel:
             yield
             return
         size = head.out_features
-        head.forward = lambda x: x[..., :1].expand(*x.shape[:-1], size)  # type: ignore
+
+        def forward(input: Tensor) -> Tensor:
+            return input[..., :1].expand(*input.shape[:-1], size)
+
+        head.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -157,6 +161,22 @@ class OuterModel:
 
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")
+
+    @contextmanager
+    def _settings_kept(self) -> Iterator[None]:
+        """What modules outside the blocks note down in a run is forgotten after it.
+
+        Rotary embeddings of kinds that depend on the length note the longest that they have seen,
+        and would take later windows for as long.
+        """
+        modules = [module for name, module in self.model.named_modules() if not self._inside(name)]
+        before = [dict(module.__dict__) for module in modules]
+        try:
+            yield
+        finally:
+            for module, kept in zip(modules, before, strict=True):
+                module.__dict__.clear()
+                module.__dict__.update(kept)
 
     @contextmanager
     def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:

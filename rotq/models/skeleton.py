@@ -11,7 +11,6 @@ Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from rotq.errors import RotqError, told
 from rotq.models.adapter import Adapter
-from rotq.models.conversion import Conversion, Making
+from rotq.models.conversion import Conversion
 from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.loading import TensorSource, load_tensors
@@ -29,7 +28,7 @@ from rotq.models.outer import OuterModel, Stop
 from rotq.models.registry import GenericAdapter, adapter_for, with_transposed
 from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked
-from rotq.models.ties import stored_under, ties_of
+from rotq.models.ties import ties_of
 
 _KEPT_SHAPES = 4
 """Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""
@@ -115,32 +114,6 @@ class Skeleton:
     def block_name(self, index: int) -> str:
         """Full module name, for example ``model.layers.3``."""
         return f"{self.adapter.blocks}.{index}"
-
-    def wanted(self, present: Collection[str]) -> dict[str, Tensor]:
-        """What the model must be given, by the names under which a checkpoint has it, on meta.
-
-        Args:
-            present: Names that the checkpoint has. Of tied tensors one is wanted, and of buffers
-                outside the blocks none.
-        """
-        buffers = {name for name, _ in self.model.named_buffers()}
-        wanted = {}
-        for name, like in self.model.state_dict().items():
-            inside = name.startswith(f"{self.adapter.blocks}.")
-            if inside or name in present or (name not in buffers and name not in self.ties):
-                wanted[stored_under(name, present, self.ties)] = like
-        return wanted
-
-    def with_tied(self, makings: dict[str, Making]) -> dict[str, Making]:
-        """Tied tensors inside the blocks too, which are loaded one block at a time."""
-        prefix = f"{self.adapter.blocks}."
-        names = {name: stored_under(name, makings, self.ties) for name in self.ties}
-        tied = {
-            name: makings[stored]
-            for name, stored in names.items()
-            if name.startswith(prefix) and stored in makings
-        }
-        return makings | tied
 
     def load_block(
         self, index: int, source: TensorSource, *, device: torch.device | str, dtype: torch.dtype

@@ -69,6 +69,7 @@ def survey(outer: OuterModel, config: Any) -> Survey:
     watched = _Watch(outer, config)
     try:
         with torch.no_grad():
+            # what differs between two runs is made of more than the positions
             first = watched.run(seed=1)
             second = watched.run(seed=2)
     except RotqError as error:
@@ -88,7 +89,7 @@ def survey(outer: OuterModel, config: Any) -> Survey:
     if made_of_tokens:
         raise RotqError(
             f"{name} cannot be quantized block by block: beside the hidden states its blocks are "
-            f"given {', '.join(sorted(made_of_tokens))}, made from the tokens"
+            f"given {', '.join(sorted(made_of_tokens))}, made from the tokens or from other weights"
         )
     found = Survey(
         rest=watched.rest,
@@ -169,9 +170,10 @@ class _Watch:
                 raise RotqError("its blocks hand on more than hidden states, by a shared container")
             self.linears[kind], self.kept[kind] = spied.linears(), spied.kept()
         returned = self._returned[kind]
-        answer: Any
+        rest: int | None = None
+        answer: Any = hidden_BTD
         if isinstance(returned, Tensor):
-            rest, answer = None, hidden_BTD
+            pass
         elif isinstance(returned, tuple | list) and isinstance(returned[0], Tensor):
             rest, answer = len(returned) - 1, (hidden_BTD, *returned[1:])
             self._behind |= {id(value) for value in _tensors(returned[1:])}

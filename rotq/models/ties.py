@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rotq.models.adapter import Adapter
+if TYPE_CHECKING:
+    from rotq.models.adapter import Adapter
 
 
 def ties_of(model: Any, adapter: Adapter) -> dict[str, str]:

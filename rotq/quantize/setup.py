@@ -172,13 +172,13 @@ def versions() -> dict[str, str]:
 
 
 def wanted_dtype(name: str, source: Source) -> torch.dtype:
-    """The dtype of that name; the checkpoint's for "auto".
+    """The dtype of that name; the checkpoint's for "auto", but fp32 for fp64.
 
     Raises:
         ValueError: the name is none of a dtype that jobs run in.
     """
     if name == "auto":
-        return source.dtype
+        return torch.float32 if source.dtype == torch.float64 else source.dtype
     dtypes = ("float32", "bfloat16", "float16")
     if name not in dtypes:
         raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")

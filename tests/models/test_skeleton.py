@@ -3,8 +3,10 @@
 import pytest
 import torch
 import transformers
+from tiny_families import LEFT_OUT
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
+from rotq.calibration.capture import run_block
 from rotq.errors import RotqError
 from rotq.models.skeleton import Skeleton
 
@@ -198,11 +200,32 @@ def test_families_without_an_adapter(config_class, changes):
     assert skeleton.adapter.family == "generic"
 
 
-def test_blocks_that_return_tuples_are_refused():
-    config = transformers.FalconConfig(**SMALL)
-    source = MemorySource(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(RotqError, match="FalconForCausalLM: its blocks do not return plain"):
-        Skeleton.open(source).block_kwargs(0, torch.zeros(2, 5, 48))
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        ("FalconConfig", {"head_dim": LEFT_OUT}),
+        ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 24}),
+        ("GPTNeoXConfig", {}),
+        ("BloomConfig", {}),
+    ],
+    ids=["tuples", "projected embedding", "renamed head", "alibi"],
+)
+def test_blocks_of_other_forms(config_class, changes):
+    given = {key: value for key, value in {**SMALL, **changes}.items() if value is not LEFT_OUT}
+    config = getattr(transformers, config_class)(**given)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    source = MemorySource(model)
+    skeleton = Skeleton.open(source)
+    ids_BT = random_ids(2, 9)
+    with torch.no_grad():
+        outer = skeleton.load_outer(source, dtype=torch.float32)
+        hidden_BTD = skeleton.embed(outer, ids_BT)
+        for index in range(skeleton.num_blocks):
+            block = skeleton.load_block(index, source, device="cpu", dtype=torch.float32)
+            kwargs = skeleton.block_kwargs(index, hidden_BTD)
+            hidden_BTD = run_block(block, hidden_BTD, kwargs)
+        assert torch.equal(skeleton.logits(outer, hidden_BTD), model(ids_BT).logits)
 
 
 @pytest.mark.parametrize(
@@ -221,3 +244,37 @@ def test_other_kinds_of_model_are_refused(config, message):
     source.config = config
     with pytest.raises(RotqError, match=message):
         Skeleton.open(source)
+
+
+ROPE = {
+    "dynamic": {"factor": 4.0},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0 + i for i in range(8)],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_embeddings_that_depend_on_the_length(kind):
+    """Of windows shorter and longer than the positions, in any order; the model is a fresh one."""
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, **ROPE[kind]}
+    model = tiny_model("llama")
+    model.config.rope_parameters = parameters
+    model.config.max_position_embeddings = 20
+    source = MemorySource(model)
+    skeleton = Skeleton.open(source)
+    for length in (5, 40, 7, 90, 20, 17):
+        fresh = transformers.AutoModelForCausalLM.from_config(
+            model.config, dtype=torch.float64, attn_implementation="sdpa"
+        ).eval()
+        fresh.load_state_dict(model.state_dict())
+        ids_BT = random_ids(2, length)
+        with torch.no_grad():
+            expected = fresh(ids_BT).logits
+        difference = (run_by_blocks(skeleton, source, ids_BT) - expected).abs().max()
+        assert difference < 1e-6, length

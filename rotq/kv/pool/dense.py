@@ -153,7 +153,7 @@ class DenseVisible(Whole):
         device = query_BMTD.device
         page_J = self.layout.page_table_BJ[b, : -(-end // PAGE_SIZE)].long().to(device)
         k_HND, v_HND = (
-            pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end].to(query_MTD.dtype)
+            pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end].to(query_BMTD.dtype)
             for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
         )
         position_T1 = first + torch.arange(query_BMTD.shape[2], device=device)[:, None]

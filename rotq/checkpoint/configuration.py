@@ -1,4 +1,4 @@
-"""The dtype of a checkpoint: what its configuration declares, else that of its tensors."""
+"""The configuration of a checkpoint, and the dtype that it declares or that its tensors have."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.safetensors import Entry
 from rotq.errors import RotqError
+from rotq.models.sizes import check_counts
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """As safetensors spells the dtypes that a dense model may have."""
@@ -21,6 +24,25 @@ NAMES = ("float64", "float32", "float16", "bfloat16")
 
 KEYS = ("dtype", "torch_dtype")
 """Where config.json has one; the first wins."""
+
+
+def load_config(
+    path: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PretrainedConfig:
+    """The transformers config of a folder, or of a .gguf file in it.
+
+    Raises:
+        RotqError: transformers does not know the model type, or cannot read the config.
+    """
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else unusable_dtype(path)
+    if (path / "config.json").is_file():
+        check_counts(read_json(path / "config.json"), path / "config.json")
+    with library_errors(path / (gguf_file or "config.json")):
+        return AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
 
 
 def checkpoint_dtype(config: Any, entries: Iterable[Entry], path: Path) -> torch.dtype:
@@ -42,13 +64,17 @@ def checkpoint_dtype(config: Any, entries: Iterable[Entry], path: Path) -> torch
     for part in (config, config.get_text_config()):
         if part.dtype is not None:
             return getattr(torch, part.dtype) if isinstance(part.dtype, str) else part.dtype
-    declared = _declared(path)
-    if declared not in (None, "auto"):
+    if declares_dtype(path):
         raise RotqError(
-            f"{path / 'config.json'}: dtype {declared!r} is no dtype of a dense model; "
+            f"{path / 'config.json'}: dtype {_declared(path)!r} is no dtype of a dense model; "
             "pass --dtype, or correct it"
         )
     return _stored_dtype(entries)
+
+
+def declares_dtype(path: Path) -> bool:
+    """Whether config.json has a dtype of the whole model, right or wrong."""
+    return _declared(path) not in (None, "auto")
 
 
 def unusable_dtype(path: Path) -> dict[str, None]:
