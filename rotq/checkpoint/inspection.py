@@ -99,13 +99,18 @@ def verify_files(inspection: Inspection) -> int:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of a checkpoint that its provenance names."""
+    """The file of a checkpoint that its provenance names; it may be missing."""
+    file = folder / name
     try:
-        if (folder / name).resolve().is_relative_to(folder.resolve()):
-            return folder / name
+        file.is_file()  # raises where the name cannot be that of a file
+        inside = file.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError) as error:
-        raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}: {error}") from None
-    raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}, which is outside of the folder")
+        why = getattr(error, "strerror", None) or error
+        raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}: {why}") from None
+    if not inside:
+        what = f"{shown(name)}, which is outside of the folder"
+        raise RotqError(f"{folder / PROVENANCE} lists {what}")
+    return file
 
 
 def _read_report(file: Path) -> JobReport | None:

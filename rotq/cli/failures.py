@@ -53,8 +53,9 @@ def _line(error: BaseException) -> str:
     if isinstance(error, RotqError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror}"
+        name = "" if error.filename is None else str(error.filename)
+        place = name if len(name) <= 300 else f"{name[:300]}..."
+        return f"{place}: {error.strerror}" if place else error.strerror
     if _is_out_of_memory(error):
         return f"not enough memory: {reason(error)}"
     if _wants_triton(error):

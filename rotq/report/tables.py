@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rotq.report.columns import facts, make_table, render
+from rotq.report.columns import facts, make_table, printable, render
 from rotq.report.lines import (
     duration,
     flatness_line,
@@ -153,7 +153,7 @@ def layer_tables(layers: Sequence[LayerResult]) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "".join(f"note: {note}\n" for note in notes)
+    return "".join(f"note: {printable(str(note))}\n" for note in notes)
 
 
 def _pattern(name: str) -> str:

@@ -54,3 +54,39 @@ def test_groups_that_rotq_cannot_run(change: dict[str, dict[str, object]], messa
         group[key] = {**(group[key] or {}), **value}
     with pytest.raises(RotqError, match=message):
         read_scheme(config)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["re:("], "unterminated"),
+        (["re:a{99999999999}"], "too large"),
+        ([1], "is not a list of names"),
+        ("Linear", "is not a list of names"),
+        (None, "is not a list of names"),
+    ],
+)
+@pytest.mark.parametrize("place", ["targets", "ignore", "online"])
+def test_targets_that_no_layer_can_be_compared_with(
+    place: str, targets: object, message: str
+) -> None:
+    config = quantization_config({"a": W4}, [], "rotq")
+    if place == "targets":
+        config["config_groups"]["group_0"]["targets"] = targets
+    elif targets is not None:
+        config[place] = targets if place == "ignore" else {"hadamard": targets}
+    else:
+        return
+    with pytest.raises(RotqError, match=message) as caught:
+        read_scheme(config)
+    assert place in str(caught.value)
+
+
+def test_a_pattern_that_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotq.patterns.LIMIT_SECONDS", 1.0)
+    config = quantization_config({"a": W4}, [], "rotq")
+    config["config_groups"]["group_0"]["targets"] = ["re:(.|[a-z])*!$"]
+    with pytest.raises(RotqError, match=r"target of quantization_config: .*a-z.* takes more than"):
+        read_scheme(config).check_patterns(LAYERS)
+    sound = read_scheme(quantization_config({"a": W4}, ["re:.*up_proj"], "rotq"))
+    sound.check_patterns(LAYERS)

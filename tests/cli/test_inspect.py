@@ -192,3 +192,69 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 1
     assert "holds no config.json" in result.stderr
+
+
+def changed(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"recipe": {}},
+        {"recipe": "w4"},
+        {"original_bytes": 0},
+        {"data": []},
+        {"versions": None},
+        {"evaluation": [1]},
+        {"bits_per_weight": "few"},
+    ],
+)
+def test_a_report_that_cannot_be_shown_is_a_line(
+    checkpoint: Path, values: dict[str, object]
+) -> None:
+    changed(checkpoint / REPORT, **values)
+    result = run(checkpoint)
+    assert result.exit_code == 1
+    assert f"{checkpoint}: its files are not as rotq writes them: " in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_flatness_that_cannot_be_drawn_is_a_line(checkpoint: Path, tmp_path: Path) -> None:
+    with_flatness(checkpoint)
+    changed(checkpoint / REPORT, flatness={"a": "b"})
+    result = run(checkpoint, "--plots", tmp_path / "plots")
+    assert result.exit_code == 1
+    assert "the flatness in its report cannot be drawn" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json"], "lists no files to verify"),
+        ({}, "lists no files to verify"),
+        ({"../../etc": "0"}, "lists '../../etc', which is outside of the folder"),
+        ({"/etc/passwd": "0"}, "lists '/etc/passwd', which is outside of the folder"),
+        ({"a\0b": "0"}, "embedded null byte"),
+        ({"x" * 5000: "0"}, "File name too long"),
+    ],
+)
+def test_provenance_names_files_of_its_folder(
+    checkpoint: Path, files: object, message: str
+) -> None:
+    (checkpoint / PROVENANCE).write_text(json.dumps({"files": files}))
+    result = run(checkpoint, "--verify")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr) < 500
+
+
+def test_foreign_names_are_no_markup_and_command_no_terminal(checkpoint: Path) -> None:
+    notes = ["[/red] and [bold]", "\x1b[2J gone", ":smile:"]
+    changed(checkpoint / REPORT, notes=notes, model="[/model]")
+    result = run(checkpoint)
+    assert result.exit_code == 0, result.stderr
+    assert "[/model], sha256" in result.stdout
+    assert "note: [/red] and [bold]" in result.stdout
+    assert "note: \\x1b[2J gone" in result.stdout
+    assert "\x1b" not in result.stdout

@@ -8,6 +8,11 @@ from click.testing import CliRunner, Result
 from rotq.cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [*map(str, arguments)], prog_name="rotq")
 

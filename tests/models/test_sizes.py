@@ -1,8 +1,12 @@
 """Sizes as the configurations of different families spell them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
-from rotq.models.sizes import head_dim, mlp_widths, num_value_heads
+import pytest
+
+from rotq.errors import RotqError
+from rotq.models.sizes import check_counts, head_dim, mlp_widths, num_value_heads
 
 
 def config(**more):
@@ -26,3 +30,22 @@ def test_widths_are_those_of_all_mlps():
     # GPT-2
     assert mlp_widths(config(n_inner=None)) == {192}
     assert mlp_widths(config(n_inner=100)) == {100}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": 10**9},
+        {"n_layer": 20_000},
+        {"text_config": {"num_local_experts": 10**6}},
+        {"num_hidden_layers": float("inf")},
+    ],
+)
+def test_more_modules_than_any_model_has_are_refused(values):
+    with pytest.raises(RotqError, match=r"^config\.json: \w+ \S+ is more than the 10000"):
+        check_counts(values, Path("config.json"))
+
+
+def test_what_is_no_count_is_left_alone():
+    values = {"vocab_size": 10**6, "layer_types": ["full"] * 20_000, "num_hidden_layers": 126}
+    check_counts({**values, "layer_norm_eps": 1e-5, "experts": None}, Path("config.json"))
