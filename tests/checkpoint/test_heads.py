@@ -74,7 +74,7 @@ def test_new_heads_are_dense_and_the_rest_is_as_it_was(
 def test_online_rotations_and_rounding_without_a_head(tmp_path: Path, family: str) -> None:
     grid = ActivationGrid(bits=8, symmetric=True)
     heads = OnlineHeads(rotated=True, grid=grid)
-    written = quantized(tmp_path, family, "rotq", online="hadamard", inputs=grid, heads=heads)
+    written = quantized(tmp_path, family, "rotq", rotated=True, inputs=grid, heads=heads)
     model = AutoModel.from_pretrained(written.path).eval()
     assert torch.equal(hidden(model), hidden(written.dense))
 

@@ -79,13 +79,13 @@ def test_names_are_matched_with_the_base_models_prefix_and_without(
 ) -> None:
     layers = dict.fromkeys(LAYERS if whole else LAYERS[1:3], W4)
     others = [name for name in LAYERS if name not in layers]
-    online = {name: "hadamard" for name in layers if "down" in name and format == "rotq"}
-    config = quantization_config(layers, [*others, "lm_head"], format, online, prefix="model")
+    rotated = [name for name in layers if "down" in name and format == "rotq"]
+    config = quantization_config(layers, [*others, "lm_head"], format, rotated, prefix="model")
     scheme = read_scheme(json.loads(json.dumps(config)))
     for name in layers:
         for other in (name, name.removeprefix("model.")):
             assert scheme.grid(other) == W4
-            assert scheme.rotation(other) == online.get(name)
+            assert scheme.is_rotated(other) == (name in rotated)
             compressed = QuantizationConfig.model_validate(config).config_groups["group_0"]
             assert any(match_name(other, target) for target in compressed.targets)
     for name in (*others, "lm_head", "score", "pooler.dense", "tower.layers.0.mlp.up_proj"):
