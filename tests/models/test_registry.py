@@ -1,5 +1,7 @@
 """Adapters: found by architecture, true to the modules they name, and honest about the rest."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from rotq.models.adapter import Adapter
 from rotq.models.experts import calibrating, unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
+from rotq.models.skeleton import Skeleton
 
 FAMILIES = {
     "llama": "Llama",
@@ -111,7 +114,9 @@ def test_generic_adapter_finds_blocks_embedding_and_head():
     assert not adapter.residual_rotation
     assert not adapter.value_rotation
     assert not adapter.down_rotation
-    sites = adapter.sites(model.gpt_neox.layers[0])
+    # what can be packed is found by running the blocks
+    skeleton = Skeleton.open(SimpleNamespace(config=config, names=list, load=None))
+    sites = skeleton.adapter.sites(skeleton.blocks[0])
     assert [site.linears for site in sites] == [
         ("attention.query_key_value",),
         ("attention.dense",),

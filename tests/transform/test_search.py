@@ -92,7 +92,7 @@ def test_a_training_that_was_stopped_ends_the_same(learned, tmp_path, monkeypatc
     _, _, basis = learned
     with pytest.raises(KeyboardInterrupt):
         find(make_job(tmp_path / "job", LEARNED, Interrupted()))
-    assert (tmp_path / "job" / "transform-model.safetensors").exists()
+    assert list((tmp_path / "job").glob("transform-model-*.safetensors"))
     again = make_job(tmp_path / "job", LEARNED)
     _, found = find(again)
     assert found.checksum() == basis.checksum()
@@ -143,14 +143,14 @@ def test_a_whole_job(tmp_path: Path):
     assert report["rotation"]["largest_relative_difference"] < 1e-9
     # the job itself has compared logits with a fresh process that loaded the checkpoint
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["online"] == {"hadamard": [r"re:model\.layers\.\d+\.mlp\.down_proj$"]}
+    assert config["online"] == {"hadamard": [r"re:(model\.)?layers\.\d+\.mlp\.down_proj$"]}
     assert config["version"] == 2
 
 
 def test_recipe_bounds():
     with pytest.raises(ValueError, match=r"transform\.balance: .* is not among the scalings"):
         load_recipe(None, {"transform.balance": ["up"]})
-    with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 or more"):
+    with pytest.raises(ValueError, match=r"transform\.steps: -1 is not 0 to 10\^9"):
         load_recipe(None, {"transform.steps": -1})
     with pytest.raises(ValueError, match=r"transform\.method: 'best' is not one of"):
         load_recipe(None, {"transform.method": "best"})
