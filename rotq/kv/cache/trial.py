@@ -46,8 +46,8 @@ def try_out(decoder: Any, run: Callable[[Tensor, Tensor], object]) -> None:
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         raise RotqError(
-            f"{decoder.config.model_type}: no packed cache for this model, a pass with one fails "
-            f"({line})"
+            f"{decoder.config.model_type}: no cache of rotq's for this model, a pass with one "
+            f"fails ({line})"
         ) from error
     finally:
         _set_training(training, True)

@@ -80,7 +80,7 @@ def test_what_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr(Extras, "attend", failing)
-    with pytest.raises(RotqError, match=r"llama: the model cannot be served: .*: two lines"):
+    with pytest.raises(RotqError, match=r"llama: no cache .* a pass with one fails .*: two lines"):
         build_engine(served_model(), None, LIMITS)
 
 
