@@ -22,15 +22,15 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     """Answers once it has the body, and takes longer than a head may."""
     while (await receive()).get("more_body"):
         pass
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(1.5)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"done"})
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.6)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 2.0)
     options: dict[str, Any] = {"api_key": None, "hosts": (), "max_body": 1000, "seconds": 20}
     app = Guard(application, **options, count=lambda *_: None, on_error=lambda _: None)
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=Connection)
@@ -60,14 +60,14 @@ def test_who_says_nothing_is_cut_off(port: int) -> None:
     for parts in ((), (b"GET /hea",), (b"G", b"E", b"T", b" ", b"/", b"x")):
         found, seconds = told(port, *parts, pause=0.05)
         assert found == b""
-        assert 0.25 < seconds < 3
+        assert 0.9 < seconds < 8
 
 
 def test_a_body_that_does_not_come_is_an_error(port: int) -> None:
     found, seconds = told(port, POST)
     assert found.startswith(b"HTTP/1.1 408")
     assert b"the body did not come in time" in found
-    assert seconds > 0.5
+    assert seconds > 1.8
 
 
 def test_what_comes_slowly_is_answered(port: int) -> None:
@@ -86,8 +86,8 @@ def test_a_second_request_has_its_own_time(port: int) -> None:
             found = b""
             while b"done" not in found:
                 found += client.recv(1000)
-            time.sleep(0.6)
+            time.sleep(1.5)
         client.sendall(ASK[:9])
         began = time.monotonic()
         assert client.recv(1000) == b""
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
