@@ -174,7 +174,9 @@ def test_what_fails_otherwise_is_refused_with_its_reason(monkeypatch: pytest.Mon
         raise IndexError("no such\nthing")
 
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", fail)
-    with pytest.raises(RotqError, match=r"llama: no cache of rotq.s .* \(IndexError: no such thing\)"):
+    with pytest.raises(
+        RotqError, match=r"llama: no cache of rotq.s .* \(IndexError: no such thing\)"
+    ):
         PackedCache(model, oblivious(model))
     monkeypatch.undo()
     stepwise(model, PackedCache(model, oblivious(model)), random_ids(1, 12))
