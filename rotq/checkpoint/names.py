@@ -21,7 +21,6 @@ PACKED = (
     "weight_shape",
     "weight_zero_point",
     "input_signs",
-    "input_angles",
 )
 """Last parts of the names that stand for a layer's ``weight``."""
 

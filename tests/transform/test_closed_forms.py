@@ -1,4 +1,4 @@
-"""What needs no training through the model: closed-form scales and R1, OptRot, the layer proxy."""
+"""What needs no training through the model: closed-form scales and R1, OptRot."""
 
 import pytest
 import torch
