@@ -23,7 +23,8 @@ from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
 from rotq.models.limits import limits_of
-from rotq.models.registry import GenericAdapter, find_adapter
+from rotq.models.generic import GenericAdapter
+from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Recipe
 from rotq.report import Progress

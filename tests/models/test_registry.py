@@ -12,7 +12,8 @@ from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.experts import calibrating, unfuse_experts
 from rotq.models.families.gpt2 import linearize
-from rotq.models.registry import ADAPTERS, adapter_for, find_adapter, generic_adapter
+from rotq.models.generic import generic_adapter
+from rotq.models.registry import ADAPTERS, adapter_for, find_adapter
 from rotq.models.skeleton import Skeleton
 
 FAMILIES = {
