@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -118,6 +118,14 @@ def generic_adapter(model: nn.Module) -> Adapter:
         value_rotation=False,
         down_rotation=False,
     )
+
+
+def located(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with the model's own paths, where it is one that leaves them to be found."""
+    if not isinstance(adapter, StreamAdapter):
+        return adapter
+    found = generic_adapter(model)
+    return replace(adapter, embedding=found.embedding, blocks=found.blocks, head=found.head)
 
 
 def _path(model: nn.Module, wanted: nn.Module | None) -> str:

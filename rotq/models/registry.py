@@ -12,21 +12,106 @@ from torch import nn
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.families import (
+    apertus,
+    arcee,
     bert,
+    biogpt,
+    cohere,
+    deepseek,
     esm,
     esmc,
+    exaone4,
+    gemma,
+    gemma2,
     gemma3,
+    glm,
+    glm4,
+    glm4_moe,
     gpt2,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granitemoe,
+    granitemoehybrid,
+    hunyuan,
+    jamba,
+    lfm2,
     llama,
+    mamba,
+    minimax_m2,
     mixtral,
+    nemotron,
+    nemotron_h,
+    olmo,
+    olmo2,
+    olmoe,
+    opt,
+    persimmon,
+    phi,
+    phi3,
+    phimoe,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    stablelm,
+    starcoder2,
+    vaultgemma,
 )
-from rotq.models.generic import generic_adapter
+from rotq.models.generic import generic_adapter, located
 from rotq.models.task import architectures
 
-_FAMILIES = (llama, qwen2, qwen3, gemma3, mixtral, qwen3_moe, gpt2, esm, esmc, bert)
+_FAMILIES: tuple[Any, ...] = (
+    apertus,
+    arcee,
+    bert,
+    biogpt,
+    cohere,
+    deepseek,
+    esm,
+    esmc,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    glm4,
+    glm4_moe,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    granitemoe,
+    granitemoehybrid,
+    hunyuan,
+    jamba,
+    lfm2,
+    llama,
+    mamba,
+    minimax_m2,
+    mixtral,
+    nemotron,
+    nemotron_h,
+    olmo,
+    olmo2,
+    olmoe,
+    opt,
+    persimmon,
+    phi,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    stablelm,
+    starcoder2,
+    vaultgemma,
+)
 
 ADAPTERS: dict[str, Adapter] = {
     architecture: module.ADAPTER
@@ -61,7 +146,7 @@ def find_adapter(config: Any) -> Adapter:
 def adapter_for(model: nn.Module) -> Adapter:
     """The family's adapter, or the generic one, which allows no rotation."""
     if any(name in ADAPTERS for name in architectures(model.config)):
-        return find_adapter(model.config)
+        return located(find_adapter(model.config), model)
     return generic_adapter(model)
 
 

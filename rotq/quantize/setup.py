@@ -16,6 +16,7 @@ from rotq.checkpoint.gguf import find_gguf
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.source import Source, describe_source, open_source
 from rotq.devices import usable_device
+from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
@@ -29,6 +30,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
+from rotq.transform.search import check_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,12 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
         find_adapter(skeleton.config)
+    if rounded and not skeleton.adapter.attention:
+        raise RotqError(
+            f"kv_cache.bits={recipe.kv_cache.bits} is not possible for {skeleton.adapter.family} "
+            "models: their attention is not known; set kv_cache.bits=16"
+        )
+    check_transform(recipe.transform, skeleton)
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     if basis.attention is not None or rounded:
         use_online_attention(skeleton.model)
