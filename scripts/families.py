@@ -46,7 +46,9 @@ def main() -> None:
         found[family] = in_a_fork(family)
         arguments.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         print(f"{family:28} {_summary(found[family])}", flush=True)
-    outcomes = (f"{name}: {trial['outcome']}" for all in found.values() for name, trial in all.items())
+    outcomes = (
+        f"{name}: {trial['outcome']}" for all in found.values() for name, trial in all.items()
+    )
     for outcome, number in sorted(Counter(outcomes).items()):
         print(f"{number:5} {outcome}")
 

@@ -19,7 +19,7 @@ SOURCE, CHECKPOINT, REPLACED = "source", "checkpoint", "replaced"
 
 _FILES = re.compile(
     rf"{LOCK}|{re.escape(RECORD)}|{ASIDE}"
-    r"|((tuned-)?(outer|block-\d{5,})|transform(-[a-z]+-\d{5,})?)\.safetensors"
+    r"|((tuned-)?(outer|block-\d{5,})|kept|transform(-[a-z]+-\d{5,})?)\.safetensors"
     r"|(hidden|attention)-(quantized|original)"
 )
 _FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")

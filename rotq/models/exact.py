@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 class InDouble(TorchFunctionMode):
     """Inside the context fp64 is taken wherever fp32 is asked for by name.
 
-    That is by ``float()``, ``to(torch.float32)`` and arguments ``dtype=torch.float32``, also where a
-    tensor is made. Tensors that are there already, as rotary frequencies, keep their values.
+    That is by ``float()``, ``to(torch.float32)`` and arguments ``dtype=torch.float32``, also where
+    a tensor is made. Tensors that are there already, as rotary frequencies, keep their values.
     """
 
     def __torch_function__(

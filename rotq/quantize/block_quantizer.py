@@ -24,6 +24,7 @@ from rotq.job.context import Job
 from rotq.job.folder import block_part
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
+from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.token_weights import effective_share, token_weights
 from rotq.report import LayerResult, peak_rss
@@ -45,6 +46,8 @@ class QuantizedBlock:
     layers: tuple[LayerResult, ...]
     effective_share: float
     """Effective sample size over tokens; 1 without importance."""
+    routed: Mapping[str, list[int]]
+    """Calibration tokens that were routed to each expert, by path of the mixture."""
 
 
 class BlockQuantizer:
@@ -67,6 +70,7 @@ class BlockQuantizer:
         weights = None if streams is None else token_weights(job, index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
+        routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
         for stage in stages:
             moments: dict[str, Moments] = {}
@@ -75,6 +79,7 @@ class BlockQuantizer:
                 moments = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
+                routed |= routed_tokens(working)
             for site in stage:
                 solutions, results = self._round(index, site, (original, working), moments)
                 quantized |= solutions
@@ -88,6 +93,7 @@ class BlockQuantizer:
             quantized=quantized,
             layers=tuple(layers),
             effective_share=effective_share(weights),
+            routed=routed,
         )
 
     def _round(
@@ -190,6 +196,7 @@ def save_block(
         {
             "layers": [asdict(layer) for layer in quantized.layers],
             "effective_share": quantized.effective_share,
+            "routed": dict(quantized.routed),
             "flatness": {site: asdict(change) for site, change in flatness.items()},
             "seconds": seconds,
             "peak_rss": peak_rss(),

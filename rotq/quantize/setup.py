@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
-from rotq.models.limits import limits_of
 from rotq.models.generic import GenericAdapter
+from rotq.models.limits import limits_of
 from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.kept import find_kept
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
@@ -80,11 +81,13 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
+    plan = make_plan(skeleton, recipe, wanted)
+    kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=make_plan(skeleton, recipe, wanted),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes())),
         windows=windows,
         device=usable,
         dtype=wanted,

@@ -1,6 +1,7 @@
 """GPT-NeoX and Pythia: LayerNorms, biases, branches side by side or in turn, each with its norm.
 
-q, k and v are rows of one layer, head by head, so that values are not its last rows: R2 is left out.
+q, k and v are rows of one layer, head by head, so that values are not its last rows: R2 is left
+out.
 """
 
 from rotq.models.adapter import Adapter

@@ -13,7 +13,5 @@ ADAPTER = StreamAdapter(
         "input_layernorm": r"self_attn\.[qkv]_proj|mamba\.in_proj",
         "pre_ff_layernorm": r"feed_forward\.((experts\.\d+\.)?(gate|up)_proj|router)",
     },
-    stream_writers=(
-        r"self_attn\.o_proj|mamba\.out_proj|feed_forward\.(experts\.\d+\.)?down_proj"
-    ),
+    stream_writers=(r"self_attn\.o_proj|mamba\.out_proj|feed_forward\.(experts\.\d+\.)?down_proj"),
 )

@@ -12,7 +12,5 @@ ADAPTER = StreamAdapter(
             r"|(experts\.\d+|shared_experts)\.(gate|up)_proj)"
         )
     },
-    stream_writers=(
-        r"mixer\.(out_proj|o_proj|down_proj|(experts\.\d+|shared_experts)\.down_proj)"
-    ),
+    stream_writers=(r"mixer\.(out_proj|o_proj|down_proj|(experts\.\d+|shared_experts)\.down_proj)"),
 )

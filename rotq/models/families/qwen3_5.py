@@ -1,8 +1,8 @@
 """Qwen3-Next and Qwen3.5: gated delta-net layers among those with attention; gains are 1 + w.
 
 Of a linear-attention layer the projections are rotated and quantized. What lies between them, the
-short convolution, decay and state, is left alone: it follows the projections' outputs, which R1 does
-not touch. Attention's output gate is rows of q_proj.
+short convolution, decay and state, is left alone: it follows the projections' outputs, which R1
+does not touch. Attention's output gate is rows of q_proj.
 """
 
 from rotq.models.generic import StreamAdapter
