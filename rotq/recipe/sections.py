@@ -179,8 +179,12 @@ class Importance:
         "activation_norm",
         "activation_difference",
         "token_similarity",
+        "gradient",
     ] = "none"
-    """What a token's score is."""
+    """What a token's score is; ``gradient`` (GuidedQuant, arXiv 2505.07004) is its weight itself,
+    layer by layer, and looks at none of scaling, floor, power and first_n."""
+    groups: Literal[1, 2, 4] = 1
+    """Groups of a layer's output rows with weights of their own; only ``gradient`` tells them."""
     scaling: Literal["minmax", "quantile", "sink"] = "quantile"
     """How scores become weights: min-max, 1 %-99 % min-max, or min-max with sinks left out."""
     floor: float = 0.1
@@ -193,6 +197,8 @@ class Importance:
     def __post_init__(self) -> None:
         check("floor", self.floor, 0 < self.floor <= 1, "above 0, at most 1")
         check("first_n", self.first_n, 0 < self.first_n <= 1, "above 0, at most 1")
+        if self.groups != 1 and self.strategy != "gradient":
+            raise ValueError("groups: only strategy gradient weighs groups of rows apart")
 
 
 @dataclass(frozen=True, kw_only=True)

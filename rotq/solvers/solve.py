@@ -127,6 +127,16 @@ def _joined(parts: list[Quantized]) -> Quantized:
     )
 
 
+def join_rows(solutions: list[Solution]) -> Solution:
+    """Stack along N what was solved apart, on one grid; the damping is the largest."""
+    return Solution(
+        quantized=_joined([solution.quantized for solution in solutions]),
+        loss_N=torch.cat([solution.loss_N for solution in solutions]),
+        energy_N=torch.cat([solution.energy_N for solution in solutions]),
+        damping=max(solution.damping for solution in solutions),
+    )
+
+
 def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
     """Undo stacking along N: one solution per entry of ``sizes``."""
     quantized = solution.quantized
