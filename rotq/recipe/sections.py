@@ -10,6 +10,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+BOS = Literal["auto", "yes", "no"]
+"""What windows of text begin with, see ``Calibration``."""
+
 MOST_TOKENS = 2**30
 """Of all calibration windows; as int64 they take 8 GiB."""
 
@@ -150,6 +153,9 @@ class Calibration:
     """Tokens of each window; a model with fewer positions gets as many as it has."""
     batch_size: int = 4
     """Windows of one forward pass."""
+    bos: BOS = "auto"
+    """What a window of text begins with: the special tokens that the tokenizer puts before a text,
+    its BOS in any case, or nothing."""
     seed: int = 0
     """Seed of the windows' draw; the rotation has its own."""
     offload: bool = False

@@ -17,6 +17,8 @@ from rotq.recipe import Calibration
 class ByteTokenizer:
     """Token ids are the UTF-8 bytes; a special token is added unless it is refused."""
 
+    bos_token_id = 257
+
     def __call__(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
     ) -> dict[str, list[int]]:
@@ -24,7 +26,7 @@ class ByteTokenizer:
 
 
 def windows_of(path: Path, **changes: Any) -> Any:
-    settings = {"num_samples": 5, "seq_len": 7, "seed": 3, **changes}
+    settings = {"num_samples": 5, "seq_len": 7, "seed": 3, "bos": "no", **changes}
     return load_windows(Calibration(source=str(path), **settings), ByteTokenizer(), Limits())
 
 
@@ -44,6 +46,21 @@ def test_windows_are_the_drawn_slices_of_the_text(text_file: Path) -> None:
     assert windows.ids_BT.dtype == torch.int64
     assert windows.tokens == 200
     assert windows.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(("bos", "first"), [("auto", 256), ("yes", 257)])
+def test_windows_begin_with_a_special_token_and_are_no_longer(
+    text_file: Path, bos: str, first: int
+) -> None:
+    ids_BT = windows_of(text_file, bos=bos).ids_BT
+    assert ids_BT.shape == (5, 7)
+    assert (ids_BT[:, 0] == first).all()
+    assert torch.equal(ids_BT[:, 1:], windows_of(text_file, seq_len=6).ids_BT)
+
+
+def test_a_window_has_room_for_more_than_its_beginning(text_file: Path) -> None:
+    with pytest.raises(RotqError, match="seq_len"):
+        windows_of(text_file, bos="yes", seq_len=1)
 
 
 def test_seed_decides_the_draw(text_file: Path) -> None:
