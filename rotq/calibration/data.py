@@ -32,7 +32,7 @@ from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.texts import Text, read_text
 from rotq.calibration.tokens import beginning, encode, panics_unprinted
-from rotq.errors import RotqError
+from rotq.errors import RotqError, told
 from rotq.recipe import Calibration
 
 
@@ -191,8 +191,11 @@ def _keeps_special(text: Text, tokenizer: Any) -> bool:
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
     """Token ids of the whole text, int64 (N,); special tokens only around FASTA sequences.
 
+    Chats are written as the tokenizer's own template has them, special tokens included.
+
     Raises:
-        RotqError: the tokenizer finds no token in it, or fails on it; names the text.
+        RotqError: the tokenizer finds no token in it, or fails on it, or has no template for its
+            chats; names the text.
     """
     if _keeps_special(text, tokenizer):
         codec = ResidueCodec(tokenizer)
@@ -200,9 +203,25 @@ def tokenize(text: Text, tokenizer: Any) -> Tensor:
     else:
         try:
             with panics_unprinted():
-                ids = encode(tokenizer, text.content)
+                ids = encode(tokenizer, _written(text, tokenizer))
         except RotqError as error:
             raise RotqError(f"text {text.source}: {error}") from error.__cause__
     if not ids:
         raise RotqError(f"text {text.source} holds no tokens")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _written(text: Text, tokenizer: Any) -> str:
+    """The text, with every chat in it as the model's template writes it."""
+    if not text.parts:
+        return text.content
+    if not getattr(tokenizer, "chat_template", None):
+        raise RotqError("it holds messages, and the tokenizer has no chat template to write them")
+    with told("the chat template fails"):
+        parts = [
+            part
+            if isinstance(part, str)
+            else tokenizer.apply_chat_template(list(part), tokenize=False)
+            for part in text.parts
+        ]
+    return "\n".join(parts)

@@ -9,7 +9,7 @@ import torch
 
 from rotq.calibration.data import load_windows, tokenize
 from rotq.calibration.limits import Limits
-from rotq.calibration.texts import read_text
+from rotq.calibration.texts import Text, read_text
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
 
@@ -100,3 +100,43 @@ def test_fast_tokenizers_give_the_tokens_of_a_plain_call(text_file: Path) -> Non
     plain = tokenizer(text.content, add_special_tokens=False)["input_ids"]
     assert tokenizer.is_fast
     assert tokenize(text, tokenizer).tolist() == plain
+
+
+class ChatTokenizer(ByteTokenizer):
+    """With a template, which writes a role's first letter before what it says."""
+
+    chat_template = "roles"
+
+    def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Text:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}'
+        '\n{"text": "plain"}\n'
+    )
+    return read_text(str(file))
+
+
+def test_chats_are_written_by_the_models_own_template(chats: Text) -> None:
+    assert bytes(tokenize(chats, ChatTokenizer()).tolist()) == b"u:hi;a:yo;\nplain"
+
+
+def test_chats_without_a_template_are_refused(chats: Text) -> None:
+    with pytest.raises(
+        RotqError, match=r"chats\.jsonl: it holds messages, and the tokenizer has no"
+    ):
+        tokenize(chats, ByteTokenizer())
+
+
+def test_a_template_that_fails_is_one_line(chats: Text) -> None:
+    class Broken(ChatTokenizer):
+        def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+            raise TypeError("roles must alternate")
+
+    with pytest.raises(RotqError, match=r"the chat template fails: .*roles must alternate"):
+        tokenize(chats, Broken())
