@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.loading import load, say, show
-from rotq.cli.options import Command, FilePath, Seed, Words, model_options, output_options
+from rotq.cli.options import (
+    Command,
+    FilePath,
+    Seed,
+    Words,
+    bos_option,
+    model_options,
+    output_options,
+)
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
+from rotq.recipe.sections import BOS
 
 if TYPE_CHECKING:
     from rotq.calibration.data import Windows
@@ -38,6 +47,7 @@ def calibration_options(command: Command) -> Command:
 
     wrapped: Command = run
     for option in (
+        bos_option("auto"),
         click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the draw."),
         click.option(
             "--calibration-seq-len",
@@ -119,6 +129,7 @@ def calibrate_all(
     num_samples: int,
     calibration_seq_len: int,
     seed: int,
+    bos: BOS,
 ) -> list[KVCalibration]:
     """Fit schemes to one draw of calibration windows.
 
@@ -132,7 +143,11 @@ def calibrate_all(
 
     drawn: Windows = load_windows(
         Calibration(
-            source=calibration, num_samples=num_samples, seq_len=calibration_seq_len, seed=seed
+            source=calibration,
+            num_samples=num_samples,
+            seq_len=calibration_seq_len,
+            seed=seed,
+            bos=bos,
         ),
         tokenizer,
         limits_of(model),

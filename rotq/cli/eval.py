@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import click
 
 from rotq.cli.groups import Group
 from rotq.cli.loading import check_causal, check_device_map, say, show
-from rotq.cli.options import FilePath, Words, model_options, output_options
+from rotq.cli.options import FilePath, Words, bos_option, model_options, output_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,7 @@ def eval_group() -> None:
     show_default=True,
     help="Tokens between window starts, each token scored once; 0: windows do not overlap.",
 )
+@bos_option("auto")
 @click.option("--reference", type=FilePath(), help="Original model, for KL and top-1.")
 @click.option(
     "--device-map",
@@ -70,6 +72,7 @@ def ppl(
     windows: int,
     seq_len: int,
     stride: int,
+    bos: str,
     reference: Path | None,
     device_map: str | None,
     dtype: str,
@@ -91,6 +94,7 @@ def ppl(
         checkpoint,
         text,
         Protocol(windows=windows, seq_len=seq_len, stride=stride),
+        bos=bos,
         reference=reference,
         device_map=device_map,
         dtype=dtype,
@@ -105,7 +109,7 @@ def ppl(
 
 
 def scored_tokens(
-    paths: Sequence[Path], text: str, protocol: Protocol, *, trust_remote_code: bool
+    paths: Sequence[Path], text: str, protocol: Protocol, *, bos: str, trust_remote_code: bool
 ) -> tuple[Tensor, Protocol]:
     """Token ids of a text for the first of some models, and the protocol within the limits of all.
 
@@ -113,7 +117,7 @@ def scored_tokens(
         RotqError: a model predicts no next token, the tokenizer or the text cannot be read, the
             text is short, or it holds a token that a model does not know.
     """
-    from rotq.calibration.data import tokenize
+    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import read_text
     from rotq.checkpoint.limits import read_limits
@@ -125,8 +129,10 @@ def scored_tokens(
         if path.exists():  # else its loader says so
             limits = limits.within(read_limits(path, trust_remote_code=trust_remote_code))
     content = read_text(text, split="test")
-    ids_N = tokenize(content, load_tokenizer(paths[0], trust_remote_code=trust_remote_code))
-    return ids_N, checked_protocol(protocol, limits, content, ids_N)
+    tokenizer = load_tokenizer(paths[0], trust_remote_code=trust_remote_code)
+    ids_N = tokenize(content, tokenizer)
+    begun = replace(protocol, first=first_tokens(content, tokenizer, bos))
+    return ids_N, checked_protocol(begun, limits, content, ids_N)
 
 
 def measure(
@@ -134,12 +140,16 @@ def measure(
     text: str,
     protocol: Protocol,
     *,
+    bos: str,
     reference: Path | None,
     device_map: str | None,
     dtype: str,
     trust_remote_code: bool,
 ) -> Evaluation:
     """Load a checkpoint and its reference, and score both on a text.
+
+    Args:
+        bos: What windows begin with: "auto", "yes" or "no".
 
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
@@ -149,7 +159,9 @@ def measure(
 
     paths = [path for path in (checkpoint, reference) if path is not None]
     # what is refused or cut is so before a model is loaded
-    ids_N, within = scored_tokens(paths, text, protocol, trust_remote_code=trust_remote_code)
+    ids_N, within = scored_tokens(
+        paths, text, protocol, bos=bos, trust_remote_code=trust_remote_code
+    )
     models = [
         load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         for path in paths

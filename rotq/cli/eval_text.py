@@ -22,6 +22,7 @@ class EvalText:
     model: Path
     text: str
     windows: int
+    bos: str
     device: str
     dtype: str
     trust_remote_code: bool
@@ -38,6 +39,7 @@ class EvalText:
             [self.model],
             self.text,
             Protocol(windows=self.windows),
+            bos=self.bos,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -52,7 +54,7 @@ class EvalText:
         from rotq.checkpoint.child import run_module
 
         arguments: list[str | Path] = ["eval", "ppl", self.model, "--text", self.text, "--json"]
-        arguments += ["--windows", str(self.windows), "--dtype", self.dtype]
+        arguments += ["--windows", str(self.windows), "--bos", self.bos, "--dtype", self.dtype]
         arguments += ["--device-map", self.device] * (self.device != "cpu")
         arguments += ["--trust-remote-code"] * self.trust_remote_code
         try:
@@ -71,6 +73,7 @@ class EvalText:
             output,
             self.text,
             Protocol(windows=self.windows),
+            bos=self.bos,
             reference=self.model,
             device_map=None if self.device == "cpu" else self.device,
             dtype=self.dtype,
