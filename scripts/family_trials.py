@@ -28,10 +28,10 @@ from rotq.errors import CheckFailed, RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
+from rotq.models.skeleton import Skeleton
 from rotq.quantize.estimate import estimate
 from rotq.quantize.pipeline import quantize_model
 from rotq.quantize.setup import starting_basis
-from rotq.models.skeleton import Skeleton
 from rotq.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
