@@ -17,22 +17,21 @@ Outcomes = dict[str, dict[str, dict[str, str]]]
 _HEAD = """# Model families
 
 Written by `python scripts/families.py --markdown` from what `python scripts/families.py` found: of
-every causal language model of transformers 5.23 a tiny random one is quantized, reloaded in a fresh
-process and compared. A family is a `model_type`. What is not listed as rotated is quantized without
+every causal language model of transformers 5.23 a tiny random one is quantized, reloaded and
+compared bit by bit. A family is a `model_type`. What is not listed as rotated is quantized without
 rotation, by the layers that a trial run finds; what cannot be done is refused in one line, by
-`rotq quantize --dry-run` too. Masked protein models (ESM-2, ESM-C, BERT) are in
-[proteins.md](proteins.md).
+`--dry-run` too. Masked protein models (ESM-2, ESM-C, BERT) are in [proteins.md](proteins.md).
 
-- **Rotations**: R1 residual stream, R2 values, R3 queries and keys, R4 the MLP's last input. Each job
-  checks in fp64 that they leave the function as it was. Why a family has no R1 is in its file in
-  `rotq/models/families/`.
-- **Formats**: `ct` is compressed-tensors, `rotq` the own format. Where it says *transformers*, logits
-  of the `ct` files in transformers without rotq were equal to those of the dense model with the
-  dequantized weights put in, up to the rounding of fp32. Experts are compared with symmetric grids,
-  since transformers reads no others.
+- **Rotations**: R1 residual stream, R2 values, R3 queries and keys, R4 the MLP's last input. Each
+  job checks in fp64 that they leave the function as it was. Why a family has no R1 is in its file
+  in `rotq/models/families/`.
 - **w3**: the preset with tuning runs and its result reloads.
 - **PackedCache**: logits token by token equal those of a dense cache that gives decoded codes back.
-- **vLLM**: its 0.32.0 names the architecture; by reading, not run.
+- **Formats**: `ct` is compressed-tensors, `rotq` the own format. Where it says *transformers*,
+  logits of the `ct` files in transformers without rotq were equal to those of the dense model with
+  the dequantized weights put in, up to the rounding of fp32. Experts are compared with symmetric
+  grids, since transformers reads no others.
+- **vLLM**: its 0.32.0 names the architecture, and the files are `ct`; by reading, not run.
 """
 
 
@@ -64,9 +63,10 @@ def _counts(done: Outcomes) -> Iterator[str]:
         return sum(all.get(trial, {}).get("outcome") == "ok" for all in done.values())
 
     yield (
-        f"{len(done)} families are quantized and reloaded, {number('residual')} with exact rotations "
-        f"of the residual stream, {number('w3 tuned')} by w3 with tuning, {number('cache')} with "
-        f"PackedCache, {number('transformers')} compared in transformers without rotq."
+        f"{len(done)} families are quantized and reloaded, {number('residual')} with exact "
+        f"rotations of the residual stream, {number('w3 tuned')} by w3 with tuning, "
+        f"{number('cache')} with PackedCache, {number('transformers')} compared in transformers "
+        "without rotq."
     )
 
 

@@ -1,4 +1,4 @@
-"""docs/models.md says what scripts/families.py found, and its outcomes are those of today's code."""
+"""docs/models.md says what scripts/families.py found, and the adapters say the same."""
 
 import json
 import sys
