@@ -59,6 +59,12 @@ ROWS = {
     "rotate": ROTATE,
     "rotate_attention": {**ROTATE, "importance.strategy": "attention"},
     "tune": {**REFINE, "tuning.steps": 48, "tuning.seq_len": 512},
+    "codes": {**REFINE, "tuning.code_steps": 64},
+    "gradient_codes": {
+        **REFINE,
+        "importance.strategy": "gradient",
+        "tuning.code_steps": 64,
+    },
     "target_025": {**REFINE, "solver.target_correction": 0.25},
     "target_075": {**REFINE, "solver.target_correction": 0.75},
     "target_100": {**REFINE, "solver.target_correction": 1.0},
