@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rotq.autocast import lowered, switched_off
 from rotq.errors import RotqError
-from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.layout import Layout
 from rotq.ops import KVHistory, packed_attention
 
