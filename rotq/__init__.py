@@ -1,6 +1,7 @@
 """rotq: rotate, quantize and serve language models and protein language models.
 
-Importing it makes transformers load rotq checkpoints, and imports neither torch nor transformers.
+Importing it makes transformers load rotq checkpoints and PEFT take packed layers; it imports
+neither of them, nor torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from rotq.checkpoint.registration import register_with_transformers
+from rotq.checkpoint.registration import register
 
 __version__ = "0.1.0"
 
@@ -31,4 +32,4 @@ def load(path: str | PathLike[str], **options: Any) -> Any:
     return load_model(Path(path), **options)
 
 
-register_with_transformers()
+register()

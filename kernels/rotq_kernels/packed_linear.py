@@ -37,7 +37,7 @@ def packed_linear(
     *,
     bits: int,
 ) -> Tensor:
-    """x W^T + b over the last axis of ``x``; differentiable in ``x``.
+    """x W^T + b over the last axis of ``x``; differentiable in ``x`` and the bias.
 
     Args:
         x: fp16, bf16 or fp32 (..., K), any strides.
@@ -214,17 +214,24 @@ def _(
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_MK, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, _, ctx.bits = inputs
-    ctx.num_columns = x_MK.shape[1]
+    x_MK, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, bias_N, ctx.bits = inputs
+    ctx.num_columns, ctx.bias_dtype = x_MK.shape[1], None if bias_N is None else bias_N.dtype
     ctx.save_for_backward(weight_packed_NW, weight_scale_NG, weight_zero_point_WG)
 
 
-def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+def _backward(
+    ctx: Any, grad_MN: Tensor
+) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
     words_NW, scale_NG, zero_WG = ctx.saved_tensors
-    weight_NK = dequantize_reference(
-        words_NW, scale_NG, zero_WG, ctx.num_columns, ctx.bits, grad_MN.dtype
-    )
-    return grad_MN @ weight_NK, None, None, None, None, None
+    grad_MK = grad_N = None
+    if ctx.needs_input_grad[0]:
+        weight_NK = dequantize_reference(
+            words_NW, scale_NG, zero_WG, ctx.num_columns, ctx.bits, grad_MN.dtype
+        )
+        grad_MK = grad_MN @ weight_NK
+    if ctx.needs_input_grad[4]:
+        grad_N = grad_MN.sum(0).to(ctx.bias_dtype)
+    return grad_MK, None, None, None, grad_N, None
 
 
 _op.register_autograd(_backward, setup_context=_keep_weight)

@@ -50,8 +50,9 @@ model = rotq.load("PATH")
 ```"""
 
 ROTQ = """\
-The weights are stored in the rotq format. transformers reads it once rotq is imported, with this
-head, another one or none; without the import it would load a model with random weights.
+The weights are stored in the rotq format. transformers reads it where rotq is installed, with this
+head, another one or none. Without rotq it does not know the format, and would only warn and load a
+model with random weights.
 
 ```python
 import rotq

@@ -125,6 +125,7 @@ def _as_rotq(path: Path, config: Any) -> bool:
     config.quantization_config = {
         "quant_method": "rotq",
         "version": ROTQ_VERSION,
+        "saved_as": declared,
         **{key: declared[key] for key in kept if key in declared},
     }
     return True
