@@ -16,7 +16,8 @@ TEMPLATE = """\
 
 # {title}
 
-Quantized with rotq{origin}. `rotq_recipe.yaml` is the resolved recipe and `rotq_provenance.json` says
+Quantized with rotq{origin}.
+`rotq_recipe.yaml` is the resolved recipe and `rotq_provenance.json` says
 what it was run on; `rotq quantize` with that recipe repeats the job.
 
 {grids}

@@ -44,6 +44,10 @@ def _line(error: BaseException, what: str, repo: str) -> str:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{what}: HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"{what}: {LOG_IN}"
     if isinstance(error, errors.GatedRepoError):
         return f"{what} is gated: ask for access at {page}, then {LOG_IN}"
     if isinstance(error, errors.RevisionNotFoundError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rotq.cli.loading import find
+from rotq.cli.loading import say_commit
 from rotq.cli.options import FilePath, ModelName, output_options
 from rotq.errors import RotqError, told
 
@@ -32,7 +32,8 @@ def inspect(checkpoint: str, verify: bool, plots: Path | None, as_json: bool) ->
     from rotq.checkpoint.inspection import read_checkpoint, verify_files
     from rotq.report.tables import inspection_table
 
-    found = read_checkpoint(find(checkpoint))
+    found = read_checkpoint(checkpoint)
+    say_commit(found.hub)
     verified = verify_files(found) if verify else None
     if plots is not None:
         from rotq.report.plots import plot_flatness

@@ -15,6 +15,7 @@ from rotq.devices import AUTO
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
+    from rotq.checkpoint.hub import HubModel
     from rotq.checkpoint.location import Location
 
 
@@ -27,10 +28,15 @@ def find(model: str) -> Location:
     from rotq.checkpoint.location import locate
 
     found = locate(model)
-    if found.hub is not None:
-        why = f", from the cache: {found.hub.unreached}" if found.hub.unreached else ""
-        say([f"{found.hub.name}: commit {found.hub.commit}{why}"])
+    say_commit(found.hub)
     return found
+
+
+def say_commit(hub: HubModel | None) -> None:
+    """A line for a checkpoint of the hub."""
+    if hub is not None:
+        why = f", from the cache: {hub.unreached}" if hub.unreached else ""
+        say([f"{hub.name}: commit {hub.commit}{why}"])
 
 
 def choose(device: str) -> str:
@@ -73,7 +79,7 @@ def say_device(asked: str, chosen: str) -> None:
 
 
 def device_map(chosen: str) -> str | None:
-    """As transformers takes a device; None for the CPU, where it loads without accelerate's hooks."""
+    """As transformers takes a device; None for the CPU, which needs no hooks of accelerate's."""
     return None if chosen == "cpu" else chosen
 
 

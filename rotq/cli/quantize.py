@@ -95,7 +95,6 @@ def quantize(
         raise click.UsageError("Missing argument 'MODEL'")
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o'")
-    choose(job["device"])
     found = find(model)
     scored = None
     if eval_text is not None:

@@ -44,9 +44,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
     show_default=True,
     help="0 takes any that is free.",
 )
-@click.option(
-    "--model-name", help="As clients call it; the folder's name or the hub id if left out."
-)
+@click.option("--model-name", help="As clients call it; if left out, the folder's name or hub id.")
 @click.option(
     "--max-queue",
     type=click.IntRange(min=1),

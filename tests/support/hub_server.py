@@ -37,7 +37,7 @@ class Hub:
     ranges: list[str] = field(default_factory=list)
     """Parts of files that were asked for."""
     breaks: dict[str, list[int]] = field(default_factory=dict)
-    """By file name: after how many bytes of the answer the connection is closed, one answer each."""
+    """By file name: after how many bytes the connection is closed, answer by answer."""
     refusals: dict[str, str | int] = field(default_factory=dict)
     """By a part of the path: an error code of the hub, or a status."""
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,9 +52,10 @@ class Hub:
         if isinstance(files, Path):
             found = [file for file in files.rglob("*") if file.is_file()]
             files = {file.relative_to(files).as_posix(): file.read_bytes() for file in found}
-        told = json.dumps({name: digest(content) for name, content in sorted(files.items())})
-        commit = hashlib.sha1(told.encode(), usedforsecurity=False).hexdigest()
-        self.commits.setdefault(repo, {})[commit] = files
+        earlier = self.commits.setdefault(repo, {})
+        told = f"{repo} {len(earlier)}".encode()
+        commit = hashlib.sha1(told, usedforsecurity=False).hexdigest()
+        earlier[commit] = files
         return commit
 
     def fetched(self) -> set[str]:
@@ -184,12 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         if path == "repos/create":
             asked = json.loads(self.content)
             repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.hub.created:
-                self.send_bytes(b"{}", status=409)
-                return
-            self.hub.created[repo] = asked
+            status = 409 if repo in self.hub.created else 200
+            self.hub.created.setdefault(repo, asked)
             self.hub.commits.setdefault(repo, {"0" * 40: {}})
-            self.send_json({"url": f"{self.hub.url}/{repo}", "id": repo})
+            told = {"url": f"{self.hub.url}/{repo}", "id": repo}
+            self.send_bytes(json.dumps(told).encode(), status=status)
             return
         if path == "validate-yaml":
             self.send_json({"errors": [], "warnings": []})
@@ -203,23 +203,16 @@ class Handler(BaseHTTPRequestHandler):
         files = self.hub.commits[repo][commit]
         if what == "revision":
             siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
-            self.send_json({"id": repo, "sha": commit, "siblings": siblings, "tags": []})
+            private = self.hub.created.get(repo, {}).get("visibility") == "private"
+            told = {"id": repo, "sha": commit, "siblings": siblings, "tags": []}
+            self.send_json({**told, "private": private})
         elif what == "tree":
-            self.send_json(
-                [
-                    {
-                        "type": "file",
-                        "path": name,
-                        "size": len(content),
-                        "oid": digest(content)[:40],
-                    }
-                    for name, content in files.items()
-                ]
-            )
+            told = [(name, len(content), digest(content)[:40]) for name, content in files.items()]
+            keys = ("path", "size", "oid")
+            self.send_json([{"type": "file", **dict(zip(keys, f, strict=True))} for f in told])
         elif what == "preupload":
-            self.send_json(
-                {"files": [self.mode(file) for file in json.loads(self.content)["files"]]}
-            )
+            asked = json.loads(self.content)["files"]
+            self.send_json({"files": [self.mode(file) for file in asked]})
         elif what == "commit":
             self.commit(repo, files)
         else:
@@ -252,6 +245,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.messages.append(value["summary"])
             elif told["key"] == "file":
                 made[value["path"]] = base64.b64decode(value["content"])
+            elif told["key"] == "deletedFile":
+                del made[value["path"]]
             elif told["key"] == "lfsFile":
                 made[value["path"]] = self.hub.uploaded[value["oid"]]
         commit = self.hub.add(repo, made)
