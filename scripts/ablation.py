@@ -52,6 +52,7 @@ ROWS = {
             "activation_norm",
             "activation_difference",
             "token_similarity",
+            "gradient",
         )
     },
     "rotate_values": ROTATE_VALUES,

@@ -16,12 +16,14 @@ from rotq.cli.options import (
     ModelName,
     Seed,
     Words,
+    bos_option,
     device_option,
     model_options,
     output_options,
 )
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
+from rotq.recipe.sections import BOS
 
 if TYPE_CHECKING:
     from rotq.calibration.data import Windows
@@ -47,6 +49,7 @@ def calibration_options(command: Command) -> Command:
 
     wrapped: Command = run
     for option in (
+        bos_option("auto"),
         click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the draw."),
         click.option(
             "--calibration-seq-len",
@@ -137,6 +140,7 @@ def calibrate_all(
     num_samples: int,
     calibration_seq_len: int,
     seed: int,
+    bos: BOS,
 ) -> list[KVCalibration]:
     """Fit schemes to one draw of calibration windows.
 
@@ -150,7 +154,11 @@ def calibrate_all(
 
     drawn: Windows = load_windows(
         Calibration(
-            source=calibration, num_samples=num_samples, seq_len=calibration_seq_len, seed=seed
+            source=calibration,
+            num_samples=num_samples,
+            seq_len=calibration_seq_len,
+            seed=seed,
+            bos=bos,
         ),
         tokenizer,
         limits_of(model),

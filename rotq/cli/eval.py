@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +20,14 @@ from rotq.cli.loading import (
     say_device,
     show,
 )
-from rotq.cli.options import ModelName, Words, device_option, model_options, output_options
+from rotq.cli.options import (
+    ModelName,
+    Words,
+    bos_option,
+    device_option,
+    model_options,
+    output_options,
+)
 from rotq.devices import AUTO
 
 if TYPE_CHECKING:
@@ -66,6 +74,7 @@ def eval_group() -> None:
     show_default=True,
     help="Tokens between window starts, each token scored once; 0: windows do not overlap.",
 )
+@bos_option("auto")
 @click.option("--reference", type=ModelName(), help="Original model, for KL and top-1.")
 @device_option
 @click.option(
@@ -83,6 +92,7 @@ def ppl(
     windows: int,
     seq_len: int,
     stride: int,
+    bos: str,
     reference: str | None,
     device: str,
     placed: str | None,
@@ -108,6 +118,7 @@ def ppl(
         find(checkpoint),
         text,
         Protocol(windows=windows, seq_len=seq_len, stride=stride),
+        bos=bos,
         reference=None if reference is None else find(reference),
         device_map=device_map(chosen) if placed is None else placed,
         before=lambda: say_device(device if placed is None else placed, chosen),
@@ -123,7 +134,7 @@ def ppl(
 
 
 def scored_tokens(
-    models: Sequence[Location], text: str, protocol: Protocol, *, trust_remote_code: bool
+    models: Sequence[Location], text: str, protocol: Protocol, *, bos: str, trust_remote_code: bool
 ) -> tuple[Tensor, Protocol]:
     """Token ids of a text for the first of some models, and the protocol within the limits of all.
 
@@ -131,7 +142,7 @@ def scored_tokens(
         RotqError: a model predicts no next token, the tokenizer or the text cannot be read, the
             text is short, or it holds a token that a model does not know.
     """
-    from rotq.calibration.data import tokenize
+    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import read_text
     from rotq.checkpoint.limits import read_limits
@@ -142,8 +153,10 @@ def scored_tokens(
         check_causal(model, trust_remote_code=trust_remote_code)
         limits = limits.within(read_limits(model, trust_remote_code=trust_remote_code))
     content = read_text(text, split="test")
-    ids_N = tokenize(content, load_tokenizer(models[0], trust_remote_code=trust_remote_code))
-    return ids_N, checked_protocol(protocol, limits, content, ids_N)
+    tokenizer = load_tokenizer(models[0], trust_remote_code=trust_remote_code)
+    ids_N = tokenize(content, tokenizer)
+    begun = replace(protocol, first=first_tokens(content, tokenizer, bos))
+    return ids_N, checked_protocol(begun, limits, content, ids_N)
 
 
 def measure(
@@ -151,6 +164,7 @@ def measure(
     text: str,
     protocol: Protocol,
     *,
+    bos: str,
     reference: Location | None,
     device_map: str | None,
     dtype: str,
@@ -160,6 +174,7 @@ def measure(
     """Load a checkpoint and its reference, and score both on a text.
 
     Args:
+        bos: What windows begin with: "auto", "yes" or "no".
         device_map: As for ``load_model``.
         before: Called when nothing is left to refuse.
 
@@ -171,7 +186,9 @@ def measure(
 
     found = [model for model in (checkpoint, reference) if model is not None]
     # what is refused or cut is so before a model is loaded
-    ids_N, within = scored_tokens(found, text, protocol, trust_remote_code=trust_remote_code)
+    ids_N, within = scored_tokens(
+        found, text, protocol, bos=bos, trust_remote_code=trust_remote_code
+    )
     before()
     models = [
         load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)

@@ -82,7 +82,7 @@ def eval_kv(
     rotq eval kv models/llama --kv k3v3 --kv-calibration llama-kv.safetensors --text test.txt
     rotq eval kv models/llama --kv k3v3,k4v3,turboquant --text test.txt --windows 4
     """
-    from rotq.calibration.data import tokenize
+    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.texts import read_text
     from rotq.evaluation.kv import evaluate_kv
     from rotq.evaluation.perplexity import Protocol
@@ -97,7 +97,8 @@ def eval_kv(
     )
     ids_N = tokenize(content, tokenizer)
     # what is refused or cut is so before calibration
-    asked = Protocol(windows=windows, seq_len=seq_len)
+    first = first_tokens(content, tokenizer, options["bos"])
+    asked = Protocol(windows=windows, seq_len=seq_len, first=first)
     protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
     calibrations = _find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
     found = evaluate_kv(

@@ -24,6 +24,7 @@ class EvalText:
     model: Location
     text: str
     windows: int
+    bos: str
     device: str
     dtype: str
     trust_remote_code: bool
@@ -40,6 +41,7 @@ class EvalText:
             [self.model],
             self.text,
             Protocol(windows=self.windows),
+            bos=self.bos,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -55,7 +57,7 @@ class EvalText:
 
         arguments: list[str | Path] = ["eval", "ppl", self.model.path, "--text", self.text]
         arguments += ["--json"]
-        arguments += ["--windows", str(self.windows), "--dtype", self.dtype]
+        arguments += ["--windows", str(self.windows), "--bos", self.bos, "--dtype", self.dtype]
         arguments += ["--device", self.device]
         arguments += ["--trust-remote-code"] * self.trust_remote_code
         try:
@@ -75,6 +77,7 @@ class EvalText:
             locate(output),
             self.text,
             Protocol(windows=self.windows),
+            bos=self.bos,
             reference=self.model,
             device_map=device_map(choose(self.device)),
             dtype=self.dtype,

@@ -135,6 +135,18 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+def bos_option(default: str | None) -> Callable[[Command], Command]:
+    """``--bos``: what windows of text begin with."""
+    return click.option(
+        "--bos",
+        type=click.Choice(["auto", "yes", "no"]),
+        default=default,
+        show_default=default is not None,
+        help="Begin windows with the special tokens that the tokenizer puts before a text (auto), "
+        "with its BOS (yes), or with none.",
+    )
+
+
 def recipe_options(command: Command) -> Command:
     """Options that make up a recipe; the command gets it as ``recipe`` and ``recipe_file``."""
 
@@ -147,6 +159,7 @@ def recipe_options(command: Command) -> Command:
         num_samples: int | None,
         seq_len: int | None,
         seed: int | None,
+        bos: str | None,
         **kwargs: Any,
     ) -> None:
         flags = [
@@ -157,6 +170,7 @@ def recipe_options(command: Command) -> Command:
                 ("calibration.seq_len", "--seq-len", seq_len),
                 ("calibration.seed", "--seed", seed),
                 ("rotation.seed", "--seed", seed),
+                ("calibration.bos", "--bos", bos),
             )
             if value is not None
         ]
@@ -174,6 +188,7 @@ def recipe_options(command: Command) -> Command:
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
         click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
+        bos_option(None),
         click.option(
             "--seq-len",
             type=int,

@@ -99,7 +99,8 @@ def quantize(
     scored = None
     if eval_text is not None:
         common = {name: job[name] for name in ("device", "dtype", "trust_remote_code")}
-        scored = EvalText(model=found, text=eval_text, windows=eval_windows, **common)
+        bos = recipe.calibration.bos
+        scored = EvalText(model=found, text=eval_text, windows=eval_windows, bos=bos, **common)
     if dry_run:
         _dry_run(found, recipe, output, scored, recipe_file, as_json=as_json, **job)
         return

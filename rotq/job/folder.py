@@ -6,6 +6,7 @@
                   outer.safetensors  embedding, final norm, head
                   block-00000.safetensors, ...
                   tuned-*.safetensors
+                  gradient-*.safetensors  weights of tokens, where gradients decide them
                   hidden-*, attention-*  activations, where they are kept on the disk
                   source/            a GGUF file made dense
                   checkpoint/        assembled at the end, then renamed to OUT
@@ -236,6 +237,15 @@ TUNING = "tuning"
 
 TRANSFORM = "transform"
 """Name of the part with the basis, where it was searched for."""
+
+
+GRADIENTS = "gradients"
+"""Name under which the pass that weighs tokens by gradients is recorded, with all its parts."""
+
+
+def gradient_part(index: int) -> str:
+    """Name of what that pass found for a block."""
+    return f"gradient-{index:05d}"
 
 
 def block_part(index: int) -> str:

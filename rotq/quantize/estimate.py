@@ -57,7 +57,9 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
         bits_per_weight=packed_bits / max(planned, 1),
         output_bytes=output_bytes,
         peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
-        scratch_disk_bytes=2 * output_bytes + (streams if offload else 0),
+        scratch_disk_bytes=2 * output_bytes
+        + (streams if offload else 0)
+        + _gradient_bytes(skeleton, recipe, dtype),
     )
 
 
@@ -80,6 +82,15 @@ def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     streams = 2 if recipe.needs_original else 1
     return int(tokens * skeleton.config.hidden_size * dtype.itemsize * streams)
+
+
+def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Hidden states between all blocks, where gradients weigh the tokens."""
+    if recipe.importance.strategy != "gradient" or not recipe.needs_data:
+        return 0
+    tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+    states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
+    return (skeleton.num_blocks + 1) * states
 
 
 def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:

@@ -27,6 +27,7 @@ from rotq.job.opening import find_place, job_inputs, open_folder
 from rotq.job.parts import restored_block
 from rotq.memory import release_memory, settled_objects
 from rotq.quantize.block_quantizer import BlockQuantizer, save_block
+from rotq.quantize.gradients import GradientPass
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.publish import publish
 from rotq.quantize.rotated_model import RotatedModel
@@ -128,6 +129,8 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     quantizer = BlockQuantizer(job)
     streams = quantizer.runner.start(rotated.outer())
     release_memory()
+    if streams is not None and job.recipe.importance.strategy == "gradient":
+        GradientPass(job, rotated).run(streams.quantized)
     structure: list[nn.Module] = []
     for index in range(job.skeleton.num_blocks):
         started = time.monotonic()
