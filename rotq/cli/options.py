@@ -13,6 +13,7 @@ import click
 
 import rotq
 from rotq.cli.hints import nearest
+from rotq.devices import check_device_name
 from rotq.recipe import Given, Recipe, resolve
 from rotq.recipe.sections import check_seed
 
@@ -29,6 +30,29 @@ class FilePath(click.Path):
         if not str(value):
             self.fail("it is empty", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class ModelName(click.Path):
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=str)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty", param, ctx)
+        return super().convert(str(value), param, ctx)
+
+
+class Device(click.types.StringParamType):
+    """The name of a device, by its spelling: whether it is there a command asks itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_device_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Words(click.types.StringParamType):
@@ -97,6 +121,18 @@ def model_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def device_option(command: Command) -> Command:
+    """``--device``, as ``choose_device`` takes it."""
+    return click.option(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        help="Where the model runs; auto is the first GPU, else mps or the CPU.",
+    )(command)
 
 
 def bos_option(default: str | None) -> Callable[[Command], Command]:
