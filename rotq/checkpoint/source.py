@@ -163,6 +163,12 @@ class Source:
         stored = self.makings[name].stored if name in self.makings else None
         return None if stored is None else self.entries[stored].name
 
+    def unread(self) -> list[str]:
+        """The files' names of tensors that none of the model is made of."""
+        makings = {} if self.makings is None else self.makings
+        read = {name for making in makings.values() for name in making.group.stored}
+        return sorted(entry.name for name, entry in self.entries.items() if name not in read)
+
     def fingerprint(self) -> str:
         """SHA-256 of the config and the weights, as hex; the files are read once per Source."""
         return self._fingerprint

@@ -29,6 +29,7 @@ from rotq.memory import release_memory, settled_objects
 from rotq.quantize.block_quantizer import BlockQuantizer, save_block
 from rotq.quantize.gradients import GradientPass
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.kept import copy_kept, find_kept
 from rotq.quantize.publish import publish
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.setup import fingerprint, setup
@@ -125,6 +126,11 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     Args:
         drawn: Where the search for the basis starts.
     """
+    copy_kept(
+        find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None),
+        job.source,
+        job.folder,
+    )
     rotated = RotatedModel(job, search_basis(job, drawn))
     quantizer = BlockQuantizer(job)
     streams = quantizer.runner.start(rotated.outer())

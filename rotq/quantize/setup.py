@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -15,18 +15,22 @@ from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.source import Source, describe_source, open_source
 from rotq.devices import AUTO, choose_device
+from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
+from rotq.models.generic import GenericAdapter
 from rotq.models.limits import limits_of
-from rotq.models.registry import GenericAdapter, find_adapter
+from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.kept import find_kept
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
+from rotq.transform.search import check_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +80,13 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
+    plan = make_plan(skeleton, recipe, wanted)
+    kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=make_plan(skeleton, recipe, wanted),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes())),
         windows=windows,
         device=usable,
         dtype=wanted,
@@ -142,6 +148,12 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
         find_adapter(skeleton.config)
+    if rounded and not skeleton.adapter.attention:
+        raise RotqError(
+            f"kv_cache.bits={recipe.kv_cache.bits} is not possible for {skeleton.adapter.family} "
+            "models: their attention is not known; set kv_cache.bits=16"
+        )
+    check_transform(recipe.transform, skeleton)
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     if basis.attention is not None or rounded:
         use_online_attention(skeleton.model)

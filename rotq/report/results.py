@@ -96,6 +96,8 @@ class JobReport:
     """How the rotations were found: losses, angles, ranges of scales."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """Calibration tokens that the router sent to each expert, by full name of the mixture."""
     tuning: dict[str, float] = field(default_factory=dict)
     """Steps, and KL to the original on the calibration windows of the first and last quarter."""
     flatness: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
