@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import VOCAB, tiny_model
 
 from rotq.cli.main import main
+from rotq.cli.serve_options import find_calibration
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import load_calibration
 
@@ -189,6 +192,25 @@ def test_truncated_calibration(tmp_path: Path, text: str) -> None:
     result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", str(output))
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"cannot read {output}" in " ".join(result.stderr.split())
+
+
+def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text)
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["1.value.levels_HL"] = tensors["1.value.levels_HL"][:, :2].contiguous()
+    save_file(tensors, output, metadata=metadata)
+    line = f"rotq: error: {output} is damaged: 1.value.levels_HL is I8 (1, 2), not I8 (1, 8)"
+    for result in (
+        evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output),
+        run("bench", "serve", "llama", "--kv", "k3v3", "--kv-calibration", output),
+    ):
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(line)
+        assert result.stderr.count("\n") == 1
+    with pytest.raises(RotqError, match="1.value.levels_HL"):
+        find_calibration(tiny_model("llama"), "k3v3", Path(output))
 
 
 @pytest.mark.parametrize(
