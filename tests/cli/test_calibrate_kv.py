@@ -99,6 +99,22 @@ def test_calibrate_reports(tmp_path: Path, text: str) -> None:
     assert "2 windows of 64 tokens" in " ".join(table.split())
 
 
+def test_a_text_of_one_letter_is_said_and_recorded(tmp_path: Path) -> None:
+    text = tmp_path / "letter.txt"
+    text.write_text("a" * 400)
+    command = ["calibrate-kv", "llama", "-o", str(tmp_path / "kv"), "--calibration", str(text)]
+    result = run(*command, *SMALL, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("warning: the calibration windows hold 1 different ")
+    assert result.stderr.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert found["weight"] == pytest.approx(1 / 32)
+    assert result.stderr == f"warning: {found['notes'][0]}\n"
+    held = load_calibration(tmp_path / "kv", tiny_model("llama").config)
+    assert held.source["notes"] == found["notes"]
+    assert "calibrate on more text" in " ".join(run(*command, *SMALL).stdout.split())
+
+
 def test_calibration_repeats_bitwise(tmp_path: Path, text: str) -> None:
     first = Path(calibrated(tmp_path, text)).read_bytes()
     assert Path(calibrated(tmp_path, text)).read_bytes() == first
@@ -209,7 +225,7 @@ def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.startswith(line)
         assert result.stderr.count("\n") == 1
-    with pytest.raises(RotqError, match="1.value.levels_HL"):
+    with pytest.raises(RotqError, match=r"1\.value\.levels_HL"):
         find_calibration(tiny_model("llama"), "k3v3", Path(output))
 
 
