@@ -171,9 +171,20 @@ def calibrate_all(
     statistics = collect(
         model, drawn.ids_BT, sinks=sinks, seed=seed, on_window=show("calibration window")
     )
-    return [
-        calibrate(model, drawn.ids_BT, spec, source=source, statistics=statistics) for spec in specs
+    notes: list[str] = []
+    found = [
+        calibrate(
+            model,
+            drawn.ids_BT,
+            spec,
+            source=source,
+            statistics=statistics,
+            on_note=notes.append,
+        )
+        for spec in specs
     ]
+    say(f"warning: {note}" for note in dict.fromkeys(notes))
+    return found
 
 
 def named_specs(names: str) -> list[KVSpec]:
