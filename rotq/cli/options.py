@@ -21,7 +21,10 @@ Command = Callable[..., None]
 
 
 class FilePath(click.Path):
-    """A path as ``pathlib`` has it; an empty one, which would be the current folder, is refused."""
+    """A path as ``pathlib`` has it, with ``~`` as a shell has it (none does in ``--output=~/x``).
+
+    An empty one, which would be the current folder, is refused.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
@@ -29,7 +32,8 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
             self.fail("it is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class ModelName(click.Path):
@@ -61,7 +65,18 @@ class Words(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("it is empty", param, ctx)
+        _check_name(self, str(value), param, ctx)
         return str(value)
+
+
+def _check_name(
+    kind: click.ParamType, value: str, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
+    """Refuse what neither a recipe nor a tokenizer's library can name."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        kind.fail(f"{value} is not UTF-8; rename it, or give a link to it", param, ctx)
 
 
 class Seed(click.types.IntParamType):
@@ -248,7 +263,7 @@ def find_recipe(config: str) -> Path:
     Raises:
         click.UsageError: neither; lists the presets.
     """
-    path = Path(config)
+    path = Path(os.path.expanduser(config))
     if os.path.isfile(path):
         return path
     folders = preset_folders()
