@@ -17,8 +17,9 @@ from rotq_kernels.kv.format import (
 
 SCHEMA = (
     "(Tensor q_BMTD, Tensor position_BT, float scale, Tensor page_table_BJ, Tensor length_B, "
-    "Tensor start_B, Tensor? hidden_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, int k_bits, int v_bits, "
-    "str norm, str residual, str mean, float rotary_scale, int window) -> Tensor"
+    "Tensor start_B, Tensor? hidden_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, "
+    "int k_bits, int v_bits, str norm, str residual, str mean, float rotary_scale, int window) "
+    "-> Tensor"
 )
 """Queries, their positions, the scale, and what ``flatten_history`` gives."""
 

@@ -5,7 +5,6 @@ from typing import Any
 from rotq_kernels.kv.encode.kernel import encode_kernel
 from rotq_kernels.kv.encode.launch import tile_sizes
 
-
 STRIDES = ["stride_codes", "stride_norm", "stride_sign", "stride_gamma"]
 """From page to page."""
 
