@@ -13,7 +13,7 @@ ARROWS: list[set[str]] = [
     {"cli"},
     {"quantize"},
     {"transform", "tuning"},
-    {"serve", "job", "evaluation"},
+    {"serve", "vllm", "job", "evaluation"},
     {"kv", "fusion", "checkpoint", "lora"},
     {"models"},
     {"layers"},
