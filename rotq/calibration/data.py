@@ -18,7 +18,8 @@ Shape suffixes: N tokens of the text, B windows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,21 +80,60 @@ def load_windows(
     """Draw the calibration windows of a recipe.
 
     Args:
-        calibration: Source, number and length of the windows, seed.
+        calibration: Texts and their shares, number and length of the windows, seed.
         tokenizer: A transformers tokenizer.
         limits: Of the model; windows are cut to its positions.
         masked: The model fills in masked tokens.
 
     Raises:
-        RotqError: the text is missing, empty, in an unknown encoding (names the byte), too short
+        RotqError: a text is missing, empty, in an unknown encoding (names the byte), too short
             or holds a token that the model does not know; or a masked language model of proteins is
             given something else than FASTA.
     """
+    texts = calibration.texts
+    counts = shared(calibration.num_samples, [text.share for text in texts])
+    drawn = [
+        _of_one_text(
+            replace(calibration, source=text.source, num_samples=count), tokenizer, limits, masked
+        )
+        for text, count in zip(texts, counts, strict=True)
+    ]
+    return drawn[0] if len(drawn) == 1 else _together(drawn)
+
+
+def shared(total: int, shares: Sequence[float]) -> list[int]:
+    """``total`` windows by shares, at least one each; the largest remainders are rounded up."""
+    spare = total - len(shares)
+    exact = [spare * share / sum(shares) for share in shares]
+    counts = [1 + int(part) for part in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda n: int(exact[n]) - exact[n])
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def _of_one_text(calibration: Calibration, tokenizer: Any, limits: Limits, masked: bool) -> Windows:
     text = read_text(calibration.source)
     if masked and reads_residues(tokenizer):
         return _protein_windows(calibration, text, ResidueCodec(tokenizer), limits)
     first = first_tokens(text, tokenizer, calibration.bos)
     return _text_windows(calibration, text, tokenize(text, tokenizer), first, limits)
+
+
+def _together(drawn: Sequence[Windows]) -> Windows:
+    """Windows of several texts, batches in turn, so that the first few are of all of them."""
+    ranked = [
+        ((number + 0.5) / len(windows.batches), batch)
+        for windows in drawn
+        for number, batch in enumerate(windows.batches)
+    ]
+    return Windows(
+        batches=tuple(batch for _, batch in sorted(ranked, key=lambda entry: entry[0])),
+        source=", ".join(windows.source for windows in drawn),
+        sha256=hashlib.sha256("".join(windows.sha256 for windows in drawn).encode()).hexdigest(),
+        tokens=sum(windows.tokens for windows in drawn),
+        notes=tuple(dict.fromkeys(note for windows in drawn for note in windows.notes)),
+    )
 
 
 def _protein_windows(

@@ -140,11 +140,26 @@ class KVCache:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of several calibration texts."""
+
+    source: str
+    """As ``calibration.source``."""
+    share: float = 1.0
+    """Of the windows, against the shares of the others."""
+
+    def __post_init__(self) -> None:
+        check("share", self.share, 0 < self.share <= 10**6, "above 0, at most 1000000")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The text that statistics are taken from."""
 
     source: str = "pydoc"
     """A .txt, .jsonl, .json or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    mix: tuple[Share, ...] = ()
+    """Several texts in place of ``source``, each with its share of the windows."""
     masked: float = 0.15
     """Share of residues that a masked language model of proteins finds masked."""
     num_samples: int = 64
@@ -171,6 +186,13 @@ class Calibration:
         check("batch_size", self.batch_size, self.batch_size <= 10**6, "at most 1000000")
         check("masked", self.masked, 0 <= self.masked < 1, "0 or more, below 1")
         check_seed(self.seed)
+        texts = len(self.mix)
+        check("number of texts in mix", texts, texts <= self.num_samples, "at most num_samples")
+
+    @property
+    def texts(self) -> tuple[Share, ...]:
+        """What the windows are drawn from."""
+        return self.mix or (Share(source=self.source),)
 
 
 @dataclass(frozen=True, kw_only=True)
