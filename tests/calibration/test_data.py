@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from rotq.calibration.data import load_windows, shared, tokenize
+from rotq.calibration.data import load_windows, shared
 from rotq.calibration.limits import Limits
 from rotq.calibration.texts import Text, read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
-from rotq.recipe.sections import Share
+from rotq.recipe.calibration import Share
 
 
 class ByteTokenizer:
