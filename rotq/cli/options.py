@@ -13,6 +13,7 @@ import click
 
 import rotq
 from rotq.cli.hints import nearest
+from rotq.devices import check_device_name
 from rotq.recipe import Given, Recipe, resolve
 from rotq.recipe.sections import check_seed
 
@@ -20,7 +21,10 @@ Command = Callable[..., None]
 
 
 class FilePath(click.Path):
-    """A path as ``pathlib`` has it; an empty one, which would be the current folder, is refused."""
+    """A path as ``pathlib`` has it, with ``~`` as a shell has it (none does in ``--output=~/x``).
+
+    An empty one, which would be the current folder, is refused.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
@@ -28,7 +32,31 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
             self.fail("it is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class ModelName(click.Path):
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=str)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty", param, ctx)
+        return super().convert(str(value), param, ctx)
+
+
+class Device(click.types.StringParamType):
+    """The name of a device, by its spelling: whether it is there a command asks itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_device_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Words(click.types.StringParamType):
@@ -37,7 +65,18 @@ class Words(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("it is empty", param, ctx)
+        _check_name(self, str(value), param, ctx)
         return str(value)
+
+
+def _check_name(
+    kind: click.ParamType, value: str, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
+    """Refuse what neither a recipe nor a tokenizer's library can name."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        kind.fail(f"{value} is not UTF-8; rename it, or give a link to it", param, ctx)
 
 
 class Seed(click.types.IntParamType):
@@ -99,6 +138,30 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def device_option(command: Command) -> Command:
+    """``--device``, as ``choose_device`` takes it."""
+    return click.option(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        help="Where the model runs; auto is the first GPU, else mps or the CPU.",
+    )(command)
+
+
+def bos_option(default: str | None) -> Callable[[Command], Command]:
+    """``--bos``: what windows of text begin with."""
+    return click.option(
+        "--bos",
+        type=click.Choice(["auto", "yes", "no"]),
+        default=default,
+        show_default=default is not None,
+        help="Begin windows with the special tokens that the tokenizer puts before a text (auto), "
+        "with its BOS (yes), or with none.",
+    )
+
+
 def recipe_options(command: Command) -> Command:
     """Options that make up a recipe; the command gets it as ``recipe`` and ``recipe_file``."""
 
@@ -111,6 +174,7 @@ def recipe_options(command: Command) -> Command:
         num_samples: int | None,
         seq_len: int | None,
         seed: int | None,
+        bos: str | None,
         **kwargs: Any,
     ) -> None:
         flags = [
@@ -121,6 +185,7 @@ def recipe_options(command: Command) -> Command:
                 ("calibration.seq_len", "--seq-len", seq_len),
                 ("calibration.seed", "--seed", seed),
                 ("rotation.seed", "--seed", seed),
+                ("calibration.bos", "--bos", bos),
             )
             if value is not None
         ]
@@ -138,6 +203,7 @@ def recipe_options(command: Command) -> Command:
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
         click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
+        bos_option(None),
         click.option(
             "--seq-len",
             type=int,
@@ -197,7 +263,7 @@ def find_recipe(config: str) -> Path:
     Raises:
         click.UsageError: neither; lists the presets.
     """
-    path = Path(config)
+    path = Path(os.path.expanduser(config))
     if os.path.isfile(path):
         return path
     folders = preset_folders()

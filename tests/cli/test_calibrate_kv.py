@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import VOCAB, tiny_model
 
+from rotq.checkpoint.location import Location
 from rotq.cli.main import main
 from rotq.cli.serve_options import find_calibration
 from rotq.errors import RotqError
@@ -33,7 +34,7 @@ SMALL = ["--num-samples", "2", "--calibration-seq-len", "64"]
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
+    return CliRunner().invoke(main, [*arguments, "--device", "cpu"])
 
 
 class Letters:
@@ -44,21 +45,23 @@ class Letters:
 
 
 @pytest.fixture(autouse=True)
-def _models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(path: Path, **_: Any) -> Any:
-        if path.name == "missing":
-            raise RotqError(f"{path} does not exist")
-        if path.name == "mamba":
+def _models(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("models"))
+    for name in ("llama", "qwen", "narrow", "mamba", "nan"):
+        Path(name).mkdir()
+
+    def load_model(model: Location, **_: Any) -> Any:
+        if model.name == "mamba":
             config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1)
             return transformers.MambaForCausalLM(config).eval()
-        family = {"qwen": "qwen3", "narrow": "qwen2"}.get(path.name, "llama")
-        model = tiny_model(family, dtype=torch.float32)
-        if path.name == "nan":
-            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
-        return model
+        family = {"qwen": "qwen3", "narrow": "qwen2"}.get(model.name, "llama")
+        built = tiny_model(family, dtype=torch.float32)
+        if model.name == "nan":
+            built.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+        return built
 
     monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
-    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda path, **_: Letters())
+    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda model, **_: Letters())
 
 
 @pytest.fixture

@@ -346,7 +346,7 @@ def test_a_calibration_file_serves_other_bits_and_no_other_scheme(
     command = ["bench", "serve", folder, *load, "--kv-calibration", file, "--kv-memory", "1MiB"]
     result = run(*command, "--kv", "k4v3,dense")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == "device: cpu\n"
     assert [json.loads(line)["kv"] for line in result.stdout.splitlines()] == ["k4v3", "dense"]
     result = run("serve-kv", folder, "--kv", "turboesm", "--kv-calibration", file)
     assert result.exit_code == 1
