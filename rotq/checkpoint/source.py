@@ -216,10 +216,12 @@ def open_source(
         path = convert(gguf, gguf_dir)
     if not (path / "config.json").is_file():
         raise RotqError(f"{path} has no config.json")
-    declared = read_json(path / "config.json")
-    if declared.get("quantization_config"):
-        method = declared["quantization_config"].get("quant_method", "unknown")
-        raise RotqError(f"{path} is already quantized ({method}); a dense checkpoint is needed")
+    declared = read_json(path / "config.json").get("quantization_config")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        raise RotqError(
+            f"{path} is already quantized ({str(method)[:80]}); a dense checkpoint is needed"
+        )
     config, entries = load_config(path, trust_remote_code=trust_remote_code), _find_entries(path)
     if config.dtype is None and not declares_dtype(path):
         config.dtype = checkpoint_dtype(config, entries.values(), path)
