@@ -46,7 +46,7 @@ class Words(click.types.StringParamType):
 
 
 def _check_name(
-    kind: click.ParamType, value: str, param: click.Parameter | None, ctx: click.Context | None
+    kind: click.ParamType[Any], value: str, param: click.Parameter | None, ctx: click.Context | None
 ) -> None:
     """Refuse what neither a recipe nor a tokenizer's library can name."""
     try:
