@@ -22,6 +22,18 @@ class Batch:
     """int64, 1 where a token is and 0 where padding is; None where nothing is padded."""
     special_BT: Tensor | None = None
     """bool, tokens that stand for no part of the text, as <cls>; None where there are none."""
+    hidden_BT: Tensor | None = None
+    """bool, tokens that the model is to find; None where it is given all of them."""
+
+    @property
+    def asked_BT(self) -> Tensor:
+        """bool, where the model's answer counts: at hidden tokens, or at all of the text's."""
+        if self.hidden_BT is not None and self.hidden_BT.any():
+            return self.hidden_BT
+        asked_BT = torch.ones_like(self.ids_BT, dtype=torch.bool)
+        if self.mask_BT is not None:
+            asked_BT &= self.mask_BT.bool()
+        return asked_BT if self.special_BT is None else asked_BT & ~self.special_BT
 
     @property
     def real_M(self) -> Tensor | None:
@@ -55,7 +67,11 @@ def in_order_of_length(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def bucketed(
-    sequences: Sequence[Sequence[int]], batch_size: int, pad_id: int, special: frozenset[int]
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    pad_id: int,
+    special: frozenset[int],
+    mask_id: int | None = None,
 ) -> list[Batch]:
     """Batches of windows of like length, the longest first.
 
@@ -64,13 +80,21 @@ def bucketed(
         batch_size: Windows of a batch; the last one may have fewer.
         pad_id: Fills up to the longest of a batch.
         special: Ids of tokens that stand for no part of the text.
+        mask_id: Id of a token that the model is to find; None where it is given all of them.
     """
     order = in_order_of_length(sequences)
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [padded([sequences[index] for index in group], pad_id, special) for group in groups]
+    return [
+        padded([sequences[index] for index in group], pad_id, special, mask_id) for group in groups
+    ]
 
 
-def padded(sequences: Sequence[Sequence[int]], pad_id: int, special: frozenset[int]) -> Batch:
+def padded(
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    special: frozenset[int],
+    mask_id: int | None = None,
+) -> Batch:
     """One batch of the windows as they come; arguments as for ``bucketed``."""
     longest = max(map(len, sequences))
     rows = [[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences]
@@ -84,4 +108,5 @@ def padded(sequences: Sequence[Sequence[int]], pad_id: int, special: frozenset[i
         ids_BT=ids_BT,
         mask_BT=None if bool(mask_BT.all()) else mask_BT,
         special_BT=special_BT,
+        hidden_BT=None if mask_id is None else ids_BT == mask_id,
     )

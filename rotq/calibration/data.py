@@ -5,6 +5,8 @@ seeded generator, as GPTQ's own script does:
 
     start_b ~ uniform{0 .. n - T - 2},     ids_b = ids[start_b : start_b + T]
 
+Where the tokenizer puts a BOS before a text, every window begins with it and has as many tokens
+fewer of the text (``beginning``): Gemma 3 270M has perplexity 35 without it and 19 with it.
 A window is no longer than the model has positions, special tokens counted, and holds ids that the
 model has embeddings for (``limits``).
 FASTA sequences follow each other with the special tokens that the tokenizer puts around each, or
@@ -29,8 +31,8 @@ from rotq.calibration.limits import Limits
 from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.texts import Text, read_text
-from rotq.calibration.tokens import encode, panics_unprinted
-from rotq.errors import RotqError
+from rotq.calibration.tokens import beginning, encode, panics_unprinted
+from rotq.errors import RotqError, told
 from rotq.recipe import Calibration
 
 
@@ -90,7 +92,8 @@ def load_windows(
     text = read_text(calibration.source)
     if masked and reads_residues(tokenizer):
         return _protein_windows(calibration, text, ResidueCodec(tokenizer), limits)
-    return _text_windows(calibration, text, tokenize(text, tokenizer), limits)
+    first = first_tokens(text, tokenizer, calibration.bos)
+    return _text_windows(calibration, text, tokenize(text, tokenizer), first, limits)
 
 
 def _protein_windows(
@@ -124,9 +127,15 @@ def _as_fasta(text: Text) -> Text:
     return replace(text, records=proteins.records, note=note)
 
 
-def _text_windows(calibration: Calibration, text: Text, ids_N: Tensor, limits: Limits) -> Windows:
-    length = limits.cut(calibration.seq_len)
-    ids_BT = _draw(calibration, text.source, ids_N, length)
+def _text_windows(
+    calibration: Calibration, text: Text, ids_N: Tensor, first: tuple[int, ...], limits: Limits
+) -> Windows:
+    length = limits.cut(calibration.seq_len, least=len(first) + 1)
+    if length <= len(first):
+        raise RotqError(
+            f"calibration.seq_len={length} leaves no room behind {len(first)} special tokens"
+        )
+    ids_BT = begun(_draw(calibration, text.source, ids_N, length - len(first)), first)
     limits.check(ids_BT, text.source)
     return Windows(
         batches=tuple(Batch(ids_BT=part) for part in ids_BT.split(calibration.batch_size)),
@@ -159,21 +168,60 @@ def _notes(*lines: str) -> tuple[str, ...]:
     return tuple(filter(None, lines))
 
 
+def first_tokens(text: Text, tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
+    """What every window of the text begins with, see ``beginning``.
+
+    Nothing where every sequence of the text has special tokens of its own around it.
+    """
+    return () if _keeps_special(text, tokenizer) else beginning(tokenizer, bos)
+
+
+def begun(ids_BT: Tensor, first: tuple[int, ...]) -> Tensor:
+    """The windows behind the tokens that each begins with; without any, as they are."""
+    if not first:
+        return ids_BT
+    first_BP = torch.tensor(first, dtype=ids_BT.dtype).expand(len(ids_BT), -1)
+    return torch.cat((first_BP, ids_BT), dim=1)
+
+
+def _keeps_special(text: Text, tokenizer: Any) -> bool:
+    return bool(text.records and reads_residues(tokenizer) and ResidueCodec(tokenizer).num_special)
+
+
 def tokenize(text: Text, tokenizer: Any) -> Tensor:
     """Token ids of the whole text, int64 (N,); special tokens only around FASTA sequences.
 
+    Chats are written as the tokenizer's own template has them, special tokens included.
+
     Raises:
-        RotqError: the tokenizer finds no token in it, or fails on it; names the text.
+        RotqError: the tokenizer finds no token in it, or fails on it, or has no template for its
+            chats; names the text.
     """
-    if text.records and reads_residues(tokenizer) and ResidueCodec(tokenizer).num_special:
+    if _keeps_special(text, tokenizer):
         codec = ResidueCodec(tokenizer)
         ids = [id for record in text.records for id in codec.encode(record.sequence)]
     else:
         try:
             with panics_unprinted():
-                ids = encode(tokenizer, text.content)
+                ids = encode(tokenizer, _written(text, tokenizer))
         except RotqError as error:
             raise RotqError(f"text {text.source}: {error}") from error.__cause__
     if not ids:
         raise RotqError(f"text {text.source} holds no tokens")
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _written(text: Text, tokenizer: Any) -> str:
+    """The text, with every chat in it as the model's template writes it."""
+    if not text.parts:
+        return text.content
+    if not getattr(tokenizer, "chat_template", None):
+        raise RotqError("it holds messages, and the tokenizer has no chat template to write them")
+    with told("the chat template fails"):
+        parts = [
+            part
+            if isinstance(part, str)
+            else tokenizer.apply_chat_template(list(part), tokenize=False)
+            for part in text.parts
+        ]
+    return "\n".join(parts)

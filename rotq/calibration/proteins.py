@@ -42,7 +42,8 @@ def draw_proteins(
         ids = codec.encode(sequence[start : start + room])
         windows.append(_masked(ids, codec, calibration.masked, generator))
     special = frozenset(codec.around[0] + codec.around[1])
-    return tuple(bucketed(windows, calibration.batch_size, codec.pad_id, special))
+    mask_id = codec.mask_id if calibration.masked else None
+    return tuple(bucketed(windows, calibration.batch_size, codec.pad_id, special, mask_id))
 
 
 def _masked(

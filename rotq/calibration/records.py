@@ -1,26 +1,32 @@
-"""Texts of JSON records: an object with a string ``text`` on each line, in a list, or alone."""
+"""JSON records, on lines, in a list, or alone: each an object with a ``text`` or with ``messages``.
+
+``messages`` are a chat, as for ``tokenizer.apply_chat_template``: {"role": ..., "content": ...}.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rotq.errors import RotqError
 
+Chat = tuple[Mapping[str, Any], ...]
+"""Messages in their order."""
 
-def json_texts(source: str, content: str) -> list[str]:
-    """The ``text`` field of each record.
+
+def json_texts(source: str, content: str) -> list[str | Chat]:
+    """The ``text`` field of each record, or its ``messages`` where it has no text.
 
     Args:
-        source: Of the content, for messages.
+        source: Of the content, for errors.
         content: JSON lines (empty ones are skipped), one JSON list of records, or one record.
 
     Raises:
-        RotqError: a record is not JSON, has no such field, or holds half a character; names the
+        RotqError: a record is not JSON, has neither field, or holds half a character; names the
             line, or the record in a list.
     """
-    return [_text(source, place, record) for place, record in _records(source, content)]
+    return [json_record(source, place, record) for place, record in _records(source, content)]
 
 
 def check_characters(source: str, place: str, text: str) -> None:
@@ -79,9 +85,28 @@ def _lines(source: str, content: str) -> Iterator[tuple[str, Any]]:
         yield place, record
 
 
+def json_record(source: str, place: str, record: Any) -> str | Chat:
+    """One record of ``json_texts``, which stands at ``place``."""
+    if isinstance(record, dict) and "text" not in record and "messages" in record:
+        return _chat(source, place, record["messages"])
+    return _text(source, place, record)
+
+
+def _chat(source: str, place: str, messages: Any) -> Chat:
+    if not isinstance(messages, list) or not messages:
+        raise RotqError(f'text {source}, {place}: "messages" is no list of messages')
+    for number, message in enumerate(messages, start=1):
+        where = f"{place}, message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RotqError(f'text {source}, {where}: no string field "role"')
+        if isinstance(message.get("content"), str):
+            check_characters(source, where, message["content"])
+    return tuple(messages)
+
+
 def _text(source: str, place: str, record: Any) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise RotqError(f'text {source}, {place}: no string field "text"')
+        raise RotqError(f'text {source}, {place}: no string field "text", and no "messages"')
     check_characters(source, place, text)
     return text

@@ -7,14 +7,20 @@ How bytes of a file become text is in ``files``.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rotq.calibration.fasta import Record, is_fasta, parse_fasta
 from rotq.calibration.files import decode, decompress, find_path, read_stored
-from rotq.calibration.records import check_characters, json_texts, looks_like_json_lines
+from rotq.calibration.records import (
+    Chat,
+    json_record,
+    json_texts,
+    looks_like_json_lines,
+)
 from rotq.errors import RotqError, told
 
 HELD_OUT_TOPICS = ("debugger", "string-methods", "types")
@@ -38,6 +44,8 @@ class Text:
     """Of the file's bytes; of the UTF-8 content where there is no file."""
     records: tuple[Record, ...] = ()
     """The sequences, where the file is FASTA; else empty."""
+    parts: tuple[str | Chat, ...] = ()
+    """The records, where some are chats, which only a model's own template makes text of."""
     note: str = ""
     """What was found in a FASTA file, or what is odd about another; begins with the source."""
 
@@ -46,10 +54,11 @@ def read_text(source: str, *, split: str = "train") -> Text:
     """Read a text by file name, corpus name or ``datasets`` id.
 
     Args:
-        source: A file of text (``.jsonl``, ``.ndjson``, ``.json``: the ``text`` field of each
-            record; ``.fasta``, ``.fa``, ``.faa``, ``.fas``: the sequences, see ``fasta``; anything
-            else as it is), or one that gzip made of it; ``pydoc`` or ``pydoc-test``; or
-            ``ID[:CONFIG][:SPLIT]`` of the ``datasets`` library; its ``text`` column is taken.
+        source: A file of text (``.jsonl``, ``.ndjson``, ``.json``: of each record the ``text``, or
+            the ``messages``; ``.fasta``, ``.fa``, ``.faa``, ``.fas``: the sequences, see ``fasta``;
+            anything else as it is), or one that gzip made of it; ``pydoc`` or ``pydoc-test``; or
+            ``ID[:CONFIG][:SPLIT]`` of the ``datasets`` library, of which the column ``text`` is
+            taken, or ``messages``.
         split: Split of a data set where ``source`` names none.
 
     Raises:
@@ -64,7 +73,7 @@ def read_text(source: str, *, split: str = "train") -> Text:
     elif path is None and _names_a_file(source):
         raise RotqError(f"text {source}: no such file")
     else:
-        text = _of_content(source, "\n\n".join(_dataset_rows(source, split)))
+        text = _of_records(source, tuple(_dataset_rows(source, split)))
     if not text.content.strip():
         raise RotqError(f"text {source} is empty")
     return text
@@ -92,10 +101,18 @@ def _read_file(source: str, path: Path) -> Text:
         return _of_proteins(source, data, sha256)
     content, note = decode(source, data).content, ""
     if _suffix(source) in _JSON_SUFFIXES:
-        content = "\n\n".join(json_texts(source, content))
-    elif looks_like_json_lines(content):
+        return _of_records(source, tuple(json_texts(source, content)), sha256)
+    if looks_like_json_lines(content):
         note = f"{source} looks like JSON lines and is read as plain text; .jsonl reads its records"
     return Text(source=source, content=content, sha256=sha256, note=note)
+
+
+def _of_records(source: str, parts: tuple[str | Chat, ...], sha256: str | None = None) -> Text:
+    """Records joined; chats stay apart, as nothing but a template can write them."""
+    chats = not all(isinstance(part, str) for part in parts)
+    words = [part if isinstance(part, str) else json.dumps(part) for part in parts]
+    text = _of_content(source, "\n\n".join(words))
+    return replace(text, sha256=sha256 or text.sha256, parts=parts if chats else ())
 
 
 def _of_proteins(source: str, data: bytes, sha256: str) -> Text:
@@ -116,7 +133,7 @@ def _pydoc(*, held_out: bool) -> str:
     return "\n\n".join(topics[name].strip() for name in names)
 
 
-def _dataset_rows(source: str, split: str) -> list[str]:
+def _dataset_rows(source: str, split: str) -> list[str | Chat]:
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise RotqError(f"text {source}: expected ID[:CONFIG][:SPLIT]")
@@ -126,16 +143,20 @@ def _dataset_rows(source: str, split: str) -> list[str]:
         raise RotqError(f"text {source} is the folder of a model; a file is needed")
     what = "no such file" if folder is None else "it is a folder"
     with told(f"text {source}: {what}, and datasets says"):
-        columns, rows = _load_rows(name if folder is None else str(folder), config, split)
-    if "text" not in columns:
+        columns, column, rows = _load_rows(name if folder is None else str(folder), config, split)
+    if column is None:
         raise RotqError(
-            f'text {source}: the data set has no column "text", only {", ".join(columns)}'
+            f'text {source}: the data set has no column "text" or "messages", only '
+            f"{', '.join(columns)}"
         )
-    return [text for number, text in enumerate(rows) if _is_text(source, number, text)]
+    kept = [(number, row) for number, row in enumerate(rows) if row]
+    return [json_record(source, f"row {number}", {column: row}) for number, row in kept]
 
 
-def _load_rows(name: str, config: str | None, split: str) -> tuple[list[str], list[Any]]:
-    """Columns of a data set, and what its column "text" holds."""
+def _load_rows(
+    name: str, config: str | None, split: str
+) -> tuple[list[str], str | None, list[Any]]:
+    """Columns of a data set, the one that is read, and what it holds."""
     import datasets
 
     bars = not datasets.are_progress_bars_disabled()
@@ -147,14 +168,5 @@ def _load_rows(name: str, config: str | None, split: str) -> tuple[list[str], li
         if bars:
             datasets.enable_progress_bars()
     columns = list(found.column_names)
-    return columns, list(found["text"]) if "text" in columns else []
-
-
-def _is_text(source: str, number: int, row: Any) -> bool:
-    """Whether a row holds text; rows without any are left out."""
-    if row is not None and not isinstance(row, str):
-        kind = type(row).__name__
-        raise RotqError(f'text {source}, row {number}: "text" is {kind}, not a string')
-    if row:
-        check_characters(source, f"row {number}", row)
-    return bool(row)
+    column = next((name for name in ("text", "messages") if name in columns), None)
+    return columns, column, [] if column is None else list(found[column])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rotq.errors import is_panic, told
+from rotq.errors import RotqError, is_panic, told
 
 _STDERR = 2
 
@@ -35,6 +35,27 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     with told(f"the tokenizer of {name} fails"):
         ids = _encode(tokenizer, text, special)
     return ids
+
+
+def beginning(tokenizer: Any, choice: str = "auto") -> tuple[int, ...]:
+    """Special tokens that a window of text begins with, as the model's own training text did.
+
+    Args:
+        choice: "auto" is what the tokenizer puts before a text, "yes" its BOS in any case, "no"
+            nothing.
+
+    Raises:
+        RotqError: "yes", and the tokenizer has no BOS; or it fails.
+    """
+    if choice == "no":
+        return ()
+    if choice == "yes":
+        if tokenizer.bos_token_id is None:
+            raise RotqError(f"bos=yes: {type(tokenizer).__name__} has no BOS token")
+        return (int(tokenizer.bos_token_id),)
+    plain, whole = (encode(tokenizer, "a", special=special) for special in (False, True))
+    places = [n for n in range(len(whole)) if whole[n : n + len(plain)] == plain]
+    return tuple(whole[: places[0]]) if plain and places else ()
 
 
 @contextmanager

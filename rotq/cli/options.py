@@ -13,6 +13,7 @@ import click
 
 import rotq
 from rotq.cli.hints import nearest
+from rotq.devices import check_device_name
 from rotq.recipe import Given, Recipe, resolve
 from rotq.recipe.sections import check_seed
 
@@ -33,6 +34,33 @@ class FilePath(click.Path):
             self.fail("it is empty", param, ctx)
         _check_name(self, str(value), param, ctx)
         return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class ModelName(click.Path):
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id.
+
+    But for ``~``, as in ``FilePath``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=str)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty", param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(str(value)), param, ctx)
+
+
+class Device(click.types.StringParamType):
+    """The name of a device, by its spelling: whether it is there a command asks itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_device_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Words(click.types.StringParamType):
@@ -114,6 +142,30 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def device_option(command: Command) -> Command:
+    """``--device``, as ``choose_device`` takes it."""
+    return click.option(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        help="Where the model runs; auto is the first GPU, else mps or the CPU.",
+    )(command)
+
+
+def bos_option(default: str | None) -> Callable[[Command], Command]:
+    """``--bos``: what windows of text begin with."""
+    return click.option(
+        "--bos",
+        type=click.Choice(["auto", "yes", "no"]),
+        default=default,
+        show_default=default is not None,
+        help="Begin windows with the special tokens that the tokenizer puts before a text (auto), "
+        "with its BOS (yes), or with none.",
+    )
+
+
 def recipe_options(command: Command) -> Command:
     """Options that make up a recipe; the command gets it as ``recipe`` and ``recipe_file``."""
 
@@ -126,6 +178,7 @@ def recipe_options(command: Command) -> Command:
         num_samples: int | None,
         seq_len: int | None,
         seed: int | None,
+        bos: str | None,
         **kwargs: Any,
     ) -> None:
         flags = [
@@ -136,6 +189,7 @@ def recipe_options(command: Command) -> Command:
                 ("calibration.seq_len", "--seq-len", seq_len),
                 ("calibration.seed", "--seed", seed),
                 ("rotation.seed", "--seed", seed),
+                ("calibration.bos", "--bos", bos),
             )
             if value is not None
         ]
@@ -153,6 +207,7 @@ def recipe_options(command: Command) -> Command:
             help="Set any key of the recipe, as solver.damping=0.02. May be repeated.",
         ),
         click.option("--seed", type=Seed(), help="Of the calibration draw and of the rotation."),
+        bos_option(None),
         click.option(
             "--seq-len",
             type=int,

@@ -104,22 +104,22 @@ def evaluate_kv(
     protocol = protocol.within(limits)
     ids_BT = protocol.cut(ids_N)
     limits.check(ids_BT)
-    reference_nll = 0.0
+    reference_nll, first = 0.0, protocol.first_scored(0)
     sums = [_Sums() for _ in schemes]
     histories = [QuantizedHistory(scheme) for scheme in schemes]
     for window, ids_T in enumerate(ids_BT):
-        reference_TV = window_logits(model, ids_T)[:-1]
-        target_T = ids_T[1:].to(reference_TV.device)
+        reference_TV = window_logits(model, ids_T)[first - 1 : -1]
+        target_T = ids_T[first:].to(reference_TV.device)
         reference_nll += summed_nll(reference_TV, target_T)
         for total, history in zip(sums, histories, strict=True):
             with replaced_attention(model, history):
-                logits_TV = window_logits(model, ids_T)[:-1]
+                logits_TV = window_logits(model, ids_T)[first - 1 : -1]
             total.nll += summed_nll(logits_TV, target_T)
             total.cosine += _summed_cosine(reference_TV, logits_TV)
             total.divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
         if on_window is not None:
             on_window(window + 1, len(ids_BT))
-    tokens = ids_BT.numel() - len(ids_BT)
+    tokens = ids_BT.numel() - first * len(ids_BT)
     return [
         KVEvaluation(
             preset=scheme.name,

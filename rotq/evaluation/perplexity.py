@@ -5,6 +5,8 @@
 ``windowed``: the text is cut into non-overlapping windows from its start; every position of a
 window but the first is scored. ``strided``: windows start every ``stride`` tokens and each scores
 only what no earlier window scored, so most tokens have at least T - stride tokens of context.
+A window begins with the protocol's special tokens, if any, and holds as many tokens of the text
+fewer; they are not scored.
 Figures of different protocols, lengths or window counts do not compare.
 
 Shape suffixes: N tokens of the text, B windows, T positions, C positions of a chunk, V vocabulary.
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotq.calibration.data import begun
 from rotq.calibration.limits import Limits
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
@@ -40,6 +43,8 @@ class Protocol:
     """Tokens of a window."""
     stride: int = 0
     """Tokens between window starts; 0 is the windowed protocol, without overlap."""
+    first: tuple[int, ...] = ()
+    """Ids of the special tokens that every window begins with."""
 
     def __post_init__(self) -> None:
         if self.windows < 0:
@@ -49,44 +54,61 @@ class Protocol:
         if not 0 <= self.stride < self.seq_len:
             raise ValueError(f"stride: {self.stride} is not below seq_len {self.seq_len}")
 
+    @property
+    def text_len(self) -> int:
+        """Tokens of the text in a window."""
+        return self.seq_len - len(self.first)
+
     def within(self, limits: Limits) -> Protocol:
         """The same, with windows that are no longer than a model has positions.
 
         Raises:
             RotqError: it has too few for two tokens, or no more than ``stride``.
         """
-        return replace(self, seq_len=limits.cut(self.seq_len, least=max(2, self.stride + 1)))
+        least = max(2, self.stride + 1) + len(self.first)
+        return replace(self, seq_len=limits.cut(self.seq_len, least=least))
 
     def cut(self, ids_N: Tensor) -> Tensor:
         """Windows ids_BT of a text.
 
         Raises:
-            RotqError: the text is too short; says how many windows fit.
+            RotqError: the text is too short (says how many windows fit), or windows are, with what
+                they begin with.
         """
-        step = self.stride or self.seq_len
-        fitting = max(0, (ids_N.numel() - self.seq_len) // step + 1)
+        if self.text_len <= self.stride:
+            raise RotqError(
+                f"windows of {self.seq_len} tokens, {len(self.first)} of them special, hold "
+                f"{max(0, self.text_len)} of the text; {self.stride + 1} are needed"
+            )
+        step = self.stride or self.text_len
+        fitting = max(0, (ids_N.numel() - self.text_len) // step + 1)
         wanted = self.windows or max(fitting, 1)
         if fitting < wanted:
             raise RotqError(
                 f"text is too short: {ids_N.numel()} tokens hold {fitting} of the {wanted} "
-                f"windows of {self.seq_len} asked for"
+                f"windows of {self.text_len} asked for"
             )
-        return ids_N.unfold(0, self.seq_len, step)[:wanted]
+        return begun(ids_N.unfold(0, self.text_len, step)[:wanted], self.first)
 
     def first_scored(self, window: int) -> int:
         """First scored position of a window."""
-        return 1 if window == 0 or not self.stride else self.seq_len - self.stride
+        if window and self.stride:
+            return self.seq_len - self.stride
+        return max(1, len(self.first))
 
     def describe(self, num_windows: int) -> str:
         """One line that names the protocol."""
+        special = "no special tokens"
+        if self.first:
+            special = f"each behind special tokens {', '.join(map(str, self.first))}"
         if self.stride:
             return (
                 f"strided: {num_windows} windows of {self.seq_len} tokens every {self.stride}, "
-                "each token scored once, no special tokens"
+                f"each token scored once, {special}"
             )
         return (
             f"windowed: first {num_windows} non-overlapping windows of {self.seq_len} tokens, "
-            f"{self.seq_len - 1} scored in each, no special tokens"
+            f"{self.seq_len - self.first_scored(0)} scored in each, {special}"
         )
 
 

@@ -6,6 +6,7 @@
                   outer.safetensors  embedding, final norm, head
                   block-00000.safetensors, ...
                   tuned-*.safetensors
+                  gradient-*.safetensors  weights of tokens, where gradients decide them
                   hidden-*, attention-*  activations, where they are kept on the disk
                   source/            a GGUF file made dense
                   checkpoint/        assembled at the end, then renamed to OUT
@@ -231,11 +232,23 @@ class JobFolder:
 OUTER = "outer"
 """Name of the part with everything outside the blocks."""
 
+KEPT = "kept"
+"""Name of the part with what the model's forward does not reach."""
+
 TUNING = "tuning"
 """Name under which the training of scales is recorded, once all tuned parts are on the disk."""
 
 TRANSFORM = "transform"
 """Name of the part with the basis, where it was searched for."""
+
+
+GRADIENTS = "gradients"
+"""Name under which the pass that weighs tokens by gradients is recorded, with all its parts."""
+
+
+def gradient_part(index: int) -> str:
+    """Name of what that pass found for a block."""
+    return f"gradient-{index:05d}"
 
 
 def block_part(index: int) -> str:

@@ -55,6 +55,8 @@ class UnfusedExperts(nn.ModuleList):
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
         self.see_all_tokens = False
+        self.routed_E = torch.zeros(len(experts), dtype=torch.int64)
+        """Tokens that the router has sent to each expert while all saw all."""
 
     def forward(self, x_MD: Tensor, index_MS: Tensor, weight_MS: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, each times its routing weight.
@@ -67,6 +69,9 @@ class UnfusedExperts(nn.ModuleList):
         Returns:
             (M, D) in the dtype of ``x_MD``.
         """
+        if self.see_all_tokens:
+            counted_E = torch.bincount(index_MS.flatten().cpu(), minlength=len(self))
+            self.routed_E += counted_E[: len(self)]
         y_MD = torch.zeros_like(x_MD)
         for number, expert in enumerate(self):
             token, slot = torch.where(index_MS == number)
@@ -82,15 +87,31 @@ class UnfusedExperts(nn.ModuleList):
 
 @contextmanager
 def calibrating(module: nn.Module) -> Iterator[None]:
-    """Run every expert on all tokens, so that hooks inside experts see them; same output."""
+    """Run every expert on all tokens, so that hooks inside experts see them; same output.
+
+    How many the router sends to each is counted anew, see ``routed_tokens``.
+    """
     mixtures = [m for m in module.modules() if isinstance(m, UnfusedExperts)]
     for mixture in mixtures:
         mixture.see_all_tokens = True
+        mixture.routed_E.zero_()
     try:
         yield
     finally:
         for mixture in mixtures:
             mixture.see_all_tokens = False
+
+
+def routed_tokens(module: nn.Module) -> dict[str, list[int]]:
+    """Tokens that routers sent to each expert in the last ``calibrating`` context, by name.
+
+    Mixtures that were not reached are left out.
+    """
+    return {
+        name: mixture.routed_E.tolist()
+        for name, mixture in module.named_modules()
+        if isinstance(mixture, UnfusedExperts) and mixture.routed_E.any()
+    }
 
 
 def unfuse(fused: nn.Module) -> UnfusedExperts:

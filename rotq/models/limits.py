@@ -29,9 +29,14 @@ def limits_of(model: Any) -> Limits:
         model: A language model of transformers, on any device; its parameters may be on meta.
     """
     return Limits(
-        embeddings=model.get_input_embeddings().weight.shape[0],
+        embeddings=vocabulary_of(model),
         positions=min(_bounds(model), default=None),
     )
+
+
+def vocabulary_of(model: Any) -> int:
+    """Token ids that a model has embeddings for, whatever its configuration says."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _bounds(model: nn.Module) -> Iterator[int]:

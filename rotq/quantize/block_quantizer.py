@@ -24,11 +24,13 @@ from rotq.job.context import Job
 from rotq.job.folder import block_part
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
+from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
-from rotq.quantize.token_weights import effective_share, token_weights
+from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult, peak_rss
-from rotq.solvers.solve import Solution, solve, split_rows
+from rotq.solvers.solve import Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
+from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
@@ -45,6 +47,10 @@ class QuantizedBlock:
     layers: tuple[LayerResult, ...]
     effective_share: float
     """Effective sample size over tokens; 1 without importance."""
+    training: Mapping[str, float]
+    """Loss of the training of codes; empty without."""
+    routed: Mapping[str, list[int]]
+    """Calibration tokens that were routed to each expert, by path of the mixture."""
 
 
 class BlockQuantizer:
@@ -67,14 +73,16 @@ class BlockQuantizer:
         weights = None if streams is None else token_weights(job, index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
+        routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
         for stage in stages:
-            moments: dict[str, Moments] = {}
+            moments: dict[str, list[Moments]] = {}
             if streams is not None:
                 last = stage is stages[-1]
                 moments = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
+                routed |= routed_tokens(working)
             for site in stage:
                 solutions, results = self._round(index, site, (original, working), moments)
                 quantized |= solutions
@@ -83,11 +91,16 @@ class BlockQuantizer:
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
             self.runner.advance(index, original, streams.original)
+        training: dict[str, float] = {}
+        if quantized and streams is not None and job.recipe.tuning.code_steps:
+            quantized, training = train_codes(job, index, (original, working), quantized, streams)
         return QuantizedBlock(
             block=working,
             quantized=quantized,
             layers=tuple(layers),
-            effective_share=effective_share(weights),
+            training=training,
+            effective_share=1.0 if weights is None else weights.effective_share,
+            routed=routed,
         )
 
     def _round(
@@ -95,7 +108,7 @@ class BlockQuantizer:
         index: int,
         site: Site,
         blocks: tuple[nn.Module, nn.Module],
-        moments: dict[str, Moments],
+        moments: dict[str, list[Moments]],
     ) -> tuple[dict[str, Quantized], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
@@ -105,7 +118,7 @@ class BlockQuantizer:
         original, working = blocks
         grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
         with large_blocks_mapped():
-            solutions = dict(self._solve(site, grids, original, moments.pop(site.name, None)))
+            solutions = dict(self._solve(site, grids, original, moments.pop(site.name, [None])))
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():
@@ -116,7 +129,10 @@ class BlockQuantizer:
         return {name: solution.quantized for name, solution in solutions.items()}, results
 
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
-        """Sites whose moments are collected in one pass; kept layers are left out."""
+        """Sites whose moments are collected in one pass; kept layers are left out.
+
+        Where gradients weigh the tokens every layer has moments, and so a site, of its own.
+        """
         sites = self.job.skeleton.adapter.sites(block)
         kinds = list(dict.fromkeys(site.name.split(".")[0] for site in sites))
         stages: dict[int, list[Site]] = {}
@@ -127,28 +143,44 @@ class BlockQuantizer:
             if planned:
                 position = kinds.index(site.name.split(".")[0])
                 stage = stages.setdefault(min(position, self.job.recipe.solver.passes - 1), [])
-                stage.append(Site(name=site.name, linears=planned))
+                if self.job.recipe.importance.strategy == "gradient":
+                    stage += [Site(name=name, linears=(name,)) for name in planned]
+                else:
+                    stage.append(Site(name=site.name, linears=planned))
         return [tuple(stage) for stage in stages.values()]
 
     def _full(self, index: int, name: str) -> str:
         return f"{self.job.skeleton.block_name(index)}.{name}"
 
     def _solve(
-        self, site: Site, grids: dict[str, Grid], original: nn.Module, moments: Moments | None
+        self,
+        site: Site,
+        grids: dict[str, Grid],
+        original: nn.Module,
+        moments: Sequence[Moments | None],
     ) -> Iterator[tuple[str, Solution]]:
-        """Solve linears of one grid together: they share the Hessian, rows are independent."""
+        """Solve linears of one grid together: rows are independent.
+
+        Args:
+            moments: Of each group of their rows; one entry: they share the Hessian.
+        """
         for names in _stacks(site.linears, grids, original):
             weights = [_linear(original, name).weight for name in names]
             stacked_NK = torch.cat([weight.float() for weight in weights])
-            solution = solve(
-                stacked_NK,
-                moments,
-                grids[names[0]],
-                self.job.recipe.solver,
-                scale_dtype=self.job.plan.scale_dtype,
-            )
+            solutions = [
+                solve(
+                    part_NK,
+                    of_part,
+                    grids[names[0]],
+                    self.job.recipe.solver,
+                    scale_dtype=self.job.plan.scale_dtype,
+                )
+                for part_NK, of_part in zip(
+                    stacked_NK.tensor_split(len(moments)), moments, strict=True
+                )
+            ]
             sizes = [weight.shape[0] for weight in weights]
-            yield from zip(names, split_rows(solution, sizes), strict=True)
+            yield from zip(names, split_rows(join_rows(solutions), sizes), strict=True)
 
     def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
         grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]
@@ -190,6 +222,8 @@ def save_block(
         {
             "layers": [asdict(layer) for layer in quantized.layers],
             "effective_share": quantized.effective_share,
+            "training": dict(quantized.training),
+            "routed": dict(quantized.routed),
             "flatness": {site: asdict(change) for site, change in flatness.items()},
             "seconds": seconds,
             "peak_rss": peak_rss(),

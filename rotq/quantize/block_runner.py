@@ -22,6 +22,7 @@ from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
+from rotq.quantize.token_weights import TokenWeights
 from rotq.solvers.statistics import Moments
 
 
@@ -63,37 +64,39 @@ class BlockRunner:
         stage: tuple[Site, ...],
         blocks: tuple[nn.Module, nn.Module],
         streams: Streams,
-        weights: list[Tensor] | None,
+        weights: TokenWeights | None,
         last: bool,
-    ) -> dict[str, Moments]:
+    ) -> dict[str, list[Moments]]:
         """One pass over the batches: moments of every site of the stage.
 
         Args:
             index: Position of the block in the model.
             stage: Sites whose inputs no unrounded layer of the stage decides.
             blocks: The original one, and the one whose earlier stages are rounded.
-            weights: Importance of each batch's tokens, (B, T); None counts all once.
+            weights: Importance of the tokens; None counts all once.
             last: Take the original stream to the end of the block.
 
         Returns:
-            By name of the site.
+            By name of the site, for each group of rows that has weights of its own.
         """
-        moments: dict[str, Moments] = {}
+        moments: dict[str, list[Moments]] = {}
         with (
             matmul_precision(self.job.recipe.calibration.precision),
             calibrating(blocks[0]),
             calibrating(blocks[1]),
         ):
-            for number, batch in enumerate(streams.batches):
+            for number in range(len(streams.batches)):
                 seen, targets = self._both_inputs(index, stage, blocks, streams, number, last)
-                weight_M = None
-                if weights is not None:
-                    weight_M = batch.without_padding(weights[number].flatten())
                 for name, x_MK in seen.items():
+                    groups = [None] if weights is None else weights.of(name, number).unbind(-1)
                     if name not in moments:
                         cross = streams.original is not None
-                        moments[name] = Moments(x_MK.shape[-1], cross=cross, device=self.job.device)
-                    moments[name].add(x_MK, targets.get(name), weight_M)
+                        moments[name] = [
+                            Moments(x_MK.shape[-1], cross=cross, device=self.job.device)
+                            for _ in groups
+                        ]
+                    for sums, weight_M in zip(moments[name], groups, strict=True):
+                        sums.add(x_MK, targets.get(name), weight_M)
         if last and streams.original is not None:
             streams.original.forget()
         return moments

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from rotq.checkpoint.location import ModelName
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.setup import settle_described
@@ -22,10 +22,10 @@ IMPORTED_BYTES = 400_000_000
 
 
 def estimate(
-    model: Path,
+    model: ModelName,
     recipe: Recipe,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Estimate:
@@ -57,7 +57,9 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
         bits_per_weight=packed_bits / max(planned, 1),
         output_bytes=output_bytes,
         peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
-        scratch_disk_bytes=2 * output_bytes + (streams if offload else 0),
+        scratch_disk_bytes=2 * output_bytes
+        + (streams if offload else 0)
+        + _gradient_bytes(skeleton, recipe, dtype),
     )
 
 
@@ -80,6 +82,15 @@ def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     streams = 2 if recipe.needs_original else 1
     return int(tokens * skeleton.config.hidden_size * dtype.itemsize * streams)
+
+
+def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Hidden states between all blocks, where gradients weigh the tokens."""
+    if recipe.importance.strategy != "gradient" or not recipe.needs_data:
+        return 0
+    tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+    states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
+    return (skeleton.num_blocks + 1) * states
 
 
 def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:

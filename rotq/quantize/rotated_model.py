@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rotq.checkpoint.shards import save_tensors
 from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
-from rotq.fusion.fuse import fuse_outer
+from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.job.context import Job
 from rotq.job.folder import OUTER
 from rotq.quantize.invariance import InvarianceCheck
@@ -52,6 +52,14 @@ class RotatedModel:
         plain = copy.deepcopy(exact).to(self.job.dtype)
         rotated = self.check.rotate_block(index, exact).to(self.job.dtype)
         return rotated, self.meter.measure(index, plain, rotated)
+
+    def plain_block(self, index: int) -> nn.Module:
+        """A block in the basis and the model's dtype, without the check; in any order."""
+        if self.basis.is_identity:
+            return self.job.load_block(index, self.job.dtype)
+        exact = self.job.load_block(index, torch.float64)
+        fuse_block(exact, self.job.skeleton.adapter, self.basis, index)
+        return exact.to(self.job.dtype)
 
 
 def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:

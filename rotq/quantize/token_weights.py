@@ -1,12 +1,14 @@
 """The importance of each calibration token in a block, by the recipe's strategy.
 
-Shape suffixes: B windows, T positions, D hidden size, M tokens, V vocabulary.
+Shape suffixes: B windows, T positions, D hidden size, M tokens that are no padding, G groups of
+rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,42 +26,63 @@ from rotq.calibration.streams import Streams
 from rotq.job.context import Job
 from rotq.models.attention.observed import observed_attention
 from rotq.numerics import matmul_precision
+from rotq.quantize.gradients import gradient_weights
 
 
-def token_weights(job: Job, index: int, block: nn.Module, streams: Streams) -> list[Tensor] | None:
-    """(B, T) weights of each batch, mean 1 per window; None if all tokens count the same.
+@dataclass(frozen=True, kw_only=True)
+class TokenWeights:
+    """How much each token counts in a block's Hessians."""
+
+    by_site: Mapping[str, Sequence[Tensor]]
+    """For each batch (M, G) fp32, by the name of the site; what "" has is of all sites."""
+
+    def of(self, site: str, batch: int) -> Tensor:
+        """(M, G) of one batch; a Hessian for each of the G groups of rows."""
+        return self.by_site.get(site, self.by_site.get("", ()))[batch]
+
+    @property
+    def effective_share(self) -> float:
+        """Effective sample size (sum r)^2 / sum r^2 over the number of tokens, mean of all."""
+        joined = [torch.cat(list(batches)).double() for batches in self.by_site.values()]
+        shares = [r_MG.sum(0) ** 2 / r_MG.square().sum(0) / len(r_MG) for r_MG in joined]
+        return torch.stack(shares).mean().item()
+
+
+def token_weights(job: Job, index: int, block: nn.Module, streams: Streams) -> TokenWeights | None:
+    """Weights of every token; None if all count the same.
 
     Args:
-        job: Of its recipe, ``importance``.
+        job: Of its recipe, ``importance``. What gradients weigh is there already.
         index: Of the block in the model.
         block: About to be quantized; scores are taken on the quantized stream with it.
         streams: Before the block.
     """
-    importance, batches = job.recipe.importance, streams.batches
-    if importance.strategy == "none":
+    strategy = job.recipe.importance.strategy
+    if strategy == "none":
         return None
-    if importance.strategy == "token_frequency":
-        scores = _frequency_scores(batches)
-    else:
-        score = _attention_score if importance.strategy == "attention" else _hidden_score
-        with matmul_precision(job.recipe.calibration.precision):
-            scores = [
-                score(job, index, block, hidden_BTD.to(job.device), batch)
-                for hidden_BTD, batch in zip(streams.quantized.hidden, batches, strict=True)
-            ]
-    return [
-        weights_from_scores(score_BT.to(job.device), importance, batch)
-        for score_BT, batch in zip(scores, batches, strict=True)
-    ]
+    if strategy == "gradient":
+        return TokenWeights(by_site=gradient_weights(job, index))
+    scored = zip(_scores(job, index, block, streams), streams.batches, strict=True)
+    return TokenWeights(by_site={"": [_weights(job, *of_batch) for of_batch in scored]})
 
 
-def effective_share(weights: list[Tensor] | None) -> float:
-    """Effective sample size (sum r)^2 / sum r^2 over the number of tokens; 1 without weights."""
-    if weights is None:
-        return 1.0
-    flat_M = torch.cat([weight_BT.flatten() for weight_BT in weights]).double()
-    # only padding has weight 0
-    return (flat_M.sum() ** 2 / flat_M.square().sum() / flat_M.count_nonzero()).item()
+def _scores(job: Job, index: int, block: nn.Module, streams: Streams) -> list[Tensor]:
+    """(B, T) of each batch, larger is more important."""
+    if job.recipe.importance.strategy == "token_frequency":
+        return _frequency_scores(streams.batches)
+    by_attention = job.recipe.importance.strategy == "attention"
+    score = _attention_score if by_attention else _hidden_score
+    with matmul_precision(job.recipe.calibration.precision):
+        return [
+            score(job, index, block, hidden_BTD.to(job.device), batch)
+            for hidden_BTD, batch in zip(streams.quantized.hidden, streams.batches, strict=True)
+        ]
+
+
+def _weights(job: Job, score_BT: Tensor, batch: Batch) -> Tensor:
+    """(M, 1), mean 1 per window."""
+    weight_BT = weights_from_scores(score_BT.to(job.device), job.recipe.importance, batch)
+    return batch.without_padding(weight_BT.flatten())[:, None]
 
 
 def _attention_score(

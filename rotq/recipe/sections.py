@@ -10,6 +10,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+BOS = Literal["auto", "yes", "no"]
+"""What windows of text begin with, see ``Calibration``."""
+
 MOST_TOKENS = 2**30
 """Of all calibration windows; as int64 they take 8 GiB."""
 
@@ -150,6 +153,9 @@ class Calibration:
     """Tokens of each window; a model with fewer positions gets as many as it has."""
     batch_size: int = 4
     """Windows of one forward pass."""
+    bos: BOS = "auto"
+    """What a window of text begins with: the special tokens that the tokenizer puts before a text,
+    its BOS in any case, or nothing."""
     seed: int = 0
     """Seed of the windows' draw; the rotation has its own."""
     offload: bool = False
@@ -179,8 +185,12 @@ class Importance:
         "activation_norm",
         "activation_difference",
         "token_similarity",
+        "gradient",
     ] = "none"
-    """What a token's score is."""
+    """What a token's score is; ``gradient`` (GuidedQuant, arXiv 2505.07004) is its weight itself,
+    layer by layer, and looks at none of scaling, floor, power and first_n."""
+    groups: Literal[1, 2, 4] = 1
+    """Groups of a layer's output rows with weights of their own; only ``gradient`` tells them."""
     scaling: Literal["minmax", "quantile", "sink"] = "quantile"
     """How scores become weights: min-max, 1 %-99 % min-max, or min-max with sinks left out."""
     floor: float = 0.1
@@ -193,6 +203,8 @@ class Importance:
     def __post_init__(self) -> None:
         check("floor", self.floor, 0 < self.floor <= 1, "above 0, at most 1")
         check("first_n", self.first_n, 0 < self.first_n <= 1, "above 0, at most 1")
+        if self.groups != 1 and self.strategy != "gradient":
+            raise ValueError("groups: only strategy gradient weighs groups of rows apart")
 
 
 @dataclass(frozen=True, kw_only=True)

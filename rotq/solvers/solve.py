@@ -3,20 +3,23 @@
 Shape suffixes: N out features, K in features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid, Quantized
+from rotq.numerics import side_by_side
 from rotq.recipe import Solver
 from rotq.solvers.gptq import Elimination, damp, eliminate, round_columns
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
 from rotq.solvers.statistics import Moments, corrected_target
 
-ROWS_IN_CACHE, ROWS_ON_DEVICE = 1024, 16384
-"""Rows solved at a time on a CPU, where few stay in the cache, and on a GPU, which wants many."""
+ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
+"""Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +76,20 @@ def solve(
     del cross_KK
     target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
     elimination = eliminate(damped_KK, options.order)
-    rows = ROWS_IN_CACHE if weight_NK.device.type == "cpu" else ROWS_ON_DEVICE
-    quantized = _joined(
-        [
-            _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
-            for part_NK in target_NK.split(rows)
-        ]
-    )
+
+    def descend(part_NK: Tensor) -> Quantized:
+        return _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
+
+    quantized = _joined(_each_part(descend, target_NK))
     return _solution(quantized, target_NK, hessian_KK, damping)
+
+
+def _each_part(descend: Callable[[Tensor], Quantized], target_NK: Tensor) -> list[Quantized]:
+    """Rows do not know of each other: parts of equal size, on a CPU side by side."""
+    on_cpu = target_NK.device.type == "cpu"
+    count = ceil(target_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
+    parts = target_NK.tensor_split(count)
+    return side_by_side(descend, parts) if on_cpu else [descend(part_NK) for part_NK in parts]
 
 
 def _descend(
@@ -115,6 +124,16 @@ def _joined(parts: list[Quantized]) -> Quantized:
         scale_NG=torch.cat([part.scale_NG for part in parts]),
         zero_NG=torch.cat(zeros) if zeros else None,
         grid=parts[0].grid,
+    )
+
+
+def join_rows(solutions: list[Solution]) -> Solution:
+    """Stack along N what was solved apart, on one grid; the damping is the largest."""
+    return Solution(
+        quantized=_joined([solution.quantized for solution in solutions]),
+        loss_N=torch.cat([solution.loss_N for solution in solutions]),
+        energy_N=torch.cat([solution.energy_N for solution in solutions]),
+        damping=max(solution.damping for solution in solutions),
     )
 
 

@@ -33,7 +33,7 @@ class Moments:
             ValueError: ``original_MK`` is missing although cross moments were asked for.
         """
         x_MK = x_MK.float()
-        weighted_MK = x_MK if weight_M is None else x_MK * weight_M.to(x_MK.dtype)[:, None]
+        weighted_MK = x_MK if weight_M is None else x_MK * weight_M.to(x_MK)[:, None]
         self.hessian_sum_KK.addmm_(weighted_MK.T, x_MK)
         if self.cross_sum_KK is not None:
             if original_MK is None:

@@ -9,13 +9,15 @@ import torch
 
 from rotq.calibration.data import load_windows, tokenize
 from rotq.calibration.limits import Limits
-from rotq.calibration.texts import read_text
+from rotq.calibration.texts import Text, read_text
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
 
 
 class ByteTokenizer:
     """Token ids are the UTF-8 bytes; a special token is added unless it is refused."""
+
+    bos_token_id = 257
 
     def __call__(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
@@ -24,7 +26,7 @@ class ByteTokenizer:
 
 
 def windows_of(path: Path, **changes: Any) -> Any:
-    settings = {"num_samples": 5, "seq_len": 7, "seed": 3, **changes}
+    settings = {"num_samples": 5, "seq_len": 7, "seed": 3, "bos": "no", **changes}
     return load_windows(Calibration(source=str(path), **settings), ByteTokenizer(), Limits())
 
 
@@ -44,6 +46,21 @@ def test_windows_are_the_drawn_slices_of_the_text(text_file: Path) -> None:
     assert windows.ids_BT.dtype == torch.int64
     assert windows.tokens == 200
     assert windows.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(("bos", "first"), [("auto", 256), ("yes", 257)])
+def test_windows_begin_with_a_special_token_and_are_no_longer(
+    text_file: Path, bos: str, first: int
+) -> None:
+    ids_BT = windows_of(text_file, bos=bos).ids_BT
+    assert ids_BT.shape == (5, 7)
+    assert (ids_BT[:, 0] == first).all()
+    assert torch.equal(ids_BT[:, 1:], windows_of(text_file, seq_len=6).ids_BT)
+
+
+def test_a_window_has_room_for_more_than_its_beginning(text_file: Path) -> None:
+    with pytest.raises(RotqError, match="seq_len"):
+        windows_of(text_file, bos="yes", seq_len=1)
 
 
 def test_seed_decides_the_draw(text_file: Path) -> None:
@@ -83,3 +100,43 @@ def test_fast_tokenizers_give_the_tokens_of_a_plain_call(text_file: Path) -> Non
     plain = tokenizer(text.content, add_special_tokens=False)["input_ids"]
     assert tokenizer.is_fast
     assert tokenize(text, tokenizer).tolist() == plain
+
+
+class ChatTokenizer(ByteTokenizer):
+    """With a template, which writes a role's first letter before what it says."""
+
+    chat_template = "roles"
+
+    def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Text:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}'
+        '\n{"text": "plain"}\n'
+    )
+    return read_text(str(file))
+
+
+def test_chats_are_written_by_the_models_own_template(chats: Text) -> None:
+    assert bytes(tokenize(chats, ChatTokenizer()).tolist()) == b"u:hi;a:yo;\nplain"
+
+
+def test_chats_without_a_template_are_refused(chats: Text) -> None:
+    with pytest.raises(
+        RotqError, match=r"chats\.jsonl: it holds messages, and the tokenizer has no"
+    ):
+        tokenize(chats, ByteTokenizer())
+
+
+def test_a_template_that_fails_is_one_line(chats: Text) -> None:
+    class Broken(ChatTokenizer):
+        def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+            raise TypeError("roles must alternate")
+
+    with pytest.raises(RotqError, match=r"the chat template fails: .*roles must alternate"):
+        tokenize(chats, Broken())

@@ -63,3 +63,26 @@ def test_what_looks_like_json_lines() -> None:
     assert looks_like_json_lines('\n {"text": "a"}\nmore')
     for other in ("", "text", '{"body": "a"}', '{"text": 5}', "{not json}", "{" * 100_000):
         assert not looks_like_json_lines(other)
+
+
+CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def test_messages_are_kept_as_a_chat_and_text_comes_first() -> None:
+    lines = [{"messages": CHAT}, {"text": "a", "messages": CHAT}]
+    assert json_texts("f", json.dumps(lines)) == [tuple(CHAT), "a"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", 'line 1: "messages" is no list of messages'),
+        ([], 'line 1: "messages" is no list of messages'),
+        (["hi"], 'line 1, message 1: no string field "role"'),
+        ([*CHAT, {"content": "x"}], 'line 1, message 3: no string field "role"'),
+        ([{"role": "user", "content": "\ud83d"}], "line 1, message 1: half a character"),
+    ],
+)
+def test_messages_that_are_none(messages: object, message: str) -> None:
+    with pytest.raises(RotqError, match=message):
+        json_texts("f", json.dumps({"messages": messages}))

@@ -145,7 +145,7 @@ def test_data_set_without_text_column(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(RotqError, match='no column "text", only body'):
+    with pytest.raises(RotqError, match='no column "text" or "messages", only body'):
         read_text(str(folder))
 
 
@@ -193,8 +193,8 @@ def test_whatever_datasets_raises_is_one_line(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["fine", 5], 'row 1: "text" is int, not a string'),
-        ([None, ["a"]], 'row 1: "text" is list, not a string'),
+        (["fine", 5], 'row 1: no string field "text"'),
+        ([None, ["a"]], 'row 1: no string field "text"'),
         (["fine", "", "half \ud83d"], r"row 2: half a character, \\ud83d"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rotq.calibration.tokens import encode, panics_unprinted
+from rotq.calibration.tokens import beginning, encode, panics_unprinted
 from rotq.errors import RotqError
 
 TEXT = "abab ab aba " * 40
@@ -121,3 +121,29 @@ def test_who_interrupts_is_heard() -> None:
 
     with pytest.raises(KeyboardInterrupt), panics_unprinted():
         encode(Interrupted(), "text")
+
+
+def templated(single: str, **options: Any) -> PreTrainedTokenizerFast:
+    """Puts special tokens around a text as the template says."""
+    tokenizer = fast(merging(), **options)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 5)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("single", "first"), [("<s> $A", (5,)), ("<s> <s> $A <s>", (5, 5)), ("$A <s>", ()), ("$A", ())]
+)
+def test_a_text_begins_with_what_the_tokenizer_puts_before_it(
+    single: str, first: tuple[int, ...]
+) -> None:
+    tokenizer = templated(single)
+    assert beginning(tokenizer) == first
+    assert beginning(tokenizer, "no") == ()
+
+
+def test_bos_is_wanted_though_the_tokenizer_adds_none() -> None:
+    assert beginning(templated("$A", bos_token="<s>"), "yes") == (5,)
+    with pytest.raises(RotqError, match="has no BOS token"):
+        beginning(templated("<s> $A"), "yes")

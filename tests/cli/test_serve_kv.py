@@ -136,7 +136,7 @@ def test_a_second_signal_ends_it_without_a_trace(folder: Path) -> None:
         code, said = server.end(signal.SIGTERM)
         thread.join()
         assert time.monotonic() - began < 20
-        assert (code, said) == (0, "")
+        assert (code, said) == (0, "device: cpu\n")
         assert "shutting_down" in found[0].text
 
 
@@ -342,7 +342,7 @@ def test_a_calibration_file_serves_other_bits_and_no_other_scheme(
     command = ["bench", "serve", folder, *load, "--kv-calibration", file, "--kv-memory", "1MiB"]
     result = run(*command, "--kv", "k4v3,dense")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == "device: cpu\n"
     assert [json.loads(line)["kv"] for line in result.stdout.splitlines()] == ["k4v3", "dense"]
     result = run("serve-kv", folder, "--kv", "turboesm", "--kv-calibration", file)
     assert result.exit_code == 1

@@ -58,6 +58,43 @@ def test_strided_scores_each_token_once(model: Any, ids_N: Tensor) -> None:
     assert found.protocol.startswith("strided: 6 windows of 20 tokens every 8")
 
 
+def test_every_window_begins_with_the_special_tokens_and_scores_all_of_its_text(
+    model: Any, ids_N: Tensor
+) -> None:
+    first = (5, 3)
+    nll = []
+    for start in (0, 18, 36):
+        window = torch.cat((torch.tensor(first), ids_N[start : start + 18]))
+        logp = log_probs(model, window)
+        nll += [-logp[t - 1, window[t]].item() for t in range(2, 20)]
+    found = evaluate(model, ids_N, protocol=Protocol(windows=3, seq_len=20, first=first))
+    assert found.tokens == 54
+    assert found.ppl == pytest.approx(math.exp(sum(nll) / 54), rel=1e-5)
+    assert found.protocol.endswith("18 scored in each, each behind special tokens 5, 3")
+
+
+def test_strided_windows_begin_with_the_special_tokens(model: Any, ids_N: Tensor) -> None:
+    nll = {}
+    for start in (0, 8, 16, 24, 32, 40):
+        window = torch.cat((torch.tensor((5,)), ids_N[start : start + 19]))
+        logp = log_probs(model, window)
+        for t in range(1, 20):
+            nll.setdefault(start + t, -logp[t - 1, window[t]].item())
+    protocol = Protocol(windows=6, seq_len=20, stride=8, first=(5,))
+    found = evaluate(model, ids_N, protocol=protocol)
+    assert found.tokens == len(nll) == 59
+    assert found.ppl == pytest.approx(math.exp(sum(nll.values()) / 59), rel=1e-5)
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(2, 0), (10, 8)])
+def test_windows_hold_more_than_what_they_begin_with(
+    ids_N: Tensor, seq_len: int, stride: int
+) -> None:
+    protocol = Protocol(windows=1, seq_len=seq_len, stride=stride, first=(5, 3))
+    with pytest.raises(RotqError, match=f"hold {seq_len - 2} of the text; {stride + 1} are needed"):
+        protocol.cut(ids_N)
+
+
 def test_divergence_from_a_reference(model: Any, other: Any, ids_N: Tensor) -> None:
     kl, agree = [], []
     for start in (0, 30):
@@ -142,7 +179,13 @@ def test_logits_must_be_finite(ids_N: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"windows": -1}, {"seq_len": 1}, {"stride": -1}, {"seq_len": 8, "stride": 8}]
+    "values",
+    [
+        {"windows": -1},
+        {"seq_len": 1},
+        {"stride": -1},
+        {"seq_len": 8, "stride": 8},
+    ],
 )
 def test_protocol_checks_its_values(values: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=list(values)[-1]):

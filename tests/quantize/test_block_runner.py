@@ -10,6 +10,7 @@ from rotq.calibration.batches import Batch
 from rotq.calibration.capture import capture_inputs
 from rotq.models.adapter import Site
 from rotq.quantize.block_runner import BlockRunner
+from rotq.quantize.token_weights import TokenWeights
 
 PLAIN = {"weights.group_size": 16, "calibration.precision": "highest"}
 CORRECTED = {**PLAIN, "solver.target_correction": 0.5}
@@ -55,19 +56,24 @@ def test_moments_are_those_of_what_the_layers_read(tmp_path, padded):
     seen, _ = capture_inputs(block, ["mlp.gate_proj"], hidden_BTD, kwargs)
     x_MK = seen["mlp.gate_proj"][real_BT.flatten()].double()
     assert list(moments) == ["gate_up"]
-    assert moments["gate_up"].tokens == len(x_MK) == real_BT.sum()
+    [sums] = moments["gate_up"]
+    assert sums.tokens == len(x_MK) == real_BT.sum()
     expected_KK = (x_MK.T @ x_MK / len(x_MK)).float()
-    torch.testing.assert_close(moments["gate_up"].hessian_KK(), expected_KK, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.hessian_KK(), expected_KK, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_count_tokens_and_zero_leaves_one_out(tmp_path):
     job = make_job(tmp_path / "job", PLAIN)
     streams, block = start(job), job.load_block(0, job.dtype)
-    weight_BT = torch.ones(3, 24)
-    weight_BT[0] = 0.0
+    weight_M2 = torch.ones(72, 2)
+    weight_M2[:24, 0] = 0.0
+    weights = TokenWeights(by_site={"": [weight_M2]})
     site = Site(name="qkv", linears=("self_attn.q_proj",))
     runner = BlockRunner(job)
-    found = runner.collect(0, (site,), (block, block), streams, [weight_BT], last=True)["qkv"]
+    moments = runner.collect(0, (site,), (block, block), streams, weights, last=True)
+    found, of_all = moments["qkv"]
+    assert found.weight_sum == 48
+    assert of_all.weight_sum == 72
     hidden_BTD = streams.quantized.hidden[0]
     kwargs = job.skeleton.block_kwargs(0, hidden_BTD)
     seen, _ = capture_inputs(block, ["self_attn.q_proj"], hidden_BTD, kwargs)

@@ -244,7 +244,14 @@ def test_offload_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["first_n", "token_frequency", "activation_norm", "activation_difference", "token_similarity"],
+    [
+        "first_n",
+        "token_frequency",
+        "activation_norm",
+        "activation_difference",
+        "token_similarity",
+        "gradient",
+    ],
 )
 def test_importance_strategies_change_the_result(strategy: str, tmp_path: Path) -> None:
     model = make_checkpoint("llama", tmp_path / "model")

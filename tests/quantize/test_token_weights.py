@@ -1,4 +1,4 @@
-"""Weights of a job's tokens: mean one over each window, none for padding."""
+"""Weights of a job's tokens: mean one over each window, padding left out."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from memory_jobs import make_job
 
 from rotq.calibration.batches import Batch
 from rotq.quantize.block_runner import BlockRunner
-from rotq.quantize.token_weights import effective_share, token_weights
+from rotq.quantize.token_weights import token_weights
 
 STRATEGIES = ["attention", "activation_norm", "token_similarity", "token_frequency"]
 PADDING = 96
@@ -28,25 +28,23 @@ def weights_of(folder, strategy):
 
 
 def test_without_a_strategy_all_tokens_count_the_same(tmp_path):
-    weights, _ = weights_of(tmp_path / "job", "none")
-    assert weights is None
-    assert effective_share(weights) == 1.0
+    assert weights_of(tmp_path / "job", "none")[0] is None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_window_has_the_same_mass_and_padding_none(tmp_path, strategy):
+def test_every_window_has_the_same_mass_and_padding_is_left_out(tmp_path, strategy):
     weights, batch = weights_of(tmp_path / "job", strategy)
-    assert len(weights) == 1
-    for weight_T, length in zip(weights[0], batch.lengths(), strict=True):
-        assert weight_T[:length].mean() == pytest.approx(1.0, rel=1e-5)
-        assert weight_T[:length].std() > 0.01
-        assert (weight_T[length:] == 0).all()
-    assert 0.2 < effective_share(weights) < 0.999
+    weight_M1 = weights.of("self_attn.q_proj", 0)
+    assert weight_M1.shape == (batch.num_tokens, 1)
+    for weight_T in weight_M1[:, 0].split(batch.lengths()):
+        assert weight_T.mean() == pytest.approx(1.0, rel=1e-5)
+        assert weight_T.std() > 0.01
+    assert 0.2 < weights.effective_share < 0.999
 
 
 def test_rare_tokens_weigh_more(tmp_path):
     weights, batch = weights_of(tmp_path / "job", "token_frequency")
-    ids_M, weight_M = batch.ids_BT[0], weights[0][0]
+    ids_M, weight_M = batch.ids_BT[0], weights.of("any", 0)[: batch.lengths()[0], 0]
     counts_V = torch.bincount(batch.without_padding(batch.ids_BT.flatten()), minlength=PADDING)
     rare, common = counts_V[ids_M].argmin(), counts_V[ids_M].argmax()
     assert weight_M[rare] > weight_M[common]

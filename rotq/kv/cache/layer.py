@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.kv.cache.attention import Visible
+from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import CacheLayout, Placement
@@ -40,6 +40,33 @@ class PackedLayer(EncodedLayer):
     def is_croppable(self) -> bool:
         """Whether ``crop`` is always exact, also without ``activate_past_recording``."""
         return not self.window and not self.placement.sequences.recent
+
+    @property
+    def keys(self) -> Tensor | None:
+        """For those who ask its shape: a handle (B, H, columns, D), None before the first token."""
+        return self._handle(0)
+
+    @keys.setter
+    def keys(self, nothing: None) -> None:
+        """transformers' layers begin with None; what is stored here is codes."""
+        assert nothing is None
+
+    @property
+    def values(self) -> Tensor | None:
+        """As ``keys``."""
+        return self._handle(1)
+
+    @values.setter
+    def values(self, nothing: None) -> None:
+        """As of ``keys``."""
+        assert nothing is None
+
+    def _handle(self, side: int) -> PackedKV | None:
+        if self.sinks is None or not self.get_seq_length():
+            return None
+        like = self.sinks[side]
+        batch, num_heads, _, width = like.shape
+        return PackedKV((batch, num_heads, self.get_seq_length(), width), like)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for tensors like these; called by ``update``."""

@@ -1,0 +1,236 @@
+"""Gradient importance: how much the model's own loss feels an error in what a layer puts out.
+
+    r_tc = mean over the rows n of group c of (d loss / d y_tn)^2,   y_t = W x_t
+    H_c  = sum_t r_tc x_t x_t^T                                      for the rows of group c
+
+(GuidedQuant, arXiv 2505.07004, eq. 6.) The loss is - sum_t log p(z_t) with z_t drawn from the model
+itself, so that the mean of its squared gradients is the Fisher information, the curvature of the
+divergence from the original model (YAQA, arXiv 2505.22988, section 3). A model that fills in masked
+tokens is asked at those.
+
+Blocks are streamed: one pass forward that keeps the inputs of all blocks in a file, one backward
+that runs each block again and puts the slope in its input's place. Only the original model is
+looked at, before the first block is rounded.
+
+Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, M tokens of a batch,
+padding included, N out features, G groups of rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rotq.calibration.batches import Batch
+from rotq.calibration.capture import run_block
+from rotq.calibration.streams import BatchStore, Stream
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.shards import save_tensors
+from rotq.checkpoint.source import read_tensor
+from rotq.disk.files import remove
+from rotq.errors import RotqError
+from rotq.job.context import Job
+from rotq.job.folder import GRADIENTS, OUTER, gradient_part
+from rotq.memory import release_memory
+from rotq.models.experts import UnfusedExperts, calibrating
+from rotq.numerics import matmul_precision
+from rotq.quantize.rotated_model import RotatedModel
+
+SCORED_POSITIONS = 64
+"""Positions whose logits are held at a time."""
+
+
+class GradientPass:
+    """Squared gradients at the outputs of all planned layers, a part of the job per block."""
+
+    def __init__(self, job: Job, rotated: RotatedModel) -> None:
+        self.job, self.rotated = job, rotated
+
+    def run(self, start: Stream) -> None:
+        """Write the parts of all blocks, unless they are there.
+
+        Args:
+            start: Hidden states before the first block; not modified.
+
+        Raises:
+            RotqError: the loss has no gradient somewhere, or one that is not finite; no room on the
+                disk.
+        """
+        if self.job.folder.finished(GRADIENTS):
+            return
+        self.job.progress.message("weighing tokens by gradients: one pass forward, one backward")
+        file, batches = self.job.folder.path / "hidden-gradients", start.batches
+        num_blocks = self.job.skeleton.num_blocks
+        shapes = [hidden_BTD.shape for hidden_BTD in start.hidden]
+        states = BatchStore.empty(shapes * (num_blocks + 1), self.job.dtype, file)
+        generator = torch.Generator().manual_seed(self.job.recipe.calibration.seed)
+        with matmul_precision(self.job.recipe.calibration.precision):
+            for number, hidden_BTD in enumerate(start.hidden):
+                states[number] = hidden_BTD
+            for index in range(num_blocks):
+                self._forward(index, batches, states)
+            for number, batch in enumerate(batches, num_blocks * len(batches)):
+                states[number] = self._at_the_head(states[number], batch, generator)
+            for index in reversed(range(num_blocks)):
+                self._backward(index, batches, states)
+        parts = [gradient_part(index) for index in range(num_blocks)]
+        self.job.folder.record(GRADIENTS, {}, parts)
+        remove(file)
+
+    def _forward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
+        """What goes into the block is there; what comes out of it is added."""
+        block = self.rotated.plain_block(index)
+        for number, batch in enumerate(batches):
+            given_BTD = states[index * len(batches) + number].to(self.job.device)
+            states[(index + 1) * len(batches) + number] = self._output(
+                index, block, given_BTD, batch
+            )
+        release_memory()
+
+    def _output(self, index: int, block: nn.Module, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        mask_BT = batch.mask_on(self.job.device)
+        kwargs = self.job.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
+        return run_block(block, hidden_BTD, kwargs)
+
+    @functools.cached_property
+    def _outer(self) -> dict[str, Tensor]:
+        entries = read_entries(self.job.folder.part(OUTER))
+        return {entry.name: read_tensor(entry).to(self.job.device) for entry in entries}
+
+    def _at_the_head(self, last_BTD: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Slope of the loss at the last block's output, (B, T, D) on the CPU."""
+        asked_BT = batch.asked_BT
+        slopes = []
+        for start in range(0, last_BTD.shape[1], SCORED_POSITIONS):
+            part = slice(start, start + SCORED_POSITIONS)
+            hidden_BCD = last_BTD[:, part].to(self.job.device).requires_grad_()
+            with torch.enable_grad():
+                logits_BCV = self.job.skeleton.logits(self._outer, hidden_BCD)
+            slope_BCV = _sampled_slope(logits_BCV.detach().float(), generator)
+            slope_BCV *= asked_BT[:, part, None].to(slope_BCV.device)
+            logits_BCV.backward(slope_BCV.to(logits_BCV.dtype))
+            assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
+            slopes.append(hidden_BCD.grad.cpu())
+        return _checked(torch.cat(slopes, dim=1))
+
+    def _backward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
+        """Put the slope at the block's input in its place, and write the block's part."""
+        block, prefix = self.rotated.plain_block(index), self.job.skeleton.block_name(index)
+        full = [name for name in self.job.plan.grids if name.startswith(f"{prefix}.")]
+        paths = [name.removeprefix(f"{prefix}.") for name in full]
+        found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        for number, batch in enumerate(batches, index * len(batches)):
+            given_BTD = states[number].to(self.job.device).requires_grad_()
+            slope_BTD = states[number + len(batches)].to(self.job.device)
+            groups = self.job.recipe.importance.groups
+            with torch.enable_grad(), calibrating(block), _observed(block, paths, groups) as seen:
+                self._output(index, block, given_BTD, batch).backward(slope_BTD)
+            assert given_BTD.grad is not None, "a block's input reaches its output"
+            states[number] = given_BTD.grad
+            for path in paths:
+                found[path].append(_of_tokens(f"{prefix}.{path}", seen.get(path), batch))
+        weights = {path: torch.cat(parts) for path, parts in found.items()}
+        experts = _inside_experts(block)
+        for path, square_MG in weights.items():
+            weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
+        save_tensors(self.job.folder.part(gradient_part(index)), weights)
+        release_memory()
+
+
+def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
+    """What a finished pass has found for a block.
+
+    Returns:
+        By path inside the block, for each batch fp32 (tokens that are no padding, G), mean 1 over
+        the tokens of all batches.
+    """
+    sizes = [batch.num_tokens for batch in job.windows.batches]
+    entries = read_entries(job.folder.part(gradient_part(index)))
+    return {entry.name: list(read_tensor(entry).split(sizes)) for entry in entries}
+
+
+def _checked(slope_BTD: Tensor) -> Tensor:
+    """Slopes at the last block's output as they are.
+
+    Raises:
+        RotqError: a window has none, or one that is not finite.
+    """
+    largest_B = slope_BTD.abs().amax((1, 2))
+    if not largest_B.isfinite().all():
+        raise RotqError("the gradient of the loss at the head is not finite")
+    if not largest_B.all():
+        raise RotqError("a calibration window has no gradient: nothing in it is asked of the model")
+    return slope_BTD
+
+
+def _sampled_slope(logits_BCV: Tensor, generator: torch.Generator) -> Tensor:
+    """Of - log p(z) with z drawn from p, at the logits: p - onehot(z); fp32."""
+    slope_BCV = logits_BCV.softmax(-1)
+    drawn_M1 = torch.multinomial(slope_BCV.flatten(0, 1).cpu(), 1, generator=generator)
+    drawn_BC1 = drawn_M1.view(*slope_BCV.shape[:2], 1).to(slope_BCV.device)
+    return slope_BCV.scatter_add_(-1, drawn_BC1, -torch.ones_like(slope_BCV[..., :1]))
+
+
+@contextmanager
+def _observed(block: nn.Module, paths: Sequence[str], groups: int) -> Iterator[dict[str, Tensor]]:
+    """Mean squared slopes at the outputs of linear layers, (M, G) fp32 by path, once known."""
+    seen: dict[str, Tensor] = {}
+
+    def see(path: str, slope: Tensor) -> None:
+        slope_MN = slope.flatten(0, -2).float()
+        means = [part_MN.square().mean(-1) for part_MN in slope_MN.tensor_split(groups, dim=-1)]
+        square_MG = torch.stack(means, dim=-1)
+        seen[path] = seen[path] + square_MG if path in seen else square_MG
+
+    def watch(path: str, module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(functools.partial(see, path))
+
+    handles = [
+        block.get_submodule(path).register_forward_hook(functools.partial(watch, path))
+        for path in paths
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_tokens(name: str, square_MG: Tensor | None, batch: Batch) -> Tensor:
+    """Without padding, on the CPU.
+
+    Raises:
+        RotqError: the layer was not called, or not for every token once.
+    """
+    if square_MG is None or len(square_MG) != batch.ids_BT.numel():
+        calls = "does not reach the loss" if square_MG is None else "is not given every token"
+        raise RotqError(f"{name} {calls}, so importance.strategy=gradient cannot weigh its inputs")
+    return batch.without_padding(square_MG).cpu()
+
+
+def _with_mean_one(name: str, square_MG: Tensor, is_expert: bool) -> Tensor:
+    """Divided by the mean over the tokens; ones for an expert that no token was sent to.
+
+    Raises:
+        RotqError: nothing reaches another layer, or what reaches it is not finite.
+    """
+    mean_G = square_MG.double().mean(0)
+    if not mean_G.isfinite().all():
+        raise RotqError(f"{name}: the gradient of the loss is not finite")
+    if is_expert:
+        square_MG = torch.where(mean_G == 0, 1.0, square_MG)
+        mean_G = torch.where(mean_G == 0, 1.0, mean_G)
+    if not (mean_G > 0).all():
+        raise RotqError(f"{name}: the loss has no gradient there; importance.strategy=none works")
+    return (square_MG / mean_G).float().contiguous()
+
+
+def _inside_experts(block: nn.Module) -> set[str]:
+    """Paths of everything inside experts."""
+    mixtures = [name for name, m in block.named_modules() if isinstance(m, UnfusedExperts)]
+    names = [name for name, _ in block.named_modules()]
+    return {name for name in names if any(name.startswith(f"{mixture}.") for mixture in mixtures)}
