@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.disk.files import remove
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate

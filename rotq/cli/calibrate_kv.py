@@ -23,7 +23,7 @@ from rotq.cli.options import (
 )
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
-from rotq.recipe.sections import BOS
+from rotq.recipe.calibration import BOS
 
 if TYPE_CHECKING:
     from rotq.calibration.data import Windows

@@ -142,9 +142,9 @@ def scored_tokens(
         RotqError: a model predicts no next token, the tokenizer or the text cannot be read, the
             text is short, or it holds a token that a model does not know.
     """
-    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import read_text
+    from rotq.calibration.tokenized import first_tokens, tokenize
     from rotq.checkpoint.limits import read_limits
     from rotq.checkpoint.load import load_tokenizer
 

@@ -82,8 +82,8 @@ def eval_kv(
     rotq eval kv models/llama --kv k3v3 --kv-calibration llama-kv.safetensors --text test.txt
     rotq eval kv models/llama --kv k3v3,k4v3,turboquant --text test.txt --windows 4
     """
-    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.texts import read_text
+    from rotq.calibration.tokenized import first_tokens, tokenize
     from rotq.evaluation.kv import evaluate_kv
     from rotq.evaluation.perplexity import Protocol
     from rotq.evaluation.quantized_history import scheme_of

@@ -174,7 +174,7 @@ def recipe_options(command: Command) -> Command:
         *args: Any,
         config: str | None,
         assignments: tuple[str, ...],
-        calibration: str | None,
+        calibration: tuple[str, ...],
         num_samples: int | None,
         seq_len: int | None,
         seed: int | None,
@@ -184,7 +184,6 @@ def recipe_options(command: Command) -> Command:
         flags = [
             Given(key=key, value=value, origin=f"{flag} {value}")
             for key, flag, value in (
-                ("calibration.source", "--calibration", calibration),
                 ("calibration.num_samples", "--num-samples", num_samples),
                 ("calibration.seq_len", "--seq-len", seq_len),
                 ("calibration.seed", "--seed", seed),
@@ -193,7 +192,7 @@ def recipe_options(command: Command) -> Command:
             )
             if value is not None
         ]
-        recipe = resolve_recipe(config, assignments, flags)
+        recipe = resolve_recipe(config, assignments, [*_texts(calibration), *flags])
         file = find_recipe(config) if config else None
         command(*args, recipe=recipe, recipe_file=file, **kwargs)
 
@@ -217,9 +216,10 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--calibration",
             type=Words(),
+            multiple=True,
             metavar="FILE|ID|pydoc",
             help="Calibration text: .txt, .jsonl or .fasta file, ID[:CONFIG][:SPLIT] of the "
-            "datasets library, or the text that ships with Python.",
+            "datasets library, or the text that ships with Python. Several get equal shares.",
         ),
         click.option(
             "-c",
@@ -231,6 +231,18 @@ def recipe_options(command: Command) -> Command:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+def _texts(sources: Sequence[str]) -> list[Given]:
+    """``--calibration``, once or several times; in place of all that the recipe names."""
+    if not sources:
+        return []
+    origin = " ".join(f"--calibration {source}" for source in sources)
+    mix = [{"source": source} for source in sources] if len(sources) > 1 else []
+    return [
+        Given(key="calibration.source", value=sources[0], origin=origin),
+        Given(key="calibration.mix", value=mix, origin=origin),
+    ]
 
 
 def resolve_recipe(

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotq.calibration.data import begun
 from rotq.calibration.limits import Limits
+from rotq.calibration.tokenized import begun
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.models.limits import limits_of

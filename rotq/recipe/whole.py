@@ -7,10 +7,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from rotq.recipe.calibration import Calibration, Importance
 from rotq.recipe.sections import (
     Activations,
-    Calibration,
-    Importance,
     KVCache,
     Output,
     Rotation,
