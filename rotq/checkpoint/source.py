@@ -261,10 +261,12 @@ def _dense_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The configuration, of a dense checkpoint alone."""
     if not (path / "config.json").is_file():
         raise RotqError(f"{path} has no config.json")
-    declared = read_json(path / "config.json")
-    if declared.get("quantization_config"):
-        method = declared["quantization_config"].get("quant_method", "unknown")
-        raise RotqError(f"{path} is already quantized ({method}); a dense checkpoint is needed")
+    declared = read_json(path / "config.json").get("quantization_config")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        raise RotqError(
+            f"{path} is already quantized ({str(method)[:80]}); a dense checkpoint is needed"
+        )
     return load_config(path, trust_remote_code=trust_remote_code)
 
 

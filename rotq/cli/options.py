@@ -37,7 +37,10 @@ class FilePath(click.Path):
 
 
 class ModelName(click.Path):
-    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id."""
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id.
+
+    But for ``~``, as in ``FilePath``.
+    """
 
     def __init__(self) -> None:
         super().__init__(path_type=str)
@@ -45,7 +48,8 @@ class ModelName(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
             self.fail("it is empty", param, ctx)
-        return super().convert(str(value), param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(str(value)), param, ctx)
 
 
 class Device(click.types.StringParamType):
@@ -70,7 +74,7 @@ class Words(click.types.StringParamType):
 
 
 def _check_name(
-    kind: click.ParamType, value: str, param: click.Parameter | None, ctx: click.Context | None
+    kind: click.ParamType[Any], value: str, param: click.Parameter | None, ctx: click.Context | None
 ) -> None:
     """Refuse what neither a recipe nor a tokenizer's library can name."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -86,7 +87,7 @@ def settle(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=replace(plan, notes=(*plan.notes, *kept.notes())),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *_dtype_notes(source, wanted))),
         windows=windows,
         device=usable,
         dtype=wanted,
@@ -183,6 +184,13 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+def _dtype_notes(source: Source, dtype: torch.dtype) -> Iterator[str]:
+    """A checkpoint in fp64 is quantized in another dtype."""
+    if source.dtype == torch.float64:
+        name = str(dtype).removeprefix("torch.")
+        yield f"the checkpoint is in float64; the job computes, and writes, {name}"
 
 
 def wanted_dtype(name: str, source: Source) -> torch.dtype:
