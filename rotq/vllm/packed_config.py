@@ -84,7 +84,7 @@ def _refuse_rounded_heads(model: Any) -> None:
     if quantization.get("quant_method") == "rotq" and read_scheme(quantization).heads.grid:
         raise RotqError(
             "the checkpoint rounds keys and values, which vLLM's cache does not; pack them "
-            "instead with --additional-config '{\"rotq_kv\": \"k3v3\"}', or quantize without "
+            'instead with --additional-config \'{"rotq_kv": "k3v3"}\', or quantize without '
             "kv_cache.bits"
         )
 

@@ -33,6 +33,8 @@ CONFIGS["llama-wide-biases"] = (
     "LlamaConfig",
     {**WIDE, "attention_bias": True, "mlp_bias": True},
 )
+CONFIGS["llama-bytes"] = ("LlamaConfig", {**WIDE, "vocab_size": 258})
+CONFIGS["llama-uneven"] = ("LlamaConfig", {**WIDE, "intermediate_size": 320})
 CONFIGS["mistral-wide"] = ("MistralConfig", {**WIDE, "sliding_window": 100})
 CONFIGS["qwen3-moe-wide"] = (
     "Qwen3MoeConfig",
