@@ -13,13 +13,13 @@ ARROWS: list[set[str]] = [
     {"cli"},
     {"quantize"},
     {"transform", "tuning"},
-    {"serve", "job", "evaluation"},
-    {"kv", "fusion", "checkpoint"},
+    {"serve", "vllm", "job", "evaluation"},
+    {"kv", "fusion", "checkpoint", "lora"},
     {"models"},
     {"layers"},
     {"rotations"},
     {"solvers", "calibration", "report", "ops"},
-    {"formats", "recipe", "numerics", "memory", "devices", "disk", "patterns"},
+    {"formats", "recipe", "numerics", "autocast", "memory", "devices", "disk", "patterns"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""
 

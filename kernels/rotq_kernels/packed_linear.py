@@ -24,6 +24,9 @@ from rotq_kernels.layout import packed_words, unpack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+CPU_TILE = 1 << 20
+"""Elements of a weight that are dense at a time on a CPU."""
+
 GEMV_ROWS = 2
 """Up to here fp32 sums take fewer instructions than tensor cores do (counted, not timed)."""
 
@@ -37,7 +40,7 @@ def packed_linear(
     *,
     bits: int,
 ) -> Tensor:
-    """x W^T + b over the last axis of ``x``; differentiable in ``x``.
+    """x W^T + b over the last axis of ``x``; differentiable in ``x`` and the bias.
 
     Args:
         x: fp16, bf16 or fp32 (..., K), any strides.
@@ -90,12 +93,41 @@ def packed_linear_reference(
     bias_N: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """The definition, in plain PyTorch. It also serves CPU tensors."""
+    """The definition, in plain PyTorch."""
     weight_NK = dequantize_reference(
         weight_packed_NW, weight_scale_NG, weight_zero_point_WG, x_MK.shape[1], bits, x_MK.dtype
     )
     y_MN = F.linear(x_MK, weight_NK, None if bias_N is None else bias_N.to(x_MK.dtype))
     return y_MN.contiguous()
+
+
+def packed_linear_cpu(
+    x_MK: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """What CPU tensors run on: some rows of the weight are unpacked at a time, never all."""
+    (M, K), N = x_MK.shape, weight_scale_NG.shape[0]
+    # whole words of zero points, which are packed along the rows
+    step = max(1, CPU_TILE // K // 32) * 32
+    y_MN = x_MK.new_empty(M, N)
+    for n in range(0, N, step):
+        rows = slice(n, min(n + step, N))
+        zero_WG = weight_zero_point_WG
+        if zero_WG is not None:
+            zero_WG = zero_WG[n * bits // 32 : packed_words(rows.stop, bits)]
+        y_MN[:, rows] = packed_linear_reference(
+            x_MK,
+            weight_packed_NW[rows],
+            weight_scale_NG[rows],
+            zero_WG,
+            None if bias_N is None else bias_N[rows],
+            bits,
+        )
+    return y_MN
 
 
 def packed_linear_triton(
@@ -198,7 +230,7 @@ def _check(
 _op = torch.library.custom_op(
     "rotq::packed_linear", packed_linear_triton, mutates_args=(), device_types="cuda"
 )
-_op.register_kernel("cpu")(packed_linear_reference)
+_op.register_kernel("cpu")(packed_linear_cpu)
 
 
 @_op.register_fake
@@ -214,17 +246,24 @@ def _(
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_MK, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, _, ctx.bits = inputs
-    ctx.num_columns = x_MK.shape[1]
+    x_MK, weight_packed_NW, weight_scale_NG, weight_zero_point_WG, bias_N, ctx.bits = inputs
+    ctx.num_columns, ctx.bias_dtype = x_MK.shape[1], None if bias_N is None else bias_N.dtype
     ctx.save_for_backward(weight_packed_NW, weight_scale_NG, weight_zero_point_WG)
 
 
-def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+def _backward(
+    ctx: Any, grad_MN: Tensor
+) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
     words_NW, scale_NG, zero_WG = ctx.saved_tensors
-    weight_NK = dequantize_reference(
-        words_NW, scale_NG, zero_WG, ctx.num_columns, ctx.bits, grad_MN.dtype
-    )
-    return grad_MN @ weight_NK, None, None, None, None, None
+    grad_MK = grad_N = None
+    if ctx.needs_input_grad[0]:
+        weight_NK = dequantize_reference(
+            words_NW, scale_NG, zero_WG, ctx.num_columns, ctx.bits, grad_MN.dtype
+        )
+        grad_MK = grad_MN @ weight_NK
+    if ctx.needs_input_grad[4]:
+        grad_N = grad_MN.sum(0).to(ctx.bias_dtype)
+    return grad_MK, None, None, None, grad_N, None
 
 
 _op.register_autograd(_backward, setup_context=_keep_weight)

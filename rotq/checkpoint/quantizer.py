@@ -7,7 +7,7 @@ what is complete by then.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,29 @@ METHOD = "rotq"
 
 
 class RotqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a rotq checkpoint; the fields are explained in scheme.py."""
+    """``quantization_config`` of a rotq checkpoint; the fields are explained in scheme.py.
 
-    def __init__(self, quant_method: str = METHOD, **fields: Any) -> None:
-        self.quant_method = quant_method
+    Args:
+        saved_as: What ``save_pretrained`` writes instead: the tensors are those of another format,
+            or of another version of this one, and are saved as they came.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = METHOD,
+        saved_as: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        self.quant_method, self.saved_as = quant_method, saved_as
         for name, value in fields.items():
             setattr(self, name, value)
         self.scheme()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json."""
+        fields = super().to_dict()
+        saved_as = fields.pop("saved_as")
+        return fields if saved_as is None else saved_as
 
     def scheme(self) -> Scheme:
         """The fields, read and checked."""
@@ -96,8 +112,8 @@ class RotqHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False: codes are integers, which have no gradient."""
-        return False
+        """Whether adapters on the packed layers are; the codes themselves have no gradient."""
+        return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         make_dense(model, dtype or model.dtype)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rotq.autocast import lowered
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_linear import OnlineLinear, prepare_input
@@ -26,7 +27,8 @@ class QuantLinear(nn.Module):
     """A linear layer that keeps its weight packed.
 
     On a CUDA device a kernel multiplies with the codes and no dense weight is ever made. Elsewhere,
-    and for fp64, which the kernel does not have, the weight is unpacked at each call.
+    and for fp64, which the kernel does not have, the weight is unpacked at each call. Gradients
+    reach the input, through its rotation and rounding, and the bias; codes and scales have none.
     """
 
     weight_packed: Tensor
@@ -160,10 +162,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.prepare_input(input)
-        if not x.is_cuda or x.dtype == torch.float64:
+        # for the backward pass the operator keeps the codes, F.linear would keep the dense weight
+        is_differentiated = x.requires_grad and torch.is_grad_enabled()
+        if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated):
             return F.linear(x, self.dequantize(x.dtype), self.bias)
         return packed_linear(
-            x,
+            lowered(x),
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,

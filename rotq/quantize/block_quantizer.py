@@ -30,6 +30,7 @@ from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult, peak_rss
 from rotq.solvers.solve import Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
+from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
@@ -46,6 +47,8 @@ class QuantizedBlock:
     layers: tuple[LayerResult, ...]
     effective_share: float
     """Effective sample size over tokens; 1 without importance."""
+    training: Mapping[str, float]
+    """Loss of the training of codes; empty without."""
     routed: Mapping[str, list[int]]
     """Calibration tokens that were routed to each expert, by path of the mixture."""
 
@@ -88,10 +91,14 @@ class BlockQuantizer:
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
             self.runner.advance(index, original, streams.original)
+        training: dict[str, float] = {}
+        if quantized and streams is not None and job.recipe.tuning.code_steps:
+            quantized, training = train_codes(job, index, (original, working), quantized, streams)
         return QuantizedBlock(
             block=working,
             quantized=quantized,
             layers=tuple(layers),
+            training=training,
             effective_share=1.0 if weights is None else weights.effective_share,
             routed=routed,
         )
@@ -215,6 +222,7 @@ def save_block(
         {
             "layers": [asdict(layer) for layer in quantized.layers],
             "effective_share": quantized.effective_share,
+            "training": dict(quantized.training),
             "routed": dict(quantized.routed),
             "flatness": {site: asdict(change) for site, change in flatness.items()},
             "seconds": seconds,

@@ -190,7 +190,8 @@ def _report(
     total_bytes = sum(file.stat().st_size for file in weights)
     return JobReport(
         recipe=job.recipe.to_dict(),
-        model=job.source.path.name,
+        model=job.source.title,
+        commit="" if job.source.hub is None else job.source.hub.commit,
         model_hash=job.source.fingerprint(),
         data={**_data(job), "tokens": job.windows.num_tokens},
         versions=versions(),
@@ -259,7 +260,8 @@ def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     own = (folder / REPORT, folder / PROVENANCE)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in own)
     return {
-        "model": job.source.path.name,
+        "model": job.source.title,
+        **({} if job.source.hub is None else {"commit": job.source.hub.commit}),
         "model_hash": job.source.fingerprint(),
         "data": _data(job),
         "versions": versions(),

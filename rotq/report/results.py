@@ -105,6 +105,8 @@ class JobReport:
     the rotations; empty where nothing is rotated or rounded at run time."""
     notes: tuple[str, ...] = ()
     """Warnings, each a line for people."""
+    commit: str = ""
+    """Of the hub's repository ``model``; empty for a local folder."""
     evaluation: dict[str, Any] | None = None
     """Of the checkpoint against the source: ppl, reference_ppl, kl, top1, tokens, protocol."""
     schema_version: int = SCHEMA_VERSION

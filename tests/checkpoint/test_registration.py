@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from tiny_checkpoints import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 CHECK = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -17,9 +21,23 @@ assert AUTO_QUANTIZER_MAPPING["rotq"] is RotqHfQuantizer
 """
 
 
-def run(code: str, *arguments: str) -> None:
+def run(code: str, *arguments: str, installed: Path | None = None) -> None:
+    """Run Python code in a fresh process.
+
+    Args:
+        installed: Where the metadata of an installed rotq lie; None leaves those of this one out.
+    """
+    paths = [*([str(installed)] if installed else []), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(installed is not None)),
+        },
     )
     assert done.returncode == 0, done.stderr
 
@@ -36,7 +54,8 @@ import transformers.quantizers.auto as auto
 AS_IT_WAS = """
 import inspect
 assert "register_quantizer" in inspect.getsource(auto)
-assert not any("rotq" in type(finder).__module__ for finder in sys.meta_path)
+waiting = [finder for finder in sys.meta_path if "rotq" in type(finder).__module__]
+assert [finder.awaited for finder in waiting] == ["peft"]
 """
 
 LOAD = """
@@ -61,3 +80,46 @@ def test_rotq_first_and_light() -> None:
 def test_both_orders(tmp_path: Path, imports: str) -> None:
     written = write_checkpoint(tmp_path, format="rotq")
     run(imports + LOAD + CHECK, str(written.path))
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Metadata of rotq with what pyproject.toml declares, in front of any other's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / "site" / "rotq-0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: rotq\nVersion: 0\n")
+    ((group, points),) = project["entry-points"].items()
+    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines))
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from transformers import AutoModelForCausalLM",
+        # here it is transformers' mapping that imports torch, which then calls rotq
+        "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_programs_that_never_heard_of_rotq_load_the_format(
+    tmp_path: Path, installed: Path, imports: str
+) -> None:
+    written = write_checkpoint(tmp_path, format="rotq")
+    run(imports + LOAD + CHECK, str(written.path), installed=installed)
+
+
+BROKEN = """
+import sys, warnings
+sys.modules["rotq.layers"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+(message,) = {str(w.message) for w in caught if "rotq" in str(w.message)}
+assert message.startswith("rotq cannot register with transformers.quantizers.auto: "), message
+"""
+
+
+def test_a_broken_rotq_breaks_nobody_else(installed: Path) -> None:
+    run(BROKEN, installed=installed)

@@ -168,6 +168,51 @@ def test_on_a_cpu_the_weight_is_unpacked() -> None:
     assert "rotq::packed_linear" not in calls.names
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradients_are_those_of_the_dense_layer(
+    dtype: torch.dtype, rounded: bool, rotated: bool
+) -> None:
+    quantized = random_quantized(20, 40, W4)
+    layer = QuantLinear.from_quantized(
+        quantized,
+        torch.randn(20, generator=torch.Generator().manual_seed(2)).to(dtype),
+        random_signs(40, 0) if rotated else None,
+        ActivationGrid(bits=4, symmetric=False) if rounded else None,
+    )
+    dense = layer.dense(dtype).requires_grad_(True)
+    dense.bias = torch.nn.Parameter(layer.bias.data.clone())
+    layer.bias.requires_grad_(True)
+    found = []
+    for module in (layer, dense):
+        x = random_input(40, dtype).requires_grad_(True)
+        y = module(x)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+        found.append((y.detach(), x.grad, module.bias.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_backward_pass_keeps_codes_and_no_dense_weight() -> None:
+    layer = QuantLinear.from_quantized(random_quantized(64, 256, W4))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layer(random_input(256).requires_grad_(True))
+    assert any(tensor is layer.weight_packed for tensor in kept)
+    assert not any(tensor.shape == (64, 256) for tensor in kept)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_autocast_is_as_for_the_dense_layer(learns: bool) -> None:
+    layer = QuantLinear.from_quantized(random_quantized(20, 40, W4), torch.ones(20))
+    x = random_input(40).requires_grad_(learns)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, layer.dense(torch.float32)(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rotq.autocast import lowered, switched_off
 from rotq.errors import RotqError
-from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.layout import Layout
 from rotq.ops import KVHistory, packed_attention
 
@@ -64,11 +64,17 @@ class Visible:
 class PackedKV(torch.Tensor):
     """The handle: a tensor without content, (B, H, columns, D) in the model's dtype."""
 
-    visible: Readable
+    visible: Readable | None
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], like: Tensor, visible: Readable) -> PackedKV:
-        """A handle of ``shape``, with the dtype and on the device of ``like``."""
+    def __new__(
+        cls, shape: tuple[int, ...], like: Tensor, visible: Readable | None = None
+    ) -> PackedKV:
+        """A handle of ``shape``, with the dtype and on the device of ``like``.
+
+        Args:
+            visible: None for one that has a shape only.
+        """
         handle: PackedKV = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device
         )
@@ -113,6 +119,8 @@ def attention(
         )
         return result
     visible = key.visible
+    if visible is None:
+        raise RotqError("keys of a PackedCache's layer have a shape only; pass the cache itself")
     _check(module, visible, kwargs)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.kv.cache.autocast import switched_off
+from rotq.autocast import switched_off
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.calibration.device_constants import stacked
 from rotq.kv.calibration.file import KVCalibration

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from rotq.autocast import lowered, switched_off
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV, Visible
-from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.layout import Layout
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.norm_range import NormReach, outgrown

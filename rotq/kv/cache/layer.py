@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.kv.cache.attention import Visible
+from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import CacheLayout, Placement
+from rotq.kv.cache.support import check_heads
 from rotq.kv.calibration.file import KVCalibration
 
 
@@ -41,15 +42,37 @@ class PackedLayer(EncodedLayer):
         """Whether ``crop`` is always exact, also without ``activate_past_recording``."""
         return not self.window and not self.placement.sequences.recent
 
+    @property
+    def keys(self) -> Tensor | None:
+        """For those who ask its shape: a handle (B, H, columns, D), None before the first token."""
+        return self._handle(0)
+
+    @keys.setter
+    def keys(self, nothing: None) -> None:
+        """transformers' layers begin with None; what is stored here is codes."""
+        assert nothing is None
+
+    @property
+    def values(self) -> Tensor | None:
+        """As ``keys``."""
+        return self._handle(1)
+
+    @values.setter
+    def values(self, nothing: None) -> None:
+        """As of ``keys``."""
+        assert nothing is None
+
+    def _handle(self, side: int) -> PackedKV | None:
+        if self.sinks is None or not self.get_seq_length():
+            return None
+        like = self.sinks[side]
+        batch, num_heads, _, width = like.shape
+        return PackedKV((batch, num_heads, self.get_seq_length(), width), like)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for tensors like these; called by ``update``."""
-        num_heads, width = key_states.shape[1], key_states.shape[3]
-        wanted = (self.num_heads, self.constants.format.head_dim)
-        if (num_heads, width) != wanted or value_states.shape[1::2] != key_states.shape[1::2]:
-            raise RotqError(
-                f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
-                f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
-            )
+        num_heads, width = self.num_heads, self.constants.format.head_dim
+        check_heads(num_heads, width, key_states, value_states)
         self.start_with(self.calibration.on(key_states.device).layer(self.index))
         self.store = PageStore(self.constants.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks

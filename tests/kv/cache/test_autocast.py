@@ -9,8 +9,8 @@ from tiny_models import random_ids, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 
+from rotq.autocast import lowered, switched_off
 from rotq.errors import RotqError
-from rotq.kv.cache.autocast import lowered, switched_off
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.pool.pool import Row

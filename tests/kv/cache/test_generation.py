@@ -105,3 +105,21 @@ def test_prompt_lookup_takes_back_rejected_tokens(family: str, recent: int) -> N
         for cache in (PackedCache(model, calibration), oracle_cache(calibration))
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("recent", [0, 4])
+def test_an_assistant_s_rejected_tokens_are_taken_back(recent: int) -> None:
+    model, assistant = tiny_model("llama"), tiny_model("llama-tied")
+    calibration = calibration_of(model, recent=recent)
+    results = [
+        generate(model, random_ids(1, 9), cache, assistant_model=assistant)
+        for cache in (PackedCache(model, calibration), oracle_cache(calibration))
+    ]
+    assert torch.equal(*results)
+
+
+def test_a_cache_by_name_and_one_in_hand_are_one_too_many() -> None:
+    model = tiny_model("llama")
+    cache = PackedCache(model, calibration_of(model))
+    with pytest.raises(ValueError, match="use only one of the two"):
+        generate(model, random_ids(1, 9), cache, cache_implementation="static")

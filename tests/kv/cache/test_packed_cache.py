@@ -16,6 +16,7 @@ from transformers import DynamicCache
 import rotq.kv
 from rotq.errors import RotqError
 from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
+from rotq.kv.cache.attention import attention
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
@@ -220,6 +221,26 @@ def test_a_model_that_had_a_cache_can_be_pickled_and_saved(tmp_path: Path) -> No
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_keys_and_values_have_a_shape_and_cannot_be_read(family: str) -> None:
+    model = tiny_model(family, dtype=torch.float32)
+    cache = PackedCache(model, calibration_of(model))
+    assert cache.layers[0].keys is None
+    model(input_ids=random_ids(2, 9), past_key_values=cache)
+    model(input_ids=random_ids(2, 1), past_key_values=cache)
+    for layer in cache.layers:
+        for handle in (layer.keys, layer.values):
+            assert (handle.shape, handle.dtype) == ((2, 2, 10, 16), torch.float32)
+            with pytest.raises(RotqError, match="packed keys and values met aten"):
+                handle.sum()
+    q = torch.zeros(2, 4, 1, 16)
+    with pytest.raises(RotqError, match="have a shape only; pass the cache itself"):
+        attention(model.model.layers[0].self_attn, q, handle, handle, None)
+    cache.reset()
+    assert cache.layers[0].values is None
+
+
 def test_other_caches_still_work() -> None:
     model = tiny_model("gemma3")
     ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.int64)

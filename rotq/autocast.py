@@ -1,7 +1,8 @@
-"""What ``torch.autocast`` means for packed keys and values.
+"""What ``torch.autocast`` means for packed weights, keys and values.
 
-Attention computes in autocast's dtype, as sdpa does there, so keys, values and queries are brought
-to it; coding and reading codes is not to be rounded, so autocast ends there.
+Our operators are none of those that autocast knows. Products and attention compute in its dtype, as
+torch's do there, so their inputs are brought to it; coding and reading codes is not to be rounded,
+so autocast ends there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def lowered(x: Tensor) -> Tensor:
-    """In the dtype that autocast, where it is on, lets attention have; fp64 stays."""
+    """In the dtype that autocast, where it is on, lets products have; fp64 stays."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x
