@@ -9,6 +9,7 @@ from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 AUTO = "auto"
 SPELLINGS = "auto, cpu, cuda, cuda:N or mps"
@@ -20,19 +21,26 @@ def check_device_name(name: str) -> None:
         raise ValueError(f"{name!r} is not {SPELLINGS}")
 
 
-def choose_device(name: str, option: str = "--device") -> torch.device:
-    """The torch device of a name, with its number; ``auto`` is the first GPU, else mps or the CPU.
+def choose_device(name: str, *, with_double: bool = False) -> torch.device:
+    """The torch device of ``--device``, with its number; ``auto`` is the first GPU, else mps or
+    the CPU.
 
     Args:
         name: As ``check_device_name`` takes it.
-        option: That it was given with, for the message.
+        with_double: It must compute in fp64, which mps does not.
 
     Raises:
         ValueError: it is no such name.
-        RotqError: this machine does not have it.
+        RotqError: this machine does not have it, or it has no fp64.
     """
     check_device_name(name)
-    return usable_device(_first_choice() if name == AUTO else name, option)
+    if name == AUTO:
+        first = usable_device(_first_choice())
+        return first if has_double(first) or not with_double else usable_device("cpu")
+    chosen = usable_device(name)
+    if with_double and not has_double(chosen):
+        raise RotqError(f"--device {name} has no fp64, which this needs; use --device cpu")
+    return chosen
 
 
 def usable_device(name: str, option: str = "--device") -> torch.device:
@@ -59,6 +67,11 @@ def usable_device(name: str, option: str = "--device") -> torch.device:
 def has_double(device: torch.device) -> bool:
     """Whether a device computes in fp64; Apple's mps does not."""
     return device.type != "mps"
+
+
+def double(x: Tensor) -> Tensor:
+    """In fp64: where the tensor is, or on the CPU where its device has none."""
+    return x.double() if has_double(x.device) else x.cpu().double()
 
 
 def _first_choice() -> str:

@@ -6,6 +6,7 @@ is wrong ends with CheckFailed, which is a crash too.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -22,12 +23,15 @@ from torch import Tensor
 import rotq.quantize.publish
 from rotq.checkpoint.inspection import REPORT
 from rotq.checkpoint.load import load_model
+from rotq.checkpoint.source import describe_source
 from rotq.errors import CheckFailed, RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
+from rotq.models.skeleton import Skeleton
 from rotq.quantize.estimate import estimate
 from rotq.quantize.pipeline import quantize_model
+from rotq.quantize.setup import starting_basis
 from rotq.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -75,9 +79,11 @@ def _more(
 ) -> dict[str, Any]:
     """What is tried where the family can be quantized at all."""
     found: dict[str, Any] = {}
+    skeleton = Skeleton.open(describe_source(model))
     for name in ROTATIONS:
         recipe = small_recipe("rtn", text, {f"rotation.{name}": "hadamard", **ROTQ_FORMAT})
-        found[name] = attempt(lambda recipe=recipe: estimate(model, recipe))
+        # what the dry run asks, without its windows
+        found[name] = attempt(functools.partial(starting_basis, recipe, skeleton))
     wanted = {f"rotation.{name}": "hadamard" for name in ROTATIONS if found[name] == _OK}
     rotated = small_recipe("rtn", text, {**wanted, **ROTQ_FORMAT})
     found["rotated"] = job(model, rotated, folder / "rotated")

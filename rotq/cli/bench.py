@@ -84,10 +84,16 @@ def bench_serve(
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")
-    choose(device)
+    choose(device, with_double=True)
     place = find(model)
     check_causal(place, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        place,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        with_double=True,
+    )
 
     from rotq.serve.bench import Load, measure
     from rotq.serve.settings import DENSE

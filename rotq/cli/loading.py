@@ -39,18 +39,20 @@ def say_commit(hub: HubModel | None) -> None:
         say([f"{hub.name}: commit {hub.commit}{why}"])
 
 
-def choose(device: str) -> str:
+def choose(device: str, *, with_double: bool = False) -> str:
     """Where a command computes, as torch spells it with its number.
 
     Raises:
-        RotqError: this machine has no such device.
+        RotqError: this machine has no such device, or see ``choose_device``.
     """
     from rotq.devices import choose_device
 
-    return str(choose_device(device))
+    return str(choose_device(device, with_double=with_double))
 
 
-def load(model: Location, *, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def load(
+    model: Location, *, device: str, dtype: str, trust_remote_code: bool, with_double: bool = False
+) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
     Args:
@@ -58,13 +60,14 @@ def load(model: Location, *, device: str, dtype: str, trust_remote_code: bool) -
         device: As the command was given it; a line says which one ``auto`` is.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
+        with_double: As for ``choose``.
 
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
 
-    chosen = choose(device)
+    chosen = choose(device, with_double=with_double)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     say_device(device, chosen)
     loaded = load_model(
@@ -74,8 +77,9 @@ def load(model: Location, *, device: str, dtype: str, trust_remote_code: bool) -
 
 
 def say_device(asked: str, chosen: str) -> None:
-    """A line for the device that was not named."""
-    say([f"device: {chosen}"] if asked == AUTO else [])
+    """A line for the device that was not named, and for what it leaves to the CPU."""
+    without = "; what needs fp64 is computed on the CPU" if chosen.startswith("mps") else ""
+    say([f"device: {chosen}{without}"] if asked == AUTO or without else [])
 
 
 def device_map(chosen: str) -> str | None:

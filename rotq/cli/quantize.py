@@ -144,7 +144,7 @@ def _dry_run(
         scored.check()
     if model.hub is not None:
         say([model.hub.account()])
-    say_device(options["device"], choose(options["device"]))
+    say_device(options["device"], choose(options["device"], with_double=True))
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:

@@ -105,10 +105,16 @@ def serve_kv(
     local = _is_loopback(host)
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
-    choose(device)
+    choose(device, with_double=True)
     place = find(model)
     check_causal(place, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        place,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        with_double=True,
+    )
     calibration = find_calibration(loaded, name, kv_calibration)
 
     from rotq.serve.run import build_server, run

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from rotq.models.fused import FusedForm, fused_form
+from rotq.models.fused import FusedForm, fused_form, takes_stacked
 
 
 class Between(Protocol):
@@ -85,6 +85,17 @@ class UnfusedExperts(nn.ModuleList):
         return y_MD
 
 
+class StackedExperts(UnfusedExperts):
+    """The same where every expert is given its own rows, see ``takes_stacked``."""
+
+    def forward(self, x_LD: Tensor, *_: Tensor) -> Tensor:
+        """(E M, D), the first M rows for the first expert, to what each makes of its rows."""
+        x_EMD = x_LD.view(len(self), -1, x_LD.shape[-1])
+        if self.see_all_tokens:
+            self.routed_E += x_EMD.any(-1).sum(1).cpu()
+        return torch.cat([expert(x_MD) for expert, x_MD in zip(self, x_EMD, strict=True)])
+
+
 @contextmanager
 def calibrating(module: nn.Module) -> Iterator[None]:
     """Run every expert on all tokens, so that hooks inside experts see them; same output.
@@ -130,7 +141,7 @@ def unfuse(fused: nn.Module) -> UnfusedExperts:
         tensor = cut(cast(Tensor, getattr(fused, whole))).detach().clone()
         parameter = nn.Parameter(tensor.contiguous(), requires_grad=False)
         setattr(experts[number].get_submodule(linear), leaf, parameter)
-    return UnfusedExperts(experts)
+    return StackedExperts(experts) if takes_stacked(fused) else UnfusedExperts(experts)
 
 
 def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
@@ -145,7 +156,7 @@ def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
 
 def _between(fused: nn.Module, form: FusedForm) -> Between:
     own = getattr(type(fused), "_apply_gate", None)
-    if form.gate and own is not moe._default_apply_gate:
+    if form.gate and own not in (None, moe._default_apply_gate):
         return _OwnGate(fused, form)
     return _Activation(cast(Callable[[Tensor], Tensor], fused.act_fn))
 

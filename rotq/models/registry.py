@@ -24,6 +24,7 @@ from rotq.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4,
     glm4_moe,
@@ -38,6 +39,7 @@ from rotq.models.families import (
     jamba,
     lfm2,
     llama,
+    llama4,
     mamba,
     minimax_m2,
     mixtral,
@@ -76,6 +78,7 @@ _FAMILIES: tuple[Any, ...] = (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4,
     glm4_moe,
@@ -90,6 +93,7 @@ _FAMILIES: tuple[Any, ...] = (
     jamba,
     lfm2,
     llama,
+    llama4,
     mamba,
     minimax_m2,
     mixtral,
@@ -129,17 +133,17 @@ def find_adapter(config: Any) -> Adapter:
             the language model of its ``model_type`` does.
 
     Raises:
-        RotqError: none is known; names the supported families and what works without one.
+        RotqError: none is known; says what works without one.
     """
     names = architectures(config)
     for name in names:
         if name in ADAPTERS:
             return ADAPTERS[name]
-    families = ", ".join(sorted({adapter.family for adapter in ADAPTERS.values()}))
     raise RotqError(
-        f"no adapter for {' or '.join(names) or config.model_type}; rotation is supported for "
-        f"{families}. Other models can be quantized without it (rotation.residual=none, "
-        "rotation.value=none, rotation.attention=none, rotation.down=none, kv_cache.bits=16)"
+        f"no adapter for {' or '.join(names) or config.model_type}, which is needed for rotations "
+        "(docs/models.md lists the families that have one); it can be quantized without "
+        "(rotation.residual=none, rotation.value=none, rotation.attention=none, "
+        "rotation.down=none, kv_cache.bits=16)"
     )
 
 

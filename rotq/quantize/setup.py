@@ -68,7 +68,7 @@ def settle(
     Raises:
         ValueError, RotqError: as ``quantize_model``.
     """
-    usable = choose_device(device)
+    usable = choose_device(device, with_double=True)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(

@@ -118,6 +118,11 @@ class RotqMetadata(AttentionMetadata):
 class RotqMetadataBuilder(AttentionMetadataBuilder[RotqMetadata]):
     """Makes one from what vLLM knows of a step."""
 
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(
         self,
         common_prefix_len: int,

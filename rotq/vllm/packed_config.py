@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from rotq.checkpoint.scheme import read_scheme
 from rotq.errors import RotqError
 from rotq.kv.cache.support import check_served, windows
 from rotq.vllm.settings import load_kv, read_settings
@@ -44,6 +45,7 @@ def prepare(config: Any) -> None:
                 "--attention-backend CUSTOM is rotq's packed cache, and wants to know which: "
                 '--additional-config \'{"rotq_kv": "k3v3"}\', or a file of rotq calibrate-kv'
             )
+        _refuse_rounded_heads(config.model_config)
         return
     if config.model_config is None:
         return
@@ -74,6 +76,17 @@ def _refuse(config: Any) -> None:
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise RotqError(f"rotq_kv does not go together with {name}")
+
+
+def _refuse_rounded_heads(model: Any) -> None:
+    """Of a checkpoint; a rotation of heads alone changes no score."""
+    quantization = getattr(model and model.hf_config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "rotq" and read_scheme(quantization).heads.grid:
+        raise RotqError(
+            "the checkpoint rounds keys and values, which vLLM's cache does not; pack them "
+            'instead with --additional-config \'{"rotq_kv": "k3v3"}\', or quantize without '
+            "kv_cache.bits"
+        )
 
 
 def _set_block_size(cache: Any) -> None:

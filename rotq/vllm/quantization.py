@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -32,7 +31,6 @@ from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.layers.online_linear import prepare_input
-from rotq.vllm.settings import read_settings
 
 
 class RotqConfig(CompressedTensorsConfig):
@@ -52,14 +50,6 @@ class RotqConfig(CompressedTensorsConfig):
             RotqError: it says something that is not run here.
         """
         scheme = read_scheme(config)
-        # a rotation of heads alone changes no score, and a packed cache has its own
-        packs = read_settings(get_current_vllm_config().additional_config).kv is not None
-        if scheme.heads.grid is not None and not packs:
-            raise RotqError(
-                "the checkpoint rounds keys and values, which vLLM's cache does not; pack them "
-                'instead with --additional-config \'{"rotq_kv": "k3v3"}\', or quantize without '
-                "kv_cache.bits"
-            )
         # with input_activations vLLM would look for kernels of integer products
         groups = {
             name: {**group, "input_activations": None}

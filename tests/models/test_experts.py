@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_families import tiny_family
 from tiny_models import MemorySource, random_ids, tiny_model
 from torch import nn
 
@@ -81,6 +82,18 @@ def test_routed_tokens_are_counted_while_calibrating():
         # the last expert is never chosen
         expected = [int((both == expert).sum()) for expert in range(3)] + [0]
         assert routed_tokens(block) == {"mlp": expected}
+
+
+def test_experts_with_rows_of_their_own():
+    fused = tiny_family("llama4_text").model.layers[0].feed_forward.experts.double()
+    x_EMD = torch.randn(4, 5, 64, dtype=torch.float64)
+    x_EMD[1, 2:] = 0  # not routed there
+    unfused, rows = unfuse(fused), x_EMD.flatten(0, 1)
+    torch.testing.assert_close(unfused(rows), fused(rows), rtol=0, atol=1e-12)
+    block = nn.ModuleDict({"moe": unfused})
+    with calibrating(block):
+        block.moe(rows)
+    assert routed_tokens(block) == {"moe": [5, 2, 5, 5]}
 
 
 def test_calibrating_ends_with_an_error():

@@ -51,10 +51,8 @@ def test_every_architecture_exists_in_transformers():
     assert all(hasattr(transformers, architecture) for architecture in ADAPTERS)
 
 
-def test_unknown_family_names_the_known_and_the_way_out():
-    with pytest.raises(
-        RotqError, match=r"no adapter for BloomForCausalLM.*GPT-2, .*Gemma 3, .*Llama, "
-    ) as e:
+def test_unknown_family_is_told_the_way_out():
+    with pytest.raises(RotqError, match=r"no adapter for BloomForCausalLM.*models\.md") as e:
         find_adapter(transformers.BloomConfig())
     assert "rotation.residual=none" in str(e.value)
     assert "\n" not in str(e.value)

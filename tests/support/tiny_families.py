@@ -102,6 +102,9 @@ _ROTARY_HALF = {"rotary_dim": 8}
 _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"],
     "per_layer_config": {"1": {"head_dim": 32}},
+    "hidden_size_per_layer_input": 0,
+}
+_INPUTS_PER_LAYER = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
 }
@@ -145,6 +148,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16,
         "laurel_rank": 8,
     },
+    "gemma4": _INPUTS_PER_LAYER,
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "glm4_moe_lite": {**_MLA, "num_key_value_heads": 4},

@@ -1,4 +1,4 @@
-"""Blocks of bytes as pages: everything has a place of its own, and all of a token is in its block."""
+"""Blocks of bytes as pages: each thing has a place of its own, a token is in one block only."""
 
 import pytest
 import torch

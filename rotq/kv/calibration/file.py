@@ -21,7 +21,7 @@ from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
-from rotq.kv.calibration.stored_file import KIND, StoredFile, holds_facts, opened
+from rotq.kv.calibration.stored_file import KIND, StoredFile, empty_or_ours, opened
 from rotq.kv.calibration.stored_layer import LayerReader, layer_facts, layer_tensors
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import kv_shapes, layer_configs, rotaries
@@ -160,12 +160,7 @@ def foreign(path: Path) -> str | None:
     """
     if not path.is_file():
         return "is a folder" if path.is_dir() else "is no plain file"
-    try:
-        if path.stat().st_size == 0 or holds_facts(path):
-            return None
-    except OSError:
-        pass
-    return "exists and is no file of rotq calibrate-kv"
+    return None if empty_or_ours(path) else "exists and is no file of rotq calibrate-kv"
 
 
 def _restored(path: Path, file: StoredFile, model_config: Any) -> KVCalibration:

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.kv.calibration.evidence import Evidence, shrunk
 from rotq.models.attention.replaced import (
@@ -186,7 +187,7 @@ class _Layer:
         )
 
     def _add_means(self, k_HTD: Tensor, v_HTD: Tensor) -> None:
-        k_HTD, v_HTD = k_HTD[:, self.sinks :].double(), v_HTD[:, self.sinks :].double()
+        k_HTD, v_HTD = double(k_HTD[:, self.sinks :]), double(v_HTD[:, self.sinks :])
         position_T = torch.arange(self.sinks, self.sinks + k_HTD.shape[1], device=k_HTD.device)
         if self.rotary is not None:
             self.sums_HD[0] += self.rotary.turn_back(k_HTD, position_T).sum(1).cpu()
@@ -212,9 +213,9 @@ class _Layer:
         return output_BHGQD
 
     def _add_queries(self, q_HGQD: Tensor, weight_HGQ: Tensor) -> None:
-        q_HND = q_HGQD.flatten(1, 2).double()
+        q_HND = double(q_HGQD.flatten(1, 2))
         for index, weight_HN in enumerate((weight_HGQ, torch.ones_like(weight_HGQ))):
-            weight_HN = weight_HN.flatten(1).double()
+            weight_HN = double(weight_HN.flatten(1))
             self.moments_HDD[index] += (q_HND.mT @ (q_HND * weight_HN[..., None])).cpu()
             self.weights_H[index] += weight_HN.sum(1).cpu()
 
@@ -230,7 +231,7 @@ def output_moments(model: Any, shapes: list[KVShape]) -> list[Tensor | None]:
         linear = block.get_submodule(adapter.attention_output)
         weight_NK = _weight(linear, shape.num_heads * shape.group * shape.head_dim)
         split = (shape.num_heads, shape.group, shape.head_dim)
-        weight_NHGD = weight_NK.double().cpu().unflatten(1, split)
+        weight_NHGD = weight_NK.cpu().double().unflatten(1, split)
         moments.append(torch.einsum("nhgd,nhge->hde", weight_NHGD, weight_NHGD))
     return moments
 

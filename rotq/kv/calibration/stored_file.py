@@ -93,11 +93,14 @@ def opened(path: Path) -> Iterator[StoredFile]:
         yield StoredFile(file, _facts(path, text))
 
 
-def holds_facts(path: Path) -> bool:
-    """Whether a file is one of ``KVCalibration.save``, as far as its header says."""
+def empty_or_ours(path: Path) -> bool:
+    """Whether a file is empty, or one of ``KVCalibration.save`` as far as its header says."""
     try:
-        with told(f"cannot read {path}"), _opened(path) as file:
-            return KIND in (file.metadata() or {})
+        with told(f"cannot read {path}"):
+            if not path.stat().st_size:
+                return True
+            with _opened(path) as file:
+                return KIND in (file.metadata() or {})
     except RotqError:
         return False
 
