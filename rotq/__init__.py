@@ -14,22 +14,21 @@ from rotq.checkpoint.registration import register
 __version__ = "0.1.0"
 
 
-def load(path: str | PathLike[str], **options: Any) -> Any:
+def load(model: str | PathLike[str], **options: Any) -> Any:
     """A model of transformers with its weights packed, in eval mode, of every format rotq reads.
 
     Args:
-        path: Of the checkpoint: dense, rotq, compressed-tensors or GGUF.
+        model: Folder or .gguf file of the checkpoint, or its hub id ``ORG/NAME[@REVISION]``: dense,
+            rotq, compressed-tensors or GGUF.
         options: ``dtype``, ``device_map``, ``trust_remote_code``, ``packed``, ``auto`` and settings
             of the configuration, as ``rotq.checkpoint.load.load_model`` takes them.
 
     Raises:
         RotqError: it cannot be read.
     """
-    from pathlib import Path
-
     from rotq.checkpoint.load import load_model
 
-    return load_model(Path(path), **options)
+    return load_model(model, **options)
 
 
 register()

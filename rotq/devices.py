@@ -1,17 +1,50 @@
-"""Devices by name, refused where this machine has none."""
+"""Devices by name: how they are spelled, which one ``auto`` is, and what this machine has."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+AUTO = "auto"
+SPELLINGS = "auto, cpu, cuda, cuda:N or mps"
+
+
+def check_device_name(name: str) -> None:
+    """Raise ValueError where a name is none of ``SPELLINGS``; what is there is not looked at."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name, re.ASCII):
+        raise ValueError(f"{name!r} is not {SPELLINGS}")
+
+
+def choose_device(name: str, *, with_double: bool = False) -> torch.device:
+    """The torch device of ``--device``, with its number; ``auto`` is the first GPU, else mps or
+    the CPU.
+
+    Args:
+        name: As ``check_device_name`` takes it.
+        with_double: It must compute in fp64, which mps does not.
+
+    Raises:
+        ValueError: it is no such name.
+        RotqError: this machine does not have it, or it has no fp64.
+    """
+    check_device_name(name)
+    if name == AUTO:
+        first = usable_device(_first_choice())
+        return first if has_double(first) or not with_double else usable_device("cpu")
+    chosen = usable_device(name)
+    if with_double and not has_double(chosen):
+        raise RotqError(f"--device {name} has no fp64, which this needs; use --device cpu")
+    return chosen
 
 
 def usable_device(name: str, option: str = "--device") -> torch.device:
-    """The torch device of a name such as ``cpu``, ``cuda`` or ``cuda:1``.
+    """The torch device of any name that torch knows, with its number, as its tensors have it.
 
     Args:
         name: Of the device.
@@ -23,9 +56,27 @@ def usable_device(name: str, option: str = "--device") -> torch.device:
     import torch
 
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()  # which meta has no values for
+        made = torch.empty(1, device=torch.device(name))
+        made.tolist()  # which meta has no values for
     except (RuntimeError, AssertionError, NotImplementedError):
         # what torch says of a device that is missing names its own build, and is of all these kinds
         raise RotqError(f"{option} {name}: this machine has none that torch can use") from None
-    return device
+    return made.device
+
+
+def has_double(device: torch.device) -> bool:
+    """Whether a device computes in fp64; Apple's mps does not."""
+    return device.type != "mps"
+
+
+def double(x: Tensor) -> Tensor:
+    """In fp64: where the tensor is, or on the CPU where its device has none."""
+    return x.double() if has_double(x.device) else x.cpu().double()
+
+
+def _first_choice() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -34,6 +34,7 @@ from rotq_kernels.kv.format import (
 )
 from rotq_kernels.launching import TritonMissing
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
+from rotq_kernels.packed_linear import dequantize_reference as dequantize_weight
 from rotq_kernels.packed_linear import packed_linear
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "dequantize_kv_reference",
     "dequantize_residual",
     "dequantize_side",
+    "dequantize_weight",
     "encode_kv",
     "encode_kv_reference",
     "encode_norm",

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.disk.files import remove
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate
@@ -59,6 +59,12 @@ ROWS = {
     "rotate": ROTATE,
     "rotate_attention": {**ROTATE, "importance.strategy": "attention"},
     "tune": {**REFINE, "tuning.steps": 48, "tuning.seq_len": 512},
+    "codes": {**REFINE, "tuning.code_steps": 64},
+    "gradient_codes": {
+        **REFINE,
+        "importance.strategy": "gradient",
+        "tuning.code_steps": 64,
+    },
     "target_025": {**REFINE, "solver.target_correction": 0.25},
     "target_075": {**REFINE, "solver.target_correction": 0.75},
     "target_100": {**REFINE, "solver.target_correction": 1.0},

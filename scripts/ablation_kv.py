@@ -12,8 +12,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from rotq.calibration.data import load_windows, tokenize
+from rotq.calibration.data import load_windows
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.kv import evaluate_kv
 from rotq.evaluation.perplexity import Protocol

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.disk.filling import folder_to_fill
 from rotq.errors import RotqError
 

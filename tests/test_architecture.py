@@ -13,7 +13,7 @@ ARROWS: list[set[str]] = [
     {"cli"},
     {"quantize"},
     {"transform", "tuning"},
-    {"serve", "job", "evaluation", "lora"},
+    {"serve", "vllm", "job", "evaluation", "lora"},
     {"kv", "fusion", "checkpoint"},
     {"models"},
     {"layers"},

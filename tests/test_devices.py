@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 from rotq.checkpoint.load import load_model
 from rotq.cli.main import main
-from rotq.devices import usable_device
+from rotq.devices import check_device_name, choose_device, has_double, usable_device
 from rotq.errors import RotqError
 
 MISSING = ["nonsense", "cuda:99", "meta", *(["cuda"] if not torch.cuda.is_available() else [])]
@@ -26,10 +27,64 @@ def test_devices_that_are_not_there(name: str, tmp_path: Path) -> None:
         load_model(tmp_path, device_map=name)
 
 
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"])
+def test_spellings(name: str) -> None:
+    check_device_name(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "mps:0", "meta", ""])
+def test_other_spellings(name: str) -> None:
+    with pytest.raises(ValueError, match="is not auto, cpu, cuda, cuda:N or mps"):
+        choose_device(name)
+    result = CliRunner().invoke(main, ["eval", "ppl", "m", "--text", "t", "--device", name])
+    assert result.exit_code == 2
+    assert "is not auto, cpu, cuda, cuda:N or mps" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("there", "first", "with_double"),
+    [([], "cpu", "cpu"), (["mps"], "mps", "cpu"), (["cuda", "mps"], "cuda:0", "cuda:0")],
+)
+def test_auto_is_the_first_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, there: list[str], first: str, with_double: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "cuda" in there)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: "mps" in there)
+    numbered = {"cuda": "cuda:0"}
+    monkeypatch.setattr(
+        "rotq.devices.usable_device", lambda name: torch.device(numbered.get(name, name))
+    )
+    assert str(choose_device("auto")) == first
+    assert str(choose_device("auto", with_double=True)) == with_double
+    assert not has_double(torch.device("mps"))
+    with pytest.raises(RotqError, match="--device mps has no fp64, which this needs"):
+        choose_device("mps", with_double=True)
+
+
+def test_one_option_everywhere() -> None:
+    """The same name, choices and default in every command that has it, and all that compute do."""
+    found = {}
+    commands = {"": main}
+    while commands:
+        path, command = commands.popitem()
+        if isinstance(command, click.Group):
+            commands |= {f"{path} {name}".strip(): c for name, c in command.commands.items()}
+        found[path] = [p for p in command.params if p.name == "device"]
+    options = {path: params[0] for path, params in found.items() if params}
+    computing = {"quantize", "calibrate-kv", "serve-kv", "bench serve"}
+    assert options.keys() >= computing | {"eval ppl", "eval kv", "eval pll"}
+    told = {(p.opts[0], p.default, str(p.metavar), p.help) for p in options.values()}
+    assert len(told) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
 @pytest.mark.parametrize(
     "command",
     [
+        ["eval", "ppl", "MODEL", "--text", "pydoc-test", "--device", "cuda"],
+        ["eval", "kv", "MODEL", "--text", "pydoc-test", "--kv", "k3v3", "--device", "cuda"],
+        ["eval", "pll", "MODEL", "--groups", "--device", "cuda"],
+        ["calibrate-kv", "MODEL", "-o", "OUT", "--device", "cuda"],
         ["quantize", "MODEL", "-o", "OUT", "--device", "cuda"],
         ["quantize", "MODEL", "--dry-run", "--device", "cuda"],
         ["bench", "serve", "MODEL", "--device", "cuda"],

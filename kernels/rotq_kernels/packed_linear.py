@@ -24,6 +24,9 @@ from rotq_kernels.layout import packed_words, unpack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+CPU_TILE = 1 << 20
+"""Elements of a weight that are dense at a time on a CPU."""
+
 GEMV_ROWS = 2
 """Up to here fp32 sums take fewer instructions than tensor cores do (counted, not timed)."""
 
@@ -90,12 +93,41 @@ def packed_linear_reference(
     bias_N: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """The definition, in plain PyTorch. It also serves CPU tensors."""
+    """The definition, in plain PyTorch."""
     weight_NK = dequantize_reference(
         weight_packed_NW, weight_scale_NG, weight_zero_point_WG, x_MK.shape[1], bits, x_MK.dtype
     )
     y_MN = F.linear(x_MK, weight_NK, None if bias_N is None else bias_N.to(x_MK.dtype))
     return y_MN.contiguous()
+
+
+def packed_linear_cpu(
+    x_MK: Tensor,
+    weight_packed_NW: Tensor,
+    weight_scale_NG: Tensor,
+    weight_zero_point_WG: Tensor | None,
+    bias_N: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """What CPU tensors run on: some rows of the weight are unpacked at a time, never all."""
+    (M, K), N = x_MK.shape, weight_scale_NG.shape[0]
+    # whole words of zero points, which are packed along the rows
+    step = max(1, CPU_TILE // K // 32) * 32
+    y_MN = x_MK.new_empty(M, N)
+    for n in range(0, N, step):
+        rows = slice(n, min(n + step, N))
+        zero_WG = weight_zero_point_WG
+        if zero_WG is not None:
+            zero_WG = zero_WG[n * bits // 32 : packed_words(rows.stop, bits)]
+        y_MN[:, rows] = packed_linear_reference(
+            x_MK,
+            weight_packed_NW[rows],
+            weight_scale_NG[rows],
+            zero_WG,
+            None if bias_N is None else bias_N[rows],
+            bits,
+        )
+    return y_MN
 
 
 def packed_linear_triton(
@@ -198,7 +230,7 @@ def _check(
 _op = torch.library.custom_op(
     "rotq::packed_linear", packed_linear_triton, mutates_args=(), device_types="cuda"
 )
-_op.register_kernel("cpu")(packed_linear_reference)
+_op.register_kernel("cpu")(packed_linear_cpu)
 
 
 @_op.register_fake

@@ -18,7 +18,8 @@ Shape suffixes: N tokens of the text, B windows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +32,8 @@ from rotq.calibration.limits import Limits
 from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.texts import Text, read_text
-from rotq.calibration.tokens import beginning, encode, panics_unprinted
-from rotq.errors import RotqError, told
+from rotq.calibration.tokenized import begun, first_tokens, tokenize
+from rotq.errors import RotqError
 from rotq.recipe import Calibration
 
 
@@ -79,21 +80,60 @@ def load_windows(
     """Draw the calibration windows of a recipe.
 
     Args:
-        calibration: Source, number and length of the windows, seed.
+        calibration: Texts and their shares, number and length of the windows, seed.
         tokenizer: A transformers tokenizer.
         limits: Of the model; windows are cut to its positions.
         masked: The model fills in masked tokens.
 
     Raises:
-        RotqError: the text is missing, empty, in an unknown encoding (names the byte), too short
+        RotqError: a text is missing, empty, in an unknown encoding (names the byte), too short
             or holds a token that the model does not know; or a masked language model of proteins is
             given something else than FASTA.
     """
+    texts = calibration.texts
+    counts = shared(calibration.num_samples, [text.share for text in texts])
+    drawn = [
+        _of_one_text(
+            replace(calibration, source=text.source, num_samples=count), tokenizer, limits, masked
+        )
+        for text, count in zip(texts, counts, strict=True)
+    ]
+    return drawn[0] if len(drawn) == 1 else _together(drawn)
+
+
+def shared(total: int, shares: Sequence[float]) -> list[int]:
+    """``total`` windows by shares, at least one each; the largest remainders are rounded up."""
+    spare = total - len(shares)
+    exact = [spare * share / sum(shares) for share in shares]
+    counts = [1 + int(part) for part in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda n: int(exact[n]) - exact[n])
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def _of_one_text(calibration: Calibration, tokenizer: Any, limits: Limits, masked: bool) -> Windows:
     text = read_text(calibration.source)
     if masked and reads_residues(tokenizer):
         return _protein_windows(calibration, text, ResidueCodec(tokenizer), limits)
     first = first_tokens(text, tokenizer, calibration.bos)
     return _text_windows(calibration, text, tokenize(text, tokenizer), first, limits)
+
+
+def _together(drawn: Sequence[Windows]) -> Windows:
+    """Windows of several texts, batches in turn, so that the first few are of all of them."""
+    ranked = [
+        ((number + 0.5) / len(windows.batches), batch)
+        for windows in drawn
+        for number, batch in enumerate(windows.batches)
+    ]
+    return Windows(
+        batches=tuple(batch for _, batch in sorted(ranked, key=lambda entry: entry[0])),
+        source=", ".join(windows.source for windows in drawn),
+        sha256=hashlib.sha256("".join(windows.sha256 for windows in drawn).encode()).hexdigest(),
+        tokens=sum(windows.tokens for windows in drawn),
+        notes=tuple(dict.fromkeys(note for windows in drawn for note in windows.notes)),
+    )
 
 
 def _protein_windows(
@@ -166,62 +206,3 @@ def _draw(calibration: Calibration, source: str, ids_N: Tensor, length: int) -> 
 
 def _notes(*lines: str) -> tuple[str, ...]:
     return tuple(filter(None, lines))
-
-
-def first_tokens(text: Text, tokenizer: Any, bos: str = "auto") -> tuple[int, ...]:
-    """What every window of the text begins with, see ``beginning``.
-
-    Nothing where every sequence of the text has special tokens of its own around it.
-    """
-    return () if _keeps_special(text, tokenizer) else beginning(tokenizer, bos)
-
-
-def begun(ids_BT: Tensor, first: tuple[int, ...]) -> Tensor:
-    """The windows behind the tokens that each begins with; without any, as they are."""
-    if not first:
-        return ids_BT
-    first_BP = torch.tensor(first, dtype=ids_BT.dtype).expand(len(ids_BT), -1)
-    return torch.cat((first_BP, ids_BT), dim=1)
-
-
-def _keeps_special(text: Text, tokenizer: Any) -> bool:
-    return bool(text.records and reads_residues(tokenizer) and ResidueCodec(tokenizer).num_special)
-
-
-def tokenize(text: Text, tokenizer: Any) -> Tensor:
-    """Token ids of the whole text, int64 (N,); special tokens only around FASTA sequences.
-
-    Chats are written as the tokenizer's own template has them, special tokens included.
-
-    Raises:
-        RotqError: the tokenizer finds no token in it, or fails on it, or has no template for its
-            chats; names the text.
-    """
-    if _keeps_special(text, tokenizer):
-        codec = ResidueCodec(tokenizer)
-        ids = [id for record in text.records for id in codec.encode(record.sequence)]
-    else:
-        try:
-            with panics_unprinted():
-                ids = encode(tokenizer, _written(text, tokenizer))
-        except RotqError as error:
-            raise RotqError(f"text {text.source}: {error}") from error.__cause__
-    if not ids:
-        raise RotqError(f"text {text.source} holds no tokens")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _written(text: Text, tokenizer: Any) -> str:
-    """The text, with every chat in it as the model's template writes it."""
-    if not text.parts:
-        return text.content
-    if not getattr(tokenizer, "chat_template", None):
-        raise RotqError("it holds messages, and the tokenizer has no chat template to write them")
-    with told("the chat template fails"):
-        parts = [
-            part
-            if isinstance(part, str)
-            else tokenizer.apply_chat_template(list(part), tokenize=False)
-            for part in text.parts
-        ]
-    return "\n".join(parts)

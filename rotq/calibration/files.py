@@ -52,12 +52,14 @@ def find_path(source: str) -> Path | None:
     """The file or folder of that name; None where there is nothing.
 
     Raises:
-        RotqError: a pipe, a socket or a device; or the path cannot be looked at.
+        RotqError: a pipe, a socket or a device, as which "-" counts; or it cannot be looked at.
     """
     try:
         path = Path(source).expanduser()
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if source == "-":
+            raise _no_file(source) from None
         return None
     except (RuntimeError, ValueError):  # a home of nobody, a name with a NUL
         return None
@@ -65,7 +67,7 @@ def find_path(source: str) -> Path | None:
         raise RotqError(f"text {source[:200]}: {error.strerror}") from None
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return path
-    raise RotqError(f"text {source} is a pipe, a socket or a device; a file is needed")
+    raise _no_file(source)
 
 
 def read_stored(path: Path, refusal: str) -> bytes:
@@ -130,6 +132,13 @@ def decode(source: str, data: bytes, *, latin: bool = False) -> Decoded:
             f"text {source} is full of NULs: no text, or UTF-16 without a byte order mark"
         )
     return Decoded(_plain_lines(content), is_utf8=True)
+
+
+def _no_file(source: str) -> RotqError:
+    return RotqError(
+        f"text {source} is a pipe, a socket or a device; texts are read more than once: write it "
+        "to a file"
+    )
 
 
 def _plain_lines(content: str) -> str:

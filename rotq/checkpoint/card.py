@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from rotq.checkpoint.hub import HubModel
 from rotq.report.lines import runtime_line
 
 TEMPLATE = """\
@@ -15,7 +16,8 @@ TEMPLATE = """\
 
 # {title}
 
-Quantized with rotq. `rotq_recipe.yaml` is the resolved recipe and `rotq_provenance.json` says
+Quantized with rotq{origin}.
+`rotq_recipe.yaml` is the resolved recipe and `rotq_provenance.json` says
 what it was run on; `rotq quantize` with that recipe repeats the job.
 
 {grids}
@@ -65,7 +67,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 def model_card(
     config: Mapping[str, Any],
     quantization: dict[str, Any],
-    base_model: str | None,
+    base_model: HubModel | None,
     *,
     obstacle: str | None,
 ) -> str:
@@ -74,23 +76,24 @@ def model_card(
     Args:
         config: The source's config.json.
         quantization: From ``quantization_config``.
-        base_model: Hub id or name; left out where it is not known.
+        base_model: The source; None where it is not one of the hub.
         obstacle: Why transformers alone cannot load it; None where it can.
     """
     method = quantization["quant_method"]
     groups = list(quantization["config_groups"].values())
     bits = sorted({group["weights"]["num_bits"] for group in groups})
     front: dict[str, Any] = {"library_name": "transformers"}
-    if base_model:
-        front |= {"base_model": base_model, "base_model_relation": "quantized"}
+    if base_model is not None:
+        front |= {"base_model": base_model.name.repo, "base_model_relation": "quantized"}
     front["tags"] = ["rotq", method, *(f"{number}-bit" for number in bits)]
-    name = base_model or config.get("model_type", "model")
+    name = config.get("model_type", "model") if base_model is None else base_model.name.repo
     grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups)
     runtime = runtime_line(quantization)
     kept = ", ".join(f"`{layer}`" for layer in quantization["ignore"])
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
+        origin=f" of `{base_model}`" if base_model is not None else "",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
         runtime=f"- at run time: {runtime}\n" if runtime else "",
         loading=_loading(quantization, obstacle),

@@ -7,7 +7,8 @@ model of its own code (``auto_map``) may read any file: what its code or setting
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath, PurePosixPath
 
 PATTERNS = (
     "tokenizer*",
@@ -56,37 +57,81 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 OURS = ("README.md", "config.json", "report.json", "rotq_*")
 """What a job writes itself."""
 
+DESCRIPTION = (
+    *PATTERNS,
+    *SETTINGS,
+    "model.safetensors.index.json",
+    "report.json",
+    "rotq_*",
+)
+"""All that is read of a model before its weights, its code aside."""
+
 
 def companion_files(path: Path) -> list[Path]:
     """The files of a checkpoint's folder that its tokenizer, processors and code are made of."""
     found = {file for pattern in PATTERNS for file in path.glob(pattern)}
     if has_code(path):
         code = set(_code(path))
-        found |= code | set(_named(path, [*code, *(path / name for name in SETTINGS)]))
+        settings = [path / name for name in SETTINGS]
+        found |= code | set(_spoken_of(path.iterdir(), [*code, *settings]))
     ours = {file for pattern in OURS for file in path.glob(pattern)}
     return sorted(file for file in found - ours if file.is_file() and not _is_weight(file))
 
 
-def has_code(path: Path) -> bool:
-    """Whether the model, its tokenizer, its processors or its generation run code of their own."""
+def has_code(path: Path, names: Iterable[str] = ()) -> bool:
+    """Whether the model, its tokenizer, its processors or its generation run code of their own.
+
+    Args:
+        path: The folder, with the settings.
+        names: Of files that the folder can be given.
+    """
     return (
         any("auto_map" in text or "custom_generate" in text for text in _settings(path))
         or (path / "custom_generate").is_dir()
+        or any(name.startswith("custom_generate/") for name in names)
     )
 
 
+def description_names(names: Iterable[str]) -> list[str]:
+    """Of the names of a repository's files, those that describe the model: settings, tokenizer."""
+    return [
+        name
+        for name in names
+        if any(_matches(name, pattern) for pattern in DESCRIPTION)
+        and (name.endswith("safetensors.index.json") or not _is_weight(PurePosixPath(name)))
+    ]
+
+
+def code_names(names: Iterable[str]) -> list[str]:
+    """Of the names of a repository's files, those of its code."""
+    return [name for name in names if name.endswith(".py") and _is_code(PurePosixPath(name))]
+
+
+def named_names(path: Path, names: Iterable[str]) -> list[str]:
+    """Of the names of a repository's files, those that its settings or its code speak of.
+
+    Args:
+        path: The folder, with both.
+    """
+    files = [path / name for name in names if "/" not in name]
+    wanted = _spoken_of(files, [*_code(path), *(path / name for name in SETTINGS)])
+    return [file.name for file in wanted if not _is_weight(file)]
+
+
 def _code(path: Path) -> Iterator[Path]:
-    """Python files, also of packages beside the weights; hidden folders and caches are no code."""
-    for file in path.rglob("*.py"):
-        parents = file.relative_to(path).parts[:-1]
-        if not any(part.startswith((".", "__")) for part in parents):
-            yield file
+    """Python files, also of packages beside the weights."""
+    return (file for file in path.rglob("*.py") if _is_code(file.relative_to(path)))
 
 
-def _named(path: Path, texts: Iterable[Path]) -> Iterator[Path]:
-    """Files of the folder whose names stand in one of ``texts``."""
+def _is_code(name: PurePath) -> bool:
+    """Hidden folders and caches hold none."""
+    return not any(part.startswith((".", "__")) for part in name.parts[:-1])
+
+
+def _spoken_of(files: Iterable[Path], texts: Iterable[Path]) -> Iterator[Path]:
+    """Those of ``files`` whose names stand in one of ``texts``."""
     content = "\n".join(_read(file) for file in texts if file.is_file())
-    for file in path.iterdir():
+    for file in files:
         if not file.name.startswith(".") and file.name in content:
             yield file
 
@@ -101,5 +146,10 @@ def _read(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def _is_weight(file: Path) -> bool:
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name is one of ``glob``'s; an asterisk stands for no slash."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _is_weight(file: PurePath) -> bool:
     return file.suffix in WEIGHTS or file.name.endswith(".index.json")

@@ -74,7 +74,6 @@ def write_metadata(
     provenance: Mapping[str, Any],
     dtype: torch.dtype,
     untied: bool,
-    base_model: str | None = None,
     obstacle: str | None = None,
 ) -> None:
     """Write everything that is not weights, and copy what the source has of it.
@@ -86,7 +85,6 @@ def write_metadata(
         provenance: What else is needed to repeat the job, for rotq_provenance.json.
         dtype: Of the tensors left dense, and of activations.
         untied: The head has a tensor of its own that the source did not have.
-        base_model: Hub id or name of the source, for the card.
         obstacle: Why transformers alone cannot load it (``loading_obstacle``), for the card.
 
     Raises:
@@ -96,7 +94,7 @@ def write_metadata(
     write_json(out_dir / "config.json", _updated(config, quantization, dtype, untied))
     write_text(out_dir / "rotq_recipe.yaml", write_yaml(recipe))
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
-    card = model_card(config, quantization, base_model, obstacle=obstacle)
+    card = model_card(config, quantization, source.hub, obstacle=obstacle)
     write_text(out_dir / "README.md", card)
     for path in {*source.tokenizer_files(), source.path / "generation_config.json"}:
         if path.is_file():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rotq.checkpoint.files import read_json
+from rotq.checkpoint.hub import HubModel
+from rotq.checkpoint.location import ModelName, locate
 from rotq.errors import CheckFailed, RotqError
 from rotq.recipe import read_mapping
 from rotq.recipe.sections import shown
@@ -24,12 +26,14 @@ class Inspection:
 
     path: Path
     files: dict[str, int]
-    """Bytes by name, every file of the folder."""
+    """Bytes by name, every file of the folder, or of the hub's commit."""
     config: dict[str, Any]
     """The content of config.json."""
     report: JobReport | None
     recipe: dict[str, Any] | None
     provenance: dict[str, Any] | None
+    hub: HubModel | None = None
+    """Where it is fetched from."""
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -48,32 +52,31 @@ class Inspection:
         }
 
 
-def read_checkpoint(path: Path) -> Inspection:
-    """Read what a checkpoint folder says about itself; no tensor is loaded.
+def read_checkpoint(model: ModelName) -> Inspection:
+    """Read what a checkpoint folder says about itself; no tensor is loaded, no weights are fetched.
 
     Raises:
-        RotqError: no such folder, no config.json, or a file that cannot be read.
+        RotqError: no such folder, no config.json, or a file that cannot be read; or see ``locate``.
     """
+    found = locate(model)
+    path = found.path
     if not path.is_dir():
-        raise RotqError(f"{path}: no such folder")
+        raise RotqError(f"{path}: no folder")
     if not (path / "config.json").is_file():
         raise RotqError(f"{path} holds no config.json, so it is no checkpoint")
     return Inspection(
         path=path,
-        files={
-            str(file.relative_to(path)): file.stat().st_size
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        },
+        files=_sizes(path) if found.hub is None else dict(sorted(found.hub.sizes.items())),
         config=read_json(path / "config.json"),
         report=_read_report(path / REPORT),
         recipe=_read_recipe(path / RECIPE),
         provenance=read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else None,
+        hub=found.hub,
     )
 
 
 def verify_files(inspection: Inspection) -> int:
-    """Compare the files with the sha256 that the provenance holds.
+    """Compare the files with the sha256 that the provenance holds; of the hub's all are fetched.
 
     Returns:
         Number of files compared.
@@ -87,8 +90,10 @@ def verify_files(inspection: Inspection) -> int:
     expected = inspection.provenance.get("files")
     if not isinstance(expected, dict) or not expected:
         raise RotqError(f"{inspection.path / PROVENANCE} lists no files to verify")
+    if inspection.hub is not None:
+        inspection.hub.fetch([name for name in expected if name in inspection.files])
     for name, digest in sorted(expected.items()):
-        file = _inside(inspection.path, name)
+        file = _inside(inspection, name)
         if not file.is_file():
             raise CheckFailed(f"{file} is missing; {PROVENANCE} lists it")
         with open(file, "rb") as handle:
@@ -98,12 +103,20 @@ def verify_files(inspection: Inspection) -> int:
     return len(expected)
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _sizes(path: Path) -> dict[str, int]:
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(path)): file.stat().st_size for file in files}
+
+
+def _inside(inspection: Inspection, name: str) -> Path:
     """The file of a checkpoint that its provenance names; it may be missing."""
+    folder, hub = inspection.path, inspection.hub
     file = folder / name
     try:
         file.is_file()  # raises where the name cannot be that of a file
-        inside = file.resolve().is_relative_to(folder.resolve())
+        # the hub's cache has links to a folder of its own
+        own = folder if hub is None else hub.storage
+        inside = file.resolve().is_relative_to(own.resolve())
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise RotqError(f"{folder / PROVENANCE} lists {shown(name)}: {why}") from None

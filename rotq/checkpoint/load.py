@@ -1,4 +1,4 @@
-"""Loading models and tokenizers from local folders: dense, GGUF, rotq and compressed-tensors."""
+"""Loading models and tokenizers, from here or the hub: dense, GGUF, rotq, compressed-tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rotq.checkpoint.configuration import checkpoint_dtype, load_config, unusabl
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.foreign import library_errors
 from rotq.checkpoint.gguf import find_gguf, load_gguf
+from rotq.checkpoint.location import ModelName, locate
 from rotq.checkpoint.scheme import ROTQ_VERSION, read_scheme
 from rotq.checkpoint.weight_files import find_entries
 from rotq.devices import usable_device
@@ -25,7 +26,7 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_model(
-    path: Path,
+    model: ModelName,
     *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
@@ -37,9 +38,9 @@ def load_model(
     """Load a model in eval mode.
 
     Args:
-        path: Folder of a dense, rotq or compressed-tensors (``pack-quantized``) checkpoint, a
-            folder that holds one .gguf file, or that file. compressed-tensors checkpoints need
-            no other package.
+        model: Folder of a dense, rotq or compressed-tensors (``pack-quantized``) checkpoint, a
+            folder that holds one .gguf file, or that file; or a hub id (see ``locate``).
+            compressed-tensors checkpoints need no other package.
         dtype: Of dense weights and activations; ``auto`` takes the config's, fp32 for GGUF.
         device_map: As for ``from_pretrained``.
         trust_remote_code: Let transformers run the checkpoint's own code.
@@ -57,9 +58,8 @@ def load_model(
 
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         usable_device(device_map, "--device-map")
-    if not path.exists():
-        raise RotqError(f"{path} does not exist; rotq reads local folders only")
-    gguf = find_gguf(path)
+    found = locate(model)
+    path, gguf = found.path, find_gguf(found.path)
     if gguf is not None:
         if auto is not None or settings:
             raise ValueError(
@@ -74,12 +74,13 @@ def load_model(
         if not hasattr(config, name):
             raise ValueError(f"the configuration of {config.model_type} has no {name}")
         setattr(config, name, value)
+    quantized = _as_rotq(path, config)
+    found.fetch_weights(pickled=True)
     # transformers would follow an index out of the folder, and says less about what is damaged
     entries = [] if _is_pickled(path) else find_entries(path)
     if dtype == "auto":
         dtype = checkpoint_dtype(config, entries, path)
-    quantized = _as_rotq(path, config)
-    model = _from_pretrained(
+    loaded = _from_pretrained(
         path,
         auto,
         strict=quantized,
@@ -89,20 +90,19 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     if quantized and not packed:
-        model = model.dequantize(model.dtype)
-    return model.eval()
+        loaded = loaded.dequantize(loaded.dtype)
+    return loaded.eval()
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or a .gguf file.
+def load_tokenizer(model: ModelName, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, a .gguf file or a model of the hub.
 
     Raises:
         RotqError: there is none, or transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
-    if not path.exists():
-        raise RotqError(f"{path} does not exist; rotq reads local folders only")
+    path = locate(model).path
     gguf = find_gguf(path)
     options: dict[str, Any] = {"gguf_file": gguf.name} if gguf else {}
     if not gguf and unusable_dtype(path):

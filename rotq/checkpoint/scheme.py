@@ -114,16 +114,17 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     _refuse_transforms(config)
     if config.get("kv_cache_scheme"):
         raise RotqError("the checkpoint quantizes the KV cache, which rotq cannot run")
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    groups = _mapping("config_groups", config.get("config_groups"))
+    if not groups:
         raise RotqError("quantization_config has no config_groups")
     return Scheme(
         groups=tuple(
-            _read_group(name, group, config.get("format")) for name, group in groups.items()
+            _read_group(name, _mapping(name, group), config.get("format"))
+            for name, group in groups.items()
         ),
         ignore=_read_targets("ignore", config.get("ignore") or ()),
-        rotated=_read_online(config.get("online") or {}),
-        heads=_read_heads(config.get("attention") or {}),
+        rotated=_read_online(_mapping("online", config.get("online"))),
+        heads=_read_heads(_mapping("attention", config.get("attention"))),
     )
 
 
@@ -146,6 +147,13 @@ def _rank(target: str, name: str) -> int | None:
     if target.startswith("re:"):
         return 1 if re.match(target[3:], name) else None
     return CLASS if target == "Linear" else None
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A part of the config that has parts; empty where there is none."""
+    if not isinstance(value or {}, dict):
+        raise RotqError(f"{name} of quantization_config is not a mapping")
+    return value or {}
 
 
 def _read_online(online: Mapping[str, Any]) -> tuple[str, ...]:
@@ -189,8 +197,9 @@ def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Grou
     )
 
 
-def _read_dynamic(name: str, args: Mapping[str, Any] | None) -> ActivationGrid | None:
+def _read_dynamic(name: str, value: Any) -> ActivationGrid | None:
     """A grid of activations; only integers with scales found per token are run here."""
+    args = _mapping(name, value)
     if not args:
         return None
     found = (args.get("type", "int"), args.get("dynamic"), args.get("strategy"))
@@ -206,7 +215,7 @@ def _read_dynamic(name: str, args: Mapping[str, Any] | None) -> ActivationGrid |
 
 
 def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
-    weights = group.get("weights") or {}
+    weights = _mapping(f"{name}.weights", group.get("weights"))
     if group.get("output_activations"):
         raise RotqError(f"{name} quantizes the outputs of layers, which rotq cannot run")
     stored = group.get("format") or format
@@ -230,9 +239,13 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
 
 
 def _refuse_transforms(config: Mapping[str, Any]) -> None:
-    groups = (config.get("transform_config") or {}).get("config_groups") or {}
-    for name, transform in groups.items():
-        places = {str(apply.get("location")) for apply in transform.get("apply", ())}
+    transforms = _mapping("transform_config", config.get("transform_config"))
+    groups = _mapping("transform_config.config_groups", transforms.get("config_groups"))
+    for name, value in groups.items():
+        applied = _mapping(name, value).get("apply") or ()
+        if not isinstance(applied, list | tuple):
+            raise RotqError(f"{name}.apply of quantization_config is not a list")
+        places = {str(_mapping(f"{name}.apply", apply).get("location")) for apply in applied}
         online = places - {"weight_input", "weight_output"}
         if online:
             raise RotqError(

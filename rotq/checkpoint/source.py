@@ -21,6 +21,8 @@ from rotq.checkpoint.configuration import (
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.fit import check_fit, with_tied
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
+from rotq.checkpoint.hub import HubModel
+from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.made_tensors import MadeTensors
 from rotq.checkpoint.safetensors import Entry, read_bytes
 from rotq.checkpoint.weight_files import find_entries
@@ -62,11 +64,18 @@ class Source:
     """Regular expression of the names whose tensors are stored as (in, out)."""
     makings: Mapping[str, Making] | None = None
     """How the model's tensors are made of ``entries``; None: they are the entries."""
+    hub: HubModel | None = None
+    """Where it comes from; None for what was here."""
 
     @property
     def dtype(self) -> torch.dtype:
         """See ``checkpoint_dtype``."""
         return checkpoint_dtype(self.config, self.entries.values(), self.path)
+
+    @property
+    def title(self) -> str:
+        """The hub's repository, or the folder's name."""
+        return self.path.name if self.hub is None else self.hub.name.repo
 
     def names(self) -> list[str]:
         """Names of the tensors, sorted."""
@@ -154,6 +163,12 @@ class Source:
         stored = self.makings[name].stored if name in self.makings else None
         return None if stored is None else self.entries[stored].name
 
+    def unread(self) -> list[str]:
+        """The files' names of tensors that none of the model is made of."""
+        makings = {} if self.makings is None else self.makings
+        read = {name for making in makings.values() for name in making.group.stored}
+        return sorted(entry.name for name, entry in self.entries.items() if name not in read)
+
     def fingerprint(self) -> str:
         """SHA-256 of the config and the weights, as hex; the files are read once per Source."""
         return self._fingerprint
@@ -165,7 +180,8 @@ class Source:
     def deciding_files(self) -> dict[str, str]:
         """sha256 by name of the files beside config and weights that a job's result depends on.
 
-        Tokenizers are made of files of many names, so all of a kind count.
+        Tokenizers are made of files of many names, so all of a kind count; of the hub's those that
+        were fetched: what else comes into the cache meanwhile is another program's.
         """
         folders = [self.path, self.path / "additional_chat_templates"]
         files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
@@ -176,6 +192,7 @@ class Source:
             and file.is_file()
             and file.name not in ("config.json", STAMP)
             and not file.name.endswith(".index.json")
+            and (self.hub is None or self.hub.brings(file))
         }
 
     @cached_property
@@ -192,54 +209,77 @@ class Source:
 
 
 def open_source(
-    path: Path, *, gguf_dir: Path | None = None, trust_remote_code: bool = False
+    model: ModelName, *, gguf_dir: Path | None = None, trust_remote_code: bool = False
 ) -> Source:
     """Open a dense checkpoint.
 
     Args:
-        path: Folder with config.json and safetensors files, or a folder that holds one .gguf
-            file, or that file.
+        model: Folder with config.json and safetensors files, or a folder that holds one .gguf
+            file, or that file; or a hub id, whose weights are fetched.
         gguf_dir: Where a .gguf file is converted to; needed for one. An earlier conversion of the
             same file is taken as it is.
         trust_remote_code: Let transformers run the checkpoint's own code for its config.
 
     Raises:
         RotqError: missing folder, config, shard or tensor; corrupt or truncated file; weights that
-            are not safetensors; a checkpoint that is already quantized.
+            are not safetensors; a checkpoint that is already quantized; or see ``locate``.
     """
-    if not path.exists():
-        raise RotqError(f"{path} does not exist; rotq reads local folders only")
-    gguf = find_gguf(path)
+    found = locate(model)
+    path, gguf = found.path, find_gguf(found.path)
     if gguf is not None:
         if gguf_dir is None:
             raise RotqError(f"{gguf} must be converted first, and no folder for that was given")
         path = convert(gguf, gguf_dir)
-    if not (path / "config.json").is_file():
-        raise RotqError(f"{path} has no config.json")
-    declared = read_json(path / "config.json")
-    if declared.get("quantization_config"):
-        method = declared["quantization_config"].get("quant_method", "unknown")
-        raise RotqError(f"{path} is already quantized ({method}); a dense checkpoint is needed")
-    config, entries = load_config(path, trust_remote_code=trust_remote_code), _find_entries(path)
-    if config.dtype is None and not declares_dtype(path):
-        config.dtype = checkpoint_dtype(config, entries.values(), path)
-    return Source(path=path, config=config, entries=entries)
+    config = _dense_config(path, trust_remote_code)
+    if gguf is None:
+        found.fetch_weights()
+    return _opened(found, path, config, find_entries(path))
 
 
-def describe_source(path: Path, *, trust_remote_code: bool = False) -> Source:
-    """A checkpoint's config without its tensors, for estimates; nothing is converted.
+def describe_source(model: ModelName, *, trust_remote_code: bool = False) -> Source:
+    """A checkpoint as far as it is known before long work: for estimates, and to refuse it.
+
+    A GGUF file is not converted, and has no tensors then. Of the hub's weights that are not here
+    yet the headers are read, and their tensors cannot be loaded.
 
     Raises:
-        RotqError: as ``open_source``, as far as the config shows it.
+        RotqError: as ``open_source``, as far as config and headers show it.
     """
-    if not path.exists():
-        raise RotqError(f"{path} does not exist; rotq reads local folders only")
-    gguf = find_gguf(path)
-    if gguf is None:
-        return open_source(path, trust_remote_code=trust_remote_code)
-    config = load_config(gguf.parent, gguf_file=gguf.name)
-    config.dtype = "float32"
-    return Source(path=gguf.parent, config=config, entries={})
+    found = locate(model)
+    gguf = find_gguf(found.path)
+    if gguf is not None:
+        config = load_config(gguf.parent, gguf_file=gguf.name)
+        config.dtype = "float32"
+        return Source(path=gguf.parent, config=config, entries={}, hub=found.hub)
+    if found.is_complete:
+        return open_source(found, trust_remote_code=trust_remote_code)
+    config = _dense_config(found.path, trust_remote_code)
+    return _opened(found, found.path, config, found.remote_entries())
+
+
+def _dense_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration, of a dense checkpoint alone."""
+    if not (path / "config.json").is_file():
+        raise RotqError(f"{path} has no config.json")
+    declared = read_json(path / "config.json").get("quantization_config")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        raise RotqError(
+            f"{path} is already quantized ({str(method)[:80]}); a dense checkpoint is needed"
+        )
+    return load_config(path, trust_remote_code=trust_remote_code)
+
+
+def _opened(
+    found: Location, path: Path, config: PretrainedConfig, entries: Iterable[Entry]
+) -> Source:
+    by_name = {entry.name: entry for entry in entries}
+    for name, entry in by_name.items():
+        if entry.dtype.startswith("F8"):
+            raise RotqError(f"{entry.file}: {name} is {entry.dtype}; a dense checkpoint is needed")
+    if config.dtype is None and not declares_dtype(path):
+        config.dtype = checkpoint_dtype(config, by_name.values(), path)
+    return Source(path=path, config=config, entries=dict(sorted(by_name.items())), hub=found.hub)
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -249,14 +289,6 @@ def read_tensor(entry: Entry) -> Tensor:
     tensor = torch.empty(entry.num_bytes, dtype=torch.uint8)
     read_bytes(entry, tensor.numpy().data)
     return tensor.view(torch_dtype(entry.dtype)).view(entry.shape)
-
-
-def _find_entries(path: Path) -> dict[str, Entry]:
-    entries = {entry.name: entry for entry in find_entries(path)}
-    for name, entry in entries.items():
-        if entry.dtype.startswith("F8"):
-            raise RotqError(f"{entry.file}: {name} is {entry.dtype}; a dense checkpoint is needed")
-    return dict(sorted(entries.items()))
 
 
 def _all_finite(tensor: Any) -> bool:

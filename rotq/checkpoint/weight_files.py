@@ -10,6 +10,7 @@ the way to it may not lead elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from rotq.checkpoint.files import read_json
@@ -27,38 +28,76 @@ def find_entries(path: Path) -> list[Entry]:
         RotqError: no safetensors weights; a file that is named is missing, damaged, outside the
             folder, or lacks a tensor.
     """
-    named = _named(path)
-    if named is None:
-        single, index = path / SINGLE_NAME, path / INDEX_NAME
-        if not single.is_file() and not index.is_file():
-            raise RotqError(f"{path} has no {SINGLE_NAME} and no {INDEX_NAME}{_other(path)}")
-        named = single if single.is_file() else index
-    if not named.name.endswith(".index.json"):
-        return read_entries(named)
-    return _indexed(path, named)
+    name = leading_name(path, {file.name for file in path.iterdir() if file.is_file()})
+    if name is None:
+        raise RotqError(f"{path} has no {SINGLE_NAME} and no {INDEX_NAME}{_other(path)}")
+    if not (path / name).is_file():
+        raise RotqError(f"{path} lacks {name}, which transformers_weights of config.json names")
+    return _indexed(path, path / name) if _is_index(name) else read_entries(path / name)
 
 
-def _named(path: Path) -> Path | None:
-    """What config.json says explicitly; transformers follows it before it looks for names."""
+def leading_name(path: Path, names: Collection[str]) -> str | None:
+    """The file of a checkpoint's weights, or the index of their files; None where it has neither.
+
+    Args:
+        path: The folder; its config.json is read.
+        names: Of the files that it has or can be given.
+
+    Raises:
+        RotqError: config.json names no safetensors, or a file outside of the folder.
+    """
+    # what config.json says explicitly transformers follows before it looks for names
+    declared = _declared(path)
+    if declared is not None:
+        return declared
+    return next((name for name in (SINGLE_NAME, INDEX_NAME) if name in names), None)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, sorted.
+
+    Raises:
+        RotqError: it is no index, or names a file outside of its folder.
+    """
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        _inside(index.parent, name, index)
+    return names
+
+
+def pickled_name(names: Collection[str]) -> str | None:
+    """As ``leading_name``, of pickled weights."""
+    known = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    return next((name for name in known if name in names), None)
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".index.json")
+
+
+def _declared(path: Path) -> str | None:
     config = path / "config.json"
     name = read_json(config).get("transformers_weights") if config.is_file() else None
     if name is None:
         return None
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise RotqError(f"{config}: transformers_weights {name!r} is no safetensors file or index")
-    file = _inside(path, name, config)
-    if not file.is_file():
-        raise RotqError(f"{path} lacks {name}, which transformers_weights of config.json names")
-    return file
+    _inside(path, name, config)
+    return name
 
 
-def _indexed(path: Path, index: Path) -> list[Entry]:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RotqError(f"{index} has no weight_map")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise RotqError(f"{index}: the place of {name} is {file_name!r}, which is no file name")
+    return weight_map
+
+
+def _indexed(path: Path, index: Path) -> list[Entry]:
+    weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     for file_name in sorted(set(weight_map.values())):
         file = _inside(path, file_name, index)

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import check_causal, load_on
-from rotq.cli.options import FilePath, Seed, model_options, output_options
+from rotq.cli.loading import check_causal, choose, find, load
+from rotq.cli.options import ModelName, Seed, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
 
@@ -19,7 +19,7 @@ def bench_group() -> None:
 
 
 @bench_group.command("serve")
-@click.argument("model", type=FilePath())
+@click.argument("model", type=ModelName())
 @click.option(
     "--kv",
     "names",
@@ -57,7 +57,7 @@ def bench_group() -> None:
 @model_options
 @output_options
 def bench_serve(
-    model: Path,
+    model: str,
     names: str,
     requests: int,
     clients: int,
@@ -84,8 +84,16 @@ def bench_serve(
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")
-    check_causal(model, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    choose(device, with_double=True)
+    place = find(model)
+    check_causal(place, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        place,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        with_double=True,
+    )
 
     from rotq.serve.bench import Load, measure
     from rotq.serve.settings import DENSE
@@ -93,7 +101,7 @@ def bench_serve(
     caches = [
         find_calibration(loaded, name, kv_calibration if name != DENSE else None) for name in chosen
     ]
-    load = Load(
+    asked = Load(
         requests=requests,
         clients=clients,
         prompt_tokens=prompt_tokens,
@@ -102,7 +110,7 @@ def bench_serve(
     )
     found = []
     for calibration in caches:
-        found.append(measure(loaded, calibration, settings, load, tokenizer.decode).to_dict())
+        found.append(measure(loaded, calibration, settings, asked, tokenizer.decode).to_dict())
         if as_json:
             click.echo(json.dumps(found[-1]))
     if not as_json:

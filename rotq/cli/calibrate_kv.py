@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import load, say, show
+from rotq.cli.loading import choose, find, load, say, show
 from rotq.cli.options import (
     Command,
     FilePath,
+    ModelName,
     Seed,
     Words,
     bos_option,
+    device_option,
     model_options,
     output_options,
 )
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
-from rotq.recipe.sections import BOS
+from rotq.recipe.calibration import BOS
 
 if TYPE_CHECKING:
     from rotq.calibration.data import Windows
@@ -77,7 +79,7 @@ def calibration_options(command: Command) -> Command:
 
 
 @click.command("calibrate-kv")
-@click.argument("model", type=FilePath())
+@click.argument("model", type=ModelName())
 @click.option(
     "-o",
     "--output",
@@ -89,10 +91,17 @@ def calibration_options(command: Command) -> Command:
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )
 @calibration_options
+@device_option
 @model_options
 @output_options
 def calibrate_kv(
-    model: Path, output: Path, name: str, dtype: str, trust_remote_code: bool, **options: Any
+    model: str,
+    output: Path,
+    name: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Fit the constants of a packed KV cache to MODEL, and write them as one safetensors file.
 
@@ -106,8 +115,10 @@ def calibrate_kv(
     spec, *others = named_specs(name)
     if others:
         raise click.UsageError(f"--kv {name}: a calibration is fitted under one preset")
-    path = _writable(output, model, options["calibration"])
-    loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    choose(device)
+    place = find(model)
+    path = _writable(output, place.path, options["calibration"])
+    loaded = load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     found = calibrate_all(*loaded, [spec], **options)[0]
     found.save(path)
     facts = {"output": str(output), "bytes": path.stat().st_size, "preset": spec.name}
@@ -160,9 +171,20 @@ def calibrate_all(
     statistics = collect(
         model, drawn.ids_BT, sinks=sinks, seed=seed, on_window=show("calibration window")
     )
-    return [
-        calibrate(model, drawn.ids_BT, spec, source=source, statistics=statistics) for spec in specs
+    notes: list[str] = []
+    found = [
+        calibrate(
+            model,
+            drawn.ids_BT,
+            spec,
+            source=source,
+            statistics=statistics,
+            on_note=notes.append,
+        )
+        for spec in specs
     ]
+    say(f"warning: {note}" for note in dict.fromkeys(notes))
+    return found
 
 
 def named_specs(names: str) -> list[KVSpec]:

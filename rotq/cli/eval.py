@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import check_causal, check_device_map, say, show
-from rotq.cli.options import FilePath, Words, bos_option, model_options, output_options
+from rotq.cli.loading import (
+    check_causal,
+    check_device_map,
+    choose,
+    device_map,
+    find,
+    say,
+    say_device,
+    show,
+)
+from rotq.cli.options import (
+    ModelName,
+    Words,
+    bos_option,
+    device_option,
+    model_options,
+    output_options,
+)
+from rotq.devices import AUTO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import Text
+    from rotq.checkpoint.location import Location
     from rotq.evaluation.perplexity import Evaluation, Protocol
 
 
@@ -28,7 +45,7 @@ def eval_group() -> None:
 
 
 @eval_group.command()
-@click.argument("checkpoint", type=FilePath())
+@click.argument("checkpoint", type=ModelName())
 @click.option(
     "--text",
     type=Words(),
@@ -58,23 +75,27 @@ def eval_group() -> None:
     help="Tokens between window starts, each token scored once; 0: windows do not overlap.",
 )
 @bos_option("auto")
-@click.option("--reference", type=FilePath(), help="Original model, for KL and top-1.")
+@click.option("--reference", type=ModelName(), help="Original model, for KL and top-1.")
+@device_option
 @click.option(
     "--device-map",
+    "placed",
     type=Words(),
-    help="As accelerate takes it: auto, cuda, cpu. Without it: the CPU.",
+    help="In place of --device, for a model that no device holds: as accelerate takes it, auto "
+    "spreads it over GPUs, memory and disk.",
 )
 @model_options
 @output_options
 def ppl(
-    checkpoint: Path,
+    checkpoint: str,
     text: str,
     windows: int,
     seq_len: int,
     stride: int,
     bos: str,
-    reference: Path | None,
-    device_map: str | None,
+    reference: str | None,
+    device: str,
+    placed: str | None,
     dtype: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -87,16 +108,20 @@ def ppl(
     """
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
-    check_device_map(device_map)
+    if placed is not None and device != AUTO:
+        raise click.UsageError("give either --device or --device-map")
+    check_device_map(placed)
+    chosen = choose(device)
     from rotq.evaluation.perplexity import Protocol
 
     found = measure(
-        checkpoint,
+        find(checkpoint),
         text,
         Protocol(windows=windows, seq_len=seq_len, stride=stride),
         bos=bos,
-        reference=reference,
-        device_map=device_map,
+        reference=None if reference is None else find(reference),
+        device_map=device_map(chosen) if placed is None else placed,
+        before=lambda: say_device(device if placed is None else placed, chosen),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
@@ -109,7 +134,7 @@ def ppl(
 
 
 def scored_tokens(
-    paths: Sequence[Path], text: str, protocol: Protocol, *, bos: str, trust_remote_code: bool
+    models: Sequence[Location], text: str, protocol: Protocol, *, bos: str, trust_remote_code: bool
 ) -> tuple[Tensor, Protocol]:
     """Token ids of a text for the first of some models, and the protocol within the limits of all.
 
@@ -117,39 +142,41 @@ def scored_tokens(
         RotqError: a model predicts no next token, the tokenizer or the text cannot be read, the
             text is short, or it holds a token that a model does not know.
     """
-    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import read_text
+    from rotq.calibration.tokenized import first_tokens, tokenize
     from rotq.checkpoint.limits import read_limits
     from rotq.checkpoint.load import load_tokenizer
 
     limits = Limits()
-    for path in paths:
-        check_causal(path, trust_remote_code=trust_remote_code)
-        if path.exists():  # else its loader says so
-            limits = limits.within(read_limits(path, trust_remote_code=trust_remote_code))
+    for model in models:
+        check_causal(model, trust_remote_code=trust_remote_code)
+        limits = limits.within(read_limits(model, trust_remote_code=trust_remote_code))
     content = read_text(text, split="test")
-    tokenizer = load_tokenizer(paths[0], trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(models[0], trust_remote_code=trust_remote_code)
     ids_N = tokenize(content, tokenizer)
     begun = replace(protocol, first=first_tokens(content, tokenizer, bos))
     return ids_N, checked_protocol(begun, limits, content, ids_N)
 
 
 def measure(
-    checkpoint: Path,
+    checkpoint: Location,
     text: str,
     protocol: Protocol,
     *,
     bos: str,
-    reference: Path | None,
+    reference: Location | None,
     device_map: str | None,
     dtype: str,
     trust_remote_code: bool,
+    before: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Load a checkpoint and its reference, and score both on a text.
 
     Args:
         bos: What windows begin with: "auto", "yes" or "no".
+        device_map: As for ``load_model``.
+        before: Called when nothing is left to refuse.
 
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
@@ -157,14 +184,15 @@ def measure(
     from rotq.checkpoint.load import load_model
     from rotq.evaluation.perplexity import evaluate
 
-    paths = [path for path in (checkpoint, reference) if path is not None]
+    found = [model for model in (checkpoint, reference) if model is not None]
     # what is refused or cut is so before a model is loaded
     ids_N, within = scored_tokens(
-        paths, text, protocol, bos=bos, trust_remote_code=trust_remote_code
+        found, text, protocol, bos=bos, trust_remote_code=trust_remote_code
     )
+    before()
     models = [
-        load_model(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        for path in paths
+        load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        for model in found
     ]
     return evaluate(
         models[0],

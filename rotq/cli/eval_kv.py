@@ -11,8 +11,15 @@ import click
 
 from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
 from rotq.cli.eval import checked_protocol
-from rotq.cli.loading import load, show
-from rotq.cli.options import FilePath, Words, model_options, output_options
+from rotq.cli.loading import choose, find, load, show
+from rotq.cli.options import (
+    FilePath,
+    ModelName,
+    Words,
+    device_option,
+    model_options,
+    output_options,
+)
 
 if TYPE_CHECKING:
     from rotq.evaluation.kv import KVEvaluation
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command("kv")
-@click.argument("model", type=FilePath())
+@click.argument("model", type=ModelName())
 @click.option(
     "--kv", "names", required=True, metavar="PRESET[,PRESET...]", help="Schemes to measure."
 )
@@ -48,16 +55,18 @@ if TYPE_CHECKING:
 @click.option("--sinks", type=click.IntRange(min=0), help="First tokens kept whole.")
 @click.option("--recent", type=click.IntRange(min=0), help="Last tokens kept whole.")
 @calibration_options
+@device_option
 @model_options
 @output_options
 def eval_kv(
-    model: Path,
+    model: str,
     names: str,
     kv_calibration: Path | None,
     text: str,
     windows: int,
     seq_len: int,
     as_json: bool,
+    device: str,
     dtype: str,
     trust_remote_code: bool,
     sinks: int | None,
@@ -73,16 +82,19 @@ def eval_kv(
     rotq eval kv models/llama --kv k3v3 --kv-calibration llama-kv.safetensors --text test.txt
     rotq eval kv models/llama --kv k3v3,k4v3,turboquant --text test.txt --windows 4
     """
-    from rotq.calibration.data import first_tokens, tokenize
     from rotq.calibration.texts import read_text
+    from rotq.calibration.tokenized import first_tokens, tokenize
     from rotq.evaluation.kv import evaluate_kv
     from rotq.evaluation.perplexity import Protocol
     from rotq.evaluation.quantized_history import scheme_of
     from rotq.models.limits import limits_of
 
     specs = [_with_window(spec, sinks, recent) for spec in named_specs(names)]
+    choose(device)
     content = read_text(text, split="test")
-    loaded, tokenizer = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        find(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     ids_N = tokenize(content, tokenizer)
     # what is refused or cut is so before calibration
     first = first_tokens(content, tokenizer, options["bos"])

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import load, say, show
-from rotq.cli.options import FilePath, model_options, output_options
+from rotq.cli.loading import check_masked, choose, find, load, say, show
+from rotq.cli.options import FilePath, ModelName, device_option, model_options, output_options
+from rotq.devices import AUTO
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.calibration.fasta import Record
+    from rotq.checkpoint.location import Location
     from rotq.evaluation.pseudo_perplexity import PLLProtocol
     from rotq.evaluation.representations import OriginalBasis
 
 
 @click.command("pll")
-@click.argument("checkpoint", type=FilePath())
+@click.argument("checkpoint", type=ModelName())
 @click.option("--fasta", type=FilePath(), help="Proteins to score, plain or gzip.")
 @click.option(
     "--groups",
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     help="Score rotq's own four groups: short peptides, transmembrane helices, active sites, "
     "disordered regions.",
 )
-@click.option("--reference", type=FilePath(), help="Original model to compare with.")
+@click.option("--reference", type=ModelName(), help="Original model to compare with.")
 @click.option(
     "--sequences",
     type=click.IntRange(min=0),
@@ -55,17 +57,19 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compare last hidden states and contact maps with the reference's too.",
 )
+@device_option
 @model_options
 @output_options
 def eval_pll(
-    checkpoint: Path,
+    checkpoint: str,
     fasta: Path | None,
     groups: bool,
-    reference: Path | None,
+    reference: str | None,
     sequences: int,
     max_length: int,
     positions: int,
     representations: bool,
+    device: str,
     dtype: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -85,12 +89,14 @@ def eval_pll(
         raise click.UsageError("--representations compares with --reference, which is missing")
     from rotq.evaluation.pseudo_perplexity import PLLProtocol
 
+    choose(device)
     found = measure_pll(
-        checkpoint,
+        find(checkpoint),
         _records(fasta),
         PLLProtocol(sequences=sequences, max_length=max_length, positions=positions),
-        reference=reference,
+        reference=None if reference is None else find(reference),
         representations=representations,
+        device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
@@ -103,12 +109,13 @@ def eval_pll(
 
 
 def measure_pll(
-    checkpoint: Path,
+    checkpoint: Location,
     groups: dict[str, list[Record]],
     protocol: PLLProtocol,
     *,
-    reference: Path | None = None,
+    reference: Location | None = None,
     representations: bool = False,
+    device: str = AUTO,
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -122,15 +129,15 @@ def measure_pll(
     from rotq.evaluation.pseudo_perplexity import evaluate_pll
     from rotq.evaluation.representations import compare_representations
     from rotq.models.limits import limits_of
-    from rotq.models.task import is_masked
 
     models, codecs, limits = [], [], Limits()
-    for path in (checkpoint, reference):
-        if path is None:
-            continue
-        model, tokenizer = load(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        if not is_masked(model.config):
-            raise RotqError(f"{path} is no masked language model; use rotq eval ppl")
+    named = [model for model in (checkpoint, reference) if model is not None]
+    for place in named:
+        check_masked(place, trust_remote_code=trust_remote_code)
+    for place in named:
+        model, tokenizer = load(
+            place, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         models.append(model)
         codecs.append(ResidueCodec(tokenizer))
         limits = limits.within(limits_of(model))
@@ -155,7 +162,7 @@ def measure_pll(
                 models[1],
                 protocol.cut(records),
                 codecs[0],
-                basis=_basis(checkpoint, models[0], models[1]),
+                basis=_basis(checkpoint.path, models[0], models[1]),
             )
             found[name] |= agreement.to_dict()
     return found

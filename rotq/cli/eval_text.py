@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rotq.cli.eval import measure, scored_tokens
+from rotq.cli.loading import choose, device_map
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
+    from rotq.checkpoint.location import Location
     from rotq.report import JobReport
 
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 class EvalText:
     """A text, and how MODEL and the checkpoint that is made of it are scored on it."""
 
-    model: Path
+    model: Location
     text: str
     windows: int
     bos: str
@@ -53,9 +55,10 @@ class EvalText:
         """
         from rotq.checkpoint.child import run_module
 
-        arguments: list[str | Path] = ["eval", "ppl", self.model, "--text", self.text, "--json"]
+        arguments: list[str | Path] = ["eval", "ppl", self.model.path, "--text", self.text]
+        arguments += ["--json"]
         arguments += ["--windows", str(self.windows), "--bos", self.bos, "--dtype", self.dtype]
-        arguments += ["--device-map", self.device] * (self.device != "cpu")
+        arguments += ["--device", self.device]
         arguments += ["--trust-remote-code"] * self.trust_remote_code
         try:
             told = run_module("rotq", arguments, doing=f"evaluating {self.model}")
@@ -67,15 +70,16 @@ class EvalText:
         """Score the checkpoint against the model, and put the figures into its report.json."""
         from rotq.checkpoint.files import write_json
         from rotq.checkpoint.inspection import REPORT
+        from rotq.checkpoint.location import locate
         from rotq.evaluation.perplexity import Protocol
 
         found = measure(
-            output,
+            locate(output),
             self.text,
             Protocol(windows=self.windows),
             bos=self.bos,
             reference=self.model,
-            device_map=None if self.device == "cpu" else self.device,
+            device_map=device_map(choose(self.device)),
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from rotq.cli.options import FilePath, output_options
+from rotq.cli.loading import say_commit
+from rotq.cli.options import FilePath, ModelName, output_options
 from rotq.errors import RotqError, told
 
 
 @click.command()
-@click.argument("checkpoint", type=FilePath())
+@click.argument("checkpoint", type=ModelName())
 @click.option("--verify", is_flag=True, help="Compare every file with its sha256; else exit 3.")
 @click.option(
     "--plots",
@@ -21,7 +22,7 @@ from rotq.errors import RotqError, told
     help="Write flatness.png: how even the layers' inputs are, before and after the rotations.",
 )
 @output_options
-def inspect(checkpoint: Path, verify: bool, plots: Path | None, as_json: bool) -> None:
+def inspect(checkpoint: str, verify: bool, plots: Path | None, as_json: bool) -> None:
     """Show size, bits, recipe, provenance and the layers of CHECKPOINT.
 
     \b
@@ -32,6 +33,7 @@ def inspect(checkpoint: Path, verify: bool, plots: Path | None, as_json: bool) -
     from rotq.report.tables import inspection_table
 
     found = read_checkpoint(checkpoint)
+    say_commit(found.hub)
     verified = verify_files(found) if verify else None
     if plots is not None:
         from rotq.report.plots import plot_flatness

@@ -7,52 +7,84 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from rotq.devices import AUTO
 from rotq.errors import RotqError
+
+if TYPE_CHECKING:
+    from rotq.checkpoint.hub import HubModel
+    from rotq.checkpoint.location import Location
+
+
+def find(model: str) -> Location:
+    """The checkpoint of a name, and a line that says which commit of the hub it is.
+
+    Raises:
+        RotqError: there is none, or see ``locate``.
+    """
+    from rotq.checkpoint.location import locate
+
+    found = locate(model)
+    say_commit(found.hub)
+    return found
+
+
+def say_commit(hub: HubModel | None) -> None:
+    """A line for a checkpoint of the hub."""
+    if hub is not None:
+        why = f", from the cache: {hub.unreached}" if hub.unreached else ""
+        say([f"{hub.name}: commit {hub.commit}{why}"])
+
+
+def choose(device: str, *, with_double: bool = False) -> str:
+    """Where a command computes, as torch spells it with its number.
+
+    Raises:
+        RotqError: this machine has no such device, or see ``choose_device``.
+    """
+    from rotq.devices import choose_device
+
+    return str(choose_device(device, with_double=with_double))
 
 
 def load(
-    path: Path, *, dtype: str, trust_remote_code: bool, device_map: str | None = None
+    model: Location, *, device: str, dtype: str, trust_remote_code: bool, with_double: bool = False
 ) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
     Args:
-        path: As for ``load_model``.
+        model: From ``find``.
+        device: As the command was given it; a line says which one ``auto`` is.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
-        device_map: As accelerate takes it; None for the CPU.
+        with_double: As for ``choose``.
 
     Raises:
-        RotqError: one of them cannot be read.
+        RotqError: one of them cannot be read, or this machine has no such device.
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    model = load_model(
-        path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    chosen = choose(device, with_double=with_double)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    say_device(device, chosen)
+    loaded = load_model(
+        model, dtype=dtype, device_map=device_map(chosen), trust_remote_code=trust_remote_code
     )
-    return model, tokenizer
+    return loaded, tokenizer
 
 
-def load_on(path: Path, device: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """As ``load``, on ``cpu`` or ``cuda``.
+def say_device(asked: str, chosen: str) -> None:
+    """A line for the device that was not named, and for what it leaves to the CPU."""
+    without = "; what needs fp64 is computed on the CPU" if chosen.startswith("mps") else ""
+    say([f"device: {chosen}{without}"] if asked == AUTO or without else [])
 
-    Raises:
-        RotqError: this machine has no such device, or see ``load``.
-    """
-    from rotq.devices import usable_device
 
-    usable_device(device)
-    return load(
-        path,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        device_map=None if device == "cpu" else device,
-    )
+def device_map(chosen: str) -> str | None:
+    """As transformers takes a device; None for the CPU, which needs no hooks of accelerate's."""
+    return None if chosen == "cpu" else chosen
 
 
 def check_device_map(name: str | None) -> None:
@@ -75,20 +107,33 @@ def check_device_map(name: str | None) -> None:
         )
 
 
-def check_causal(path: Path, *, trust_remote_code: bool) -> None:
+def check_causal(model: Location, *, trust_remote_code: bool) -> None:
     """Refuse a model that predicts no next token, by its configuration.
 
     Raises:
         RotqError: it fills in masks.
     """
+    if _is_masked(model, trust_remote_code=trust_remote_code):
+        raise RotqError(f"{model} is a masked language model; score it with rotq eval pll")
+
+
+def check_masked(model: Location, *, trust_remote_code: bool) -> None:
+    """Refuse a model that fills in no masks, by its configuration.
+
+    Raises:
+        RotqError: it predicts the next token.
+    """
+    if not _is_masked(model, trust_remote_code=trust_remote_code):
+        raise RotqError(f"{model} is no masked language model; use rotq eval ppl")
+
+
+def _is_masked(model: Location, *, trust_remote_code: bool) -> bool:
     from rotq.checkpoint.configuration import load_config
-    from rotq.checkpoint.gguf import find_gguf
     from rotq.models.task import is_masked
 
-    if not path.exists() or find_gguf(path) is not None:
-        return
-    if is_masked(load_config(path, trust_remote_code=trust_remote_code)):
-        raise RotqError(f"{path} is a masked language model; score it with rotq eval pll")
+    if model.is_gguf:
+        return False
+    return is_masked(load_config(model.path, trust_remote_code=trust_remote_code))
 
 
 def say(notes: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
 from rotq.cli.groups import Commands
 from rotq.cli.inspect import inspect
+from rotq.cli.push import push
 from rotq.cli.quantize import quantize
 from rotq.cli.serve_kv import serve_kv
 
@@ -31,6 +32,7 @@ eval_group.add_command(eval_kv)
 eval_group.add_command(eval_pll)
 main.add_command(eval_group)
 main.add_command(inspect)
+main.add_command(push)
 main.add_command(calibrate_kv)
 main.add_command(serve_kv)
 main.add_command(bench_group)

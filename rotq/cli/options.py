@@ -13,6 +13,7 @@ import click
 
 import rotq
 from rotq.cli.hints import nearest
+from rotq.devices import check_device_name
 from rotq.recipe import Given, Recipe, resolve
 from rotq.recipe.sections import check_seed
 
@@ -20,7 +21,10 @@ Command = Callable[..., None]
 
 
 class FilePath(click.Path):
-    """A path as ``pathlib`` has it; an empty one, which would be the current folder, is refused."""
+    """A path as ``pathlib`` has it, with ``~`` as a shell has it (none does in ``--output=~/x``).
+
+    An empty one, which would be the current folder, is refused.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
@@ -28,7 +32,35 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
             self.fail("it is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class ModelName(click.Path):
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id.
+
+    But for ``~``, as in ``FilePath``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=str)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("it is empty", param, ctx)
+        _check_name(self, str(value), param, ctx)
+        return super().convert(os.path.expanduser(str(value)), param, ctx)
+
+
+class Device(click.types.StringParamType):
+    """The name of a device, by its spelling: whether it is there a command asks itself."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_device_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class Words(click.types.StringParamType):
@@ -37,7 +69,18 @@ class Words(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("it is empty", param, ctx)
+        _check_name(self, str(value), param, ctx)
         return str(value)
+
+
+def _check_name(
+    kind: click.ParamType[Any], value: str, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
+    """Refuse what neither a recipe nor a tokenizer's library can name."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        kind.fail(f"{value} is not UTF-8; rename it, or give a link to it", param, ctx)
 
 
 class Seed(click.types.IntParamType):
@@ -99,6 +142,18 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def device_option(command: Command) -> Command:
+    """``--device``, as ``choose_device`` takes it."""
+    return click.option(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        help="Where the model runs; auto is the first GPU, else mps or the CPU.",
+    )(command)
+
+
 def bos_option(default: str | None) -> Callable[[Command], Command]:
     """``--bos``: what windows of text begin with."""
     return click.option(
@@ -119,7 +174,7 @@ def recipe_options(command: Command) -> Command:
         *args: Any,
         config: str | None,
         assignments: tuple[str, ...],
-        calibration: str | None,
+        calibration: tuple[str, ...],
         num_samples: int | None,
         seq_len: int | None,
         seed: int | None,
@@ -129,7 +184,6 @@ def recipe_options(command: Command) -> Command:
         flags = [
             Given(key=key, value=value, origin=f"{flag} {value}")
             for key, flag, value in (
-                ("calibration.source", "--calibration", calibration),
                 ("calibration.num_samples", "--num-samples", num_samples),
                 ("calibration.seq_len", "--seq-len", seq_len),
                 ("calibration.seed", "--seed", seed),
@@ -138,7 +192,7 @@ def recipe_options(command: Command) -> Command:
             )
             if value is not None
         ]
-        recipe = resolve_recipe(config, assignments, flags)
+        recipe = resolve_recipe(config, assignments, [*_texts(calibration), *flags])
         file = find_recipe(config) if config else None
         command(*args, recipe=recipe, recipe_file=file, **kwargs)
 
@@ -162,9 +216,10 @@ def recipe_options(command: Command) -> Command:
         click.option(
             "--calibration",
             type=Words(),
+            multiple=True,
             metavar="FILE|ID|pydoc",
             help="Calibration text: .txt, .jsonl or .fasta file, ID[:CONFIG][:SPLIT] of the "
-            "datasets library, or the text that ships with Python.",
+            "datasets library, or the text that ships with Python. Several get equal shares.",
         ),
         click.option(
             "-c",
@@ -176,6 +231,18 @@ def recipe_options(command: Command) -> Command:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+def _texts(sources: Sequence[str]) -> list[Given]:
+    """``--calibration``, once or several times; in place of all that the recipe names."""
+    if not sources:
+        return []
+    origin = " ".join(f"--calibration {source}" for source in sources)
+    mix = [{"source": source} for source in sources] if len(sources) > 1 else []
+    return [
+        Given(key="calibration.source", value=sources[0], origin=origin),
+        Given(key="calibration.mix", value=mix, origin=origin),
+    ]
 
 
 def resolve_recipe(
@@ -212,7 +279,7 @@ def find_recipe(config: str) -> Path:
     Raises:
         click.UsageError: neither; lists the presets.
     """
-    path = Path(config)
+    path = Path(os.path.expanduser(config))
     if os.path.isfile(path):
         return path
     folders = preset_folders()

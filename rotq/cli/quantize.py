@@ -15,16 +15,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.eval_text import EvalText
-from rotq.cli.options import FilePath, Words, model_options, output_options, recipe_options
+from rotq.cli.loading import choose, find, say, say_device
+from rotq.cli.options import (
+    FilePath,
+    ModelName,
+    Words,
+    device_option,
+    model_options,
+    output_options,
+    recipe_options,
+)
 from rotq.errors import Stopped
 from rotq.recipe import Recipe, write_yaml
 
 if TYPE_CHECKING:
+    from rotq.checkpoint.location import Location
     from rotq.report import JobReport, Progress
 
 
 @click.command()
-@click.argument("model", required=False, type=FilePath())
+@click.argument("model", required=False, type=ModelName())
 @recipe_options
 @click.option("-o", "--output", type=FilePath(), help="Folder that will hold the checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print the resolved recipe and stop.")
@@ -46,9 +56,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Replace an OUTPUT that rotq wrote, or an empty one, once the new one is complete.",
 )
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where."
-)
+@device_option
 @model_options
 @click.option(
     "--eval-text", type=Words(), metavar="FILE|ID", help="Evaluate before and after on this text."
@@ -62,7 +70,7 @@ if TYPE_CHECKING:
 )
 @output_options
 def quantize(
-    model: Path | None,
+    model: str | None,
     recipe: Recipe,
     recipe_file: Path | None,
     output: Path | None,
@@ -73,10 +81,11 @@ def quantize(
     as_json: bool,
     **job: Any,
 ) -> None:
-    """Quantize MODEL, a Hugging Face folder or a folder with one GGUF file.
+    """Quantize MODEL: a Hugging Face folder, a GGUF file, or ORG/NAME[@REVISION] of the hub.
 
     \b
     rotq quantize models/llama -c w3 -o out/llama-w3
+    rotq quantize Qwen/Qwen3-8B -c w3 -o out/qwen-w3
     rotq quantize models/llama -c my.yaml --set weights.bits=4 --dry-run
     """
     if print_config:
@@ -84,17 +93,19 @@ def quantize(
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'")
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o'")
+    found = find(model)
     scored = None
     if eval_text is not None:
         common = {name: job[name] for name in ("device", "dtype", "trust_remote_code")}
         bos = recipe.calibration.bos
-        scored = EvalText(model=model, text=eval_text, windows=eval_windows, bos=bos, **common)
+        scored = EvalText(model=found, text=eval_text, windows=eval_windows, bos=bos, **common)
     if dry_run:
-        _dry_run(model, recipe, output, scored, recipe_file, as_json=as_json, **job)
+        _dry_run(found, recipe, output, scored, recipe_file, as_json=as_json, **job)
         return
-    if output is None:
-        raise click.UsageError("Missing option '-o'")
-    report = _run(model, recipe, output, scored, inputs=_inputs(recipe_file, eval_text), **job)
+    assert output is not None, "refused above"
+    report = _run(found, recipe, output, scored, inputs=_inputs(recipe_file, eval_text), **job)
     if scored is not None:
         report = scored.after(report, output)
     if as_json:
@@ -106,7 +117,7 @@ def quantize(
 
 
 def _dry_run(
-    model: Path,
+    model: Location,
     recipe: Recipe,
     output: Path | None,
     scored: EvalText | None,
@@ -125,12 +136,15 @@ def _dry_run(
         from rotq.job.opening import find_place, job_inputs
 
         text = scored.text if scored is not None else None
-        inputs = job_inputs(model, recipe, _inputs(recipe_file, text))
+        inputs = job_inputs(model.path, recipe, _inputs(recipe_file, text))
         find_place(output, resume=resume, overwrite=overwrite, inputs=inputs)
     with _usage():
         found = estimate(model, recipe, **options)
     if scored is not None:
         scored.check()
+    if model.hub is not None:
+        say([model.hub.account()])
+    say_device(options["device"], choose(options["device"], with_double=True))
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -149,11 +163,13 @@ def _inputs(recipe_file: Path | None, eval_text: str | None) -> dict[str, Path]:
 
 
 def _run(
-    model: Path, recipe: Recipe, output: Path, scored: EvalText | None, **job: Any
+    model: Location, recipe: Recipe, output: Path, scored: EvalText | None, **job: Any
 ) -> JobReport:
     from rotq.quantize.pipeline import quantize_model
 
     try:
+        if scored is not None and not model.is_complete:
+            scored.check()  # before the weights are fetched
         with _usage(), _interruptible(), _progress() as progress:
             settled = None if scored is None else functools.partial(_score, scored, progress)
             return quantize_model(model, recipe, output, progress=progress, settled=settled, **job)

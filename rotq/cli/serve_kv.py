@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from rotq.cli.loading import check_causal, load_on
-from rotq.cli.options import FilePath, debug_wanted, model_options, output_options
+from rotq.cli.loading import check_causal, choose, find, load
+from rotq.cli.options import ModelName, debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
     checked_settings,
     find_calibration,
@@ -26,7 +26,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
 
 
 @click.command("serve-kv")
-@click.argument("model", type=FilePath())
+@click.argument("model", type=ModelName())
 @click.option(
     "--kv",
     "name",
@@ -44,7 +44,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
     show_default=True,
     help="0 takes any that is free.",
 )
-@click.option("--model-name", help="As clients call it; the folder's name if left out.")
+@click.option("--model-name", help="As clients call it; if left out, the folder's name or hub id.")
 @click.option(
     "--max-queue",
     type=click.IntRange(min=1),
@@ -76,7 +76,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
 @model_options
 @output_options
 def serve_kv(
-    model: Path,
+    model: str,
     name: str,
     kv_calibration: Path | None,
     kv_memory: str,
@@ -105,8 +105,16 @@ def serve_kv(
     local = _is_loopback(host)
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
-    check_causal(model, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load_on(model, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    choose(device, with_double=True)
+    place = find(model)
+    check_causal(place, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        place,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        with_double=True,
+    )
     calibration = find_calibration(loaded, name, kv_calibration)
 
     from rotq.serve.run import build_server, run
@@ -116,7 +124,7 @@ def serve_kv(
         tokenizer,
         calibration,
         settings,
-        name=model_name or model.absolute().name,
+        name=model_name or place.title,
         api_key=key,
         local=local,
         on_error=_reporter(debug_wanted(click.get_current_context())),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import named_specs
-from rotq.cli.options import Command, FilePath
+from rotq.cli.options import Command, FilePath, device_option
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 def serving_options(command: Command) -> Command:
     """Options of the cache and the batch: memory, constants, sequences, device."""
     for option in (
-        click.option(
-            "--device",
-            type=click.Choice(["cpu", "cuda"]),
-            default="cpu",
-            show_default=True,
-            help="Where the model runs.",
-        ),
+        device_option,
         click.option(
             "--max-batch",
             type=click.IntRange(1, 4096),

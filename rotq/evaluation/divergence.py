@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.devices import double
 from rotq.errors import RotqError
 
 
@@ -65,6 +66,6 @@ def compare(reference_TV: Tensor, logits_TV: Tensor, *, chunk: int) -> Divergenc
         log_p_CV = torch.log_softmax(reference_CV.float(), dim=-1)
         log_q_CV = torch.log_softmax(logits_CV.float(), dim=-1)
         kl_C = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(dim=-1)
-        kl_sum += float(kl_C.double().sum())
+        kl_sum += float(double(kl_C).sum())
         agreements += int((reference_CV.argmax(dim=-1) == logits_CV.argmax(dim=-1)).sum())
     return Divergence(kl_sum, agreements, reference_TV.shape[0])

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotq.devices import double
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
 from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
@@ -147,5 +148,5 @@ def _summed_cosine(reference_TV: Tensor, logits_TV: Tensor) -> float:
         first_CV, second_CV = first_CV.float(), second_CV.float()
         first_CV = first_CV - first_CV.mean(dim=-1, keepdim=True)
         second_CV = second_CV - second_CV.mean(dim=-1, keepdim=True)
-        total += float(F.cosine_similarity(first_CV, second_CV, dim=-1).double().sum())
+        total += float(double(F.cosine_similarity(first_CV, second_CV, dim=-1)).sum())
     return total

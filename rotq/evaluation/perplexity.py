@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotq.calibration.data import begun
 from rotq.calibration.limits import Limits
+from rotq.calibration.tokenized import begun
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.models.limits import limits_of
@@ -211,7 +212,7 @@ def summed_nll(logits_TV: Tensor, target_T: Tensor) -> float:
     chunks = zip(logits_TV.split(CHUNK), target_T.split(CHUNK), strict=True)
     for logits_CV, target_C in chunks:
         nll_C = F.cross_entropy(logits_CV.float(), target_C, reduction="none")
-        total += float(nll_C.double().sum())
+        total += float(double(nll_C).sum())
     return total
 
 

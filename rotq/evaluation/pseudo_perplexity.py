@@ -26,6 +26,7 @@ from rotq.calibration.batches import Batch, padded
 from rotq.calibration.fasta import Record
 from rotq.calibration.limits import Limits
 from rotq.calibration.residues import ResidueCodec
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
 from rotq.models.limits import limits_of
@@ -116,7 +117,7 @@ class _Sums:
 
     def add(self, logits_MV: Tensor, target_M: Tensor) -> None:
         log_p_MV = logits_MV.float().log_softmax(-1)
-        self.nll -= float(log_p_MV.gather(1, target_M[:, None]).double().sum())
+        self.nll -= float(double(log_p_MV.gather(1, target_M[:, None])).sum())
         self.correct += int((logits_MV.argmax(-1) == target_M).sum())
         self.positions += len(target_M)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.devices import double, has_double
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.codec import KVCodec
@@ -49,15 +50,30 @@ def scheme_of(calibration: KVCalibration) -> KVScheme:
         stored = calibration.spec.billed_bits or form.bits_per_element
         elements += 2 * form.head_dim * num_heads
         bits += stored * 2 * form.head_dim * num_heads
-    coders = {n: KVCodec(constants).fake_quantize for n, constants in calibration.layers.items()}
+    coders = {layer: _coder(calibration, layer) for layer in calibration.layers}
     return KVScheme(
         name=calibration.spec.name,
-        coders=dict(coders),
+        coders=coders,
         sinks=calibration.sinks,
         recent=calibration.recent,
         stored_bits=bits / elements,
         elements=elements,
     )
+
+
+def _coder(calibration: KVCalibration, layer: int) -> Coder:
+    """Codes where keys and values are, or on the CPU where that has no fp64."""
+
+    def code(k_BHTD: Tensor, v_BHTD: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        own = k_BHTD.device
+        device = own if has_double(own) else torch.device("cpu")
+        codec = KVCodec(calibration.on(device).layer(layer))
+        k_hat_BHTD, v_hat_BHTD = codec.fake_quantize(
+            k_BHTD.to(device), v_BHTD.to(device), position_BT.to(device)
+        )
+        return k_hat_BHTD.to(own), v_hat_BHTD.to(own)
+
+    return code
 
 
 class QuantizedHistory:
@@ -113,8 +129,8 @@ class QuantizedHistory:
 
     def _compare(self, layer: int, output: Tensor, exact: Tensor) -> None:
         self.calls[layer] += 1
-        self.error_energy[layer] += float((output - exact).double().square().sum())
-        self.energy[layer] += float(exact.double().square().sum())
+        self.error_energy[layer] += float(double(output - exact).square().sum())
+        self.energy[layer] += float(double(exact).square().sum())
 
 
 def mixed_attention(

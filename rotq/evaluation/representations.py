@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rotq.calibration.batches import padded
 from rotq.calibration.residues import ResidueCodec
+from rotq.devices import double
 from rotq.evaluation.pseudo_perplexity import run_batch
 from rotq.models.attention import dispatch
 
@@ -41,8 +42,9 @@ class OriginalBasis:
 
     def restore(self, hidden_MD: Tensor) -> Tensor:
         """Hidden states as the unrotated model has them; fp64."""
-        back_MD = (hidden_MD.double() @ self.R_DD.T.to(hidden_MD.device)) * self.gain_D.double()
-        return back_MD if self.added_D is None else back_MD + self.added_D.double()
+        hidden_MD = double(hidden_MD)
+        back_MD = hidden_MD @ self.R_DD.T.to(hidden_MD.device) * double(self.gain_D)
+        return back_MD if self.added_D is None else back_MD + double(self.added_D)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,8 @@ def compare_representations(
             ]
             for each in (model, reference)
         )
-        restored_MD = ours_MD.double() if basis is None else basis.restore(ours_MD)
-        cosine += float(F.cosine_similarity(restored_MD, theirs_MD.double(), dim=-1).sum())
+        restored_MD = double(ours_MD) if basis is None else basis.restore(ours_MD)
+        cosine += float(F.cosine_similarity(restored_MD, double(theirs_MD), dim=-1).sum())
         residues += len(sequence)
         if hasattr(model, "predict_contacts") and len(sequence) > APART + 1:
             maps = [_contacts(each, batch.ids_BT) for each in (model, reference)]
@@ -112,7 +114,7 @@ def _contacts(model: Any, ids_BT: Tensor) -> Tensor:
     ids_BT = ids_BT.to(model.device)
     with dispatch.used(model, "eager"):
         found: Tensor = model.predict_contacts(ids_BT, torch.ones_like(ids_BT))[0]
-    return found.double().cpu()
+    return found.cpu().double()
 
 
 def _map_agreement(ours_LL: Tensor, theirs_LL: Tensor) -> tuple[float, float]:

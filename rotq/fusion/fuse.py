@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
-from rotq.fusion.maps import LinearMap, block_maps
+from rotq.fusion.maps import LinearMap, block_maps, gain, norm_scales
 from rotq.layers.online_heads import OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
@@ -65,12 +65,9 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
 
 def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
     """Leave the block's LayerNorms with gain 1, in place; see ``layernorm``."""
-    for norm, readers in (
-        (adapter.attention_norm, adapter.attention_readers),
-        (adapter.mlp_norm, (*adapter.mlp_readers(block), *adapter.routers(block))),
-    ):
+    for norm, readers in adapter.norms(block).items():
         linears = [cast(nn.Linear, block.get_submodule(path)) for path in readers]
-        fold_layer_norm(cast(nn.LayerNorm, block.get_submodule(norm)), linears, R_DD)
+        fold_layer_norm(block.get_submodule(norm), linears, R_DD, offset=adapter.norm_offset)
 
 
 @torch.no_grad()
@@ -111,11 +108,9 @@ def fused_tensors(
     for path in dict.fromkeys((*reads, *writes)):
         yield from _fused_linear(path, tensors, reads.get(path, same), writes.get(path, same))
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
-    for norm, scale_D in (
-        (adapter.attention_norm, scales.qkv_D),
-        (adapter.mlp_norm, scales.gate_up_D),
-    ):
-        yield from _fused_norm(f"{norm}.weight", tensors, adapter.norm_offset, basis, scale_D)
+    scale_of = norm_scales(adapter, scales)
+    for norm in adapter.norms(block):
+        yield from _fused_norm(f"{norm}.weight", tensors, adapter, basis, scale_of.get(norm))
     if adapter.query_norm and scales.query_key_HK is not None:
         for norm, factor_K in (
             (adapter.query_norm, 1 / scales.query_key_HK[0]),
@@ -139,20 +134,20 @@ def _fused_linear(
 
 
 def _fused_norm(
-    name: str, tensors: Mapping[str, Tensor], offset: float, basis: Basis, scale_D: Tensor | None
+    name: str, tensors: Mapping[str, Tensor], adapter: Adapter, basis: Basis, scale_D: Tensor | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The gain 1 / S where R1 moved the old one into the readers, g / S where it stays."""
-    if basis.residual_DD is None and scale_D is None:
+    like = scale_D if basis.residual_DD is None else basis.residual_DD
+    if like is None:
         return
-    weight_D = tensors[name]
+    gain_D = gain(name, tensors, adapter, like)
+    if gain_D is None:
+        return
     if basis.residual_DD is not None:
-        gain_D = torch.ones_like(weight_D, dtype=basis.residual_DD.dtype)
-    else:
-        assert scale_D is not None
-        gain_D = offset + weight_D.to(scale_D.dtype)
+        gain_D = torch.ones_like(gain_D)
     if scale_D is not None:
         gain_D = gain_D / scale_D.to(gain_D.device)
-    yield name, gain_D - offset
+    yield name, gain_D - adapter.norm_offset
 
 
 @torch.no_grad()
@@ -180,16 +175,20 @@ def fuse_outer(
         f"{path}.weight"
         for path in (adapter.embedding, adapter.head, adapter.final_norm, reader_path)
     )
-    gain_D = adapter.norm_offset + outer[norm].double()
-    if adapter.layer_norm:
-        fused |= fold_final_bias(outer, adapter.final_norm, reader_path, R_DD)
+    gain_D = gain(norm, outer, adapter, R_DD)
     if head not in outer or (reader == head and not in_place):
         fused[head] = outer.get(head, outer[embedding]).clone()
+    if adapter.layer_norm:
+        fused |= fold_final_bias(
+            fused, adapter.final_norm, reader_path, R_DD, offset=adapter.norm_offset
+        )
     reader_VD = fused[reader] if in_place or reader == head else outer[reader].clone()
-    fused[reader] = _rotate_rows(reader_VD, gain_D[:, None] * R_DD.to(gain_D.device))
+    folded_DD = R_DD if gain_D is None else gain_D[:, None] * R_DD.to(gain_D.device)
+    fused[reader] = _rotate_rows(reader_VD, folded_DD)
     for name in (embedding, *(f"{path}.weight" for path in adapter.other_writers)):
         fused[name] = _rotate_rows(outer[name] if in_place else outer[name].clone(), R_DD)
-    fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
+    if norm in outer:
+        fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
     return fused
 
 

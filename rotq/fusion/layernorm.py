@@ -20,6 +20,7 @@ Shape suffixes: N out features, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,30 +43,36 @@ def leave_ones_alone(R_DD: Tensor) -> Tensor:
     return R_DD - 2 * torch.outer(R_DD @ w_D, w_D)
 
 
-def fold_layer_norm(norm: nn.LayerNorm, readers: Sequence[nn.Linear], R_DD: Tensor) -> None:
+def fold_layer_norm(
+    norm: nn.Module, readers: Sequence[nn.Linear], R_DD: Tensor, *, offset: float = 0.0
+) -> None:
     """Move gain and bias of a LayerNorm into its readers, in place; their inputs are not rotated.
 
     Args:
-        norm: Left with gain 1, and bias 0 or what the readers could not take, in the new basis.
-        readers: All linear layers that read it, each once.
+        norm: Left with gain 1, and bias 0 or what the readers could not take, in the new basis. It
+            may have no bias, and no gain.
+        readers: All linear layers that read it, each once; routers too.
         R_DD: Of the residual stream, fp64.
+        offset: The gain is ``offset + weight``.
 
     Raises:
         RotqError: what the norm adds cannot be kept: a gain is zero, and readers have no bias.
     """
-    gain_D, added_D = norm.weight.double(), None
-    if norm.bias is not None:
-        added_D = norm.bias.double()
-    taken = [reader.bias is not None for reader in readers]
-    if added_D is not None and not all(taken):
-        norm.bias.copy_(kept_bias(gain_D, added_D, R_DD))
-    elif added_D is not None:
+    if getattr(norm, "weight", None) is None:
+        return
+    weight_D, bias_D = cast(Tensor, norm.weight), cast(Tensor | None, getattr(norm, "bias", None))
+    gain_D = offset + weight_D.double()
+    added_D = None if bias_D is None else bias_D.double()
+    taken = [getattr(reader, "bias", None) is not None for reader in readers]
+    if bias_D is not None and added_D is not None and not all(taken):
+        bias_D.copy_(kept_bias(gain_D, added_D, R_DD))
+    elif bias_D is not None and added_D is not None:
         for reader in readers:
             reader.bias.copy_(reader.bias.double() + reader.weight.double() @ added_D)
-        norm.bias.zero_()
+        bias_D.zero_()
     for reader in readers:
         reader.weight.copy_(reader.weight.double() * gain_D)
-    norm.weight.fill_(1)
+    weight_D.fill_(1 - offset)
 
 
 def kept_bias(gain_D: Tensor, added_D: Tensor, R_DD: Tensor) -> Tensor:
@@ -83,13 +90,13 @@ def kept_bias(gain_D: Tensor, added_D: Tensor, R_DD: Tensor) -> Tensor:
 
 
 def fold_final_bias(
-    outer: dict[str, Tensor], norm: str, reader: str, R_DD: Tensor
+    outer: dict[str, Tensor], norm: str, reader: str, R_DD: Tensor, *, offset: float = 0.0
 ) -> dict[str, Tensor]:
     """Biases of the final norm and of the layer that reads it, after folding; dtypes as given.
 
     Args:
         outer: Tensors by full name, before folding; not modified.
-        norm: Path of the final norm.
+        norm: Path of the final norm, whose gain is ``offset + weight``.
         reader: Path of the linear layer that reads it.
     """
     added_D = outer.get(f"{norm}.bias")
@@ -97,7 +104,8 @@ def fold_final_bias(
         return {}
     reader_bias_N = outer.get(f"{reader}.bias")
     if reader_bias_N is None:
-        kept_D = kept_bias(outer[f"{norm}.weight"].double(), added_D, R_DD)
+        gain_D = offset + outer[f"{norm}.weight"].double()
+        kept_D = kept_bias(gain_D, added_D, R_DD)
         return {f"{norm}.bias": kept_D.to(added_D.dtype)}
     moved_N = outer[f"{reader}.weight"].double() @ added_D.double()
     return {

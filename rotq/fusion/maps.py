@@ -107,22 +107,32 @@ def block_maps(
         By path inside the block; a linear that is in neither stays as it is.
     """
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
-    mlp_readers = (*adapter.mlp_readers(block), *adapter.routers(block))
-    norms = (
-        (adapter.attention_norm, adapter.attention_readers, scales.qkv_D),
-        (adapter.mlp_norm, mlp_readers, scales.gate_up_D),
-    )
+    scale_of = norm_scales(adapter, scales)
     reads: dict[str, LinearMap] = {}
-    for norm, readers, scale_D in norms:
+    for norm, readers in adapter.norms(block).items():
         gain_D = None
         if basis.residual_DD is not None:
-            gain_D = adapter.norm_offset + tensors[f"{norm}.weight"].to(basis.residual_DD.dtype)
-        reads |= dict.fromkeys(readers, LinearMap(gain_D, basis.residual_DD, scale_D))
-    writers = (adapter.attention_output, *adapter.mlp_writers(block))
-    writes = dict.fromkeys(writers, LinearMap(matrix=basis.residual_DD))
+            gain_D = gain(f"{norm}.weight", tensors, adapter, basis.residual_DD)
+        reads |= dict.fromkeys(readers, LinearMap(gain_D, basis.residual_DD, scale_of.get(norm)))
+    writes = dict.fromkeys(adapter.writers(block), LinearMap(matrix=basis.residual_DD))
     _add_heads(reads, writes, adapter, basis, scales, layer_index)
     _add_up(reads, writes, block, adapter, basis, layer_index)
     return reads, writes
+
+
+def norm_scales(adapter: Adapter, scales: Scales) -> dict[str, Tensor | None]:
+    """What is read behind each norm of a block is divided by this."""
+    return {adapter.attention_norm: scales.qkv_D, adapter.mlp_norm: scales.gate_up_D}
+
+
+def gain(name: str, tensors: Mapping[str, Tensor], adapter: Adapter, like: Tensor) -> Tensor | None:
+    """A norm's gain (D), in the dtype of ``like``; None where it has none.
+
+    Args:
+        name: Of its weight.
+    """
+    weight_D = tensors.get(name)
+    return None if weight_D is None else adapter.norm_offset + weight_D.to(like.dtype)
 
 
 def _add_heads(
@@ -136,6 +146,8 @@ def _add_heads(
     """R2, S of values, and S of queries and keys where no norm stands behind them."""
     R_Hdd = None if basis.value is None else basis.value[layer_index]
     S_HK = scales.value_HK
+    if R_Hdd is None and S_HK is None and scales.query_key_HK is None:
+        return
     writes[adapter.value] = LinearMap(None if S_HK is None else 1 / S_HK, R_Hdd)
     reads[adapter.attention_output] = LinearMap(S_HK, R_Hdd)
     if scales.query_key_HK is not None and not adapter.query_norm:
@@ -154,6 +166,8 @@ def _add_up(
     """S between up and down, and R4 behind it: its signs and Hadamard."""
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
     online = None if basis.down is None else fast_hadamard
+    if online is None and scales.up_EI is None:
+        return
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]

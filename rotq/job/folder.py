@@ -232,6 +232,9 @@ class JobFolder:
 OUTER = "outer"
 """Name of the part with everything outside the blocks."""
 
+KEPT = "kept"
+"""Name of the part with what the model's forward does not reach."""
+
 TUNING = "tuning"
 """Name under which the training of scales is recorded, once all tuned parts are on the disk."""
 

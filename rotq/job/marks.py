@@ -19,8 +19,8 @@ SOURCE, CHECKPOINT, REPLACED = "source", "checkpoint", "replaced"
 
 _FILES = re.compile(
     rf"{LOCK}|{re.escape(RECORD)}|{ASIDE}"
-    r"|((tuned-)?(outer|block-\d{5,})|gradient-\d{5,}|transform(-[a-z]+-\d{5,})?)\.safetensors"
-    r"|(hidden|attention)-(quantized|original)|hidden-gradients"
+    r"|((tuned-)?(outer|block-\d{5,})|kept|gradient-\d{5,}|transform(-[a-z]+-\d{5,})?)"
+    r"\.safetensors|(hidden|attention)-(quantized|original)|hidden-gradients"
 )
 _FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")
 _ASSEMBLED = re.compile(

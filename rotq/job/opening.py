@@ -42,9 +42,13 @@ class Place:
 
 
 def job_inputs(model: Path, recipe: Recipe, others: Inputs) -> Inputs:
-    """What a job reads: the model, the calibration text where it is a file, and ``others``."""
-    text = named_file(recipe.calibration.source)
-    texts = {} if text is None else {"the calibration text": text}
+    """What a job reads: the model, the calibration texts that are files, and ``others``."""
+    texts = {}
+    for number, text in enumerate(recipe.calibration.texts, start=1):
+        file = named_file(text.source)
+        if file is not None:
+            several = f" {number}" if recipe.calibration.mix else ""
+            texts[f"the calibration text{several}"] = file
     return {"the model": model, **texts, **others}
 
 

@@ -100,7 +100,6 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
             *notes,
             *idle_overrides(recipe.weights.overrides, overrides),
             *_kept_notes(skeleton),
-            *_dtype_notes(skeleton, dtype),
             *_loader_notes(recipe, dtype, scale_dtype),
         ),
         inputs=activation_grid(recipe.activations),
@@ -151,12 +150,6 @@ def _kept_notes(skeleton: Skeleton) -> Iterator[str]:
         found.setdefault((re.sub(r"\b\d+\b", "*", name), reason), []).append(name)
     for (pattern, reason), names in found.items():
         yield f"{pattern if len(names) > 1 else names[0]} stays dense: {reason}"
-
-
-def _dtype_notes(skeleton: Skeleton, dtype: torch.dtype) -> Iterator[str]:
-    """A checkpoint in fp64 is quantized in another dtype."""
-    if skeleton.config.dtype == torch.float64:
-        yield f"the checkpoint is in float64; the job computes, and writes, {_named(dtype)}"
 
 
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:

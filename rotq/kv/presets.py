@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rotq.recipe.sections import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,10 @@ class KVSpec:
     """Bits per element as the scheme's own code stores it, where that is more than is needed."""
 
     def __post_init__(self) -> None:
+        for field, hint in get_type_hints(type(self)).items():
+            _check_kind(field, getattr(self, field), hint)
+        if not 0 < len(self.name) <= 100 or not self.name.isprintable():
+            raise ValueError(f"name: {shown(self.name)} is not 1 to 100 printable characters")
         for field, low, high in (
             ("k_bits", 2, 8),
             ("v_bits", 2, 8),
@@ -76,6 +83,8 @@ class KVSpec:
             raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: {self.beta} is not between 0 and 1")
+        if self.billed_bits is not None and not 0 < self.billed_bits <= 64:
+            raise ValueError(f"billed_bits: {self.billed_bits} is not above 0, at most 64")
         if self.search and (self.gain != "lsq" or self.norm == "none"):
             raise ValueError("search needs gain lsq and a stored norm")
         if (self.codebook == "kmeans") != (self.norm == "none"):
@@ -136,12 +145,31 @@ class KVSpec:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: an unknown key, or a value out of range.
+            ValueError: an unknown key, one that is missing, or a value of another type or out of
+                range.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
+        unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown keys of a KV scheme: {', '.join(sorted(unknown))}")
+            names = shown(", ".join(sorted(unknown))).strip("'")
+            raise ValueError(f"unknown keys of a KV scheme: {names}")
+        missing = [name for name in ("name", "k_bits", "v_bits") if name not in values]
+        if missing:
+            raise ValueError(f"a KV scheme without {', '.join(missing)}")
         return cls(**values)
+
+
+def _check_kind(field: str, value: object, hint: Any) -> None:
+    """Raise ValueError unless a value is of its field's type, or one of its words."""
+    if get_origin(hint) is Literal:
+        words = get_args(hint)
+        if value not in words:
+            raise ValueError(f"{field}: {shown(value)} is not one of {', '.join(words)}")
+        return
+    kinds = get_args(hint) or (hint,)
+    whole = int if float in kinds else None
+    if type(value) not in (*kinds, whole):
+        names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{field}: {shown(value)} is no {names}")
 
 
 def _ours(k_bits: int, v_bits: int) -> KVSpec:

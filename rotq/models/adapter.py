@@ -23,6 +23,13 @@ class Site:
     """Paths inside the block."""
 
 
+@dataclass(frozen=True)
+class Like:
+    """The value that another key of the configuration has."""
+
+    key: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One model family."""
@@ -63,7 +70,8 @@ class Adapter:
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     """In the MLP or one expert: linears that read its input."""
     mlp_up: str = "up_proj"
-    """In the MLP or one expert: the one of ``mlp_inputs`` that no activation function follows."""
+    """In the MLP or one expert: the one of ``mlp_inputs`` whose output is a factor of what
+    ``mlp_output`` reads; empty if there is none, or it is rows of another."""
     mlp_output: str = "down_proj"
     """In the MLP or one expert: the linear that writes its output."""
     experts: str = ""
@@ -78,7 +86,7 @@ class Adapter:
     residual_rotation: bool = True
     """Writers add to the residual stream directly (no norm in between), so R1 can be fused."""
     residual_needs: tuple[tuple[str, object], ...] = ()
-    """(configuration key, value it must have) for R1."""
+    """(configuration key, value it must have) for R1; ``Like`` another key's."""
     value_rotation: bool = True
     """v_proj and o_proj are known, so R2 can be fused; values are the last rows of ``value``."""
     down_rotation: bool = True
@@ -107,10 +115,23 @@ class Adapter:
         """Why R1 cannot be fused into a model of this configuration; None where it can."""
         if not self.residual_rotation:
             return "a norm lies between what is written and the residual stream"
-        for key, wanted in self.residual_needs:
+        for key, needed in self.residual_needs:
+            wanted = getattr(config, needed.key) if isinstance(needed, Like) else needed
             if (getattr(config, key, None) or False) != wanted:
                 return f"it needs {key}={wanted}, the model has {getattr(config, key, None)}"
         return None
+
+    def norms(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
+        """The block's norms on the residual stream, and what reads each, routers included."""
+        found: dict[str, tuple[str, ...]] = {self.attention_norm: self.attention_readers}
+        readers = (*self.mlp_readers(block), *self.routers(block))
+        # attention and MLP side by side read one norm
+        found[self.mlp_norm] = (*found.get(self.mlp_norm, ()), *readers)
+        return found
+
+    def writers(self, block: nn.Module) -> tuple[str, ...]:
+        """Paths of the linears whose outputs are added to the residual stream."""
+        return (self.attention_output, *self.mlp_writers(block))
 
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
         """The block's quantizable linears by shared input, in execution order."""

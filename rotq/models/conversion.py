@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -112,7 +111,9 @@ class Conversion:
 
         It falls back on the stored name where its rules lead to nothing that the model has.
         """
-        renamed = apply_renamings(stored, self._renamings)
+        renamed = stored
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
         return renamed == name or (stored == name and renamed not in self.fused)
 
     def makings(self, stored: Iterable[str]) -> dict[str, Making]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from rotq.models.fused import FusedForm, fused_form
+from rotq.models.fused import FusedForm, fused_form, takes_stacked
 
 
 class Between(Protocol):
@@ -55,6 +55,8 @@ class UnfusedExperts(nn.ModuleList):
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
         self.see_all_tokens = False
+        self.routed_E = torch.zeros(len(experts), dtype=torch.int64)
+        """Tokens that the router has sent to each expert while all saw all."""
 
     def forward(self, x_MD: Tensor, index_MS: Tensor, weight_MS: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, each times its routing weight.
@@ -67,6 +69,9 @@ class UnfusedExperts(nn.ModuleList):
         Returns:
             (M, D) in the dtype of ``x_MD``.
         """
+        if self.see_all_tokens:
+            counted_E = torch.bincount(index_MS.flatten().cpu(), minlength=len(self))
+            self.routed_E += counted_E[: len(self)]
         y_MD = torch.zeros_like(x_MD)
         for number, expert in enumerate(self):
             token, slot = torch.where(index_MS == number)
@@ -80,17 +85,44 @@ class UnfusedExperts(nn.ModuleList):
         return y_MD
 
 
+class StackedExperts(UnfusedExperts):
+    """The same where every expert is given its own rows, see ``takes_stacked``."""
+
+    def forward(self, x_LD: Tensor, *_: Tensor) -> Tensor:
+        """(E M, D), the first M rows for the first expert, to what each makes of its rows."""
+        x_EMD = x_LD.view(len(self), -1, x_LD.shape[-1])
+        if self.see_all_tokens:
+            self.routed_E += x_EMD.any(-1).sum(1).cpu()
+        return torch.cat([expert(x_MD) for expert, x_MD in zip(self, x_EMD, strict=True)])
+
+
 @contextmanager
 def calibrating(module: nn.Module) -> Iterator[None]:
-    """Run every expert on all tokens, so that hooks inside experts see them; same output."""
+    """Run every expert on all tokens, so that hooks inside experts see them; same output.
+
+    How many the router sends to each is counted anew, see ``routed_tokens``.
+    """
     mixtures = [m for m in module.modules() if isinstance(m, UnfusedExperts)]
     for mixture in mixtures:
         mixture.see_all_tokens = True
+        mixture.routed_E.zero_()
     try:
         yield
     finally:
         for mixture in mixtures:
             mixture.see_all_tokens = False
+
+
+def routed_tokens(module: nn.Module) -> dict[str, list[int]]:
+    """Tokens that routers sent to each expert in the last ``calibrating`` context, by name.
+
+    Mixtures that were not reached are left out.
+    """
+    return {
+        name: mixture.routed_E.tolist()
+        for name, mixture in module.named_modules()
+        if isinstance(mixture, UnfusedExperts) and mixture.routed_E.any()
+    }
 
 
 def unfuse(fused: nn.Module) -> UnfusedExperts:
@@ -109,7 +141,7 @@ def unfuse(fused: nn.Module) -> UnfusedExperts:
         tensor = cut(cast(Tensor, getattr(fused, whole))).detach().clone()
         parameter = nn.Parameter(tensor.contiguous(), requires_grad=False)
         setattr(experts[number].get_submodule(linear), leaf, parameter)
-    return UnfusedExperts(experts)
+    return StackedExperts(experts) if takes_stacked(fused) else UnfusedExperts(experts)
 
 
 def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
@@ -124,7 +156,7 @@ def unfuse_experts(model: nn.Module) -> dict[str, FusedForm]:
 
 def _between(fused: nn.Module, form: FusedForm) -> Between:
     own = getattr(type(fused), "_apply_gate", None)
-    if form.gate and own is not moe._default_apply_gate:
+    if form.gate and own not in (None, moe._default_apply_gate):
         return _OwnGate(fused, form)
     return _Activation(cast(Callable[[Tensor], Tensor], fused.act_fn))
 

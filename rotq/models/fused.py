@@ -79,12 +79,10 @@ def fused_form(module: nn.Module) -> FusedForm | None:
     One that does more than these products and a gate is another: it adds a norm, or some of its
     experts have no weights.
     """
-    names = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-    if not all(hasattr(module, name) for name in names):
+    settings = _settings(module)
+    if settings is None or list(module.children()) != _plain(module):
         return None
-    if getattr(module, "has_post_expert_norm", False) or list(module.children()) != _plain(module):
-        return None
-    gate, bias, transposed, concatenated = (bool(getattr(module, name)) for name in names[:4])
+    gate, bias, transposed, concatenated = settings
     down = getattr(module, "down_proj", None)
     if not isinstance(down, Tensor) or down.ndim != 3:
         return None
@@ -100,6 +98,27 @@ def fused_form(module: nn.Module) -> FusedForm | None:
     )
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     return form if shapes == _shapes(form) else None
+
+
+def takes_stacked(module: nn.Module) -> bool:
+    """Whether the module is given every expert's tokens, one expert's after the other's.
+
+    Llama 4's: (E M, D), where the tokens of an expert that they are not routed to are zeros.
+    """
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def _settings(module: nn.Module) -> tuple[bool, bool, bool, bool] | None:
+    """Whether it has a gate and biases, is transposed, and has gates first; None for no experts."""
+    if takes_stacked(module):
+        return True, False, True, True
+    names = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    if not all(hasattr(module, name) for name in (*names, "_apply_gate")):
+        return None
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    gate, bias, transposed, concatenated = (bool(getattr(module, name)) for name in names)
+    return gate, bias, transposed, concatenated
 
 
 def _shapes(form: FusedForm) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 A table of positions is an embedding or a buffer that is named for them. Rows that no position takes
 are told by the module: those before ``offset`` (OPT), those up to the padding token's (RoBERTa,
-ESM with absolute positions). Rotary models have no table and no bound.
+ESM with absolute positions). ProphetNet looks up the positions after a text too. Rotary models have
+no table and no bound.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from rotq.calibration.limits import Limits
 _BY_CONFIG = {"mpt": "max_seq_len"}
 """Model types whose bound is a number of the configuration."""
 
+_AHEAD = {"prophetnet": 1}
+"""Rows that a model type reads beyond those of its tokens."""
+
 
 def limits_of(model: Any) -> Limits:
     """What a model can be given.
@@ -25,9 +29,14 @@ def limits_of(model: Any) -> Limits:
         model: A language model of transformers, on any device; its parameters may be on meta.
     """
     return Limits(
-        embeddings=model.get_input_embeddings().weight.shape[0],
+        embeddings=vocabulary_of(model),
         positions=min(_bounds(model), default=None),
     )
+
+
+def vocabulary_of(model: Any) -> int:
+    """Token ids that a model has embeddings for, whatever its configuration says."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _bounds(model: nn.Module) -> Iterator[int]:
@@ -41,13 +50,19 @@ def _bounds(model: nn.Module) -> Iterator[int]:
         yield int(getattr(config, _BY_CONFIG[config.model_type]))
 
 
-def _embeddings(model: nn.Module) -> Iterator[int]:
+def _embeddings(model: Any) -> Iterator[int]:
+    ahead = _AHEAD.get(model.config.model_type, 0)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _is_of_positions(name):
+        if _is_embedding(module) and _is_of_positions(name):
             unused = getattr(module, "offset", None)
             if unused is None:
                 unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            yield module.num_embeddings - unused
+            yield module.weight.shape[0] - unused - ahead
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """torch's, or one of the same attributes (I-BERT)."""
+    return hasattr(module, "padding_idx") and getattr(module, "weight", None) is not None
 
 
 def _buffers(model: nn.Module, *, floating: bool) -> Iterator[int]:

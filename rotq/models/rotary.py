@@ -63,7 +63,7 @@ class Rotary:
             position: Integers that broadcast over the rows of ``x``.
         """
         R = self.inv_freq_R.numel()
-        angle = position[..., None].double() * self.inv_freq_R.double()
+        angle = position[..., None].double() * self.inv_freq_R.to(position.device).double()
         cos, sin = (self.scale * angle.cos()).to(x.dtype), (self.scale * angle.sin()).to(x.dtype)
         first, second, rest = x[..., :R], x[..., R : 2 * R], x[..., 2 * R :]
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.errors import RotqError
+from rotq.models.adapter import Adapter
 from rotq.models.rotary import rotaries
 from rotq.models.sizes import head_dim
 from rotq.models.skeleton import Skeleton
@@ -46,11 +47,12 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
         RotqError: the family's adapter or its RoPE does not say where a wanted one goes.
     """
     adapter, config = skeleton.adapter, skeleton.config
-    if wanted and (not adapter.attention or adapter.layer_norm):
-        raise RotqError(
-            f"transform.scalings is not possible for {adapter.family} models: it needs a known "
-            "family with RMSNorm"
-        )
+    for name in wanted:
+        why = _obstacle(adapter, name)
+        if why is not None:
+            raise RotqError(
+                f"transform.scalings: {name} is not possible for {adapter.family} models: {why}"
+            )
     rotary = rotaries(config)
     found = []
     hidden, width = int(config.hidden_size), head_dim(config)
@@ -74,6 +76,19 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
             layer["query_key"] = Scaling(shape=(heads, width - pairs), num_pairs=pairs)
         found.append({name: layer[name] for name in wanted})
     return found
+
+
+def _obstacle(adapter: Adapter, name: str) -> str | None:
+    """Why a family does not allow a scaling; None where it does."""
+    if not adapter.attention or adapter.layer_norm:
+        return "it needs a known family with RMSNorm"
+    if name in ("qkv", "gate_up") and adapter.attention_norm == adapter.mlp_norm:
+        return "attention and MLP do not have a norm each before them"
+    if name in ("value", "query_key") and adapter.query == adapter.value:
+        return "queries, keys and values are rows of one layer"
+    if name == "up" and not adapter.mlp_up:
+        return "no linear layer gives a factor of what the MLP's last one reads"
+    return None
 
 
 def _up_shape(block: nn.Module, writers: Sequence[str]) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from rotq.models.adapter import Adapter
 from rotq.models.conversion import Conversion
 from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
+from rotq.models.generic import GenericAdapter
 from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.outer import OuterModel, Stop
-from rotq.models.registry import GenericAdapter, adapter_for, with_transposed
+from rotq.models.registry import adapter_for, with_transposed
 from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked
 from rotq.models.ties import ties_of

@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from rotq.models.experts import calibrating
 
+FEWEST_OUTPUTS = 9
+"""compressed-tensors 0.20 cannot unpack zero points that lie in one word: 8 of 4 bits."""
+
 
 def made_up(shape: torch.Size, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """A tensor of this shape over the memory of a short random vector; rows differ."""
@@ -125,6 +128,8 @@ class SpiedBlock:
     def _reason(self, spy: Spy) -> str | None:
         if not spy.rows:
             return "the block does not call it"
+        if spy.out_features < FEWEST_OUTPUTS:
+            return f"of {spy.out_features} outputs nothing is gained, and some loaders fail on them"
         if spy.rows != {self._tokens}:
             return f"it is called with {sorted(spy.rows)} rows for {self._tokens} tokens"
         return None

@@ -24,11 +24,13 @@ from rotq.job.context import Job
 from rotq.job.folder import block_part
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
+from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult, peak_rss
 from rotq.solvers.solve import Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
+from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
@@ -45,6 +47,10 @@ class QuantizedBlock:
     layers: tuple[LayerResult, ...]
     effective_share: float
     """Effective sample size over tokens; 1 without importance."""
+    training: Mapping[str, float]
+    """Loss of the training of codes; empty without."""
+    routed: Mapping[str, list[int]]
+    """Calibration tokens that were routed to each expert, by path of the mixture."""
 
 
 class BlockQuantizer:
@@ -67,6 +73,7 @@ class BlockQuantizer:
         weights = None if streams is None else token_weights(job, index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
+        routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
         for stage in stages:
             moments: dict[str, list[Moments]] = {}
@@ -75,6 +82,7 @@ class BlockQuantizer:
                 moments = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
+                routed |= routed_tokens(working)
             for site in stage:
                 solutions, results = self._round(index, site, (original, working), moments)
                 quantized |= solutions
@@ -83,11 +91,16 @@ class BlockQuantizer:
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
             self.runner.advance(index, original, streams.original)
+        training: dict[str, float] = {}
+        if quantized and streams is not None and job.recipe.tuning.code_steps:
+            quantized, training = train_codes(job, index, (original, working), quantized, streams)
         return QuantizedBlock(
             block=working,
             quantized=quantized,
             layers=tuple(layers),
+            training=training,
             effective_share=1.0 if weights is None else weights.effective_share,
+            routed=routed,
         )
 
     def _round(
@@ -209,6 +222,8 @@ def save_block(
         {
             "layers": [asdict(layer) for layer in quantized.layers],
             "effective_share": quantized.effective_share,
+            "training": dict(quantized.training),
+            "routed": dict(quantized.routed),
             "flatness": {site: asdict(change) for site, change in flatness.items()},
             "seconds": seconds,
             "peak_rss": peak_rss(),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from rotq.checkpoint.location import ModelName
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.setup import settle_described
@@ -22,10 +22,10 @@ IMPORTED_BYTES = 400_000_000
 
 
 def estimate(
-    model: Path,
+    model: ModelName,
     recipe: Recipe,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Estimate:

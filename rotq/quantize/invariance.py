@@ -19,7 +19,7 @@ from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
 from rotq.job.context import Job
-from rotq.models.exact import exact_norms, exact_rotary
+from rotq.models.exact import InDouble
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 
@@ -106,7 +106,7 @@ class InvarianceCheck:
         if self.basis.is_identity:
             return
         fused = fuse_outer(self._outer, self.skeleton.adapter, self.basis)
-        with exact_norms(self.skeleton.model):
+        with InDouble():
             reference_BTV = self.skeleton.logits(self._outer, self.reference_BTD.cpu())
             rotated_BTV = self.skeleton.logits(fused, self.rotated_BTD.cpu())
         self._note(self._compare("the head", rotated_BTV, reference_BTV))
@@ -117,7 +117,7 @@ class InvarianceCheck:
             return self.skeleton.logits(outer, self.quantized_BTD)
 
     def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
-        with exact_norms(block), exact_rotary():
+        with InDouble():
             return run_block(block, hidden_BTD, self.skeleton.block_kwargs(index, hidden_BTD))
 
     def _sampled(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:

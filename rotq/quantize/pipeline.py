@@ -18,6 +18,7 @@ from torch import nn
 from rotq.calibration.streams import Streams
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.inspection import REPORT
+from rotq.checkpoint.location import ModelName, locate
 from rotq.disk.destination import Inputs
 from rotq.errors import Stopped
 from rotq.job.context import Job
@@ -28,6 +29,7 @@ from rotq.memory import release_memory, settled_objects
 from rotq.quantize.block_quantizer import BlockQuantizer, save_block
 from rotq.quantize.gradients import GradientPass
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.kept import copy_kept, find_kept
 from rotq.quantize.publish import publish
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.setup import fingerprint, setup
@@ -39,11 +41,11 @@ from rotq.tuning.train import hollow, tune
 
 
 def quantize_model(
-    model: Path,
+    model: ModelName,
     recipe: Recipe,
     output: Path,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
     resume: str = "auto",
     overwrite: bool = False,
@@ -52,14 +54,15 @@ def quantize_model(
     inputs: Inputs | None = None,
     settled: Callable[[bool], None] | None = None,
 ) -> JobReport:
-    """Quantize a checkpoint folder (or one that holds a GGUF file) into ``output``.
+    """Quantize a checkpoint folder, a GGUF file or a model of the hub into ``output``.
 
     Args:
-        model: Dense Hugging Face checkpoint; only read.
+        model: Dense Hugging Face checkpoint; only read. Of a hub id, ``ORG/NAME[@REVISION]``, the
+            weights are fetched once nothing else is left to refuse.
         recipe: What to do.
         output: Created; while the job runs its files are in ``output`` + ".partial". A link is
             resolved first.
-        device: Where blocks run and are solved.
+        device: Where blocks run and are solved, as ``choose_device`` takes it.
         dtype: Of activations and of what stays dense: "auto" is the checkpoint's.
         resume: "auto", "required" or "never", see ``find_place``.
         overwrite: Replace an existing ``output``, empty or written by rotq, once the new one is
@@ -80,13 +83,14 @@ def quantize_model(
         Stopped: interrupted; the job can be resumed.
     """
     started, progress = time.monotonic(), progress or Progress()
-    reads = job_inputs(model, recipe, inputs or {})
+    found = locate(model)
+    reads = job_inputs(found.path, recipe, inputs or {})
     place = find_place(output, resume=resume, overwrite=overwrite, inputs=reads)
     opened = open_folder(place, resume=resume, overwrite=overwrite, tell=progress.message)
     with opened as folder, torch.no_grad():
         try:
             job, drawn = setup(
-                model,
+                found,
                 recipe,
                 folder,
                 device=device,
@@ -122,6 +126,11 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     Args:
         drawn: Where the search for the basis starts.
     """
+    copy_kept(
+        find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None),
+        job.source,
+        job.folder,
+    )
     rotated = RotatedModel(job, search_basis(job, drawn))
     quantizer = BlockQuantizer(job)
     streams = quantizer.runner.start(rotated.outer())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,17 @@ from rotq.checkpoint.source import read_tensor
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import OUTER, TRANSFORM, TUNING, block_part
+from rotq.job.folder import KEPT, OUTER, TRANSFORM, TUNING, block_part
 from rotq.layers.online_heads import OnlineHeads
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.setup import versions
 from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
 from rotq.rotations.basis import Basis
+
+FEW_TOKENS = 256
+"""Routed to an expert, below which it is named in the report."""
+_NAMED = 8
+"""Experts that a note names, at most."""
 
 
 def publish(
@@ -62,7 +67,9 @@ def publish(
     job.progress.message("checking the checkpoint in a fresh process")
     logits_BTV = check.logits(_outer(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
-    report = _report(job, check, weights, _notes(job, obstacle), seconds)
+    experts = _experts(job)
+    notes = (*job.plan.notes, *_new_notes(job, obstacle, experts))
+    report = _report(job, check, weights, experts, notes, seconds)
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(job, folder))
     job.folder.publish()
@@ -88,6 +95,7 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
     remove(folder)
     make_folder(folder)
     names = [OUTER, *(block_part(index) for index in range(job.skeleton.num_blocks))]
+    names += [KEPT] if job.folder.recorded(KEPT) else []
     limit = int(job.recipe.output.max_shard_gb * 1e9)
     parts = [job.folder.latest(name) for name in names]
     return assemble(parts, folder, limit, rename=job.source.stored_name)
@@ -129,19 +137,48 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
     )
 
 
-def _notes(job: Job, obstacle: str | None) -> tuple[str, ...]:
-    """Warnings of the plan, and what other loaders cannot do with the result."""
-    if obstacle is None:
-        return job.plan.notes
-    note = f"transformers cannot load this checkpoint without rotq: {obstacle}"
-    job.progress.message(note)
-    return (*job.plan.notes, note)
+def _new_notes(job: Job, obstacle: str | None, experts: dict[str, list[int]]) -> Iterator[str]:
+    """What other loaders cannot do with the result, and which experts saw little; told too."""
+    notes = list(few_tokens(experts))
+    if obstacle is not None:
+        notes.append(f"transformers cannot load this checkpoint without rotq: {obstacle}")
+    for note in notes:
+        job.progress.message(note)
+        yield note
+
+
+def few_tokens(experts: dict[str, list[int]]) -> Iterator[str]:
+    """A line on the experts that were routed fewer than ``FEW_TOKENS`` calibration tokens."""
+    few = [
+        f"{name}.{expert} ({tokens})"
+        for name, routed in experts.items()
+        for expert, tokens in enumerate(routed)
+        if tokens < FEW_TOKENS
+    ]
+    if few:
+        number = sum(len(routed) for routed in experts.values())
+        more = f" and {len(few) - _NAMED} more (report.json)" if len(few) > _NAMED else ""
+        yield (
+            f"{len(few)} of {number} experts were routed fewer than {FEW_TOKENS} calibration "
+            f"tokens; they were calibrated on all tokens, as every expert: "
+            f"{', '.join(few[:_NAMED])}{more}"
+        )
+
+
+def _experts(job: Job) -> dict[str, list[int]]:
+    """Calibration tokens routed to each expert, by full name of the mixture."""
+    return {
+        f"{job.skeleton.block_name(index)}.{path}": routed
+        for index in range(job.skeleton.num_blocks)
+        for path, routed in job.folder.results(block_part(index)).get("routed", {}).items()
+    }
 
 
 def _report(
     job: Job,
     check: InvarianceCheck,
     weights: Sequence[Path],
+    experts: dict[str, list[int]],
     notes: tuple[str, ...],
     seconds: float,
 ) -> JobReport:
@@ -153,7 +190,8 @@ def _report(
     total_bytes = sum(file.stat().st_size for file in weights)
     return JobReport(
         recipe=job.recipe.to_dict(),
-        model=job.source.path.name,
+        model=job.source.title,
+        commit="" if job.source.hub is None else job.source.hub.commit,
         model_hash=job.source.fingerprint(),
         data={**_data(job), "tokens": job.windows.num_tokens},
         versions=versions(),
@@ -173,6 +211,7 @@ def _report(
             for name, part in zip(names, parts, strict=True)
             for site, change in part["flatness"].items()
         },
+        experts=experts,
         tuning=_recorded(job, TUNING),
         notes=notes,
     )
@@ -221,7 +260,8 @@ def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     own = (folder / REPORT, folder / PROVENANCE)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in own)
     return {
-        "model": job.source.path.name,
+        "model": job.source.title,
+        **({} if job.source.hub is None else {"commit": job.source.hub.commit}),
         "model_hash": job.source.fingerprint(),
         "data": _data(job),
         "versions": versions(),

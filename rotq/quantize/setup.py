@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import rotq
 from rotq.calibration.data import Windows, load_windows
-from rotq.checkpoint.gguf import find_gguf
 from rotq.checkpoint.load import load_tokenizer
+from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.source import Source, describe_source, open_source
-from rotq.devices import usable_device
+from rotq.devices import AUTO, choose_device
+from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
+from rotq.models.generic import GenericAdapter
 from rotq.models.limits import limits_of
-from rotq.models.registry import GenericAdapter, find_adapter
+from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.kept import find_kept
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
+from rotq.transform.search import check_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ def settle(
     source: Source,
     recipe: Recipe,
     *,
-    tokenizer: Path,
+    tokenizer: ModelName,
     device: str,
     dtype: str,
     trust_remote_code: bool,
@@ -58,13 +62,13 @@ def settle(
 
     Args:
         source: From ``open_source``, or from ``describe_source``, which has no tensors.
-        tokenizer: The folder or file that has it.
+        tokenizer: What has it.
         recipe, device, dtype, trust_remote_code: As for ``quantize_model``.
 
     Raises:
         ValueError, RotqError: as ``quantize_model``.
     """
-    usable = usable_device(device)
+    usable = choose_device(device, with_double=True)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(
@@ -77,25 +81,28 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
+    plan = make_plan(skeleton, recipe, wanted)
+    kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=make_plan(skeleton, recipe, wanted),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *_dtype_notes(source, wanted))),
         windows=windows,
         device=usable,
         dtype=wanted,
     )
 
 
-def settle_described(model: Path, recipe: Recipe, **options: Any) -> Settled:
-    """As ``settle``, for a model that is not converted yet if it is a GGUF file."""
-    source = describe_source(model, trust_remote_code=options["trust_remote_code"])
-    return settle(source, recipe, tokenizer=model, **options)
+def settle_described(model: ModelName, recipe: Recipe, **options: Any) -> Settled:
+    """As ``settle``, for a model whose weights are not fetched or converted yet."""
+    found = locate(model)
+    source = describe_source(found, trust_remote_code=options["trust_remote_code"])
+    return settle(source, recipe, tokenizer=found, **options)
 
 
 def setup(
-    model: Path,
+    model: Location,
     recipe: Recipe,
     folder: JobFolder,
     *,
@@ -109,8 +116,8 @@ def setup(
         folder: Takes a GGUF file's dense tensors; not claimed yet.
         options: As for ``settle``.
     """
-    if model.exists() and find_gguf(model) is not None:
-        settle_described(model, recipe, **options)  # a conversion takes long
+    if model.is_gguf or not model.is_complete:
+        settle_described(model, recipe, **options)  # converting and fetching take long
     source = open_source(
         model, gguf_dir=folder.source, trust_remote_code=options["trust_remote_code"]
     )
@@ -126,7 +133,8 @@ def setup(
         dtype=settled.dtype,
         progress=progress,
     )
-    for note in (*job.plan.notes, *job.windows.notes):
+    chosen = [f"device: {job.device}"] if options["device"] == AUTO else []
+    for note in (*chosen, *job.plan.notes, *job.windows.notes):
         progress.message(note)
     return job, settled.drawn
 
@@ -141,6 +149,12 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
         find_adapter(skeleton.config)
+    if rounded and not skeleton.adapter.attention:
+        raise RotqError(
+            f"kv_cache.bits={recipe.kv_cache.bits} is not possible for {skeleton.adapter.family} "
+            "models: their attention is not known; set kv_cache.bits=16"
+        )
+    check_transform(recipe.transform, skeleton)
     basis = build_basis(rotation, skeleton.adapter, skeleton.config)
     if basis.attention is not None or rounded:
         use_online_attention(skeleton.model)
@@ -154,9 +168,10 @@ def fingerprint(job: Job, *, trust_remote_code: bool) -> dict[str, object]:
         "model": job.source.fingerprint(),
         "data": job.windows.sha256,
         "dtype": str(job.dtype),
-        "device": str(job.device),
+        "device": job.device.type,
         "trust_remote_code": trust_remote_code,
         "versions": versions(),
+        **({} if job.source.hub is None else {"commit": str(job.source.hub)}),
         **job.source.deciding_files(),
     }
 
@@ -169,6 +184,13 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+def _dtype_notes(source: Source, dtype: torch.dtype) -> Iterator[str]:
+    """A checkpoint in fp64 is quantized in another dtype."""
+    if source.dtype == torch.float64:
+        name = str(dtype).removeprefix("torch.")
+        yield f"the checkpoint is in float64; the job computes, and writes, {name}"
 
 
 def wanted_dtype(name: str, source: Source) -> torch.dtype:

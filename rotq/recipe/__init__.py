@@ -5,12 +5,11 @@ known name, values are checked for type and range, and ``to_dict`` gives back wh
 so that a job repeats from its own output.
 """
 
+from rotq.recipe.calibration import Calibration, Importance
 from rotq.recipe.notation import read_mapping, write_yaml
 from rotq.recipe.reading import Given, from_dict, load_recipe, load_rotation, resolve
 from rotq.recipe.sections import (
     Activations,
-    Calibration,
-    Importance,
     KVCache,
     Output,
     Override,

@@ -178,7 +178,17 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return int(value)  # 1e3
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{key}: expected {hint.__name__}, got {shown(value)}")
+    if isinstance(value, str) and not value.isascii():
+        _check_text(value, key)
     return value
+
+
+def _check_text(value: str, key: str) -> None:
+    """Refuse half of a surrogate pair, which YAML can spell and no file can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key}: {shown(value)} is no text that UTF-8 can hold") from None
 
 
 def _choose(choices: tuple[Any, ...], value: Any, key: str) -> Any:

@@ -65,9 +65,19 @@ class Tuning:
     seq_len: int = 0
     """Tokens from the start of a window that are trained on; 0 takes the window. Masked language
     models, which see both sides, are always given the window."""
+    code_steps: int = 0
+    """Before that, after each block is solved: steps of Adam on its codes and scales, each on one
+    calibration window, towards the original block's output; 0 leaves the codes as solved."""
+    code_rate: float = 0.03
+    """Largest change of a code per step, in codes; it falls to 0 linearly."""
+    scale_rate: float = 0.001
+    """The same for scales, relative, while codes are trained."""
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_count("seq_len", self.seq_len)
+        for name in ("steps", "seq_len", "code_steps"):
+            check_count(name, getattr(self, name))
+        for name in ("code_rate", "scale_rate"):
+            value = getattr(self, name)
+            check(name, value, 0 <= value <= 1, "0 to 1")
         rate = self.learning_rate
         check("learning_rate", rate, 0 < rate <= 1, "above 0, at most 1")

@@ -7,10 +7,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from rotq.recipe.calibration import Calibration, Importance
 from rotq.recipe.sections import (
     Activations,
-    Calibration,
-    Importance,
     KVCache,
     Output,
     Rotation,
@@ -65,12 +64,14 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether anything looks at activations."""
         searched = self.solver.scale_search in ("diagonal", "hessian")
-        return self.solver.method != "rtn" or searched or self.tuning.steps > 0
+        trained = self.tuning.steps > 0 or self.tuning.code_steps > 0
+        return self.solver.method != "rtn" or searched or trained
 
     @property
     def needs_original(self) -> bool:
         """Whether the original model's activations are wanted next to the quantized one's."""
-        return self.solver.needs_original or self.tuning.steps > 0
+        trained = self.tuning.steps > 0 or self.tuning.code_steps > 0
+        return self.solver.needs_original or trained
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as ``from_dict`` takes them."""

@@ -31,6 +31,7 @@ def calibration_table(found: dict[str, Any]) -> str:
     ]
     if found["static_mean_layers"]:
         rows.append(("static mean", f"layers {found['static_mean_layers']}: RoPE is not known"))
+    rows.extend(("note", note) for note in found["notes"])
     return facts(rows)
 
 

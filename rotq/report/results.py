@@ -96,6 +96,8 @@ class JobReport:
     """How the rotations were found: losses, angles, ranges of scales."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """Calibration tokens that the router sent to each expert, by full name of the mixture."""
     tuning: dict[str, float] = field(default_factory=dict)
     """Steps, and KL to the original on the calibration windows of the first and last quarter."""
     flatness: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
@@ -103,6 +105,8 @@ class JobReport:
     the rotations; empty where nothing is rotated or rounded at run time."""
     notes: tuple[str, ...] = ()
     """Warnings, each a line for people."""
+    commit: str = ""
+    """Of the hub's repository ``model``; empty for a local folder."""
     evaluation: dict[str, Any] | None = None
     """Of the checkpoint against the source: ppl, reference_ppl, kl, top1, tokens, protocol."""
     schema_version: int = SCHEMA_VERSION

@@ -124,7 +124,8 @@ def inspection_table(found: dict[str, Any], report: JobReport | None, verified: 
         rows.append(("at run time", runtime))
     if report is not None:
         rows += report_rows(report)
-        rows.append(("source", f"{report.model}, sha256 {report.model_hash[:12]}"))
+        commit = f" at commit {report.commit}" if report.commit else ""
+        rows.append(("source", f"{report.model}{commit}, sha256 {report.model_hash[:12]}"))
         data = report.data
         tokens = f"{data['tokens']} tokens, sha256 {str(data['sha256'])[:12]}"
         rows.append(("calibration", f"{data['source']}, {tokens}"))

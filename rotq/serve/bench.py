@@ -16,6 +16,7 @@ from typing import Any
 
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import KVCalibration
+from rotq.models.limits import vocabulary_of
 from rotq.serve.engine.build import build_engine
 from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.generation import Event, Generation
@@ -126,7 +127,7 @@ def measure(
     longest = load.prompt_tokens + load.output_tokens
     if longest > engine.longest:
         raise RotqError(f"requests of {longest} tokens; this cache and model hold {engine.longest}")
-    prompts = load.prompts(model.config.get_text_config(decoder=True).vocab_size)
+    prompts = load.prompts(vocabulary_of(model))
     engine.start()
     try:
         _drive(engine, prompts[:1], load, decode)

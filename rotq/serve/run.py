@@ -20,6 +20,7 @@ import uvicorn
 
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import KVCalibration
+from rotq.models.limits import vocabulary_of
 from rotq.serve.engine.build import build_engine
 from rotq.serve.engine.engine import Engine
 from rotq.serve.http.app import create_app
@@ -81,7 +82,7 @@ def build_server(
     metrics.watch(engine)
     tokenization = Tokenization(
         tokenizer,
-        model.config.get_text_config(decoder=True).vocab_size,
+        vocabulary_of(model),
         longest=engine.longest,
         limit=max(1, settings.max_queue),
         on_error=on_error,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DENSE = "dense"
@@ -34,10 +35,12 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("max_queue", "max_length", "drain_timeout"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.request_timeout > 0:
             raise ValueError(f"request_timeout must be positive, got {self.request_timeout}")
+        if math.isinf(self.drain_timeout):
+            raise ValueError("drain_timeout must be finite")
 
 
 def parse_size(text: str) -> int:

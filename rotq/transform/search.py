@@ -15,7 +15,10 @@ from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.folder import TRANSFORM, JobFolder
+from rotq.models.scalings import scalings
+from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
+from rotq.recipe import Transform
 from rotq.rotations.basis import Basis
 from rotq.transform.methods import METHODS
 from rotq.transform.windows import TrainingWindows
@@ -35,11 +38,7 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
     method = job.recipe.transform.method
     if method == "fixed" and not job.recipe.transform.scalings:
         return drawn
-    if job.skeleton.adapter.layer_norm:
-        raise RotqError(
-            f"transform.method={method} is not possible for {job.skeleton.adapter.family} "
-            "models: their R1 has to leave the all-ones direction alone; use method fixed"
-        )
+    check_transform(job.recipe.transform, job.skeleton)
     if job.folder.finished(TRANSFORM):
         return _restored(job.folder, drawn)
     started = time.monotonic()
@@ -50,6 +49,30 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
     job.folder.record(TRANSFORM, {"method": method, **results, **told})
     job.folder.drop_states(TRANSFORM)
     return _restored(job.folder, drawn)
+
+
+def check_transform(options: Transform, skeleton: Skeleton) -> None:
+    """Refuse what the family does not allow, before any work.
+
+    Raises:
+        RotqError: the method or a scaling is not possible; says why.
+    """
+    if options.method == "fixed" and not options.scalings:
+        return
+    adapter = skeleton.adapter
+    why = None
+    if adapter.layer_norm:
+        why = "their R1 has to leave the all-ones direction alone"
+    elif adapter.is_generic:
+        why = "nothing of their blocks is known but the residual stream"
+    elif not adapter.attention_norm:
+        why = "no norm lies before their branches"
+    if why is not None:
+        raise RotqError(
+            f"transform.method={options.method} is not possible for {adapter.family} models: "
+            f"{why}; use method fixed without scalings"
+        )
+    scalings(skeleton, options.scalings)
 
 
 def _restored(folder: JobFolder, drawn: Basis) -> Basis:

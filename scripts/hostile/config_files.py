@@ -94,6 +94,13 @@ VALUES: dict[str, dict[str, Any]] = {
     "quantized-group-word": {
         "quantization_config": {"quant_method": "rotq", "version": 1, "config_groups": {"a": "b"}}
     },
+    "quantized-weights-word": {
+        "quantization_config": {
+            "quant_method": "rotq",
+            "version": 1,
+            "config_groups": {"a": {"targets": ["Linear"], "weights": "int4"}},
+        }
+    },
     "quantized-no-targets": {
         "quantization_config": {
             "quant_method": "compressed-tensors",

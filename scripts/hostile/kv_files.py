@@ -1,6 +1,7 @@
 """Hostile files of rotq calibrate-kv."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,21 @@ FACTS: dict[str, Callable[[Facts], object]] = {
     "spec-bits": lambda facts: facts["spec"].update(k_bits=99),
     "spec-sinks": lambda facts: facts["spec"].update(sinks=-3),
     "spec-sinks-far": lambda facts: facts["spec"].update(sinks=10**12),
+    "spec-mean": lambda facts: facts["spec"].update(mean="odd"),
+    "spec-norm-list": lambda facts: facts["spec"].update(norm=["log8"]),
+    "spec-basis-null": lambda facts: facts["spec"].update(basis=None),
+    "spec-name-control": lambda facts: facts["spec"].update(name="\x1b[2J\n"),
+    "spec-key-control": lambda facts: facts["spec"].update({"\x1b[2J": 1}),
+    "spec-bits-digits": lambda facts: facts["spec"].update(k_bits=10**4000),
     "spec-word-bits": lambda facts: facts["spec"].update(k_bits="three"),
+    "model-control": lambda facts: facts.update(model_hash="\x1b[2J\n"),
+    "more": lambda facts: facts.update(more="x"),
+    "layers-arabic": lambda facts: facts["layers"].update({"\u0661": facts["layers"].pop("1")}),
+    "layers-null": lambda facts: facts["layers"].update({"0": None}),
+    "search-fraction": lambda facts: facts["layers"]["0"].update(key_search=4.5),
+    "heads-true": lambda facts: facts["layers"]["0"].update(heads=True),
+    "rotary-nan": lambda facts: facts["layers"]["0"].update(rotary_scale=float("nan")),
+    "source-deep": lambda facts: facts.update(source={"a": [[[[[]]]]]}),
     "model": lambda facts: facts.update(model_hash=5),
     "layers-list": lambda facts: facts.update(layers=[]),
     "layers-word": lambda facts: facts.update(layers={"x": {}}),
@@ -55,7 +70,16 @@ TENSORS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "zeros": torch.zeros_like,
     "huge": lambda tensor: tensor * 1e30,
 }
-NAMES = ("0.key.matrix_HDD", "0.key.levels_HL", "0.value.thresholds_HL", "0.key.base_H")
+NAMES = (
+    "0.key.matrix_HDD",
+    "0.key.levels_HL",
+    "0.value.thresholds_HL",
+    "0.key.base_H",
+    "0.value.unit_H",
+    "0.key.metric_HDD",
+    "0.value.mean_HD",
+    "0.inv_freq_R",
+)
 
 
 def cases() -> Iterator[Case]:
@@ -70,12 +94,34 @@ def cases() -> Iterator[Case]:
             yield from _each(
                 f"kv-{tensor}-{name}", lambda bench, n=tensor, m=made: _with_tensor(bench, n, m)
             )
+    for name, file in {"null": "/dev/null", "zero": "/dev/zero", "long": "x" * 5000}.items():
+        yield from _each(f"kv-path-{name}", lambda bench, f=file: Path(f))
+    yield from _each("kv-pipe", _pipe)
+    yield from _each("kv-facts-digits", lambda bench: _written(bench, {}, "9" * 10_000))
+    yield from _each("kv-facts-long", lambda bench: _written(bench, {}, f'"{"x" * 40_000_000}"'))
     yield from _each("kv-facts-deep", lambda bench: _written(bench, load_file(bench.kv), DEEP))
     yield from _each("kv-folder", lambda bench: bench.work)
 
 
 def _each(name: str, build: Callable[[Bench], Path]) -> Iterator[Case]:
     yield Case(f"{name}-bench", lambda bench: _bench(bench, build(bench)))
+    yield Case(f"{name}-eval", lambda bench: _eval(bench, build(bench)))
+
+
+def _eval(bench: Bench, file: Path) -> list[object]:
+    size = ["--windows", 1, "--seq-len", 32]
+    return [
+        "eval",
+        "kv",
+        bench.llama,
+        "--kv",
+        "k3v3",
+        "--kv-calibration",
+        file,
+        "--text",
+        bench.text,
+        *size,
+    ]
 
 
 def _bench(bench: Bench, file: Path) -> list[object]:
@@ -93,6 +139,12 @@ def _facts(bench: Bench) -> Facts:
 
 def _written(bench: Bench, tensors: Tensors, facts: str) -> Path:
     return bench.file("kv.safetensors", save(tensors, metadata={KIND: facts}))
+
+
+def _pipe(bench: Bench) -> Path:
+    path = bench.fresh("pipe")
+    os.mkfifo(path)
+    return path
 
 
 def _with_facts(bench: Bench, change: Callable[[Facts], object]) -> Path:

@@ -74,6 +74,8 @@ FILES: dict[str, str | bytes] = {
     "pattern-nothing": "weights: {overrides: [{match: mlp.downproj, bits: 8}]}\n",
     "pattern-missing": "weights: {overrides: [{bits: 8}]}\n",
     "source-nul": 'calibration: {source: "a\\0b"}\n',
+    "source-surrogate": 'calibration: {source: "a\\ud83d.txt"}\n',
+    "name-surrogate": 'name: "\\udce9"\n',
     "source-long": f"calibration: {{source: {'x' * 5000}.txt}}\n",
     "source-folder": "calibration: {source: .}\n",
     "source-device": "calibration: {source: /dev/null}\n",

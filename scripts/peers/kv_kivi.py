@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from rotq.calibration.data import tokenize
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.kv import evaluate_kv
 from rotq.evaluation.perplexity import Protocol

@@ -1,5 +1,6 @@
 """Tokens of a text, and the seeded draw of windows."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from rotq.calibration.data import load_windows, tokenize
+from rotq.calibration.data import load_windows, shared
 from rotq.calibration.limits import Limits
 from rotq.calibration.texts import Text, read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
+from rotq.recipe.calibration import Share
 
 
 class ByteTokenizer:
@@ -140,3 +143,33 @@ def test_a_template_that_fails_is_one_line(chats: Text) -> None:
 
     with pytest.raises(RotqError, match=r"the chat template fails: .*roles must alternate"):
         tokenize(chats, Broken())
+
+
+def test_several_texts_have_shares_of_the_windows_in_turn(tmp_path: Path) -> None:
+    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text(letter * 200)
+    mix = (
+        Share(source=str(tmp_path / "a.txt"), share=3.0),
+        Share(source=str(tmp_path / "b.txt"), share=1.0),
+    )
+    settings = Calibration(mix=mix, num_samples=8, seq_len=7, batch_size=1, bos="no")
+    windows = load_windows(settings, ByteTokenizer(), Limits())
+    letters = "".join(chr(batch.ids_BT[0, 0]) for batch in windows.batches)
+    assert sorted(letters) == ["a"] * 6 + ["b"] * 2
+    assert letters[:4].count("b") == 1
+    assert windows.source == f"{tmp_path / 'a.txt'}, {tmp_path / 'b.txt'}"
+    swapped = dataclasses.replace(settings, mix=mix[::-1])
+    assert load_windows(swapped, ByteTokenizer(), Limits()).sha256 != windows.sha256
+
+
+@pytest.mark.parametrize(
+    ("total", "shares", "counts"),
+    [
+        (8, [3, 1], [6, 2]),
+        (3, [100, 1, 1], [1, 1, 1]),
+        (7, [1, 1], [4, 3]),
+        (10, [0.5, 0.2, 0.3], [5, 2, 3]),
+    ],
+)
+def test_shares(total: int, shares: list[float], counts: list[int]) -> None:
+    assert shared(total, shares) == counts

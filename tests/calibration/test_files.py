@@ -114,6 +114,14 @@ def test_pipes_sockets_and_devices_are_no_files(tmp_path: Path) -> None:
                 find_path(str(source))
 
 
+def test_standard_input_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RotqError, match=r"text - is a pipe.*: write it to a file"):
+        find_path("-")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text("x")
+    assert find_path("-") == Path("-")
+
+
 def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(RotqError, match="loop: Too many levels of symbolic links"):

@@ -8,9 +8,10 @@ import torch
 from tiny_proteins import esm_tokenizer, sequences, spaced_tokenizer, write_fasta
 
 from rotq.calibration.batches import Batch, bucketed, padded
-from rotq.calibration.data import load_windows, tokenize
+from rotq.calibration.data import load_windows
 from rotq.calibration.limits import Limits
 from rotq.calibration.texts import read_text
+from rotq.calibration.tokenized import tokenize
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
 

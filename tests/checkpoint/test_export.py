@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tiny_checkpoints import (
 from tiny_models import tiny_model
 
 from rotq.checkpoint.export import packed_tensors, stored_scale_dtype, write_metadata
+from rotq.checkpoint.hub import HubModel, HubName
 from rotq.checkpoint.scheme_writing import quantization_config
 from rotq.checkpoint.source import open_source
 from rotq.formats.activations import ActivationGrid
@@ -106,6 +108,14 @@ def test_card(written: Written) -> None:
     assert "at run time" not in card
 
 
+SOMEONE_TINY = HubModel(
+    name=HubName(repo="someone/tiny", revision="main"),
+    commit="0123456789" * 4,
+    folder=Path("cache/models--someone--tiny/snapshots/0"),
+    sizes={},
+)
+
+
 def test_untied_and_copied(tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny_model("llama-tied", dtype=torch.float32).save_pretrained(source)
@@ -116,7 +126,7 @@ def test_untied_and_copied(tmp_path: Path) -> None:
     out.mkdir()
     write_metadata(
         out,
-        open_source(source),
+        dataclasses.replace(open_source(source), hub=SOMEONE_TINY),
         quantization=quantization_config(
             {"a": W4}, [], "rotq", heads=OnlineHeads(grid=ActivationGrid(bits=4, symmetric=True))
         ),
@@ -124,7 +134,6 @@ def test_untied_and_copied(tmp_path: Path) -> None:
         provenance={},
         dtype=torch.bfloat16,
         untied=True,
-        base_model="someone/tiny",
     )
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
@@ -134,6 +143,7 @@ def test_untied_and_copied(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").is_file()
     assert not (out / "notes.txt").exists()
     card = (out / "README.md").read_text()
+    assert f"with rotq of `someone/tiny@{SOMEONE_TINY.commit}`." in card
     assert "base_model: someone/tiny\nbase_model_relation: quantized\n" in card
     assert "import rotq" in card
     assert "- at run time: keys and values 4 bits symmetric per head and token\n" in card

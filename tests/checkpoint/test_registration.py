@@ -93,9 +93,9 @@ def installed(tmp_path: Path) -> Path:
     folder = tmp_path / "site" / "rotq-0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: rotq\nVersion: 0\n")
-    ((group, points),) = project["entry-points"].items()
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    (folder / "entry_points.txt").write_text("\n".join(lines))
+    with (folder / "entry_points.txt").open("w") as file:
+        for group, points in project["entry-points"].items():
+            file.write(f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in points.items()))
     return folder.parent
 
 

@@ -57,6 +57,41 @@ def test_groups_that_rotq_cannot_run(change: dict[str, dict[str, object]], messa
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        "config_groups",
+        "config_groups.group_0",
+        "config_groups.group_0.weights",
+        "config_groups.group_0.input_activations",
+        "online",
+        "attention",
+        "attention.kv_cache",
+        "transform_config",
+        "transform_config.config_groups",
+        "transform_config.config_groups.a",
+    ],
+)
+def test_parts_of_another_kind_are_named(path: str) -> None:
+    *way, last = path.split(".")
+    config = quantization_config({"a": W4}, [], "rotq")
+    place = config
+    for name in way:
+        place = place.setdefault(name, {})
+    for value in ("int4", [1]):
+        place[last] = value
+        with pytest.raises(RotqError, match=rf"{last} of quantization_config is not a mapping"):
+            read_scheme(config)
+
+
+def test_a_transform_that_is_applied_to_no_list() -> None:
+    config = quantization_config({"a": W4}, [], "rotq")
+    for apply, message in (("x", "apply of .* is not a list"), (["x"], "apply of .* a mapping")):
+        config["transform_config"] = {"config_groups": {"a": {"apply": apply}}}
+        with pytest.raises(RotqError, match=message):
+            read_scheme(config)
+
+
+@pytest.mark.parametrize(
     ("targets", "message"),
     [
         (["re:("], "unterminated"),

@@ -226,6 +226,11 @@ def quantized(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def quantized_oddly(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": "int4"}))
+
+
 def fp8(path: Path) -> None:
     def change(header: dict[str, dict[str, object]]) -> None:
         header["model.norm.weight"].update(dtype="F8_E4M3", shape=[48 * 4])
@@ -252,6 +257,7 @@ def fp8(path: Path) -> None:
         (no_weights, "no model.safetensors"),
         (pickled, "pytorch_model.bin must be converted"),
         (quantized, r"already quantized \(gptq\)"),
+        (quantized_oddly, r"already quantized \(int4\)"),
         (fp8, "F8_E4M3; a dense checkpoint"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -9,9 +9,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import VOCAB, tiny_model
 
+from rotq.checkpoint.location import Location
 from rotq.cli.main import main
+from rotq.cli.serve_options import find_calibration
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import load_calibration
 
@@ -30,7 +34,7 @@ SMALL = ["--num-samples", "2", "--calibration-seq-len", "64"]
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
+    return CliRunner().invoke(main, [*arguments, "--device", "cpu"])
 
 
 class Letters:
@@ -41,21 +45,23 @@ class Letters:
 
 
 @pytest.fixture(autouse=True)
-def _models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(path: Path, **_: Any) -> Any:
-        if path.name == "missing":
-            raise RotqError(f"{path} does not exist")
-        if path.name == "mamba":
+def _models(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("models"))
+    for name in ("llama", "qwen", "narrow", "mamba", "nan"):
+        Path(name).mkdir()
+
+    def load_model(model: Location, **_: Any) -> Any:
+        if model.name == "mamba":
             config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1)
             return transformers.MambaForCausalLM(config).eval()
-        family = {"qwen": "qwen3", "narrow": "qwen2"}.get(path.name, "llama")
-        model = tiny_model(family, dtype=torch.float32)
-        if path.name == "nan":
-            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
-        return model
+        family = {"qwen": "qwen3", "narrow": "qwen2"}.get(model.name, "llama")
+        built = tiny_model(family, dtype=torch.float32)
+        if model.name == "nan":
+            built.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+        return built
 
     monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
-    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda path, **_: Letters())
+    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda model, **_: Letters())
 
 
 @pytest.fixture
@@ -94,6 +100,22 @@ def test_calibrate_reports(tmp_path: Path, text: str) -> None:
     table = run(*command, "--kv", "turboesm").stdout
     assert "turboesm" in table
     assert "2 windows of 64 tokens" in " ".join(table.split())
+
+
+def test_a_text_of_one_letter_is_said_and_recorded(tmp_path: Path) -> None:
+    text = tmp_path / "letter.txt"
+    text.write_text("a" * 400)
+    command = ["calibrate-kv", "llama", "-o", str(tmp_path / "kv"), "--calibration", str(text)]
+    result = run(*command, *SMALL, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("warning: the calibration windows hold 1 different ")
+    assert result.stderr.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert found["weight"] == pytest.approx(1 / 32)
+    assert result.stderr == f"warning: {found['notes'][0]}\n"
+    held = load_calibration(tmp_path / "kv", tiny_model("llama").config)
+    assert held.source["notes"] == found["notes"]
+    assert "calibrate on more text" in " ".join(run(*command, *SMALL).stdout.split())
 
 
 def test_calibration_repeats_bitwise(tmp_path: Path, text: str) -> None:
@@ -189,6 +211,23 @@ def test_truncated_calibration(tmp_path: Path, text: str) -> None:
     result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", str(output))
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"cannot read {output}" in " ".join(result.stderr.split())
+
+
+def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -> None:
+    output = calibrated(tmp_path, text)
+    with safe_open(output, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["1.value.levels_HL"] = tensors["1.value.levels_HL"][:, :2].contiguous()
+    save_file(tensors, output, metadata=metadata)
+    line = f"rotq: error: {output} is damaged: 1.value.levels_HL is I8 (1, 2), not I8 (1, 8)"
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(line)
+    assert result.stderr.count("\n") == 1
+    # servers and rotq bench serve
+    with pytest.raises(RotqError, match=r"1\.value\.levels_HL"):
+        find_calibration(tiny_model("llama"), "k3v3", Path(output))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner, Result
 from tiny_models import VOCAB, tiny_model
 
+from rotq.checkpoint.location import Location
 from rotq.cli.main import main
-from rotq.errors import RotqError
 
 KEYS = {"ppl", "kl", "top1", "tokens", "protocol"}
 
@@ -27,16 +27,18 @@ class Letters:
 
 
 @pytest.fixture(autouse=True)
-def _models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(path: Path, **options: Any) -> Any:
-        if path.name == "missing":
-            raise RotqError(f"{path} does not exist")
-        seed = {"a": 0, "b": 1}[path.name]
+def _models(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("models"))
+    for name in ("a", "b"):
+        tiny_model("llama", dtype=torch.float32).config.save_pretrained(name)
+
+    def load_model(model: Location, **options: Any) -> Any:
+        seed = {"a": 0, "b": 1}[model.name]
         dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
         return tiny_model("llama", seed=seed, dtype=dtype)
 
     monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
-    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda path, **_: Letters())
+    monkeypatch.setattr("rotq.checkpoint.load.load_tokenizer", lambda model, **_: Letters())
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def line(*arguments: str) -> str:
         ("quantize --model m", "the model is given without an option's name"),
         ("quantize m --devise cpu", "'--device'"),
         ("eval ppl m --dataset x", "did you mean --text?"),
-        ("eval ppl m --device cuda", "did you mean --device-map?"),
+        ("eval ppl m --gpu 0", "did you mean --device?"),
         ("eval pll m --data x", "did you mean --fasta?"),
         ("serve-kv m --max-model-len 9", "did you mean --max-length?"),
         ("bench serve m --memory 4GiB", "did you mean --kv-memory?"),

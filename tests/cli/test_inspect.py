@@ -188,7 +188,7 @@ def test_unreadable_file_is_named(checkpoint: Path, name: str, content: str, mes
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    assert "no such folder" in run(tmp_path / "none").stderr
+    assert "none does not exist" in run(tmp_path / "none").stderr
     result = run(tmp_path)
     assert result.exit_code == 1
     assert "holds no config.json" in result.stderr

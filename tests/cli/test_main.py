@@ -97,7 +97,8 @@ def test_python_m_rotq() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "rotq: error: missing: no such folder\n"
+    said = "it is no folder and no .gguf file here, and no hub id ORG/NAME[@REVISION]"
+    assert done.stderr == f"rotq: error: missing does not exist: {said}\n"
 
 
 def test_help_page_is_current() -> None:

@@ -42,6 +42,36 @@ def test_what_is_empty_is_refused(arguments: list[str], option: str) -> None:
     assert "it is empty" in result.stderr
 
 
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands it behind an equals sign; a folder named ~ is a trap."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert f"{tmp_path}/home/m does not exist" in run("quantize", "~/m", "--output=~/o").stderr
+    assert f"{tmp_path}/home/c does not exist" in run("inspect", "~/c").stderr
+    assert "error: ./~/m does not exist" in run("quantize", "./~/m", "-o", "o").stderr
+    assert "~nobody-here/m does not exist" in run("quantize", "~nobody-here/m", "-o", "o").stderr
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/r.yaml").write_text("nothing: 1")
+    assert "home/r.yaml: " in run("quantize", "m", "-o", "o", "-c", "~/r.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "m\udce9", "-o", "out"],
+        ["quantize", "m", "-o", "out\udce9"],
+        ["quantize", "m", "-o", "out", "--calibration", "t\udce9"],
+        ["quantize", "m", "-o", "out", "-c", "w\udce9"],
+        ["eval", "ppl", "m", "--text", "t\udce9"],
+        ["eval", "pll", "m", "--fasta", "p\udce9"],
+    ],
+)
+def test_names_that_no_tokenizer_can_read_are_refused(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "is not UTF-8; rename it" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["quantize m -o o", "calibrate-kv m -o o", "bench serve m"])
 def test_seeds_are_those_of_generators(command: str) -> None:
     for seed in (2**63, -(2**63) - 1, 10**30):

@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 from job_reports import make_report
 
+from rotq.checkpoint.location import Location
 from rotq.cli.main import main
 from rotq.errors import RotqError
 from rotq.recipe import Recipe
@@ -55,8 +56,11 @@ class Pipeline:
 
 
 @pytest.fixture
-def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     fake = Pipeline()
+    monkeypatch.chdir(tmp_path_factory.mktemp("models"))
+    for name in ("some/model", "model", "m"):
+        Path(name).mkdir(parents=True)
     for module, name in (("pipeline", "quantize_model"), ("estimate", "estimate")):
         stand_in = SimpleNamespace(**{name: getattr(fake, name)})
         monkeypatch.setitem(sys.modules, f"rotq.quantize.{module}", stand_in)
@@ -80,10 +84,10 @@ def test_defaults_reach_the_library(pipeline: Pipeline) -> None:
     result = run("some/model", "-o", "out")
     assert result.exit_code == 0, result.stderr
     (model, recipe, output), options = pipeline.calls[0]
-    assert (model, recipe, output) == (Path("some/model"), Recipe(), Path("out"))
+    assert (model.path, recipe, output) == (Path("some/model"), Recipe(), Path("out"))
     options.pop("progress")
     assert options == {
-        "device": "cpu",
+        "device": "auto",
         "dtype": "auto",
         "resume": "auto",
         "overwrite": False,
@@ -196,7 +200,7 @@ def test_dry_run(pipeline: Pipeline) -> None:
     assert result.exit_code == 0
     assert "bits per weight  3.500" in result.stdout
     assert pipeline.calls[0][1] == {
-        "device": "cpu",
+        "device": "auto",
         "dtype": "bfloat16",
         "trust_remote_code": False,
     }
@@ -232,7 +236,7 @@ def test_evaluation_goes_into_report_and_table(
 
     asked: dict[str, Any] = {}
 
-    def measure(checkpoint: Path, text: str, protocol: Protocol, **options: Any) -> Evaluation:
+    def measure(checkpoint: Location, text: str, protocol: Protocol, **options: Any) -> Evaluation:
         asked.update(checkpoint=checkpoint, text=text, protocol=protocol, **options)
         return Evaluation(
             ppl=30.0, kl=0.25, top1=0.5, reference_ppl=20.0, tokens=9, protocol="windowed"
@@ -241,7 +245,7 @@ def test_evaluation_goes_into_report_and_table(
     monkeypatch.setattr("rotq.cli.eval_text.measure", measure)
     result = run("m", "-o", str(tmp_path), "--eval-text", "pydoc-test", "--eval-windows", "3")
     assert result.exit_code == 0, result.stderr
-    assert (asked["checkpoint"], asked["reference"]) == (tmp_path, Path("m"))
+    assert (asked["checkpoint"].path, asked["reference"].path) == (tmp_path, Path("m"))
     assert (asked["text"], asked["protocol"]) == ("pydoc-test", Protocol(windows=3))
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["evaluation"]["kl"] == 0.25

@@ -12,7 +12,7 @@ from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.fusion.layernorm import leave_ones_alone
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.attention.online import use_online_attention
-from rotq.models.exact import exact_norms, exact_rotary
+from rotq.models.exact import InDouble
 from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
@@ -38,9 +38,9 @@ def forward(skeleton, source, ids_BT, basis):
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, source, device="cpu", dtype=torch.float64)
         fuse_block(block, skeleton.adapter, basis, index)
-        with exact_norms(block), exact_rotary():
+        with InDouble():
             hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD))
-    with exact_norms(skeleton.model):
+    with InDouble():
         return skeleton.logits(outer, hidden_BTD)
 
 

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from tiny_families import tiny_family
 from tiny_models import MemorySource, random_ids, tiny_model
 from torch import nn
 
 from rotq.checkpoint.source import open_source
-from rotq.models.experts import UnfusedExperts, calibrating, unfuse, unfuse_experts
+from rotq.models.experts import (
+    UnfusedExperts,
+    calibrating,
+    routed_tokens,
+    unfuse,
+    unfuse_experts,
+)
 from rotq.models.fused import fused_form
 from rotq.models.skeleton import Skeleton
 
@@ -60,6 +67,33 @@ def test_hooks_see_every_token_only_while_calibrating():
     experts(x_MD, index_MS, weight_MS)
     assert [len(x) for x in seen[::2]] == [int((index_MS == e).sum()) for e in range(3)]
     assert not experts.see_all_tokens
+
+
+def test_routed_tokens_are_counted_while_calibrating():
+    block = nn.ModuleDict({"mlp": unfuse(tiny_model("qwen3-moe").model.layers[0].mlp.experts)})
+    x_MD, index_MS, weight_MS = routed(4)
+    block.mlp(x_MD, index_MS, weight_MS)
+    assert routed_tokens(block) == {}
+    for _ in range(2):
+        with calibrating(block):
+            block.mlp(x_MD, index_MS, weight_MS)
+            block.mlp(x_MD[:4], index_MS[:4], weight_MS[:4])
+        both = torch.cat((index_MS, index_MS[:4]))
+        # the last expert is never chosen
+        expected = [int((both == expert).sum()) for expert in range(3)] + [0]
+        assert routed_tokens(block) == {"mlp": expected}
+
+
+def test_experts_with_rows_of_their_own():
+    fused = tiny_family("llama4_text").model.layers[0].feed_forward.experts.double()
+    x_EMD = torch.randn(4, 5, 64, dtype=torch.float64)
+    x_EMD[1, 2:] = 0  # not routed there
+    unfused, rows = unfuse(fused), x_EMD.flatten(0, 1)
+    torch.testing.assert_close(unfused(rows), fused(rows), rtol=0, atol=1e-12)
+    block = nn.ModuleDict({"moe": unfused})
+    with calibrating(block):
+        block.moe(rows)
+    assert routed_tokens(block) == {"moe": [5, 2, 5, 5]}
 
 
 def test_calibrating_ends_with_an_error():

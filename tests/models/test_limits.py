@@ -53,7 +53,23 @@ BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("BioGptConfig", SMALL),
     "bart": ("BartConfig", SEQ2SEQ),
     "marian": ("MarianConfig", {**SEQ2SEQ, "pad_token_id": 0}),
+    "prophetnet": (
+        "ProphetNetConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_decoder_layers": 1,
+            "num_encoder_layers": 1,
+            "num_decoder_attention_heads": 2,
+            "num_encoder_attention_heads": 2,
+            "decoder_ffn_dim": 16,
+            "encoder_ffn_dim": 16,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": 0,
+        },
+    ),
     "bert": ("BertConfig", SMALL),
+    "ibert": ("IBertConfig", {**SMALL, "pad_token_id": 1}),
     "roberta": ("RobertaConfig", {**SMALL, "pad_token_id": 1}),
     "esm-absolute": ("EsmConfig", {**ESM, "pad_token_id": 1}),
     "esm-absolute-0": ("EsmConfig", ESM),
@@ -65,7 +81,7 @@ BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
         {**SMALL, "num_landmarks": 2, "segment_means_seq_len": 2},
     ),
 }
-MASKED = ("bert", "roberta", "esm", "electra", "distilbert", "mpnet", "nystromformer")
+MASKED = ("bert", "ibert", "roberta", "esm", "electra", "distilbert", "mpnet", "nystromformer")
 
 
 def model_of(name: str) -> Any:

@@ -182,10 +182,9 @@ SMALL = {
 @pytest.mark.parametrize(
     ("config_class", "changes"),
     [
-        ("GPTNeoXConfig", {}),
-        ("OPTConfig", {"ffn_dim": 80, "word_embed_proj_dim": 48}),  # adds learned positions
-        ("Gemma2Config", {"head_dim": 12, "num_key_value_heads": 2}),  # has no sdpa
-        ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+        ("Jais2Config", {}),
+        ("NanoChatConfig", {"head_dim": 12, "num_key_value_heads": 2}),
+        ("DiffLlamaConfig", {"num_key_value_heads": 2}),
     ],
 )
 def test_families_without_an_adapter(config_class, changes):

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from tiny_jobs import SMALL, W3, files_of, make_checkpoint, quantize
+from transformers import AutoModelForCausalLM
 
 from rotq.cli.main import main
 
@@ -92,6 +93,23 @@ def test_missing_model(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert_fails(quantize(missing, "-o", tmp_path / "out"), 1, str(missing))
     assert_fails(quantize(missing, "--dry-run"), 1, str(missing))
+
+
+def test_weights_in_float64(copy: Path, tmp_path: Path) -> None:
+    """The job computes in fp32 and says so; asked for by name it is the same job."""
+    wide = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float64)
+    wide.save_pretrained(copy)
+    assert {tensor.dtype for tensor in load_file(copy / "model.safetensors").values()} == {
+        torch.float64
+    }
+    small = ["-c", "gptq", "--num-samples", "2", "--seq-len", "32"]
+    for name, more in (("auto", []), ("named", ["--dtype", "float32"])):
+        result = quantize(copy, *small, "-o", tmp_path / name, *more)
+        assert result.exit_code == 0, result.stderr
+        assert "is in float64; the job computes, and writes, float32" in result.stderr
+    written = load_file(tmp_path / "auto" / "model.safetensors")
+    assert torch.float64 not in {tensor.dtype for tensor in written.values()}
+    assert files_of(tmp_path / "auto") == files_of(tmp_path / "named")
 
 
 def test_unsupported_family(copy: Path, tmp_path: Path) -> None:

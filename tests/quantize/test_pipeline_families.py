@@ -70,10 +70,10 @@ def make_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_olmo2(folder: Path) -> Path:
+def make_jais2(folder: Path) -> Path:
     """A family that rotq has no adapter for."""
     make_checkpoint("llama", folder)
-    config = transformers.Olmo2Config(
+    config = transformers.Jais2Config(
         vocab_size=97,
         hidden_size=48,
         intermediate_size=80,
@@ -84,7 +84,7 @@ def make_olmo2(folder: Path) -> Path:
         eos_token_id=2,
     )
     torch.manual_seed(0)
-    transformers.Olmo2ForCausalLM(config).save_pretrained(folder)
+    transformers.Jais2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -211,9 +211,9 @@ def test_stopped_job_with_rounding_continues(
 
 
 def test_heads_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
-    model = make_olmo2(tmp_path / "model")
+    model = make_jais2(tmp_path / "model")
     values = {"weights__group_size": 16, "output__format": "rotq"}
-    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*Llama.*kv_cache\.bits=16"):
+    with pytest.raises(RotqError, match=r"Jais2ForCausalLM.*models\.md.*kv_cache\.bits=16"):
         run(model, tmp_path / "out", **values, kv_cache__bits=4)
 
 
@@ -275,11 +275,11 @@ def test_mixed_precision_and_kept_layers(tmp_path: Path) -> None:
 
 
 def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
-    model = make_olmo2(tmp_path / "model")
-    with pytest.raises(RotqError, match=r"Olmo2ForCausalLM.*Llama.*rotation\.residual=none"):
+    model = make_jais2(tmp_path / "model")
+    with pytest.raises(RotqError, match=r"Jais2ForCausalLM.*models\.md.*rotation\.residual=none"):
         run(model, tmp_path / "out", rotation__residual="hadamard", weights__group_size=16)
     report = run(model, tmp_path / "out", weights__group_size=16)
-    assert len(report.layers) == 14
+    assert len(report.layers) == 12
 
 
 def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

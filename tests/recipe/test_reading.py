@@ -134,6 +134,14 @@ def test_a_pattern_warns_of_nothing() -> None:
     assert Override(match="[[a]").match == "[[a]"
 
 
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    """YAML can spell halves of a pair of surrogates; a job would fail when it writes its recipe."""
+    for key in ("name", "calibration.source"):
+        with pytest.raises(ValueError, match=f"{key}: .*udce9' is no text that UTF-8 can hold"):
+            resolve(None, [Given.parse(key, '"\\udce9"')])
+    assert load_recipe(None, {"name": "größer 😀"}).name == "größer 😀"
+
+
 def test_messages_are_short() -> None:
     far = "x" * 90_000
     for values in ({far: 1}, {"name": [[far] * 9] * 9}, {"weights": {"bits": far}}):

@@ -3,7 +3,7 @@
 import torch
 
 from rotq.fusion.fuse import fuse_block, fuse_outer
-from rotq.models.exact import exact_norms
+from rotq.models.exact import InDouble
 
 
 def fused_logits(skeleton, source, ids_BT, basis):
@@ -14,7 +14,7 @@ def fused_logits(skeleton, source, ids_BT, basis):
     for index in range(skeleton.num_blocks):
         block = skeleton.load_block(index, source, device="cpu", dtype=torch.float64)
         fuse_block(block, skeleton.adapter, basis, index)
-        with exact_norms(block):
+        with InDouble():
             hidden_BTD = block(hidden_BTD, **skeleton.block_kwargs(index, hidden_BTD))
-    with exact_norms(skeleton.model):
+    with InDouble():
         return skeleton.logits(outer, hidden_BTD)

@@ -85,10 +85,26 @@ _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_PART = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_BLT_PART = {
+    **_PART,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "hidden_size_global": 64,
+    "encoder_cross_output_size": None,
+}
 _ROTARY_HALF = {"rotary_dim": 8}
 _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"],
     "per_layer_config": {"1": {"head_dim": 32}},
+    "hidden_size_per_layer_input": 0,
+}
+_INPUTS_PER_LAYER = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
 }
@@ -98,6 +114,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "axk2": _MLA,
     "bailing_hybrid": {**_MLA, **_HYBRID, "linear_head_dim": 16, "linear_num_heads": 4},
     "bamba": {"layers_block_type": LEFT_OUT, "attn_layer_indices": [1]},
+    "blt": {
+        **{f"{part}_config": _BLT_PART for part in ("patcher", "encoder", "decoder", "global")},
+        "encoder_hash_byte_group_vocab": 64,
+    },
     "codegen": _ROTARY_HALF,
     "dbrx": {
         "num_key_value_heads": LEFT_OUT,
@@ -128,6 +148,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16,
         "laurel_rank": 8,
     },
+    "gemma4": _INPUTS_PER_LAYER,
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "glm4_moe_lite": {**_MLA, "num_key_value_heads": 4},
@@ -149,6 +170,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "minicpm3": _MLA,
     "nemotron": {"num_key_value_heads": 2},
+    "phi4_multimodal": {
+        "vision_config": {**_PART, "num_hidden_layers": 3, "image_size": 56, "crop_size": 56},
+        "audio_config": {
+            **_PART,
+            "num_blocks": 1,
+            "ext_pw_out_channel": 64,
+            "depthwise_separable_out_channel": 64,
+            "nemo_conv_channels": 16,
+        },
+    },
     "qwen3_5_moe_text": _DELTA_NET,
     "qwen3_5_text": _DELTA_NET,
     "qwen3_next": _DELTA_NET,
@@ -221,9 +252,16 @@ def tiny_family(model_type: str, *, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "norm" not in name:
-                torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+            _randomize(name, parameter)
     return model.eval().requires_grad_(False)
+
+
+def _randomize(name: str, parameter: torch.nn.Parameter) -> None:
+    """Matrices larger than an initialisation's; gains that are not ones, biases not zeros."""
+    if parameter.ndim > 1 and "norm" not in name and "conv" not in name:
+        torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+    elif parameter.ndim == 1 and name.endswith((".weight", ".bias")):
+        parameter.data += torch.empty_like(parameter).uniform_(-0.4, 0.4)
 
 
 def byte_tokenizer() -> Any:

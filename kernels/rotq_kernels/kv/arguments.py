@@ -17,8 +17,9 @@ from rotq_kernels.kv.format import (
 
 SCHEMA = (
     "(Tensor q_BMTD, Tensor position_BT, float scale, Tensor page_table_BJ, Tensor length_B, "
-    "Tensor start_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, int k_bits, int v_bits, "
-    "str norm, str residual, str mean, float rotary_scale, int window) -> Tensor"
+    "Tensor start_B, Tensor? hidden_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, "
+    "int k_bits, int v_bits, str norm, str residual, str mean, float rotary_scale, int window) "
+    "-> Tensor"
 )
 """Queries, their positions, the scale, and what ``flatten_history`` gives."""
 
@@ -36,6 +37,7 @@ def flatten_history(history: KVHistory) -> tuple[Any, ...]:
         history.page_table_BJ,
         history.length_B,
         history.start_B,
+        history.hidden_B,
         [getattr(history.pages, name) for name in PAGES],
         sides + [getattr(constants, name) for name in LAYER],
         [] if dense is None else [getattr(dense, name) for name in DENSE],
@@ -51,8 +53,8 @@ def flatten_history(history: KVHistory) -> tuple[Any, ...]:
 
 def restore_history(*flat: Any) -> KVHistory:
     """Undo ``flatten_history``; of the sides, what only encoding reads is not kept."""
-    page_table_BJ, length_B, start_B, pages, tensors, dense, k_bits, v_bits, *rest = flat
-    norm, residual, mean, rotary_scale, window = rest
+    page_table_BJ, length_B, start_B, hidden_B, pages, tensors, dense, *rest = flat
+    k_bits, v_bits, norm, residual, mean, rotary_scale, window = rest
     form = KVFormat(
         head_dim=tensors[0].shape[-1],
         k_bits=k_bits,
@@ -68,6 +70,7 @@ def restore_history(*flat: Any) -> KVHistory:
         page_table_BJ=page_table_BJ,
         length_B=length_B,
         start_B=start_B,
+        hidden_B=hidden_B,
         constants=constants,
         dense=DenseKV(**dict(zip(DENSE, dense, strict=True))) if dense else None,
         window=window,

@@ -76,7 +76,10 @@ def packed_attention_reference(
         history.pages, history.page_table_BJ, length_B, start_B, history.constants, dtype=dtype
     )
     token_N = torch.arange(k_BHND.shape[2], device=k_BHND.device)
-    position_BN = (start_B[:, None] + token_N).where(token_N < length_B[:, None], -1)
+    there_BN = token_N < length_B[:, None]
+    if history.hidden_B is not None:
+        there_BN &= token_N >= history.hidden_B[:, None]
+    position_BN = (start_B[:, None] + token_N).where(there_BN, -1)
     if dense is not None:
         k_BHND = torch.cat((k_BHND, dense.k_BHND.to(dtype)), dim=2)
         v_BHND = torch.cat((v_BHND, dense.v_BHND.to(dtype)), dim=2)
@@ -126,8 +129,8 @@ def _check(q_BMTD: Tensor, history: KVHistory) -> None:
     _, M, _, D = q_BMTD.shape
     if form != history.constants.format:
         raise ValueError(f"pages of {form}, constants of {history.constants.format}")
-    if not all(tensor.is_contiguous() for tensor in pages.tensors()):
-        raise ValueError("pages must be contiguous")
+    if not pages.has_whole_pages:
+        raise ValueError("each page must be contiguous")
     if q_BMTD.dtype not in QUERY_DTYPES and q_BMTD.is_cuda:
         raise ValueError(f"queries must be fp16, bf16 or fp32, got {q_BMTD.dtype}")
     if form.head_dim != D or M % H or M // H > MAX_ROWS or D > 256:
@@ -147,6 +150,8 @@ def _check_integers(q_BMTD: Tensor, position_BT: Tensor, history: KVHistory) -> 
         "start": (history.start_B, (B,)),
         "query_position": (position_BT, (B, T)),
     }
+    if history.hidden_B is not None:
+        shapes["hidden"] = (history.hidden_B, (B,))
     if dense is not None:
         N = dense.k_BHND.shape[2]
         shapes["dense position"] = (dense.position_BN, (B, N))

@@ -36,7 +36,7 @@ def encode_kv(
         pages: Modified in place.
 
     Raises:
-        ValueError: shapes, formats or dtypes disagree, or ``pages`` are not contiguous.
+        ValueError: shapes, formats or dtypes disagree, or a page is not contiguous.
     """
     _check(k_BHTD, v_BHTD, position_BT, slot_BT, constants, pages)
     for side in side_arguments(k_BHTD, v_BHTD, position_BT, slot_BT, constants, pages):
@@ -66,8 +66,8 @@ def _check(
             f"positions {tuple(position_BT.shape)} and {slot_BT.dtype} slots "
             f"{tuple(slot_BT.shape)} should be ({B}, {T}), the slots int64"
         )
-    if not all(tensor.is_contiguous() for tensor in pages.tensors()):
-        raise ValueError("pages must be contiguous")
+    if not pages.has_whole_pages:
+        raise ValueError("each page must be contiguous")
     _check_side(constants.key, form.k_bits, form, H)
     _check_side(constants.value, form.v_bits, form, H)
     if constants.mean == "rope" and constants.inv_freq_R is None:

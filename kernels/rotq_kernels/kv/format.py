@@ -88,7 +88,11 @@ class KVFormat:
 
 @dataclass(kw_only=True)
 class KVPages:
-    """Packed keys and values of one layer, page by page; zeros where nothing was written."""
+    """Packed keys and values of one layer, page by page; zeros where nothing was written.
+
+    A page of each tensor is contiguous; from page to page a tensor may have any stride, so that
+    pages may be parts of a larger store's blocks.
+    """
 
     format: KVFormat
     k_codes: Tensor
@@ -131,6 +135,18 @@ class KVPages:
         """All that is stored."""
         found = (self.k_codes, self.v_codes, self.k_norm, self.v_norm, self.k_sign, self.k_gamma)
         return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Elements from page to page of each tensor, by its name; 0 where there is none."""
+        names = ("k_codes", "k_norm", "k_sign", "k_gamma", "v_codes", "v_norm")
+        held = {name: getattr(self, name) for name in names}
+        return {name: 0 if tensor is None else tensor.stride(0) for name, tensor in held.items()}
+
+    @property
+    def has_whole_pages(self) -> bool:
+        """Whether each page of each tensor is contiguous, as kernels need it."""
+        return all(tensor[:1].is_contiguous() for tensor in self.tensors())
 
     @property
     def nbytes(self) -> int:
@@ -210,6 +226,9 @@ class KVHistory:
     start_B: Tensor
     """int32: packed token j of sequence b is at position start_B[b] + j."""
     constants: KVConstants
+    hidden_B: Tensor | None = None
+    """int32: so many packed tokens at the start of a sequence are not seen, because they are among
+    the dense ones; None for none of any."""
     dense: DenseKV | None = None
     """Sinks, recent tokens and the chunk that the queries are of."""
     window: int = 0

@@ -1,8 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """What kernels read of packed pages: which tokens, where they are, their words and norms.
 
-A token's place among all pages' (P, H, S) rows is its row; each stored tensor has a line of words
-or a norm there. Letters as in ``decode.tile``; also P pages, H KV heads, S tokens of a page.
+A token's place among a page's (H, S) rows is its row; each stored tensor has a line of words or a
+norm there. From page to page it is as many elements as the tensor's stride says: pages may be parts
+of a larger store's blocks. Letters as in ``decode.tile``; also P pages, H KV heads, S tokens of a
+page.
 """
 
 import triton
@@ -12,7 +14,18 @@ from rotq_kernels.kv.unpack import load_words
 
 
 @triton.jit
-def seen_tokens(position_ptr, rows, T, start, length, WINDOW: tl.constexpr, N: tl.constexpr):
+def load_hidden(hidden_ptr, b):
+    """Packed tokens at the start of sequence b that nobody sees; 0 without a pointer."""
+    if hidden_ptr is None:
+        return b * 0
+    else:
+        return tl.load(hidden_ptr + b)
+
+
+@triton.jit
+def seen_tokens(
+    position_ptr, rows, T, start, hidden, length, WINDOW: tl.constexpr, N: tl.constexpr
+):
     """First and end of the packed tokens that each query row sees; the end is 0 if none.
 
     Args:
@@ -20,15 +33,16 @@ def seen_tokens(position_ptr, rows, T, start, length, WINDOW: tl.constexpr, N: t
         rows: Of the query, at most N; row n is token n % T of a head.
         T: Query tokens.
         start: Position of packed token 0.
+        hidden: Packed tokens at the start that nobody sees.
         length: Packed tokens.
         WINDOW: Of sliding attention, 0 for none.
         N: Power of two.
     """
     n = tl.arange(0, N)
     position = tl.load(position_ptr + n % T, mask=n < rows, other=-1)
-    first = tl.zeros_like(position)
+    first = tl.zeros_like(position) + hidden
     if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1 - start, 0)
+        first = tl.maximum(position - WINDOW + 1 - start, first)
     end = tl.minimum(length, position - start + 1)
     return first, tl.where((position >= 0) & (end > first), end, 0)
 
@@ -57,18 +71,19 @@ def load_page(table_ptr, t0, offset, length, PAGE: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def rows_of(page, t0, offset, head, H, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """int64 rows of tokens t0 + offset on pages that ``load_page`` gave."""
-    first = (page.to(tl.int64) * H + head) * PAGE
+def rows_of(t0, offset, head, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Rows of tokens t0 + offset on their pages."""
     if PAGE >= TILE:
-        return (first + t0 % PAGE) + offset
+        return (head * PAGE + t0 % PAGE) + offset
     else:
-        return first + (t0 + offset) % PAGE
+        return head * PAGE + (t0 + offset) % PAGE
 
 
 @triton.jit
 def chunk_words(
     codes_ptr,
+    page,
+    stride,
     row,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -79,6 +94,8 @@ def chunk_words(
 
     Args:
         codes_ptr: int32 (P, H, S, CHUNKS * BITS).
+        page: Of ``load_page``.
+        stride: From page to page.
         row: (I, 4), of the token whose chunk it is.
         BLOCK: Which four chunks of a token; 0 where lines hold several tokens.
         CHUNKS: Of a token.
@@ -86,7 +103,8 @@ def chunk_words(
         BITS: Of a code.
     """
     chunk = 4 * BLOCK + tl.arange(0, 4) % (4 // J)
-    words_ptr = codes_ptr + row * (CHUNKS * BITS) + (chunk * BITS)[None, :]
+    page_ptr = codes_ptr + page.to(tl.int64) * stride
+    words_ptr = page_ptr + (row * (CHUNKS * BITS) + (chunk * BITS)[None, :])
     # a lane shall load one chunk, also where it could load four neighbours at once
     words_ptr = tl.max_contiguous(words_ptr, [1, 1])
     if J == 1 and CHUNKS % 4 != 0:
@@ -97,12 +115,13 @@ def chunk_words(
 
 
 @triton.jit
-def load_norms(norm_ptr, row, there, base, factor):
+def load_norms(norm_ptr, page, stride, row, there, base, factor):
     """fp32 norms: 2^(base + code / 16), fp16 times ``factor``, or 2^base where none are stored."""
     if norm_ptr is None:
         return tl.exp2(tl.zeros(row.shape, tl.float32) + base)
     else:
-        stored = tl.load(norm_ptr + row, mask=there, other=0).to(tl.float32)
+        page_ptr = norm_ptr + page.to(tl.int64) * stride
+        stored = tl.load(page_ptr + row, mask=there, other=0).to(tl.float32)
         if norm_ptr.dtype.element_ty == tl.uint8:
             return tl.exp2(stored * 0.0625 + base)
         else:

@@ -15,6 +15,7 @@ from rotq.kv.cache.attention import PackedKV, Visible
 from rotq.kv.cache.encoded_layer import EncodedLayer
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.placement import CacheLayout, Placement
+from rotq.kv.cache.support import check_heads
 from rotq.kv.calibration.file import KVCalibration
 
 
@@ -70,13 +71,8 @@ class PackedLayer(EncodedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for tensors like these; called by ``update``."""
-        num_heads, width = key_states.shape[1], key_states.shape[3]
-        wanted = (self.num_heads, self.constants.format.head_dim)
-        if (num_heads, width) != wanted or value_states.shape[1::2] != key_states.shape[1::2]:
-            raise RotqError(
-                f"the calibration is for {wanted[0]} KV heads of width {wanted[1]}, got keys "
-                f"{tuple(key_states.shape)} and values {tuple(value_states.shape)}"
-            )
+        num_heads, width = self.num_heads, self.constants.format.head_dim
+        check_heads(num_heads, width, key_states, value_states)
         self.start_with(self.calibration.on(key_states.device).layer(self.index))
         self.store = PageStore(self.constants.format, num_heads, key_states.device)
         count = self.placement.sequences.sinks

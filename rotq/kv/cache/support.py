@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -20,7 +21,7 @@ def windows(config: Any) -> list[int]:
         RotqError: a layer that keeps something else than keys and values, or sees them otherwise.
     """
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise RotqError(f"{config.model_type}: no packed cache for chunked attention")
+        raise RotqError(f"{config.model_type}: no cache of rotq's for chunked attention")
     found = []
     for layer in DynamicCache(config=config).layers:
         if type(layer) is DynamicLayer:
@@ -28,8 +29,27 @@ def windows(config: Any) -> list[int]:
         elif type(layer) is DynamicSlidingWindowLayer:
             found.append(int(layer.sliding_window))
         else:
-            raise RotqError(f"{config.model_type}: no packed cache for {type(layer).__name__}")
+            raise RotqError(f"{config.model_type}: no cache of rotq's for {type(layer).__name__}")
     return found
+
+
+def check_heads(num_heads: int, width: int, k_BHTD: Tensor, v_BHTD: Tensor) -> None:
+    """Refuse keys and values that a layer was not made for.
+
+    Args:
+        num_heads: KV heads of the layer.
+        width: Of each.
+        k_BHTD: What the model gives it.
+        v_BHTD: As well.
+
+    Raises:
+        RotqError: they are others than the configuration says.
+    """
+    if {k_BHTD.shape[1::2], v_BHTD.shape[1::2]} != {(num_heads, width)}:
+        raise RotqError(
+            f"by its configuration a layer has {num_heads} KV heads of width {width}, got keys "
+            f"{tuple(k_BHTD.shape)} and values {tuple(v_BHTD.shape)}"
+        )
 
 
 def check_decoder(model: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotq.errors import RotqError
+from rotq.errors import RotqError, reason
+from rotq.models.limits import vocabulary_of
 
 LENGTHS = (2, 1)
 """Tokens of the passes: a prompt, and a step of decoding."""
@@ -32,7 +33,7 @@ def try_out(decoder: Any, run: Callable[[Tensor, Tensor], object]) -> None:
         RotqError: a pass failed.
     """
     device = next(decoder.parameters()).device
-    ids_1N = torch.arange(1, 1 + sum(LENGTHS), device=device)[None] % decoder.config.vocab_size
+    ids_1N = torch.arange(1, 1 + sum(LENGTHS), device=device)[None] % vocabulary_of(decoder)
     position_1N = torch.arange(sum(LENGTHS), device=device)[None]
     training = [module for module in decoder.modules() if module.training]
     try:
@@ -44,10 +45,9 @@ def try_out(decoder: Any, run: Callable[[Tensor, Tensor], object]) -> None:
     except RotqError as error:
         raise RotqError(f"{decoder.config.model_type}: {error}") from None
     except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
         raise RotqError(
             f"{decoder.config.model_type}: no cache of rotq's for this model, a pass with one "
-            f"fails ({line})"
+            f"fails ({type(error).__name__}: {reason(error)})"
         ) from error
     finally:
         _set_training(training, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def calibrate(
     source: dict[str, Any] | None = None,
     statistics: list[LayerStatistics] | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], object] = warnings.warn,
 ) -> KVCalibration:
     """Constants of every layer of a model under a scheme.
 
@@ -46,6 +48,7 @@ def calibrate(
         source: Where the windows come from, for the file.
         statistics: Of the same model, if they were collected before.
         on_window: Called with windows done and windows in all.
+        on_note: Called with a line where the windows say too little; see ``evidence``.
 
     Raises:
         RotqError: see ``statistics.collect``.
@@ -55,13 +58,24 @@ def calibrate(
     layers = {}
     for layer, found in enumerate(statistics):
         format = kv_format(spec, found.shape.head_dim, layer, len(statistics))
-        layers[layer] = fit_layer(found, spec, format)
+        layers[layer] = fit_layer(found.shrunk(), spec, format)
+    width = max(found.shape.head_dim for found in statistics)
+    evidence = statistics[0].evidence
+    note = evidence.note(width) if spec.needs_calibration else ""
+    if note:
+        on_note(note)
     static = [n for n, constants in layers.items() if constants.mean != spec.mean]
     return KVCalibration(
         spec=spec,
         layers=layers,
         model_hash=hash_config(model.config),
-        source={**(source or {}), "windows": list(ids_BT.shape), "static_mean_layers": static},
+        source={
+            **(source or {}),
+            "windows": list(ids_BT.shape),
+            "static_mean_layers": static,
+            "weight": evidence.weight(width),
+            "notes": [note] if note else [],
+        },
     )
 
 

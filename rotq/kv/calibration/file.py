@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,13 +21,14 @@ from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
-from rotq.kv.calibration.stored_layer import layer_facts, layer_tensors, restore_layer
+from rotq.kv.calibration.stored_file import KIND, StoredFile, empty_or_ours, opened
+from rotq.kv.calibration.stored_layer import LayerReader, layer_facts, layer_tensors
 from rotq.kv.presets import KVSpec
-from rotq.models.rotary import kv_shapes, layer_configs
+from rotq.models.rotary import kv_shapes, layer_configs, rotaries
 from rotq.ops import KVConstants
+from rotq.recipe.sections import shown
 
 VERSION = 1
-_KIND = "rotq-kv-calibration"
 _HASHED = (
     "model_type",
     "hidden_size",
@@ -41,6 +41,10 @@ _HASHED = (
     "layer_types",
     "sliding_window",
 )
+
+
+_FACTS = {"version": int, "spec": dict, "model_hash": str, "source": dict, "layers": dict}
+"""What a file says of itself."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +117,7 @@ class KVCalibration:
         }
         # one key: the library writes several in an order of its own
         with whole_file(path) as file:
-            file.write(save(tensors, metadata={_KIND: json.dumps(facts)}))
+            file.write(save(tensors, metadata={KIND: json.dumps(facts)}))
 
 
 def hash_config(config: Any) -> str:
@@ -139,19 +143,14 @@ def load_calibration(path: Path, model_config: Any) -> KVCalibration:
         model_config: Of the model that it is for.
 
     Raises:
-        RotqError: the file is missing, truncated, of another kind, version or model, or holds
-            numbers that are not finite.
+        RotqError: the file is missing, truncated, of another kind, version or model, or what it
+            holds is not what its scheme and the model ask for; names the file, and the tensor.
     """
-    found = _read(path)
-    wanted = hash_config(model_config)
-    if found.model_hash != wanted:
-        raise RotqError(
-            f"{path} was calibrated for another model (configuration {found.model_hash[:12]}, "
-            f"this one is {wanted[:12]}); run rotq calibrate-kv on this model"
-        )
-    if sorted(found.layers) != list(range(len(kv_shapes(model_config)))):
-        raise RotqError(f"{path} does not hold every layer of the model")
-    return found
+    with opened(path) as file:
+        try:
+            return _restored(path, file, model_config)
+        except ValueError as error:
+            raise RotqError(f"{path} is damaged: {error}") from None
 
 
 def foreign(path: Path) -> str | None:
@@ -161,44 +160,46 @@ def foreign(path: Path) -> str | None:
     """
     if not path.is_file():
         return "is a folder" if path.is_dir() else "is no plain file"
-    try:
-        if path.stat().st_size == 0:
-            return None
-        with safe_open(path, framework="pt") as file:
-            ours = _KIND in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        ours = False
-    return None if ours else "exists and is no file of rotq calibrate-kv"
+    return None if empty_or_ours(path) else "exists and is no file of rotq calibrate-kv"
 
 
-def _read(path: Path) -> KVCalibration:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _KIND not in metadata:
-                raise RotqError(f"{path} is not a file of rotq calibrate-kv")
-            facts = json.loads(metadata[_KIND])
-            if facts["version"] != VERSION:
-                raise RotqError(f"{path} has version {facts['version']}, known is {VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _check_finite(path, tensors)
-        return KVCalibration(
-            spec=KVSpec.from_dict(facts["spec"]),
-            layers={
-                int(n): restore_layer(n, values, tensors) for n, values in facts["layers"].items()
-            },
-            model_hash=facts["model_hash"],
-            source=facts["source"],
+def _restored(path: Path, file: StoredFile, model_config: Any) -> KVCalibration:
+    """What an open file holds; what it says about itself comes before its tensors."""
+    facts = file.facts
+    version = facts.get("version")
+    if version != VERSION:
+        raise RotqError(f"{path} has version {shown(version)}, known is {VERSION}")
+    if facts.keys() != _FACTS.keys():
+        raise ValueError(f"its facts are not {', '.join(_FACTS)}")
+    for name, kind in _FACTS.items():
+        if not isinstance(facts[name], kind):
+            raise ValueError(f"its {name} is {shown(facts[name])}")
+    _check_model(path, facts["model_hash"], model_config)
+    spec = KVSpec.from_dict(facts["spec"])
+    shapes, turns = kv_shapes(model_config), rotaries(model_config)
+    if facts["layers"].keys() != {str(layer) for layer in range(len(shapes))}:
+        raise RotqError(f"{path} does not hold every layer of the model, and no other")
+    layers = {}
+    for layer, (shape, rotary) in enumerate(zip(shapes, turns, strict=True)):
+        reader = LayerReader(
+            file=file,
+            spec=spec,
+            layer=layer,
+            num_layers=len(shapes),
+            shape=shape,
+            rotary=rotary,
         )
-    except FileNotFoundError:
-        raise RotqError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise RotqError(f"cannot read {path}: {error}") from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise RotqError(f"{path} is damaged: {error}") from None
+        layers[layer] = reader.read(facts["layers"][str(layer)])
+    file.check_all_read()
+    return KVCalibration(
+        spec=spec, layers=layers, model_hash=facts["model_hash"], source=facts["source"]
+    )
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise RotqError(f"{path} is damaged: {name} is not finite")
+def _check_model(path: Path, found: str, model_config: Any) -> None:
+    wanted = hash_config(model_config)
+    if found != wanted:
+        raise RotqError(
+            f"{path} was calibrated for another model (configuration {shown(found[:12])}, "
+            f"this one is {wanted[:12]}); run rotq calibrate-kv on this model"
+        )

@@ -18,6 +18,7 @@ from rotq.kv.calibration.codebook import (
     gaussian_codebook,
     integer_codebook,
 )
+from rotq.kv.calibration.evidence import shrunk
 from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
@@ -76,10 +77,11 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     """
     x_HND = centred_keys(statistics, spec)
     mean_HD, _ = _key_mean(statistics, spec)
-    basis_HDD = _basis(spec.basis, x_HND)
+    C_HDD = _second_moment(x_HND, statistics.weight)
+    basis_HDD = _basis(spec.basis, C_HDD)
     metric_HDD = statistics.query_moment_HDD
     alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
-    matrices = [balanced(basis_HDD, x_HND, metric_HDD, alpha, spec.beta) for alpha in alphas]
+    matrices = [balanced(basis_HDD, C_HDD, metric_HDD, alpha, spec.beta) for alpha in alphas]
     return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
 
 
@@ -89,20 +91,21 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     if not spec.value_mean:
         mean_HD = torch.zeros_like(mean_HD)
     x_HND = statistics.v_HND - mean_HD[:, None].float()
-    matrices = [_basis(spec.value_basis, x_HND)]
+    C_HDD = _second_moment(x_HND, statistics.weight)
+    matrices = [_basis(spec.value_basis, C_HDD)]
     metric_HDD = statistics.output_moment_HDD
     if spec.value_metric and metric_HDD is not None:
-        matrices = [balanced(matrices[0], x_HND, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
+        matrices = [balanced(matrices[0], C_HDD, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
     return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
 
 
 def balanced(
-    basis_HDD: Tensor, x_HND: Tensor, metric_HDD: Tensor, alpha: float, beta: float
+    basis_HDD: Tensor, C_HDD: Tensor, metric_HDD: Tensor, alpha: float, beta: float
 ) -> Tensor:
     """A = basis x P^(1/2), fp64."""
     if alpha == 0 and beta == 0:
         return basis_HDD
-    P_HDD = balanced_metric(_second_moment(x_HND), metric_HDD, alpha=alpha, beta=beta)
+    P_HDD = balanced_metric(C_HDD, metric_HDD, alpha=alpha, beta=beta)
     return basis_HDD @ symmetric_power(P_HDD, 0.5)
 
 
@@ -128,19 +131,20 @@ def _key_mean(statistics: LayerStatistics, spec: KVSpec) -> tuple[Tensor, bool]:
     return statistics.turned_key_mean_HD, False
 
 
-def _basis(kind: Literal["hadamard", "svd", "none"], x_HND: Tensor) -> Tensor:
-    """Orthogonal (H, D, D), fp64."""
-    H, _, D = x_HND.shape
+def _basis(kind: Literal["hadamard", "svd", "none"], C_HDD: Tensor) -> Tensor:
+    """Orthogonal (H, D, D), fp64, for tokens of this second moment."""
+    H, D, _ = C_HDD.shape
     if kind == "hadamard":
         return hadamard_basis(D).expand(H, -1, -1)
     if kind == "none":
         return torch.eye(D, dtype=torch.float64).expand(H, -1, -1)
-    return torch.linalg.eigh(_second_moment(x_HND)).eigenvectors.mT.flip(1)
+    return torch.linalg.eigh(C_HDD).eigenvectors.mT.flip(1)
 
 
-def _second_moment(x_HND: Tensor) -> Tensor:
+def _second_moment(x_HND: Tensor, weight: float) -> Tensor:
+    """Of the samples, as far as the text says it; see ``evidence``."""
     x_HND = x_HND.double()
-    return x_HND.mT @ x_HND / x_HND.shape[1]
+    return shrunk(x_HND.mT @ x_HND / x_HND.shape[1], weight)
 
 
 def _fit_side(

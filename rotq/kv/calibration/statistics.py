@@ -18,19 +18,22 @@ per KV head, Q queries of a chunk, S keys, N sampled tokens, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rotq.devices import double
 from rotq.errors import RotqError
+from rotq.kv.calibration.evidence import Evidence, shrunk
 from rotq.models.attention.replaced import (
     AttentionCall,
     probabilities,
     replaced_attention,
     visible,
 )
+from rotq.models.limits import vocabulary_of
 from rotq.models.registry import adapter_for
 from rotq.models.rotary import KVShape, Rotary, kv_shapes, rotaries
 
@@ -61,6 +64,25 @@ class LayerStatistics:
     v_HND: Tensor
     position_N: Tensor
     """Positions of the samples."""
+    evidence: Evidence
+    """What the windows hold."""
+    weight: float = 1.0
+    """What samples count beside an identity of their size where moments are taken of them."""
+
+    def shrunk(self) -> LayerStatistics:
+        """The same as far as the windows say it, which is all of it for most; see ``evidence``."""
+        weight = self.evidence.weight(self.shape.head_dim)
+        if weight == 1:
+            return self
+        return replace(
+            self,
+            key_mean_HD=weight * self.key_mean_HD,
+            turned_key_mean_HD=weight * self.turned_key_mean_HD,
+            value_mean_HD=weight * self.value_mean_HD,
+            query_moment_HDD=shrunk(self.query_moment_HDD, weight),
+            plain_query_moment_HDD=shrunk(self.plain_query_moment_HDD, weight),
+            weight=weight,
+        )
 
 
 @torch.inference_mode()
@@ -91,7 +113,10 @@ def collect(
     if sinks >= T:
         raise ValueError(f"windows of {T} tokens hold nothing behind {sinks} sinks")
     shapes, turns = kv_shapes(model.config), rotaries(model.config)
-    layers = [_Layer(shape, turn, sinks) for shape, turn in zip(shapes, turns, strict=True)]
+    evidence = Evidence.of(ids_BT, vocabulary_of(model))
+    layers = [
+        _Layer(shape, turn, sinks, evidence) for shape, turn in zip(shapes, turns, strict=True)
+    ]
     generator = torch.Generator().manual_seed(seed)
     each = min(T - sinks, -(-num_samples // B))
 
@@ -112,8 +137,10 @@ def collect(
 class _Layer:
     """Sums over the windows of one layer."""
 
-    def __init__(self, shape: KVShape, rotary: Rotary | None, sinks: int) -> None:
-        self.shape, self.rotary, self.sinks = shape, rotary, sinks
+    def __init__(
+        self, shape: KVShape, rotary: Rotary | None, sinks: int, evidence: Evidence
+    ) -> None:
+        self.shape, self.rotary, self.sinks, self.evidence = shape, rotary, sinks, evidence
         H, D = shape.num_heads, shape.head_dim
         self.sums_HD = torch.zeros(3, H, D, dtype=torch.float64)
         self.moments_HDD = torch.zeros(2, H, D, D, dtype=torch.float64)
@@ -156,10 +183,11 @@ class _Layer:
             k_HND=torch.cat(k_HND, dim=1),
             v_HND=torch.cat(v_HND, dim=1),
             position_N=torch.cat(position_N),
+            evidence=self.evidence,
         )
 
     def _add_means(self, k_HTD: Tensor, v_HTD: Tensor) -> None:
-        k_HTD, v_HTD = k_HTD[:, self.sinks :].double(), v_HTD[:, self.sinks :].double()
+        k_HTD, v_HTD = double(k_HTD[:, self.sinks :]), double(v_HTD[:, self.sinks :])
         position_T = torch.arange(self.sinks, self.sinks + k_HTD.shape[1], device=k_HTD.device)
         if self.rotary is not None:
             self.sums_HD[0] += self.rotary.turn_back(k_HTD, position_T).sum(1).cpu()
@@ -185,9 +213,9 @@ class _Layer:
         return output_BHGQD
 
     def _add_queries(self, q_HGQD: Tensor, weight_HGQ: Tensor) -> None:
-        q_HND = q_HGQD.flatten(1, 2).double()
+        q_HND = double(q_HGQD.flatten(1, 2))
         for index, weight_HN in enumerate((weight_HGQ, torch.ones_like(weight_HGQ))):
-            weight_HN = weight_HN.flatten(1).double()
+            weight_HN = double(weight_HN.flatten(1))
             self.moments_HDD[index] += (q_HND.mT @ (q_HND * weight_HN[..., None])).cpu()
             self.weights_H[index] += weight_HN.sum(1).cpu()
 
@@ -203,7 +231,7 @@ def output_moments(model: Any, shapes: list[KVShape]) -> list[Tensor | None]:
         linear = block.get_submodule(adapter.attention_output)
         weight_NK = _weight(linear, shape.num_heads * shape.group * shape.head_dim)
         split = (shape.num_heads, shape.group, shape.head_dim)
-        weight_NHGD = weight_NK.double().cpu().unflatten(1, split)
+        weight_NHGD = weight_NK.cpu().double().unflatten(1, split)
         moments.append(torch.einsum("nhgd,nhge->hde", weight_NHGD, weight_NHGD))
     return moments
 

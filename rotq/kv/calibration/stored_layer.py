@@ -1,18 +1,29 @@
-"""What a calibration file holds of one layer.
+"""What a calibration file holds of one layer, and the way back, which believes nothing.
 
 Its tensors are ``<layer>.<side>.<name>``, or ``<layer>.<name>`` for those of no side. What is equal
 for all heads is stored once; inverses are not stored but taken again.
+
+The scheme and the model decide what a layer's facts must be and which tensors it must have, in
+which shapes; so the facts are compared with what they should be, and are not used.
+
+Shape suffixes: H KV heads, D head width, L levels, E thresholds, R rotary pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rotq.kv.calibration.layer_constants import stored_inverse
-from rotq.ops import KVConstants, KVFormat, SideConstants
+from rotq.kv.calibration.layer_constants import kv_format, stored_inverse
+from rotq.kv.calibration.soundness import check_constants
+from rotq.kv.calibration.stored_file import StoredFile
+from rotq.kv.presets import KVSpec
+from rotq.models.rotary import KVShape, Rotary
+from rotq.ops import TABLE_BITS, KVConstants, KVFormat, SideConstants
+from rotq.recipe.sections import shown
 
 _SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
 _LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
@@ -52,33 +63,130 @@ def _stored_once(tensor: Tensor) -> Tensor:
     return (tensor[:1] if equal else tensor).clone().contiguous()
 
 
-def restore_layer(layer: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> KVConstants:
-    """Undo ``layer_facts`` and ``layer_tensors``.
+@dataclass(frozen=True, kw_only=True)
+class LayerReader:
+    """Undoes ``layer_facts`` and ``layer_tensors`` for one layer of a model."""
 
-    Raises:
-        KeyError: a fact or a tensor is missing.
-    """
-    format = KVFormat(**facts["format"])
-    return KVConstants(
-        format=format,
-        key=_side(layer, "key", facts, tensors),
-        value=_side(layer, "value", facts, tensors),
-        mean=facts["mean"],
-        rotary_scale=facts["rotary_scale"],
-        **{name: tensors.get(f"{layer}.{name}") for name in _LAYER},
-    )
+    file: StoredFile
+    spec: KVSpec
+    layer: int
+    num_layers: int
+    shape: KVShape
+    """Of the model's layer."""
+    rotary: Rotary | None
+    """As well."""
+
+    def read(self, facts: object) -> KVConstants:
+        """The layer's constants.
+
+        Args:
+            facts: Its own, as JSON gave them.
+
+        Raises:
+            ValueError: a fact or a tensor is not what the scheme and the model ask for; names it.
+        """
+        format = kv_format(self.spec, self.shape.head_dim, self.layer, self.num_layers)
+        facts = self._checked(facts, format)
+        H, D = self.shape.num_heads, self.shape.head_dim
+        qjl = format.residual == "qjl"
+        found = KVConstants(
+            format=format,
+            key=self._side("key", format.k_bits, facts["key_search"]),
+            value=self._side("value", format.v_bits, facts["value_search"]),
+            mean=facts["mean"],
+            inv_freq_R=self._inv_freq() if facts["mean"] == "rope" else None,
+            rotary_scale=facts["rotary_scale"],
+            sketch_DD=self._tensor("sketch_DD", (D, D)) if qjl else None,
+            residual_scale_H=self._tensor("residual_scale_H", (H,))
+            if format.residual != "none"
+            else None,
+            gamma_base_H=self._tensor("gamma_base_H", (H,)) if qjl else None,
+        )
+        try:
+            check_constants(found, self.spec)
+        except ValueError as error:
+            raise ValueError(f"{self.layer}.{error}") from None
+        return found
+
+    def _checked(self, facts: object, format: KVFormat) -> dict[str, Any]:
+        """The facts by name, those of the format too."""
+        said = _flat(facts)
+        allowed = self._allowed(format, turned=said.get("mean") == "rope")
+        if said.keys() != allowed.keys():
+            raise ValueError(f"layer {self.layer}: its facts are not {', '.join(allowed)}")
+        for name, values in allowed.items():
+            found = said[name]
+            if not any(type(found) is type(value) and found == value for value in values):
+                expected = " or ".join(dict.fromkeys(map(shown, values)))
+                raise ValueError(
+                    f"layer {self.layer}: its {name} is {shown(found)}, not {expected}"
+                )
+        return said
+
+    def _allowed(self, format: KVFormat, *, turned: bool) -> dict[str, tuple[object, ...]]:
+        """What each fact may be."""
+        # static where the layer's RoPE is unknown, or was when the file was made
+        means = ("rope", "static") if self.spec.mean == "rope" else (self.spec.mean,)
+        scale = self.rotary.scale if turned and self.rotary is not None else 1.0
+        searches = (0, self.spec.search)
+        return {
+            **{f"format.{name}": (value,) for name, value in asdict(format).items()},
+            "mean": means,
+            "rotary_scale": (scale,),
+            "heads": (self.shape.num_heads,),
+            "key_gain": (self.spec.gain,),
+            "value_gain": (self.spec.gain,),
+            "key_search": searches,
+            "value_search": searches,
+        }
+
+    def _side(self, side: str, bits: int, search: int) -> SideConstants:
+        D = self.shape.head_dim
+        rests: dict[str, tuple[int, ...]] = {
+            "matrix_HDD": (D, D),
+            "mean_HD": (D,),
+            "levels_HL": (2**bits if bits <= TABLE_BITS else 0,),
+            "thresholds_HL": (2**bits - 1,),
+            "base_H": (),
+            "unit_H": (),
+        }
+        if search:
+            rests["metric_HDD"] = (D, D)
+        held = {name: self._heads(f"{side}.{name}", rest) for name, rest in rests.items()}
+        return SideConstants(
+            gain=self.spec.gain,
+            search=search,
+            inverse_HDD=stored_inverse(held["matrix_HDD"]),
+            **held,
+        )
+
+    def _heads(self, name: str, rest: tuple[int, ...]) -> Tensor:
+        """A tensor of all heads, which may be stored once."""
+        H = self.shape.num_heads
+        tensor = self._tensor(name, (1, *rest), (H, *rest))
+        return tensor.expand(H, *rest).contiguous()
+
+    def _inv_freq(self) -> Tensor:
+        """Frequencies, which must be those of the model."""
+        if self.rotary is None:
+            raise ValueError(
+                f"layer {self.layer}: a mean that turns with RoPE, and the model's layer is not "
+                "known to turn so"
+            )
+        own_R = self.rotary.inv_freq_R
+        found_R = self._tensor("inv_freq_R", tuple(own_R.shape))
+        if not torch.allclose(found_R, own_R.cpu(), rtol=1e-6, atol=0):
+            raise ValueError(f"{self.layer}.inv_freq_R is not that of the model")
+        return found_R
+
+    def _tensor(self, name: str, *shapes: tuple[int, ...]) -> Tensor:
+        dtype = torch.int8 if name.endswith("levels_HL") else torch.float32
+        return self.file.tensor(f"{self.layer}.{name}", dtype, shapes)
 
 
-def _side(
-    layer: str, side: str, facts: dict[str, Any], tensors: dict[str, Tensor]
-) -> SideConstants:
-    held, search = {}, facts[f"{side}_search"]
-    for name in (*_SIDE, *(("metric_HDD",) if search else ())):
-        tensor = tensors[f"{layer}.{side}.{name}"]
-        held[name] = tensor.expand(facts["heads"], *tensor.shape[1:]).contiguous()
-    return SideConstants(
-        gain=facts[f"{side}_gain"],
-        search=search,
-        inverse_HDD=stored_inverse(held["matrix_HDD"]),
-        **held,
-    )
+def _flat(facts: object) -> dict[str, Any]:
+    """The facts and, as ``format.<name>``, those of the format; empty where they are no objects."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), dict):
+        return {}
+    form = {f"format.{name}": value for name, value in facts["format"].items()}
+    return form | {name: value for name, value in facts.items() if name != "format"}

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV
-from rotq.kv.cache.support import windows
+from rotq.kv.cache.support import check_heads, windows
 from rotq.kv.pool.attention import PLAIN, Extras, Whole
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import KVShape, kv_shapes
@@ -97,6 +97,8 @@ class DenseLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store fresh tokens, (B, H, T, D); what comes back only our attention can read."""
         assert self.layout is not None
+        _, num_heads, _, width = self.k_PHSD.shape
+        check_heads(num_heads, width, key_states, value_states)
         layout = self.layout.to(key_states.device)
         b, t = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
         slot = layout.encode_slot_BE[b, t]

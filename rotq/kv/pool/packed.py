@@ -15,7 +15,7 @@ from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import EncodedLayer, check_norms
 from rotq.kv.cache.pages import PageStore
-from rotq.kv.cache.support import check_served, windows
+from rotq.kv.cache.support import check_heads, check_served, windows
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
 from rotq.models.rotary import kv_shapes
@@ -141,6 +141,7 @@ class PooledLayer(EncodedLayer):
     def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
         """Code all fresh tokens but new sinks, which are held whole."""
         assert self.layout is not None
+        check_heads(self.num_heads, self.constants.format.head_dim, k_BHTD, v_BHTD)
         layout = self.layout.to(k_BHTD.device)
         k, v = (held[layout.sink_B].to(k_BHTD.dtype) for held in self.sinks)
         visible = self._see(layout, torch.cat((k, k_BHTD), dim=2), torch.cat((v, v_BHTD), dim=2))

@@ -60,6 +60,10 @@ class Cost:
     elements: int
     """Key and value elements of a token."""
 
+    def of(self, pages: int, sinks: int) -> int:
+        """Bytes of so many pages and of the sinks of so many sequences."""
+        return pages * self.page + sinks * self.sinks
+
 
 @dataclass(kw_only=True)
 class PoolLayout(Layout):

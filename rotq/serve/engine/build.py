@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rotq.errors import RotqError
+from rotq.errors import RotqError, told
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
@@ -14,7 +14,7 @@ from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.model_runner import ModelRunner, rows_that_agree
 from rotq.serve.engine.observer import Observer
 from rotq.serve.engine.page_allocator import PageAllocator
-from rotq.serve.engine.trial import Trial, refusing
+from rotq.serve.engine.trial import Trial
 from rotq.serve.settings import Settings
 
 ROWS_CPU, ROWS_GPU = 8, 32
@@ -44,7 +44,7 @@ def build_engine(
     Raises:
         RotqError: the model cannot be served, or not in so few bytes.
     """
-    with refusing(model):
+    with told(f"{model.config.model_type}: the model cannot be served"):
         return _build(model, calibration, settings, observer, rows)
 
 

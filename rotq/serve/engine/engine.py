@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -84,8 +84,7 @@ class Engine:
 
     def retry_after(self) -> int:
         """Seconds after which a place in the queue may be free, an estimate."""
-        seconds = self._seconds * len(self.waiting) / self.max_batch
-        return min(60, max(1, math.ceil(seconds)))
+        return min(60, max(1, math.ceil(self._seconds * len(self.waiting) / self.max_batch)))
 
     @property
     def alive(self) -> bool:
@@ -111,15 +110,14 @@ class Engine:
         allocations = [sequence.allocation for sequence in running]
         held = {page for part in allocations if part for page in list(part.pages)}
         first = {part.sink for part in allocations if part and part.sink is not None}
-        size = len(held) * self.cost.page + len(first) * self.cost.sinks
-        filled = allocator.pages.filled * self.cost.page + allocator.first.filled * self.cost.sinks
+        size = self.cost.of(len(held), len(first))
         return State(
             running=len(running),
             waiting=len(self.waiting),
             tokens=tokens,
             pages=allocator.pages.filled,
             pages_total=allocator.pages.size,
-            cache_bytes=filled,
+            cache_bytes=self.cost.of(allocator.pages.filled, allocator.first.filled),
             cache_bytes_total=self.runner.pool.nbytes,
             bits_per_element=8 * size / (tokens * self.cost.elements) if tokens else 0.0,
             generated=self._generated,
@@ -148,13 +146,7 @@ class Engine:
         self.observer.failed(error)
         for sequence in list(self._running):
             self._fail(sequence, "internal")
-        allocator = self.allocator
-        self.allocator = PageAllocator(
-            num_pages=allocator.pages.size,
-            num_sinks=allocator.first.size,
-            page_size=allocator.page_size,
-            sinks=allocator.sinks,
-        )
+        self.allocator = self.allocator.emptied()
         self._failures += 1
         if self._failures >= _FAILURES:
             self.waiting.close()
@@ -212,14 +204,13 @@ class Engine:
                 self._choose(sequence, logits_V)
         return bool(ready)
 
-    def _step(self, group: Sequence[Generation]) -> Iterator[Tensor]:
+    def _step(self, group: Sequence[Generation]) -> Tensor:
         rows: list[Row] = []
         for sequence in group:
             assert sequence.allocation is not None
             self.allocator.extend(sequence.allocation, sequence.count + 1)
             rows.append(sequence.row(1))
-        logits_BV = self.runner.decode([item.generated[-1] for item in group], rows)
-        return iter(logits_BV)
+        return self.runner.decode([item.generated[-1] for item in group], rows)
 
     def _choose(self, sequence: Generation, logits_V: Tensor) -> None:
         now = time.monotonic()

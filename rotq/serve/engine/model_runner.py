@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rotq.kv.pool.pool import PAGE_SIZE, Pool, Row
+from rotq.models.limits import vocabulary_of
 
 
 class ModelRunner:
@@ -104,7 +105,7 @@ def rows_that_agree(model: Any, rows: int) -> int:
             has the shapes of a decode step.
         rows: Wanted.
     """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_of(model)
     generator = torch.Generator().manual_seed(0)
     token = int(torch.randint(vocabulary, (), generator=generator))
     seen: Tensor | None = None

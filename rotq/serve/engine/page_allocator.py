@@ -111,6 +111,15 @@ class PageAllocator:
         self.first = PagePool(num_sinks)
         self._promised = 0
 
+    def emptied(self) -> PageAllocator:
+        """Another one for the same pool, in which nobody holds anything."""
+        return PageAllocator(
+            num_pages=self.pages.size,
+            num_sinks=self.first.size,
+            page_size=self.page_size,
+            sinks=self.sinks,
+        )
+
     def pages_for(self, tokens: int) -> int:
         """Pages that a sequence of so many tokens takes; its sinks are not in pages."""
         return max(0, -(-(tokens - self.sinks) // self.page_size))

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from rotq.errors import RotqError
+from rotq.errors import RotqError, reason, told
 from rotq.serve.engine.sampling import Picked
 from rotq.serve.engine.text_stream import TextStream, finished
 from rotq.serve.http.encoder_process import EncoderLost, EncoderProcess
@@ -64,11 +64,8 @@ class Tokenization:
         limit: int,
         on_error: Callable[[Exception], None],
     ) -> None:
-        try:
+        with told("the tokenizer cannot be sent to another process"):
             pickled = pickle.dumps(tokenizer)
-        except Exception as error:
-            line = " ".join(str(error).split())
-            raise RotqError(f"the tokenizer cannot be sent to another process: {line}") from error
         self.vocabulary, self.longest = vocabulary, longest
         self._tokenizer, self._on_error = tokenizer, on_error
         widest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -231,8 +228,8 @@ class Tokenization:
         except (Exception, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as panic:
-            line = " ".join(str(panic).split())[:300]
-            raise RotqError(f"the tokenizer failed on its own tokens: {line}") from None
+            line = f"the tokenizer failed on its own tokens: {reason(panic)}"
+            raise RotqError(line) from None
 
 
 def _begins(offsets: Sequence[Sequence[int]]) -> list[int]:

@@ -189,7 +189,7 @@ def test_refused_queries(name: str, change: Any, message: str) -> None:
             lambda history: replace(history.dense, position_BN=history.dense.position_BN.long()),
             "dense position must be int32",
         ),
-        ("pages", strided_pages, "pages must be contiguous"),
+        ("pages", strided_pages, "each page must be contiguous"),
         ("window", lambda history: -1, "window must be"),
     ],
 )

@@ -89,5 +89,5 @@ def test_other_layers_than_attention() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     calibration = calibration_of(tiny_model("llama"), mean="static")
     calibration = replace(calibration, model_hash=hash_config(config))
-    with pytest.raises(RotqError, match="no packed cache for"):
+    with pytest.raises(RotqError, match=r"no cache of rotq's for"):
         PackedCache(model, calibration)

@@ -135,11 +135,12 @@ def test_residual_bit_pays(residual: str) -> None:
 
 
 def test_basis_and_metric() -> None:
-    x_HND = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0))
-    eye_HDD = torch.eye(8).double()[None]
-    assert balanced(eye_HDD, x_HND, eye_HDD, 0.0, 0.0) is eye_HDD
-    A_HDD = balanced(eye_HDD, x_HND * torch.arange(1.0, 9.0), eye_HDD, 0.0, 1.0)
-    spread = (x_HND * torch.arange(1.0, 9.0)).double() @ A_HDD.mT
+    x_HND = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0)).double()
+    x_HND *= torch.arange(1.0, 9.0)
+    C_HDD, eye_HDD = x_HND.mT @ x_HND / 400, torch.eye(8).double()[None]
+    assert balanced(eye_HDD, C_HDD, eye_HDD, 0.0, 0.0) is eye_HDD
+    A_HDD = balanced(eye_HDD, C_HDD, eye_HDD, 0.0, 1.0)
+    spread = x_HND @ A_HDD.mT
     ratio = spread.std(1).max() / spread.std(1).min()
     assert ratio < 2.5
 

@@ -107,7 +107,7 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
         ({"version": 99}, "has version 99, known is 1"),
         ({"spec": {"name": "x"}}, "is damaged"),
         ({"spec": 3}, "is damaged"),
-        ({"1.key.levels_HL": None}, "is damaged: '1.key.levels_HL'"),
+        ({"1.key.levels_HL": None}, "is damaged: 1.key.levels_HL is missing"),
         ({"0.value.mean_HD": torch.full((2, 16), torch.nan)}, "0.value.mean_HD is not finite"),
         ({"layers": {}}, "does not hold every layer"),
     ],

@@ -91,6 +91,21 @@ def test_logits_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
         build_engine(served_model(), None, LIMITS)
 
 
+@pytest.mark.parametrize("kv", ["k3v3", "dense"])
+def test_other_heads_than_the_configuration_says_are_refused(kv: str) -> None:
+    model = served_model()
+    model.config.num_key_value_heads = 1
+    with pytest.raises(RotqError, match=r"llama: by its configuration a layer has 1 KV heads"):
+        build_engine(model, calibration_of(model, kv), LIMITS)
+
+
+@pytest.mark.parametrize("kv", ["k3v3", "dense"])
+def test_it_is_tried_on_tokens_that_have_embeddings(kv: str) -> None:
+    model = served_model()
+    model.config.vocab_size = 10**6
+    assert build_engine(model, calibration_of(model, kv), LIMITS).longest == 640
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kv", ["k3v3", "k8v3", "dense"])
 def test_16_bits_are_served(kv: str, dtype: torch.dtype) -> None:

@@ -142,3 +142,14 @@ def test_a_dead_engine_is_said() -> None:
         server.served.engine.close()
         refused(post(server, {"prompt": "x"}), 503)
         assert refused(http().get(server.url + "/health"), 503)["code"] == "dead"
+
+
+def test_tokens_that_have_no_embedding() -> None:
+    """Whatever the configuration says of the vocabulary."""
+    model = served_model()
+    number = model.get_input_embeddings().num_embeddings
+    model.config.vocab_size = 10**6
+    with running_server(model, byte_tokenizer()) as server:
+        wrong = {"prompt": [number], "max_tokens": 2}
+        refused(post(server, wrong), 400, f"token {number} is not among the model's {number}")
+        assert post(server, {"prompt": [number - 1], "max_tokens": 2}).status_code == 200

@@ -52,6 +52,7 @@ def packed_attention_cpu(
     pages, dense, window = history.pages, history.dense, history.window
     out_BMTD = torch.zeros_like(q_BMTD, memory_format=torch.contiguous_format)
     lengths, starts = history.length_B.tolist(), history.start_B.tolist()
+    hidden = [0] * len(lengths) if history.hidden_B is None else history.hidden_B.tolist()
     packed = _PackedTokens(pages, history.constants) if any(lengths) else None
     for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         position_T = position_BT[b]
@@ -60,7 +61,7 @@ def packed_attention_cpu(
             _attend_fresh(out_BMTD[b], q_BMTD[b], dense, b, scale)
             continue
         if packed is not None:
-            packed.open(history.page_table_BJ[b].tolist(), length, start)
+            packed.open(history.page_table_BJ[b].tolist(), range(hidden[b], length), start)
         for turn in _turns(q_BMTD.shape[1], position_T, length, dense_N):
             query = _Queries(q_BMTD[b, :, turn], position_T[turn], pages.k_codes.shape[1], scale)
             out_BMTD[b, :, turn] = _attend(query, packed if length else None, dense, b, window)
@@ -101,8 +102,8 @@ def _attend(
 ) -> Tensor:
     """One softmax over what there is; (query heads, T, D)."""
     scores, positions = [], []
-    if packed is not None:
-        span = packed.span(query, window)
+    span = range(0) if packed is None else packed.span(query, window)
+    if packed is not None and span:
         scores.append(packed.scores(query, span))
         positions.append(torch.arange(span.start, span.stop, dtype=torch.int32) + packed.start)
     if dense is not None:
@@ -113,10 +114,10 @@ def _attend(
         return query.x_HMD.new_zeros(query.shape)
     weights_HMN = _softmax(torch.cat(scores, dim=-1), torch.cat(positions), query, window)
     out_HMD = torch.zeros_like(query.x_HMD)
-    split = len(positions[0]) if packed is not None else 0
+    split = len(span)
     if dense is not None:
         out_HMD += weights_HMN[..., split:] @ v_HND
-    if packed is not None:
+    if packed is not None and span:
         out_HMD += packed.values(weights_HMN[..., :split], span)
     return out_HMD.view(query.shape)
 
@@ -145,15 +146,16 @@ class _PackedTokens:
         self.keys = level_reader(constants.key, form.k_bits, form.head_dim)
         self.levels = level_reader(constants.value, form.v_bits, form.head_dim)
 
-    def open(self, page_J: list[int], length: int, start: int) -> None:
-        """Go to a sequence: its pages, its tokens, the position of the first."""
-        self.page_J, self.length, self.start = page_J, length, start
+    def open(self, page_J: list[int], tokens: range, start: int) -> None:
+        """Go to a sequence: its pages, its tokens that can be seen, the position of token 0."""
+        self.page_J, self.tokens, self.start = page_J, tokens, start
 
     def span(self, query: _Queries, window: int) -> range:
         """Tokens that any of the queries may see."""
-        first = max(0, query.first - window + 1 - self.start) if window else 0
-        last = min(self.length, query.last + 1 - self.start)
-        return range(min(first, self.length), max(min(first, self.length), last))
+        first, end = self.tokens.start, self.tokens.stop
+        if window:
+            first = max(first, query.first - window + 1 - self.start)
+        return range(first, min(end, query.last + 1 - self.start))
 
     def scores(self, query: _Queries, span: range) -> Tensor:
         """(H, M, N) of the tokens in ``span``."""

@@ -5,6 +5,9 @@ from typing import Any
 from rotq_kernels.kv.encode.kernel import encode_kernel
 from rotq_kernels.kv.encode.launch import tile_sizes
 
+STRIDES = ["stride_codes", "stride_norm", "stride_sign", "stride_gamma"]
+"""From page to page."""
+
 
 def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
     shape = tile_sizes(head_dim, tokens, changes.get("SEARCH", 0))
@@ -28,6 +31,7 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
     types |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
     types |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
     types |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
+    types |= dict.fromkeys(STRIDES, "i32")
     types |= {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"}
     # launched with None, or specialized for 1
     fixed: dict[str, Any] = {} if constants["R"] else {"inv_freq_ptr": None}
@@ -46,6 +50,7 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
         "constants": constants | fixed,
         "num_warps": num_warps,
         "enable_fp_fusion": False,
+        "divisible": STRIDES,
     }
 
 

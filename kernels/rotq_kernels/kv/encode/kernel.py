@@ -53,6 +53,10 @@ def encode_kernel(
     rotary_scale,
     num_positions,
     num_tokens,
+    stride_codes,
+    stride_norm,
+    stride_sign,
+    stride_gamma,
     D: tl.constexpr,
     R: tl.constexpr,
     BITS: tl.constexpr,
@@ -66,7 +70,7 @@ def encode_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot_N = tl.load(slot_ptr + n, mask=n < num_tokens, other=-1).to(tl.int64)
     keep_N = slot_N >= 0
@@ -74,7 +78,7 @@ def encode_kernel(
         tl.int64
     ) * stride_t
     from_N += x_ptr + h * stride_h
-    row_N = ((slot_N // PAGE) * num_heads + h) * PAGE + slot_N % PAGE
+    page_N, row_N = slot_N // PAGE, h * PAGE + slot_N % PAGE
     position_N = tl.load(position_ptr + n, mask=keep_N, other=0)
     d = tl.arange(0, BLOCK_D)
 
@@ -122,7 +126,7 @@ def encode_kernel(
             SEARCH,
             PRECISION,
         )
-    store_words(codes_ptr, row_N, keep_N, code_ND, D, BITS)
+    store_words(codes_ptr + page_N * stride_codes, row_N, keep_N, code_ND, D, BITS)
 
     base = tl.load(base_ptr + h)
     if NORM == "none":
@@ -139,15 +143,18 @@ def encode_kernel(
         else:
             scale_N = tl.sqrt_rn(tl.div_rn(energy_N, tl.sum(level_ND * level_ND, axis=1)))
         scale_N = tl.maximum(scale_N, 0.0)
-        kept_N = store_norm(norm_ptr, row_N, keep_N, scale_N, base, NORM)
+        kept_N = store_norm(norm_ptr + page_N * stride_norm, row_N, keep_N, scale_N, base, NORM)
 
     if RESIDUAL != "none":
         left_ND = y_ND - kept_N[:, None] * level_ND
         if RESIDUAL == "sign":
             bit_ND = ((left_ND >= 0) & (d < D)[None, :]).to(tl.int32)
-            store_words(sign_ptr, row_N, keep_N, bit_ND, D, 1)
+            store_words(sign_ptr + page_N * stride_sign, row_N, keep_N, bit_ND, D, 1)
         else:
-            store_sketch(sign_ptr, sketch_ptr, row_N, keep_N, left_ND, D, PRECISION)
+            store_sketch(
+                sign_ptr + page_N * stride_sign, sketch_ptr, row_N, keep_N, left_ND, D, PRECISION
+            )
             if NORM != "none":
                 left_N = tl.sqrt_rn(tl.div_rn(tl.sum(left_ND * left_ND, axis=1), D * 1.0))
-                store_norm(gamma_ptr, row_N, keep_N, left_N, tl.load(gamma_base_ptr + h), NORM)
+                gamma_base, to_N = tl.load(gamma_base_ptr + h), gamma_ptr + page_N * stride_gamma
+                store_norm(to_N, row_N, keep_N, left_N, gamma_base, NORM)

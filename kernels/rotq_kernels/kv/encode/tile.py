@@ -102,14 +102,14 @@ def part_of_word(code, k, WORD: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_words(words_ptr, row_N, keep_N, code_ND, D: tl.constexpr, BITS: tl.constexpr):
-    """Pack codes, zero beyond D, and store them at rows of the page tensor."""
+    """Pack codes, zero beyond D, and store them at rows of each token's page, ``words_ptr`` (N)."""
     chunks: tl.constexpr = (D + 31) // 32
     C: tl.constexpr = code_ND.shape[1] // 32
     # [N, D] -> [N, C, 32], and each word is a sum over 32: [N, C]
     code_NC32 = tl.reshape(code_ND, [code_ND.shape[0], C, 32])
     k = tl.arange(0, 32)[None, None, :]
     c = tl.arange(0, C)
-    to_NC = words_ptr + row_N[:, None] * (chunks * BITS) + c[None, :] * BITS
+    to_NC = (words_ptr + row_N * (chunks * BITS))[:, None] + c[None, :] * BITS
     for i in tl.static_range(BITS):
         word_NC = tl.sum(part_of_word(code_NC32, k, i, BITS), axis=2)
         tl.store(to_NC + i, word_NC, mask=keep_N[:, None] & (c < chunks)[None, :])
@@ -150,4 +150,4 @@ def store_sketch(
         sketched_N32 = tl.dot(left_ND, sketch_D32, input_precision=PRECISION)
         bit_N32 = ((sketched_N32 >= 0) & (c * 32 + k < D)[None, :]).to(tl.int32)
         word_N = tl.sum(bit_N32 << k[None, :], axis=1)
-        tl.store(sign_ptr + row_N * chunks + c, word_N, mask=keep_N)
+        tl.store(sign_ptr + (row_N * chunks + c), word_N, mask=keep_N)

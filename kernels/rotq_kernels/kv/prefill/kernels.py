@@ -13,7 +13,7 @@ those padded, T query tokens, H KV heads.
 import triton
 import triton.language as tl
 
-from rotq_kernels.kv.paging import load_norms, load_page, rows_of
+from rotq_kernels.kv.paging import load_hidden, load_norms, load_page, rows_of
 from rotq_kernels.kv.prefill.tile import (
     element_of,
     load_levels,
@@ -52,6 +52,7 @@ def packed_kernel(
     page_table_ptr,
     length_ptr,
     start_ptr,
+    hidden_ptr,
     position_ptr,
     sums_ptr,
     peak_ptr,
@@ -62,6 +63,12 @@ def packed_kernel(
     table_width,
     tiles,
     mean_scale,
+    stride_k_codes,
+    stride_k_norm,
+    stride_k_sign,
+    stride_k_gamma,
+    stride_v_codes,
+    stride_v_norm,
     D: tl.constexpr,
     R: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -86,9 +93,10 @@ def packed_kernel(
     # tokens that each row sees; none for rows at -1
     position = tl.load(position_ptr + b * T + n % T, mask=n < rows, other=-1)
     last = tl.where(position >= 0, tl.minimum(length, position - start + 1), 0)
-    first = tl.zeros_like(last)
+    first = tl.zeros_like(last) + load_hidden(hidden_ptr, b)
     if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1 - start, 0)
+        first = tl.maximum(position - WINDOW + 1 - start, first)
+    if WINDOW > 0 or hidden_ptr is not None:
         last = tl.where(last > first, last, 0)
     end = tl.maximum(tl.max(last, axis=0), 0)
     begin = tl.min(tl.where(last > 0, first, end), axis=0) // TILE * TILE
@@ -118,19 +126,21 @@ def packed_kernel(
     sums = tl.zeros([N, WIDTH], tl.float32)
     for t0 in range(begin, end, TILE):
         page = load_page(page_table_ptr, t0, i, length, PAGE, TILE)
-        row = rows_of(page, t0, i, head, H, PAGE, TILE)
+        row = rows_of(t0, i, head, PAGE, TILE)
         token = t0 + i
-        k_norm = load_norms(k_norm_ptr, row, everywhere, k_base, 1.0)
-        levels = load_levels(k_codes_ptr, row, k_table, D, K_BITS, EXACT, PTX)
+        k_norm = load_norms(k_norm_ptr, page, stride_k_norm, row, everywhere, k_base, 1.0)
+        levels = load_levels(k_codes_ptr, page, stride_k_codes, row, k_table, D, K_BITS, EXACT, PTX)
         # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
         score = tl.dot(x, tl.trans(levels), input_precision=PRECISION)
         score *= unit[:, None] * k_norm[None, :]
         if k_sign_ptr is not None:
-            signs = load_levels(k_sign_ptr, row, sign_table, D, 1, EXACT, PTX)
+            signs = load_levels(k_sign_ptr, page, stride_k_sign, row, sign_table, D, 1, EXACT, PTX)
             # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
             found = tl.dot(r_x, tl.trans(signs), input_precision=PRECISION)
             if k_gamma_ptr is not None:
-                k_norm = load_norms(k_gamma_ptr, row, everywhere, gamma_base, 1.0)
+                k_norm = load_norms(
+                    k_gamma_ptr, page, stride_k_gamma, row, everywhere, gamma_base, 1.0
+                )
             score += found * (r_unit[:, None] * k_norm[None, :])
         if mean_ptr is not None:
             origin = origin_ptr + (t0 // TILE) * (2 * R)
@@ -142,7 +152,7 @@ def packed_kernel(
         score += constant[:, None]
 
         seen = token[None, :] < last[:, None]
-        if WINDOW > 0:
+        if WINDOW > 0 or hidden_ptr is not None:
             seen &= token[None, :] >= first[:, None]
         score = tl.where(seen, score, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
@@ -150,8 +160,8 @@ def packed_kernel(
         peak = new_peak
         share = tl.exp2(score - peak[:, None])
         weight = weight * fade + tl.sum(share, axis=1)
-        values = load_levels(v_codes_ptr, row, v_table, D, V_BITS, EXACT, PTX)
-        values *= load_value_norms(v_norm_ptr, row, EXACT)[:, None]
+        values = load_levels(v_codes_ptr, page, stride_v_codes, row, v_table, D, V_BITS, EXACT, PTX)
+        values *= load_value_norms(v_norm_ptr, page, stride_v_norm, row, EXACT)[:, None]
         sums *= fade[:, None]
         # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
         sums = tl.dot(share.to(KIND), values, sums, input_precision=PRECISION)

@@ -47,6 +47,8 @@ def _halves(quad, PTX: tl.constexpr):
 @triton.jit
 def load_levels(
     codes_ptr,
+    page,
+    stride,
     row,
     table,
     D: tl.constexpr,
@@ -54,14 +56,15 @@ def load_levels(
     EXACT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Levels of tokens at ``row``, fp32 if EXACT, else fp16, (TILE, chunks * 32).
+    """Levels of tokens at ``row`` of ``page``, fp32 if EXACT, else fp16, (TILE, chunks * 32).
 
     Chunks are padded to a power of two; columns beyond D are finite.
     """
     CHUNKS: tl.constexpr = (D + 31) // 32
     PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS)
     chunk = tl.arange(0, PADDED)
-    words_ptr = codes_ptr + row[:, None] * (CHUNKS * BITS) + (chunk * BITS)[None, :]
+    row_ptr = codes_ptr + (page.to(tl.int64) * stride + row * (CHUNKS * BITS))
+    words_ptr = row_ptr[:, None] + (chunk * BITS)[None, :]
     if PADDED > CHUNKS:
         there = tl.broadcast_to((chunk < CHUNKS)[None, :], words_ptr.shape)
         words = load_words(words_ptr, there, BITS)
@@ -105,15 +108,15 @@ def load_query(x_ptr, n, rows, D: tl.constexpr, BITS: tl.constexpr, EXACT: tl.co
 
 
 @triton.jit
-def load_value_norms(norm_ptr, row, EXACT: tl.constexpr):
+def load_value_norms(norm_ptr, page, stride, row, EXACT: tl.constexpr):
     """Norms of values as an operand may hold them, in units of ``value_worth``."""
     everywhere = tl.full(row.shape, 1, tl.int1)
     if norm_ptr is None:
         norm = tl.full(row.shape, 1.0, tl.float32)
     elif norm_ptr.dtype.element_ty == tl.uint8:
-        norm = load_norms(norm_ptr, row, everywhere, -_MIDDLE, 1.0)
+        norm = load_norms(norm_ptr, page, stride, row, everywhere, -_MIDDLE, 1.0)
     else:
-        norm = load_norms(norm_ptr, row, everywhere, 0.0, 1.0)
+        norm = load_norms(norm_ptr, page, stride, row, everywhere, 0.0, 1.0)
     return norm if EXACT else norm.to(tl.float16)
 
 

@@ -1,0 +1,16 @@
+"""Gemma 4, text model: norms behind the branches, head widths by layer, norms on values.
+
+What is added to the stream is norm(y) diag(g), as in Gemma 2, and R^T diag(g) R is no diagonal
+matrix: R1 cannot be fused. Variants with inputs per layer (E2B, E4B) are refused altogether: their
+blocks are given more than hidden states.
+"""
+
+from rotq.models.generic import StreamAdapter
+
+ADAPTER = StreamAdapter(
+    family="Gemma 4",
+    architectures=("Gemma4ForCausalLM",),
+    residual_rotation=False,
+    readers={},
+    stream_writers="",
+)

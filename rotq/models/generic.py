@@ -1,0 +1,132 @@
+"""Models of which less is known than an adapter says: the list of blocks, or their stream too.
+
+What can be packed in the blocks is found by running them (see survey.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from rotq.errors import RotqError
+from rotq.models.adapter import Adapter, Site
+from rotq.models.experts import UnfusedExperts
+from rotq.models.survey import Kind, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenericAdapter(Adapter):
+    """Every linear layer of a block that can be packed is a site of its own."""
+
+    linears: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
+    """By kind of block, in the order in which they are called (``Survey.linears``)."""
+
+    @property
+    def is_generic(self) -> bool:
+        """True."""
+        return True
+
+    def sites(self, block: nn.Module) -> tuple[Site, ...]:
+        """One site per linear layer."""
+        return tuple(Site(name=path, linears=(path,)) for path in self.linears[kind_of(block)])
+
+    @property
+    def attention(self) -> str:
+        """Unknown."""
+        return ""
+
+    def has_experts(self, block: nn.Module) -> bool:
+        """Whether some were unfused in it."""
+        return any(isinstance(module, UnfusedExperts) for module in block.modules())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamAdapter(GenericAdapter):
+    """A family whose blocks differ, and of which R1 needs to know the residual stream only.
+
+    A pattern is a regular expression for the whole path of a module inside a block.
+    """
+
+    readers: Mapping[str, str]
+    """Norm to the pattern of what reads it; a block may lack norms and readers."""
+    stream_writers: str
+    """Pattern of the linears whose outputs are added to the residual stream."""
+    value_rotation: bool = False
+    down_rotation: bool = False
+
+    def norms(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
+        """By the patterns."""
+        present = dict(block.named_modules())
+        return {
+            norm: _matching(block, pattern)
+            for norm, pattern in self.readers.items()
+            if norm in present
+        }
+
+    def writers(self, block: nn.Module) -> tuple[str, ...]:
+        """By the pattern."""
+        return _matching(block, self.stream_writers)
+
+
+def _matching(block: nn.Module, pattern: str) -> tuple[str, ...]:
+    """Paths of modules with a matrix; routers are no linear layers."""
+    matrices = (
+        name.removesuffix(".weight")
+        for name, parameter in block.named_parameters()
+        if name.endswith(".weight") and parameter.ndim == 2
+    )
+    return tuple(path for path in matrices if re.fullmatch(pattern, path))
+
+
+def generic_adapter(model: nn.Module) -> Adapter:
+    """An adapter without rotations, for a decoder of which only the list of blocks is known.
+
+    Args:
+        model: A transformers decoder, on any device; its parameters may be on meta.
+
+    Raises:
+        RotqError: there is not exactly one list of ``num_hidden_layers`` blocks.
+    """
+    num_blocks = getattr(model.config, "num_hidden_layers", None)
+    if num_blocks is None:
+        raise RotqError(
+            f"{type(model).__name__}: no num_hidden_layers in its configuration; "
+            "only text decoders can be quantized"
+        )
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
+    ]
+    outermost = [name for name in found if not any(name.startswith(f"{o}.") for o in found)]
+    if len(outermost) != 1:
+        raise RotqError(
+            f"{type(model).__name__}: expected one list of {num_blocks} decoder blocks, "
+            f"found {', '.join(outermost) or 'none'}"
+        )
+    return GenericAdapter(
+        family="generic",
+        architectures=(type(model).__name__,),
+        embedding=_path(model, model.get_input_embeddings()),  # type: ignore[operator]
+        blocks=outermost[0],
+        final_norm="",
+        head=_path(model, model.get_output_embeddings()),  # type: ignore[operator]
+        residual_rotation=False,
+        value_rotation=False,
+        down_rotation=False,
+    )
+
+
+def located(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with the model's own paths, where it is one that leaves them to be found."""
+    if not isinstance(adapter, StreamAdapter):
+        return adapter
+    found = generic_adapter(model)
+    return replace(adapter, embedding=found.embedding, blocks=found.blocks, head=found.head)
+
+
+def _path(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")

@@ -1,0 +1,141 @@
+"""``quant_method: rotq`` in vLLM: compressed-tensors, and what happens to inputs at run time.
+
+Weights are those of compressed-tensors, so vLLM's own class does fused layers, targets, ignore
+lists and tensor parallelism; the rotation and rounding of inputs is added here. Both need the whole
+row of an input. A layer that has only a rank's share of it gathers the row, and gives the weight
+its share of the result.
+
+Shape suffixes: K in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.parameter import BasevLLMParameter
+
+from rotq.checkpoint.scheme import Scheme, read_scheme
+from rotq.errors import RotqError
+from rotq.formats.activations import ActivationGrid
+from rotq.layers.online_linear import prepare_input
+
+
+class RotqConfig(CompressedTensorsConfig):
+    """The ``quantization_config`` of a checkpoint in the rotq format."""
+
+    scheme: Scheme
+
+    def get_name(self) -> str:
+        """Its name in vLLM."""
+        return "rotq"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RotqConfig:
+        """Read what a checkpoint says.
+
+        Raises:
+            RotqError: it says something that is not run here.
+        """
+        scheme = read_scheme(config)
+        # with input_activations vLLM would look for kernels of integer products
+        groups = {
+            name: {**group, "input_activations": None}
+            for name, group in config["config_groups"].items()
+        }
+        made = super().from_config({**config, "config_groups": groups})
+        made.scheme = scheme
+        return made
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Bring targets to vLLM's names."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+
+        def mapped(targets: tuple[str, ...]) -> tuple[str, ...]:
+            is_path = [("." in target and not target.startswith("re:")) for target in targets]
+            names = [
+                hf_to_vllm_mapper._map_name(target) if path else target
+                for target, path in zip(targets, is_path, strict=True)
+            ]
+            return tuple(name for name in names if name is not None)
+
+        scheme = self.scheme
+        groups = tuple(replace(group, targets=mapped(group.targets)) for group in scheme.groups)
+        self.scheme = replace(
+            scheme, groups=groups, ignore=mapped(scheme.ignore), rotated=mapped(scheme.rotated)
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """How vLLM runs a layer.
+
+        Raises:
+            RotqError: the layer's parts treat their inputs differently, or it holds experts.
+        """
+        if isinstance(layer, RoutedExperts):
+            raise RotqError(f"{prefix}: fused experts of the rotq format are not run in vLLM")
+        method = super().get_quant_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return method
+        before, _, last = prefix.rpartition(".")
+        parts = [f"{before}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        found = {(self.scheme.is_rotated(part), self._input_grid(part)) for part in parts}
+        if len(found) > 1:
+            raise RotqError(f"{prefix}: {', '.join(parts)} treat their input differently")
+        ((is_rotated, grid),) = found
+        if is_rotated and len(parts) > 1:
+            raise RotqError(f"{prefix}: a rotated input of fused layers is not run in vLLM")
+        if not is_rotated and grid is None:
+            return method
+        return OnlineMethod(method, is_rotated=is_rotated, grid=grid)
+
+    def _input_grid(self, name: str) -> ActivationGrid | None:
+        group = self.scheme.group(name)
+        return None if group is None else group.input_grid
+
+
+class OnlineMethod(LinearMethodBase):
+    """Rotates and rounds inputs, then does what ``inner`` does."""
+
+    def __init__(
+        self, inner: LinearMethodBase, *, is_rotated: bool, grid: ActivationGrid | None
+    ) -> None:
+        self.inner, self.is_rotated, self.grid = inner, is_rotated, grid
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **more: Any) -> None:
+        """Allocate the weight's parameters, and the signs (K,), whole on each rank."""
+        self.inner.create_weights(layer, *sizes, **more)
+        if self.is_rotated:
+            signs_K = torch.ones(layer.input_size, dtype=torch.int8)
+            signs = BasevLLMParameter(data=signs_K, weight_loader=_load_whole)
+            layer.register_parameter("input_signs", signs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As ``inner`` does."""
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output; ``x`` is a rank's share of each row where inputs are split."""
+        ranks = get_tensor_model_parallel_world_size()
+        is_split = isinstance(layer, RowParallelLinear) and ranks > 1
+        if is_split:
+            x = tensor_model_parallel_all_gather(x)
+        x = prepare_input(x, layer.input_signs if self.is_rotated else None, self.grid)
+        if is_split:
+            x = x.chunk(ranks, dim=-1)[get_tensor_model_parallel_rank()].contiguous()
+        return self.inner.apply(layer, x, bias)
+
+
+def _load_whole(parameter: nn.Parameter, loaded: Tensor, *args: Any, **more: Any) -> None:
+    parameter.data.copy_(loaded)

@@ -1,0 +1,100 @@
+"""What ``register`` tells vLLM, and the places where vLLM has no hook and is wrapped.
+
+Wrapped are, once per process: the platform's last look at a configuration, where a packed cache is
+prepared and what it cannot do is refused; the CPU platform's choice of attention, which knows one
+only; the shapes of a packed weight's parts, which vLLM places without looking; and the experts of a
+mixture, which the kernel does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, register_linear_kernel
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    CompressedTensorsMoEMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsWNA16,
+)
+from vllm.platforms import PlatformEnum, current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from rotq.errors import RotqError
+from rotq.vllm.linear import RotqLinearKernel
+from rotq.vllm.packed_config import prepare
+from rotq.vllm.quantization import RotqConfig
+from rotq.vllm.shards import check_shards
+
+BACKEND = "rotq.vllm.attention.RotqAttentionBackend"
+_PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA, PlatformEnum.ROCM)
+
+
+def register_all() -> None:
+    """Everything; a second time changes nothing."""
+    if RotqLinearKernel in _POSSIBLE_KERNELS[PlatformEnum.CPU]:
+        return
+    for platform in _PLATFORMS:
+        register_linear_kernel(RotqLinearKernel, platform, "mp")
+    # asked first on a CPU, where vLLM's own kernel says yes to what it cannot; last elsewhere
+    kernels = _POSSIBLE_KERNELS[PlatformEnum.CPU]
+    kernels.insert(0, kernels.pop())
+    register_quantization_config("rotq")(RotqConfig)
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    platform = type(current_platform)
+    _wrap_classmethod(platform, "check_and_update_config", _with_packed_cache)
+    if current_platform.is_cpu():
+        _wrap_classmethod(platform, "get_attn_backend_cls", _with_custom_backend)
+        moe = CompressedTensorsMoEMethod
+        moe.get_moe_method = staticmethod(_without_experts(moe.get_moe_method))
+    scheme = CompressedTensorsWNA16
+    scheme.create_weights = _with_checked_shards(scheme.create_weights)
+
+
+def _wrap_classmethod(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    setattr(owner, name, classmethod(wrap(getattr(owner, name).__func__)))
+
+
+def _with_packed_cache(check: Callable[..., None]) -> Callable[..., None]:
+    def checked(platform: Any, vllm_config: Any) -> None:
+        check(platform, vllm_config)
+        prepare(vllm_config)
+
+    return checked
+
+
+def _with_custom_backend(choose: Callable[..., str]) -> Callable[..., str]:
+    def chosen(platform: Any, selected_backend: Any, *args: Any, **more: Any) -> str:
+        if selected_backend == AttentionBackendEnum.CUSTOM:
+            return AttentionBackendEnum.CUSTOM.get_path()
+        return choose(platform, selected_backend, *args, **more)
+
+    return chosen
+
+
+def _with_checked_shards(create: Callable[..., None]) -> Callable[..., None]:
+    def created(scheme: Any, layer: Any, **sizes: Any) -> None:
+        check_shards(
+            scheme.layer_name or type(layer).__name__,
+            scheme.num_bits,
+            rows=sizes["output_partition_sizes"],
+            columns=sizes["input_size_per_partition"],
+            all_columns=sizes["input_size"],
+            group_size=scheme.group_size,
+            has_zeros=not scheme.symmetric,
+        )
+        create(scheme, layer=layer, **sizes)
+
+    return created
+
+
+def _without_experts(choose: Callable[..., Any]) -> Callable[..., Any]:
+    def chosen(quant_config: Any, layer: Any, layer_name: str) -> Any:
+        method = choose(quant_config, layer, layer_name)
+        if type(method).__name__ == "UnquantizedFusedMoEMethod":
+            return method
+        raise RotqError(f"{layer_name}: packed experts are not run by vLLM on a CPU")
+
+    return chosen

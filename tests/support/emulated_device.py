@@ -1,0 +1,128 @@
+"""A GPU that this machine does not have: tensors that say they are on it, computed by the CPU.
+
+What a device would refuse is refused: an operator on tensors of two places, and fp64 on ``mps``.
+Numbers are the CPU's. Kernels of the device, its memory and its speed are not emulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+MIXING = {"_to_copy", "copy_", "index", "index_put_", "index_put", "_index_put_impl_"}
+"""Operators that take tensors of two places: copies, and indices on the CPU."""
+
+
+class Emulated(Tensor):
+    """A tensor on a device that is not there."""
+
+    held: Tensor
+    place: torch.device
+
+    @staticmethod
+    def __new__(cls, held: Tensor, device: torch.device) -> Emulated:
+        if held.dtype == torch.float64 and device.type == "mps":
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        made: Emulated = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device="cpu"
+        )
+        made.held, made.place = held, device
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """As Python sees it; torch itself would look for the device."""
+        return self.place
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return False
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        device = next(x.device for x in tensors if isinstance(x, Emulated))
+        name = func._schema.name.split("::")[1]
+        others = [x for x in tensors if not isinstance(x, Emulated) and x.dim()]
+        if others and name not in MIXING:
+            raise RuntimeError(f"{name}: expected all tensors on {device}, found one on the CPU")
+        if name == "copy_" and not isinstance(args[0], Emulated):
+            args[0].copy_(args[1].held)
+            return args[0]
+        to = kwargs.pop("device", None)
+        leaves = to is not None and torch.device(to).type == "cpu"
+        written = [x for x in tensors if isinstance(x, Emulated)]
+        found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if leaves:
+            return found
+        by_held = {id(x.held): x for x in written}
+
+        def put(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return by_held[id(x)] if id(x) in by_held else Emulated(x, device)
+
+        return tree_map(put, found)
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, Emulated) else x
+
+
+class _Factories(TorchFunctionMode):
+    """Functions that are given the device as an argument, which torch would look for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.to and not kwargs.get("device"):
+            places = [x for x in args[1:] if isinstance(x, torch.device | str)]
+            if places:
+                kwargs["device"] = places[0]
+                args = tuple(x for x in args if x is not places[0])
+        if self._is_ours(kwargs.get("device")):
+            del kwargs["device"]
+            if args and isinstance(args[0], Emulated):
+                return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return Emulated(found, self.device)
+        return func(*args, **kwargs)
+
+    def _is_ours(self, device: Any) -> bool:
+        return device is not None and torch.device(device).type == self.device.type
+
+
+def moved(model: nn.Module, name: str) -> nn.Module:
+    """The model itself, its parameters and buffers on an emulated device."""
+    device = torch.device(name)
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                held = Emulated(parameter.data, device)
+                module._parameters[key] = nn.Parameter(held, requires_grad=False)
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[key] = Emulated(buffer, device)
+    return model
+
+
+@contextmanager
+def emulated(name: str) -> Iterator[torch.device]:
+    """Make a device of this name, as ``cuda:0``, one that tensors can be put on."""
+    device = torch.device(name)
+    with _Factories(device), torch.inference_mode():
+        yield device

@@ -1,0 +1,128 @@
+"""Keys and values in packed blocks against ``PackedCache`` in passes of the same cuts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_engines import Answer, ask, engine, prompts_of
+
+from rotq.checkpoint.load import load_model
+from rotq.kv import PackedCache
+from rotq.kv.calibration.calibrate import calibrate
+from rotq.kv.presets import preset
+from rotq.vllm.settings import load_kv
+
+BLOCK = 64
+NEAR = 1e-5
+"""Of log probabilities, up to the first code that flips."""
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint(3)
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Constants with everything: means that turn, query metrics, searched codes."""
+    loaded = load_model(model)
+    generator = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(1, 512, (4, 128), generator=generator)
+    path = tmp_path_factory.mktemp("kv") / "kv.safetensors"
+    calibrate(loaded, ids_BT, preset("k3v3")).save(path)
+    return path
+
+
+@torch.no_grad()
+def by_packed_cache(path: Path, kv: str, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Log probabilities (tokens, vocabulary) that lead to each of the tokens."""
+    loaded = load_model(path)
+    cache = PackedCache(loaded, load_kv(kv, loaded.config))
+    length = len(prompt)
+    ends = [*range(BLOCK, length, BLOCK), *range(length, length + len(tokens))]
+    ids, at, found = prompt + tokens, 0, []
+    for end in ends:
+        found.append(loaded(torch.tensor([ids[at:end]]), past_key_values=cache).logits[0])
+        at = end
+    return torch.cat(found)[length - 1 :].float().log_softmax(-1)
+
+
+def assert_equal_to_packed_cache(path: Path, kv: str, prompt: list[int], answer: Answer) -> None:
+    tokens, found = answer
+    log_p = by_packed_cache(path, kv, prompt, tokens)
+    assert log_p.argmax(-1).tolist() == tokens
+    expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=NEAR)
+
+
+def packed(path: Path, kv: str | Path, **options: Any) -> Any:
+    return engine(path, additional_config={"rotq_kv": str(kv)}, block_size=BLOCK, **options)
+
+
+@pytest.mark.parametrize("constants", ["k3v3", "calibrated"])
+def test_prompts_alone_again_and_together(
+    constants: str, model: Path, request: pytest.FixtureRequest
+) -> None:
+    kv = constants if constants == "k3v3" else str(request.getfixturevalue(constants))
+    prompts = prompts_of(3, 70, 150, 1000)
+    with packed(model, kv) as llm:
+        alone = [ask(llm, [prompt])[0] for prompt in prompts]
+        assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        again = [ask(llm, [prompt])[0] for prompt in prompts]
+        together = ask(llm, prompts)
+    for prompt, answer in zip(prompts, alone, strict=True):
+        assert_equal_to_packed_cache(model, kv, prompt, answer)
+    # what was found in the cache gives the first answer, bit for bit
+    assert again == alone
+    for one, other in zip(alone, together, strict=True):
+        assert other[0] == one[0]
+        torch.testing.assert_close(torch.tensor(other[1]), torch.tensor(one[1]), rtol=0, atol=NEAR)
+
+
+def test_a_beginning_is_found(model: Path) -> None:
+    (prompt,) = prompts_of(150)
+    with packed(model, "k3v3") as llm:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        asked = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        counts = [
+            llm.generate([TokensPrompt(prompt_token_ids=given)], asked, use_tqdm=False)[
+                0
+            ].num_cached_tokens
+            for given in (prompt, prompt, prompt[:100] + [7] * 50)
+        ]
+    assert counts == [0, 128, 64]
+
+
+def test_prompts_that_share_a_budget(model: Path) -> None:
+    """The scheduler's cuts are moved to the ends of blocks."""
+    prompts = prompts_of(150, 90, 333)
+    with packed(model, "k3v3", max_num_batched_tokens=100, enable_prefix_caching=False) as llm:
+        together = ask(llm, prompts)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert_equal_to_packed_cache(model, "k3v3", prompt, answer)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_sliding_windows(enable_prefix_caching: bool, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(4, family="mistral-wide")
+    prompts = prompts_of(70, 333)
+    with packed(path, "k3v3", enable_prefix_caching=enable_prefix_caching) as llm:
+        alone = [ask(llm, [prompt])[0] for prompt in prompts]
+        again = [ask(llm, [prompt])[0] for prompt in prompts]
+    assert again == alone
+    for prompt, answer in zip(prompts, alone, strict=True):
+        assert_equal_to_packed_cache(path, "k3v3", prompt, answer)
+
+
+def test_room(model: Path) -> None:
+    """Tokens that the same memory holds, by vLLM's own count."""
+    tokens = {}
+    for name, options in (("whole", {}), ("packed", {"additional_config": {"rotq_kv": "k3v3"}})):
+        with engine(model, block_size=128, **options) as llm:
+            cache = llm.llm_engine.vllm_config.cache_config
+            tokens[name] = cache.num_gpu_blocks * cache.block_size
+    assert tokens["packed"] > 7.7 * tokens["whole"]
