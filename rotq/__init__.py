@@ -20,8 +20,8 @@ def load(model: str | PathLike[str], **options: Any) -> Any:
     Args:
         model: Folder or .gguf file of the checkpoint, or its hub id ``ORG/NAME[@REVISION]``: dense,
             rotq, compressed-tensors or GGUF.
-        options: ``dtype``, ``device_map``, ``trust_remote_code``, ``packed`` and ``auto``, as
-            ``rotq.checkpoint.load.load_model`` takes them.
+        options: ``dtype``, ``device_map``, ``trust_remote_code``, ``packed``, ``auto`` and settings
+            of the configuration, as ``rotq.checkpoint.load.load_model`` takes them.
 
     Raises:
         RotqError: it cannot be read.

@@ -25,7 +25,9 @@ from peft.tuners.lora.model import LoraModel
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
+from rotq.checkpoint.names import NameTable
 from rotq.errors import RotqError
 from rotq.layers.online_linear import OnlineLinear
 from rotq.layers.quant_linear import QuantLinear
@@ -123,6 +125,10 @@ def _packed_layers(model: Any) -> list[str]:
     ]
 
 
+def _has_unfused(model: nn.Module) -> bool:
+    return any(isinstance(part, UnfusedExperts) for part in model.modules())
+
+
 def _unless_unfused(
     convert: Callable[..., Any], otherwise: str | None = None
 ) -> Callable[..., Any]:
@@ -132,11 +138,24 @@ def _unless_unfused(
     @wraps(convert)
     def convert_unless_unfused(*args: Any, **options: Any) -> Any:
         given = names.bind(*args, **options).arguments
-        if any(isinstance(part, UnfusedExperts) for part in given["model"].modules()):
+        if _has_unfused(given["model"]):
             return None if otherwise is None else given[otherwise]
         return convert(*args, **options)
 
     return convert_unless_unfused
+
+
+def _without_rules(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Load an adapter of unfused experts without transformers' rules for fusing them."""
+
+    @wraps(load)
+    def load_adapter(model: nn.Module, *args: Any, **options: Any) -> Any:
+        if "load_config" not in options and _has_unfused(model):
+            # an empty list would be none, for which transformers takes its rules
+            options.setdefault("weight_mapping", [NameTable({})])
+        return load(model, *args, **options)
+
+    return load_adapter
 
 
 LoraModel._create_new_module = staticmethod(_dispatching(LoraModel._create_new_module))
@@ -149,3 +168,4 @@ conversion.convert_peft_config_for_transformers = _unless_unfused(
 conversion.convert_peft_adapter_state_dict_for_transformers = _unless_unfused(
     conversion.convert_peft_adapter_state_dict_for_transformers, "adapter_state_dict"
 )
+PeftAdapterMixin.load_adapter = _without_rules(PeftAdapterMixin.load_adapter)

@@ -171,14 +171,16 @@ def test_prepared_and_checkpointed(tmp_path: Path, reentrant: bool) -> None:
     assert layer.weight_packed.dtype == torch.int32
 
 
-def test_adapters_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "mixtral"])
+def test_adapters_of_transformers(tmp_path: Path, family: str) -> None:
+    """Those of experts too: they are named as modules, and ours are some."""
     from transformers.trainer_utils import validate_quantization_for_training
 
-    path = checkpoint(tmp_path)
+    path = checkpoint(tmp_path, family)
     model = rotq.load(path)
     with pytest.raises(ValueError, match="attach trainable adapters"):
         validate_quantization_for_training(model)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     validate_quantization_for_training(model)
     model.save_pretrained(tmp_path / "adapter")
     again = rotq.load(path)

@@ -33,6 +33,7 @@ def load_model(
     trust_remote_code: bool = False,
     packed: bool = True,
     auto: Any = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Load a model in eval mode.
 
@@ -46,8 +47,10 @@ def load_model(
         packed: Keep quantized weights packed; else they are made dense, with equal results.
         auto: transformers' auto class, as ``AutoModel`` for embeddings. None is the language model,
             causal or masked, all of which must be in the checkpoint.
+        settings: Of the configuration, as ``num_labels`` of a new head.
 
     Raises:
+        ValueError: the configuration has no such setting, or a GGUF file is to have another head.
         RotqError: the checkpoint is missing, corrupt, incomplete, or of a kind that rotq does not
             read; or this machine has no such device.
     """
@@ -58,11 +61,19 @@ def load_model(
     found = locate(model)
     path, gguf = found.path, find_gguf(found.path)
     if gguf is not None:
+        if auto is not None or settings:
+            raise ValueError(
+                "auto and settings are for folders; a GGUF file holds a language model"
+            )
         with library_errors(gguf):
             return load_gguf(
                 gguf, dtype=torch.float32 if dtype == "auto" else dtype, device_map=device_map
             )
     config = load_config(path, trust_remote_code=trust_remote_code)
+    for name, value in settings.items():
+        if not hasattr(config, name):
+            raise ValueError(f"the configuration of {config.model_type} has no {name}")
+        setattr(config, name, value)
     quantized = _as_rotq(path, config)
     found.fetch_weights(pickled=True)
     # transformers would follow an index out of the folder, and says less about what is damaged

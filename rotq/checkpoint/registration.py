@@ -42,22 +42,35 @@ def register() -> None:
 class _Finder(MetaPathFinder):
     def __init__(self, awaited: str, ours: str) -> None:
         self.awaited, self.ours = awaited, ours
+        self.is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # it may have been half executed when torch, imported by it, called us
-        is_late = _is_loaded(self.awaited)
-        if fullname != self.awaited and not is_late:
+        if self.is_asking:
             return None
-        # its work is done with this import, and without it the usual finders are asked
-        sys.meta_path.remove(self)
-        if is_late:
-            _register(self.awaited, self.ours)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None and not is_late:
+        if _is_loaded(self.awaited):
+            # it was half executed when torch, imported by it, called us
+            self.settle()
+            return importlib.util.find_spec(fullname)
+        return self._wrapped(fullname) if fullname == self.awaited else None
+
+    def _wrapped(self, fullname: str) -> ModuleSpec | None:
+        """What the other finders find; who asks may only want to know whether it is there."""
+        self.is_asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_asking = False
+        if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
+
+    def settle(self) -> None:
+        """The awaited module is there: register, and wait no longer."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        _register(self.awaited, self.ours)
 
 
 class _Loader(Loader):
@@ -71,7 +84,7 @@ class _Loader(Loader):
         self.wrapped.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self.wrapped
-        _register(self.finder.awaited, self.finder.ours)
+        self.finder.settle()
 
 
 def _is_loaded(name: str) -> bool:

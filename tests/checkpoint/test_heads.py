@@ -70,6 +70,29 @@ def test_new_heads_are_dense_and_the_rest_is_as_it_was(
         assert model(random_ids(1, 9)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", ["llama", "esm", "bert"])
+def test_a_new_head_learns(tmp_path: Path, family: str, format: str) -> None:
+    path = quantized(tmp_path, family, format).path
+    model = rotq.load(path, auto=AutoModelForSequenceClassification, num_labels=3)
+    ids_BT, labels_B = random_ids(4, 9), torch.tensor([0, 1, 2, 0])
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(learning, lr=1e-2), []
+    for _ in range(4):
+        losses.append(model(ids_BT, labels=labels_B).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(ids_BT).logits.shape == (4, 3)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_settings_are_those_of_the_configuration(tmp_path: Path) -> None:
+    path = quantized(tmp_path, "llama", "rotq").path
+    with pytest.raises(ValueError, match="configuration of llama has no number_of_labels"):
+        rotq.load(path, auto=AutoModelForSequenceClassification, number_of_labels=3)
+
+
 @pytest.mark.parametrize("family", ["llama", "esm"])
 def test_online_rotations_and_rounding_without_a_head(tmp_path: Path, family: str) -> None:
     grid = ActivationGrid(bits=8, symmetric=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import write_checkpoint
+
+from rotq.checkpoint import registration
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,37 +93,66 @@ def installed(tmp_path: Path) -> Path:
     folder = tmp_path / "site" / "rotq-0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: rotq\nVersion: 0\n")
-    ((group, points),) = project["entry-points"].items()
-    lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    (folder / "entry_points.txt").write_text("\n".join(lines))
+    with (folder / "entry_points.txt").open("w") as file:
+        for group, points in project["entry-points"].items():
+            file.write(f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in points.items()))
     return folder.parent
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "from transformers import AutoModelForCausalLM",
-        # here it is transformers' mapping that imports torch, which then calls rotq
-        "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM",
-    ],
-)
-def test_programs_that_never_heard_of_rotq_load_the_format(
-    tmp_path: Path, installed: Path, imports: str
-) -> None:
+def test_programs_that_never_heard_of_rotq_load_the_format(tmp_path: Path, installed: Path) -> None:
+    """Here transformers' mapping is what imports torch, which then calls rotq."""
+    imports = "import transformers.quantizers.auto; from transformers import AutoModelForCausalLM"
     written = write_checkpoint(tmp_path, format="rotq")
     run(imports + LOAD + CHECK, str(written.path), installed=installed)
 
 
-BROKEN = """
-import sys, warnings
-sys.modules["rotq.layers"] = None
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
-(message,) = {str(w.message) for w in caught if "rotq" in str(w.message)}
-assert message.startswith("rotq cannot register with transformers.quantizers.auto: "), message
-"""
+OURS = "import awaited\nawaited.known = True"
+CALLS_US = "import rotq.checkpoint.registration as ours\nours.register()"
 
 
-def test_a_broken_rotq_breaks_nobody_else(installed: Path) -> None:
-    run(BROKEN, installed=installed)
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules, where importing `awaited` is to be followed by importing `ours`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(registration, "AWAITED", {"awaited": "ours"})
+    for name in ("awaited", "ours", "another"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(OURS if name == "ours" else "")
+    return tmp_path
+
+
+def waiting() -> list[str]:
+    return [finder.awaited for finder in sys.meta_path if isinstance(finder, registration._Finder)]
+
+
+def test_asking_whether_a_module_is_there_is_not_importing_it(modules: Path) -> None:
+    registration.register()
+    assert importlib.util.find_spec("awaited") is not None
+    assert "ours" not in sys.modules
+    assert importlib.import_module("awaited").known
+    assert "awaited" not in waiting()
+
+
+def test_a_module_that_is_being_executed_is_waited_for(modules: Path) -> None:
+    (modules / "awaited.py").write_text(CALLS_US)
+    module = importlib.import_module("awaited")
+    assert not hasattr(module, "known")
+    importlib.import_module("another")
+    assert module.known
+    assert "awaited" not in waiting()
+
+
+def test_what_does_not_come_later_is_registered_with_at_once(modules: Path) -> None:
+    module = importlib.import_module("awaited")
+    registration.register()
+    registration.register()
+    assert module.known
+    assert "awaited" not in waiting()
+
+
+def test_a_broken_rotq_breaks_nobody_else(modules: Path) -> None:
+    (modules / "ours.py").write_text("import nothing_of_that_name")
+    registration.register()
+    with pytest.warns(RuntimeWarning, match="rotq cannot register with awaited: No module named"):
+        importlib.import_module("awaited")
