@@ -82,8 +82,9 @@ def _more(
     skeleton = Skeleton.open(describe_source(model))
     for name in ROTATIONS:
         recipe = small_recipe("rtn", text, {f"rotation.{name}": "hadamard", **ROTQ_FORMAT})
-        # what the dry run asks, without its windows
-        found[name] = attempt(functools.partial(starting_basis, recipe, skeleton))
+        # what the dry run asks, without its windows; a family's file says why
+        asked = attempt(functools.partial(starting_basis, recipe, skeleton))
+        found[name] = asked if asked["outcome"] == "crash" else {**asked, "why": ""}
     wanted = {f"rotation.{name}": "hadamard" for name in ROTATIONS if found[name] == _OK}
     rotated = small_recipe("rtn", text, {**wanted, **ROTQ_FORMAT})
     found["rotated"] = job(model, rotated, folder / "rotated")

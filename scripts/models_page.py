@@ -90,7 +90,8 @@ def _reasons(found: Outcomes, trial: str) -> Iterator[str]:
     """A line for each reason; families that share one are in one line."""
     families: dict[str, list[str]] = {}
     for name, all in sorted(found.items()):
-        families.setdefault(all[trial]["why"].replace("|", "\\|"), []).append(name)
+        why = all[trial]["why"].partition(" for this kind of AutoModel")[0]
+        families.setdefault(why.removeprefix(f"{name}: "), []).append(name)
     for why, names in families.items():
         yield f"- {', '.join(names)}: {why}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def _counts(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _counts(value)
-        elif isinstance(value, int | float) and ("layer" in key or "expert" in key):
-            yield key, value
+        elif isinstance(value, int | float) and re.search(r"layer|expert", key):
+            # vocab_size_per_layer_input is none
+            if not re.search(r"size|dim|rank|token", key):
+                yield key, value
 
 
 def head_dim(config: Any) -> int:

@@ -48,4 +48,5 @@ def test_more_modules_than_any_model_has_are_refused(values):
 
 def test_what_is_no_count_is_left_alone():
     values = {"vocab_size": 10**6, "layer_types": ["full"] * 20_000, "num_hidden_layers": 126}
+    values["text_config"] = {"vocab_size_per_layer_input": 262144, "moe_expert_size": 20_000}
     check_counts({**values, "layer_norm_eps": 1e-5, "experts": None}, Path("config.json"))
