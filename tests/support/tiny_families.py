@@ -170,7 +170,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     "longcat_flash": _MLA,
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "minicpm3": _MLA,
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+    },
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "phi4_multimodal": {
         "vision_config": {**_PART, "num_hidden_layers": 3, "image_size": 56, "crop_size": 56},
         "audio_config": {
