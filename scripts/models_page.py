@@ -20,7 +20,8 @@ Written by `python scripts/families.py --markdown` from what `python scripts/fam
 every causal language model of transformers 5.23 a tiny random one is quantized, reloaded and
 compared bit by bit. A family is a `model_type`. What is not listed as rotated is quantized without
 rotation, by the layers that a trial run finds; what cannot be done is refused in one line, by
-`--dry-run` too. Masked protein models (ESM-2, ESM-C, BERT) are in [proteins.md](proteins.md).
+`--dry-run` too. Files that are quantized already are refused (DeepSeek-V3 and gpt-oss are released
+in fp8 and mxfp4 only: a dense conversion is needed). Masked protein models (ESM-2, ESM-C, BERT) are in [proteins.md](proteins.md).
 
 - **Rotations**: R1 residual stream, R2 values, R3 queries and keys, R4 the MLP's last input. Each
   job checks in fp64 that they leave the function as it was. Why a family has no R1 is in its file

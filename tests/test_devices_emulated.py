@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_device import emulated, moved
+from tiny_jobs import make_checkpoint
 from tiny_models import VOCAB, tiny_model
 from tiny_proteins import esm_tokenizer, sequences
 
@@ -20,6 +21,8 @@ from rotq.evaluation.quantized_history import scheme_of
 from rotq.evaluation.representations import OriginalBasis, compare_representations
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
+from rotq.quantize.pipeline import quantize_model
+from rotq.recipe import Given, resolve
 
 IDS = torch.randint(1, VOCAB, (400,), generator=torch.Generator().manual_seed(0))
 DEVICES = ["cuda:0", "mps:0"]
@@ -88,3 +91,16 @@ def test_proteins(name: str, tmp_path: Path) -> None:
             assert getattr(ours, key) == (
                 value if key == "protocol" else pytest.approx(value, 1e-4)
             )
+
+
+def test_a_job(tmp_path: Path) -> None:
+    """Rotations, moments and the solver on a GPU give what they give on the CPU."""
+    small = {"calibration.num_samples": 4, "calibration.seq_len": 64}
+    given = [Given(key=key, value=value, origin="test") for key, value in small.items()]
+    recipe = resolve(Path(__file__).parents[1] / "configs" / "quarot.yaml", given)
+    model = make_checkpoint(tmp_path / "model")
+    quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
+    with emulated("cuda:0"):
+        quantize_model(model, recipe, tmp_path / "cuda", device="cuda:0")
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("cuda", "cpu"))
+    assert ours.read_bytes() == theirs.read_bytes()

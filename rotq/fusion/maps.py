@@ -126,13 +126,13 @@ def norm_scales(adapter: Adapter, scales: Scales) -> dict[str, Tensor | None]:
 
 
 def gain(name: str, tensors: Mapping[str, Tensor], adapter: Adapter, like: Tensor) -> Tensor | None:
-    """A norm's gain (D), in the dtype of ``like``; None where it has none.
+    """A norm's gain (D), in the dtype and on the device of ``like``; None where it has none.
 
     Args:
         name: Of its weight.
     """
     weight_D = tensors.get(name)
-    return None if weight_D is None else adapter.norm_offset + weight_D.to(like.dtype)
+    return None if weight_D is None else adapter.norm_offset + weight_D.to(like.device, like.dtype)
 
 
 def _add_heads(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Mod
     """
     prefix = job.skeleton.block_name(index)
     tensors = {entry.name: read_tensor(entry) for entry in read_entries(part)}
-    restored = copy.deepcopy(block)
+    restored = copy.deepcopy(block, _noted(block))
     job.plan.round_online(restored, prefix, job.skeleton.adapter)
     dtype = next(block.parameters()).dtype
     state = {
@@ -35,6 +36,16 @@ def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Mod
     state = {name: (tensors | state)[f"{prefix}.{name}"] for name in restored.state_dict()}
     restored.load_state_dict(state, assign=True)
     return restored.to(job.device).requires_grad_(False)
+
+
+def _noted(block: nn.Module) -> dict[int, Any]:
+    """What modules have noted down in a run with gradients, as a memo of copies without a graph.
+
+    RecurrentGemma keeps its last states so.
+    """
+    values = (value for module in block.modules() for value in vars(module).values())
+    tensors = (value for value in values if isinstance(value, Tensor) and not value.is_leaf)
+    return {id(tensor): tensor.detach() for tensor in tensors}
 
 
 def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantLinear]:

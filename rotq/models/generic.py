@@ -19,10 +19,10 @@ from rotq.models.survey import Kind, kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class GenericAdapter(Adapter):
-    """Every linear layer of a block that can be packed is a site of its own."""
+    """Every linear layer of a block that can be packed is in a site."""
 
-    linears: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
-    """By kind of block, in the order in which they are called (``Survey.linears``)."""
+    found: Mapping[Kind, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """By kind of block, in the order in which they are called (``Survey.sites``)."""
 
     @property
     def is_generic(self) -> bool:
@@ -30,8 +30,9 @@ class GenericAdapter(Adapter):
         return True
 
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
-        """One site per linear layer."""
-        return tuple(Site(name=path, linears=(path,)) for path in self.linears[kind_of(block)])
+        """Named by the first linear layer of each."""
+        found = self.found[kind_of(block)]
+        return tuple(Site(name=linears[0], linears=linears) for linears in found)
 
     @property
     def attention(self) -> str:

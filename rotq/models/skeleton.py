@@ -97,7 +97,7 @@ class Skeleton:
             return
         found = survey(self._outer, self.config)
         self._outer.rest = found.rest
-        self.adapter = replace(self.adapter, linears=found.linears)
+        self.adapter = replace(self.adapter, found=found.sites)
         for index, block in enumerate(self.blocks):
             name, kind = self.block_name(index), kind_of(block)
             self.kept |= {f"{name}.{path}": why for path, why in found.kept[kind].items()}

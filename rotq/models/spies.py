@@ -58,6 +58,9 @@ class Spy(nn.Module):
         """Tokens that it was called with."""
         self.was_read = False
         """Its weight was looked at from outside."""
+        self.read_from: tuple[object, ...] = ()
+        """Tells what it was first called with: equal for two spies that were given one tensor."""
+        self._input: Tensor | None = None
         self._log, self._has_bias = log, linear.bias is not None
 
     @property
@@ -74,6 +77,11 @@ class Spy(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The input's features over and over, N of them."""
         self._log.append(self)
+        if self._input is None:
+            # held on to, so that no other tensor gets its memory
+            self._input, strides = input, input.stride()[-2:]
+            shape = (input.numel(), input.shape[-1], *strides)
+            self.read_from = (input.data_ptr(), input._version, *shape)
         self.rows.add(input.shape[:-1].numel())
         if input.shape[-1] != self.in_features:
             raise ValueError(f"{input.shape[-1]} features where {self.in_features} are read")
@@ -119,6 +127,13 @@ class SpiedBlock:
         order = {spy: number for number, spy in reversed(list(enumerate(self._log)))}
         packed = [name for name in self._spies if name not in kept]
         return tuple(sorted(packed, key=lambda name: order[self._spies[name]]))
+
+    def sites(self) -> tuple[tuple[str, ...], ...]:
+        """The same by what they read: layers that are given one tensor are together."""
+        found: dict[tuple[object, ...], list[str]] = {}
+        for name in self.linears():
+            found.setdefault(self._spies[name].read_from, []).append(name)
+        return tuple(tuple(names) for names in found.values())
 
     def kept(self) -> dict[str, str]:
         """Paths of the linear layers that cannot be packed, and why."""

@@ -47,12 +47,13 @@ class Survey:
 
     rest: int | None
     """Values that a block returns behind the hidden states; None: it returns them alone."""
-    linears: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
-    """Linear layers that can be packed, by kind of block, in the order in which they are called."""
+    sites: Mapping[Kind, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """Linear layers that can be packed, by kind of block, in the order in which they are called;
+    those that read one tensor are together."""
     kept: Mapping[Kind, Mapping[str, str]] = field(default_factory=dict)
     """The others: path to the reason."""
     read: Mapping[Kind, tuple[str, ...]] = field(default_factory=dict)
-    """Those of ``linears`` whose weight the model looks at, beside calling them."""
+    """Those of ``sites`` whose weight the model looks at, beside calling them."""
 
 
 def survey(outer: OuterModel, config: Any) -> Survey:
@@ -93,7 +94,7 @@ def survey(outer: OuterModel, config: Any) -> Survey:
         )
     found = Survey(
         rest=watched.rest,
-        linears=watched.linears,
+        sites=watched.sites,
         kept=watched.kept,
         read={kind: spied.read() for kind, spied in watched.spied.items()},
     )
@@ -105,7 +106,7 @@ def _check_share(found: Survey, outer: OuterModel, name: str) -> None:
     """Refuse a model most of whose weights would stay as they are."""
     packed, others = 0, Counter[str]()
     for block in outer.blocks:
-        paths = {f"{path}.weight" for path in found.linears[kind_of(block)]}
+        paths = {f"{path}.weight" for site in found.sites[kind_of(block)] for path in site}
         for path, parameter in block.named_parameters():
             if path in paths:
                 packed += parameter.numel()
@@ -125,7 +126,7 @@ class _Watch:
     def __init__(self, outer: OuterModel, config: Any) -> None:
         self.outer, self.config = outer, config
         self.rest: int | None = None
-        self.linears: dict[Kind, tuple[str, ...]] = {}
+        self.sites: dict[Kind, tuple[tuple[str, ...], ...]] = {}
         self.kept: dict[Kind, dict[str, str]] = {}
         self.spied = {kind_of(block): SpiedBlock(block) for block in outer.blocks}
         self._returned: dict[Kind, Any] = {}
@@ -168,7 +169,7 @@ class _Watch:
             self._returned[kind] = spied.run(hidden_BTD, kwargs)
             if any(len(value) != containers[key] for key, value in _containers(kwargs)):
                 raise RotqError("its blocks hand on more than hidden states, by a shared container")
-            self.linears[kind], self.kept[kind] = spied.linears(), spied.kept()
+            self.sites[kind], self.kept[kind] = spied.sites(), spied.kept()
         returned = self._returned[kind]
         rest: int | None = None
         answer: Any = hidden_BTD

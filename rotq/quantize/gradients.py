@@ -86,15 +86,10 @@ class GradientPass:
         block = self.rotated.plain_block(index)
         for number, batch in enumerate(batches):
             given_BTD = states[index * len(batches) + number].to(self.job.device)
-            states[(index + 1) * len(batches) + number] = self._output(
-                index, block, given_BTD, batch
-            )
+            mask_BT = batch.mask_on(self.job.device)
+            kwargs = self.job.skeleton.block_kwargs(index, given_BTD, mask_BT)
+            states[(index + 1) * len(batches) + number] = run_block(block, given_BTD, kwargs)
         release_memory()
-
-    def _output(self, index: int, block: nn.Module, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-        mask_BT = batch.mask_on(self.job.device)
-        kwargs = self.job.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
-        return run_block(block, hidden_BTD, kwargs)
 
     @functools.cached_property
     def _outer(self) -> dict[str, Tensor]:
@@ -124,21 +119,33 @@ class GradientPass:
         paths = [name.removeprefix(f"{prefix}.") for name in full]
         found: dict[str, list[Tensor]] = {path: [] for path in paths}
         for number, batch in enumerate(batches, index * len(batches)):
-            given_BTD = states[number].to(self.job.device).requires_grad_()
-            slope_BTD = states[number + len(batches)].to(self.job.device)
-            groups = self.job.recipe.importance.groups
-            with torch.enable_grad(), calibrating(block), _observed(block, paths, groups) as seen:
-                self._output(index, block, given_BTD, batch).backward(slope_BTD)
-            assert given_BTD.grad is not None, "a block's input reaches its output"
-            states[number] = given_BTD.grad
-            for path in paths:
-                found[path].append(_of_tokens(f"{prefix}.{path}", seen.get(path), batch))
+            state_BTD, slope_BTD = states[number], states[number + len(batches)]
+            # window by window: a batch's graph would take a multiple of the memory
+            for row, length in enumerate(batch.lengths()):
+                part = (slice(row, row + 1), slice(length))
+                given = state_BTD[part].to(self.job.device).requires_grad_()
+                seen = self._window(index, block, paths, given, slope_BTD[part])
+                assert given.grad is not None, "a block's input reaches its output"
+                state_BTD[part] = given.grad.to(state_BTD)
+                for path in paths:
+                    found[path].append(_of_tokens(f"{prefix}.{path}", seen.get(path), length))
+            states[number] = state_BTD
         weights = {path: torch.cat(parts) for path, parts in found.items()}
         experts = _inside_experts(block)
         for path, square_MG in weights.items():
             weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
         save_tensors(self.job.folder.part(gradient_part(index)), weights)
         release_memory()
+
+    def _window(
+        self, index: int, block: nn.Module, paths: Sequence[str], given: Tensor, slope: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean squared slopes (T, G) at the layers' outputs; ``given`` (1, T, D) gets its slope."""
+        kwargs = self.job.skeleton.block_kwargs(index, given.detach())
+        groups = self.job.recipe.importance.groups
+        with torch.enable_grad(), calibrating(block), _observed(block, paths, groups) as seen:
+            run_block(block, given, kwargs).backward(slope.to(given))
+        return seen
 
 
 def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
@@ -200,16 +207,16 @@ def _observed(block: nn.Module, paths: Sequence[str], groups: int) -> Iterator[d
             handle.remove()
 
 
-def _of_tokens(name: str, square_MG: Tensor | None, batch: Batch) -> Tensor:
-    """Without padding, on the CPU.
+def _of_tokens(name: str, square_TG: Tensor | None, length: int) -> Tensor:
+    """On the CPU.
 
     Raises:
         RotqError: the layer was not called, or not for every token once.
     """
-    if square_MG is None or len(square_MG) != batch.ids_BT.numel():
-        calls = "does not reach the loss" if square_MG is None else "is not given every token"
+    if square_TG is None or len(square_TG) != length:
+        calls = "does not reach the loss" if square_TG is None else "is not given every token"
         raise RotqError(f"{name} {calls}, so importance.strategy=gradient cannot weigh its inputs")
-    return batch.without_padding(square_MG).cpu()
+    return square_TG.cpu()
 
 
 def _with_mean_one(name: str, square_MG: Tensor, is_expert: bool) -> Tensor:

@@ -47,8 +47,8 @@ def register_all() -> None:
     _wrap_classmethod(platform, "check_and_update_config", _with_packed_cache)
     if current_platform.is_cpu():
         _wrap_classmethod(platform, "get_attn_backend_cls", _with_custom_backend)
-        moe = CompressedTensorsMoEMethod
-        moe.get_moe_method = staticmethod(_without_experts(moe.get_moe_method))
+    moe = CompressedTensorsMoEMethod
+    moe.get_moe_method = staticmethod(_with_named_experts(moe.get_moe_method))
     scheme = CompressedTensorsWNA16
     scheme.create_weights = _with_checked_shards(scheme.create_weights)
 
@@ -90,11 +90,14 @@ def _with_checked_shards(create: Callable[..., None]) -> Callable[..., None]:
     return created
 
 
-def _without_experts(choose: Callable[..., Any]) -> Callable[..., Any]:
+def _with_named_experts(choose: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(quant_config: Any, layer: Any, layer_name: str) -> Any:
-        method = choose(quant_config, layer, layer_name)
-        if type(method).__name__ == "UnquantizedFusedMoEMethod":
-            return method
-        raise RotqError(f"{layer_name}: packed experts are not run by vLLM on a CPU")
+        try:
+            return choose(quant_config, layer, layer_name)
+        except NotImplementedError as error:
+            raise RotqError(
+                f"{layer_name}: vLLM does not run packed experts here ({error}), and neither does "
+                "rotq's plugin"
+            ) from error
 
     return chosen

@@ -22,6 +22,24 @@ def test_norms_are_theirs_but_for_rounding(name):
     assert torch.equal(norm(x_ND), theirs)
 
 
+class PlainRMSNorm(torch.nn.Module):
+    """Without a gain, as in Gemma 3n, DiffLlama and NanoChat."""
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def test_a_norm_without_a_gain():
+    norm = PlainRMSNorm()
+    x_ND = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with InDouble():
+        ours = norm(x_ND)
+    by_hand = x_ND / (x_ND.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(ours, by_hand, rtol=1e-14, atol=1e-14)
+    assert 0 < (norm(x_ND) - ours).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tiny_families import tiny_family
 from tiny_models import CONFIGS, tiny_model
 from torch import nn
 
@@ -167,3 +168,36 @@ def test_generic_adapter_wants_one_list_of_blocks():
 
 def test_adapter_without_experts_sees_no_router():
     assert Adapter(family="x", architectures=()).routers(nn.Module()) == ()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "falcon_h1", "llama4_text", "deepseek_v3"])
+def test_layers_of_a_found_site_read_the_same(name):
+    model = tiny_family(name)
+    skeleton = Skeleton.open(SimpleNamespace(config=model.config, names=list, load=None))
+    unfuse_experts(model)
+    adapter = skeleton.adapter
+    blocks = model.get_submodule(adapter.blocks)
+    for number, block in enumerate(skeleton.blocks):
+        sites, inputs = adapter.sites(block), {}
+        assert any(len(site.linears) > 1 for site in sites)
+        for path in (path for site in sites for path in site.linears):
+            linear = blocks[number].get_submodule(path)
+            # a copy: the model may change its tensor behind the call
+            linear.register_forward_pre_hook(
+                lambda _, args, path=path, seen=inputs: seen.update({path: args[0].clone()})
+            )
+        with calibrating(model), torch.no_grad():
+            model(torch.arange(3, 12)[None], use_cache=False)
+        for site in sites:
+            first = inputs[site.linears[0]].flatten(0, -2)
+            assert all(torch.equal(inputs[path].flatten(0, -2), first) for path in site.linears)
+
+
+def test_opt_whose_norms_follow_its_sums_is_not_rotated():
+    adapter = ADAPTERS["OPTForCausalLM"]
+    small = {"hidden_size": 64, "word_embed_proj_dim": 64}
+    assert adapter.residual_obstacle(transformers.OPTConfig(**small)) is None
+    for changes in ({"do_layer_norm_before": False}, {"word_embed_proj_dim": 32}):
+        config = transformers.OPTConfig(**{**small, **changes})
+        (key,) = changes
+        assert key in adapter.residual_obstacle(config)

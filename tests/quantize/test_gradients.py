@@ -24,6 +24,9 @@ CHOICES = {
 ROTATED = {"rotation.residual": "hadamard", "rotation.value": "hadamard"}
 
 
+sampled_slope = gradients._sampled_slope
+
+
 @pytest.fixture(autouse=True)
 def _least_likely(monkeypatch):
     """In place of the draw: the loss of the least likely token, which batches do not change."""
@@ -166,3 +169,17 @@ def test_a_layer_without_gradient_is_named():
     assert (gradients._with_mean_one("h.0.fc", none_MG, True) == 1).all()
     with pytest.raises(RotqError, match=r"h\.0\.fc: the gradient of the loss is not finite"):
         gradients._with_mean_one("h.0.fc", none_MG / 0, False)
+
+
+def test_the_loss_is_of_tokens_drawn_from_the_model():
+    """Over many draws every token is drawn as often as its probability says."""
+    logits_BCV = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).expand(2, 3000, -1)
+    slope_BCV = sampled_slope(logits_BCV, torch.Generator().manual_seed(0))
+    drawn_BCV = logits_BCV.softmax(-1) - slope_BCV
+    assert set(drawn_BCV.round(decimals=5).unique().tolist()) == {0.0, 1.0}
+    assert (drawn_BCV.round().sum(-1) == 1).all()
+    torch.testing.assert_close(
+        drawn_BCV.mean((0, 1)), logits_BCV[0, 0].softmax(-1), atol=0.02, rtol=0
+    )
+    again_BCV = sampled_slope(logits_BCV, torch.Generator().manual_seed(0))
+    assert torch.equal(slope_BCV, again_BCV)

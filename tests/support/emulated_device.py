@@ -35,6 +35,15 @@ class Emulated(Tensor):
         made.held, made.place = held, device
         return made
 
+    def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
+        return ["held"], self.place
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], place: torch.device, size: Any, stride: Any
+    ) -> Emulated:
+        return Emulated(inner["held"], place)
+
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """As Python sees it; torch itself would look for the device."""
@@ -89,17 +98,24 @@ class _Factories(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.to and not kwargs.get("device"):
-            places = [x for x in args[1:] if isinstance(x, torch.device | str)]
-            if places:
-                kwargs["device"] = places[0]
-                args = tuple(x for x in args if x is not places[0])
+        if func is torch._has_compatible_shallow_copy_type:  # modules swap their tensors then
+            return False
+        if func is torch.Tensor.tolist:  # which reads memory without asking an operator
+            return _held(args[0]).tolist()
+        if func is torch.Tensor.to:
+            kinds = {"device": torch.device | str, "dtype": torch.dtype}
+            for key, kind in kinds.items():
+                kwargs |= {key: x for x in args[1:] if isinstance(x, kind)}
+                kwargs |= {key: getattr(x, key) for x in args[1:] if isinstance(x, Tensor)}
+            args = args[:1]
+            if isinstance(args[0], Emulated) and str(kwargs.get("device")) == "cpu":
+                args = (args[0].held.clone(),)
+        if func is torch.Tensor.cpu:
+            return _held(args[0]).clone()
         if self._is_ours(kwargs.get("device")):
             del kwargs["device"]
-            if args and isinstance(args[0], Emulated):
-                return func(*args, **kwargs)
             found = func(*args, **kwargs)
-            return Emulated(found, self.device)
+            return found if isinstance(found, Emulated) else Emulated(found, self.device)
         return func(*args, **kwargs)
 
     def _is_ours(self, device: Any) -> bool:

@@ -70,6 +70,7 @@ SHARED: dict[str, Any] = {
     "mamba_d_head": 16,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
+    "is_decoder": True,
     "state_size": 16,
 }
 

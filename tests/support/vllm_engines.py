@@ -59,7 +59,8 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
     try:
         yield held[0]
     finally:
-        held.clear()
+        # what a failed test keeps alive must not end the next engine's groups
+        held.pop().llm_engine.engine_core.shutdown()
         gc.collect()
         cleanup_dist_env_and_memory()
 

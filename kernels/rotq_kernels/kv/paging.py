@@ -71,20 +71,38 @@ def load_page(table_ptr, t0, offset, length, PAGE: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def rows_of(t0, offset, head, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Rows of tokens t0 + offset on their pages."""
+def places_of(page, t0, offset, head, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Where tokens t0 + offset are: their pages, of ``load_page``, and rows there in two parts.
+
+    The first part changes from tile to tile and is one number where a page holds a whole tile; the
+    second one is the same for all tiles then.
+    """
     if PAGE >= TILE:
-        return (head * PAGE + t0 % PAGE) + offset
+        return page, t0 % PAGE, head * PAGE + offset
     else:
-        return head * PAGE + (t0 + offset) % PAGE
+        return page, 0, head * PAGE + (t0 + offset) % PAGE
+
+
+@triton.jit
+def line_of(stored_ptr, stride, place, WIDTH: tl.constexpr):
+    """Pointers to the lines of tokens, WIDTH elements each.
+
+    Args:
+        stored_ptr: (P, H, S, WIDTH).
+        stride: From page to page.
+        place: Of ``places_of``.
+        WIDTH: Of a line.
+    """
+    page, first, row = place
+    tile_ptr = stored_ptr + (page.to(tl.int64) * stride + first * WIDTH)
+    return tile_ptr + row * WIDTH
 
 
 @triton.jit
 def chunk_words(
     codes_ptr,
-    page,
     stride,
-    row,
+    place,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     J: tl.constexpr,
@@ -94,34 +112,31 @@ def chunk_words(
 
     Args:
         codes_ptr: int32 (P, H, S, CHUNKS * BITS).
-        page: Of ``load_page``.
         stride: From page to page.
-        row: (I, 4), of the token whose chunk it is.
+        place: Of ``places_of``, (I, 4), of the token whose chunk it is.
         BLOCK: Which four chunks of a token; 0 where lines hold several tokens.
         CHUNKS: Of a token.
         J: Tokens of a line.
         BITS: Of a code.
     """
     chunk = 4 * BLOCK + tl.arange(0, 4) % (4 // J)
-    page_ptr = codes_ptr + page.to(tl.int64) * stride
-    words_ptr = page_ptr + (row * (CHUNKS * BITS) + (chunk * BITS)[None, :])
+    words_ptr = line_of(codes_ptr, stride, place, CHUNKS * BITS) + (chunk * BITS)[None, :]
     # a lane shall load one chunk, also where it could load four neighbours at once
     words_ptr = tl.max_contiguous(words_ptr, [1, 1])
     if J == 1 and CHUNKS % 4 != 0:
-        there = tl.broadcast_to((chunk < CHUNKS)[None, :], row.shape)
+        there = tl.broadcast_to((chunk < CHUNKS)[None, :], words_ptr.shape)
         return load_words(words_ptr, there, BITS)
     else:
         return load_words(words_ptr, None, BITS)
 
 
 @triton.jit
-def load_norms(norm_ptr, page, stride, row, there, base, factor):
+def load_norms(norm_ptr, stride, place, there, base, factor):
     """fp32 norms: 2^(base + code / 16), fp16 times ``factor``, or 2^base where none are stored."""
     if norm_ptr is None:
-        return tl.exp2(tl.zeros(row.shape, tl.float32) + base)
+        return tl.exp2(tl.zeros(there.shape, tl.float32) + base)
     else:
-        page_ptr = norm_ptr + page.to(tl.int64) * stride
-        stored = tl.load(page_ptr + row, mask=there, other=0).to(tl.float32)
+        stored = tl.load(line_of(norm_ptr, stride, place, 1), mask=there, other=0).to(tl.float32)
         if norm_ptr.dtype.element_ty == tl.uint8:
             return tl.exp2(stored * 0.0625 + base)
         else:

@@ -218,8 +218,9 @@ class Service:
         if len(ids) + max(1, limit) - 1 > longest:
             raise ApiError(
                 400,
-                f"a prompt of {len(ids)} tokens and {limit} more are over this server's limit of "
-                f"{longest} tokens",
+                # clients (litellm, ...) know the case by these first words, which are OpenAI's
+                f"This model's maximum context length is {longest} tokens here; a prompt of "
+                f"{len(ids)} tokens and {limit} more are over it",
                 code="context_length_exceeded",
             )
 

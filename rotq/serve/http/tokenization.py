@@ -205,8 +205,8 @@ class Tokenization:
         if characters > self._characters:
             raise ApiError(
                 400,
-                f"{param} of {characters} characters are over this server's limit of "
-                f"{self.longest} tokens",
+                f"This model's maximum context length is {self.longest} tokens here; {param} of "
+                f"{characters} characters are over it",
                 param=param,
                 code="context_length_exceeded",
             )

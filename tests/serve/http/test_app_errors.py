@@ -96,6 +96,10 @@ def test_unknown_things(server: Running) -> None:
 def test_a_prompt_that_is_too_long(server: Running) -> None:
     error = refused(post(server, {"prompt": "x" * 5000}), 400, "5000", "640")
     assert error["code"] == "context_length_exceeded"
+    # litellm, for one, knows the case by OpenAI's words alone
+    far = refused(post(server, {"prompt": "x" * 190_000}), 400, "190000 characters")
+    for message in (error["message"], far["message"]):
+        assert message.startswith("This model's maximum context length is 640 tokens")
 
 
 def test_a_body_that_is_too_large(server: Running) -> None:

@@ -18,7 +18,10 @@ os.environ |= {
 os.environ.pop("TRITON_INTERPRET", None)
 
 import pytest
+import torch
+import transformers
 from tiny_checkpoints import write_checkpoint
+from tiny_models import CONFIGS
 
 from rotq.formats.integer import Grid
 from rotq.vllm import register
@@ -40,5 +43,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return write_checkpoint(
             folder, more.pop("family", "llama-wide"), grids=(grid,), **more
         ).path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a tiny model of small weights: random codes are loud, and flip codes of the cache."""
+
+    def make(family: str = "llama-wide") -> Path:
+        config_class, settings = CONFIGS[family]
+        config = getattr(transformers, config_class)(**settings, initializer_range=0.05)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        folder = tmp_path_factory.mktemp("dense")
+        model.save_pretrained(folder)
+        return folder
 
     return make

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from vllm_engines import Answer, ask, engine, prompts_of
 
-from rotq.checkpoint.load import load_model
 from rotq.kv import PackedCache
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
@@ -16,18 +16,20 @@ from rotq.vllm.settings import load_kv
 
 BLOCK = 64
 NEAR = 1e-5
-"""Of log probabilities, up to the first code that flips."""
+"""Of log probabilities, absolute and relative, up to the first code that flips."""
+FLIPPED = 0.01
+"""From there on: a sum's last bit decides between two levels."""
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Callable[..., Path]) -> Path:
-    return checkpoint(3)
+def model(dense_checkpoint: Callable[..., Path]) -> Path:
+    return dense_checkpoint()
 
 
 @pytest.fixture(scope="module")
 def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Constants with everything: means that turn, query metrics, searched codes."""
-    loaded = load_model(model)
+    loaded = loaded_from(model)
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(1, 512, (4, 128), generator=generator)
     path = tmp_path_factory.mktemp("kv") / "kv.safetensors"
@@ -35,10 +37,14 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def loaded_from(path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def by_packed_cache(path: Path, kv: str, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Log probabilities (tokens, vocabulary) that lead to each of the tokens."""
-    loaded = load_model(path)
+    loaded = loaded_from(path)
     cache = PackedCache(loaded, load_kv(kv, loaded.config))
     length = len(prompt)
     ends = [*range(BLOCK, length, BLOCK), *range(length, length + len(tokens))]
@@ -49,12 +55,18 @@ def by_packed_cache(path: Path, kv: str, prompt: list[int], tokens: list[int]) -
     return torch.cat(found)[length - 1 :].float().log_softmax(-1)
 
 
-def assert_equal_to_packed_cache(path: Path, kv: str, prompt: list[int], answer: Answer) -> None:
-    tokens, found = answer
-    log_p = by_packed_cache(path, kv, prompt, tokens)
-    assert log_p.argmax(-1).tolist() == tokens
-    expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=NEAR)
+def assert_equal_to_packed_cache(
+    path: Path, kv: str, prompts: list[list[int]], answers: list[Answer]
+) -> None:
+    """Tokens are equal, and most answers to the last digits; in the others a code has flipped."""
+    unflipped = 0
+    for prompt, (tokens, found) in zip(prompts, answers, strict=True):
+        log_p = by_packed_cache(path, kv, prompt, tokens)
+        assert log_p.argmax(-1).tolist() == tokens
+        expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=FLIPPED)
+        unflipped += torch.allclose(torch.tensor(found), expected, rtol=NEAR, atol=NEAR)
+    assert 2 * unflipped > len(prompts)
 
 
 def packed(path: Path, kv: str | Path, **options: Any) -> Any:
@@ -72,13 +84,11 @@ def test_prompts_alone_again_and_together(
         assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         again = [ask(llm, [prompt])[0] for prompt in prompts]
         together = ask(llm, prompts)
-    for prompt, answer in zip(prompts, alone, strict=True):
-        assert_equal_to_packed_cache(model, kv, prompt, answer)
+    assert_equal_to_packed_cache(model, kv, prompts, alone)
     # what was found in the cache gives the first answer, bit for bit
     assert again == alone
-    for one, other in zip(alone, together, strict=True):
-        assert other[0] == one[0]
-        torch.testing.assert_close(torch.tensor(other[1]), torch.tensor(one[1]), rtol=0, atol=NEAR)
+    # in company matrix products have other numbers of rows
+    assert_equal_to_packed_cache(model, kv, prompts, together)
 
 
 def test_a_beginning_is_found(model: Path) -> None:
@@ -102,20 +112,20 @@ def test_prompts_that_share_a_budget(model: Path) -> None:
     prompts = prompts_of(150, 90, 333)
     with packed(model, "k3v3", max_num_batched_tokens=100, enable_prefix_caching=False) as llm:
         together = ask(llm, prompts)
-    for prompt, answer in zip(prompts, together, strict=True):
-        assert_equal_to_packed_cache(model, "k3v3", prompt, answer)
+    assert_equal_to_packed_cache(model, "k3v3", prompts, together)
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
-def test_sliding_windows(enable_prefix_caching: bool, checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, family="mistral-wide")
-    prompts = prompts_of(70, 333)
+def test_sliding_windows(
+    enable_prefix_caching: bool, dense_checkpoint: Callable[..., Path]
+) -> None:
+    path = dense_checkpoint("mistral-wide")
+    prompts = prompts_of(70, 150, 333)
     with packed(path, "k3v3", enable_prefix_caching=enable_prefix_caching) as llm:
         alone = [ask(llm, [prompt])[0] for prompt in prompts]
         again = [ask(llm, [prompt])[0] for prompt in prompts]
     assert again == alone
-    for prompt, answer in zip(prompts, alone, strict=True):
-        assert_equal_to_packed_cache(path, "k3v3", prompt, answer)
+    assert_equal_to_packed_cache(path, "k3v3", prompts, alone)
 
 
 def test_room(model: Path) -> None:

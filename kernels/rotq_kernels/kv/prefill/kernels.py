@@ -13,7 +13,7 @@ those padded, T query tokens, H KV heads.
 import triton
 import triton.language as tl
 
-from rotq_kernels.kv.paging import load_hidden, load_norms, load_page, rows_of
+from rotq_kernels.kv.paging import load_hidden, load_norms, load_page, places_of
 from rotq_kernels.kv.prefill.tile import (
     element_of,
     load_levels,
@@ -126,21 +126,19 @@ def packed_kernel(
     sums = tl.zeros([N, WIDTH], tl.float32)
     for t0 in range(begin, end, TILE):
         page = load_page(page_table_ptr, t0, i, length, PAGE, TILE)
-        row = rows_of(t0, i, head, PAGE, TILE)
+        place = places_of(page, t0, i, head, PAGE, TILE)
         token = t0 + i
-        k_norm = load_norms(k_norm_ptr, page, stride_k_norm, row, everywhere, k_base, 1.0)
-        levels = load_levels(k_codes_ptr, page, stride_k_codes, row, k_table, D, K_BITS, EXACT, PTX)
+        k_norm = load_norms(k_norm_ptr, stride_k_norm, place, everywhere, k_base, 1.0)
+        levels = load_levels(k_codes_ptr, stride_k_codes, place, k_table, D, K_BITS, EXACT, PTX)
         # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
         score = tl.dot(x, tl.trans(levels), input_precision=PRECISION)
         score *= unit[:, None] * k_norm[None, :]
         if k_sign_ptr is not None:
-            signs = load_levels(k_sign_ptr, page, stride_k_sign, row, sign_table, D, 1, EXACT, PTX)
+            signs = load_levels(k_sign_ptr, stride_k_sign, place, sign_table, D, 1, EXACT, PTX)
             # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
             found = tl.dot(r_x, tl.trans(signs), input_precision=PRECISION)
             if k_gamma_ptr is not None:
-                k_norm = load_norms(
-                    k_gamma_ptr, page, stride_k_gamma, row, everywhere, gamma_base, 1.0
-                )
+                k_norm = load_norms(k_gamma_ptr, stride_k_gamma, place, everywhere, gamma_base, 1.0)
             score += found * (r_unit[:, None] * k_norm[None, :])
         if mean_ptr is not None:
             origin = origin_ptr + (t0 // TILE) * (2 * R)
@@ -160,8 +158,8 @@ def packed_kernel(
         peak = new_peak
         share = tl.exp2(score - peak[:, None])
         weight = weight * fade + tl.sum(share, axis=1)
-        values = load_levels(v_codes_ptr, page, stride_v_codes, row, v_table, D, V_BITS, EXACT, PTX)
-        values *= load_value_norms(v_norm_ptr, page, stride_v_norm, row, EXACT)[:, None]
+        values = load_levels(v_codes_ptr, stride_v_codes, place, v_table, D, V_BITS, EXACT, PTX)
+        values *= load_value_norms(v_norm_ptr, stride_v_norm, place, EXACT)[:, None]
         sums *= fade[:, None]
         # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
         sums = tl.dot(share.to(KIND), values, sums, input_precision=PRECISION)
