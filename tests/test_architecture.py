@@ -110,6 +110,14 @@ def test_transformers_stays_at_the_edge(file: Path) -> None:
     assert not used or area_of(file) in allowed
 
 
+def test_peft_is_needed_by_no_other() -> None:
+    lora = ROOT / "rotq" / "lora.py"
+    for file in FILES:
+        names = {name for name, _ in imports(parse(file))}
+        assert file == lora or "rotq.lora" not in names, file
+        assert file == lora or not any(name.split(".")[0] == "peft" for name in names), file
+
+
 def test_a_pool_needs_nothing_of_a_cache_alone() -> None:
     """These modules are of caches only; the others of kv/cache are of pools too."""
     names = ("esm", "layer", "packed_cache", "placement", "sequences")

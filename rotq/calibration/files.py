@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import stat
 import zlib
 from gzip import GzipFile
@@ -26,6 +27,14 @@ LARGEST = 2**30
 
 _MARK = "\ufeff"
 _GZIP = b"\x1f\x8b"
+_OTHERS = {
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "zip": re.compile(rb"PK\x03\x04"),
+    "Parquet": re.compile(rb"PAR1\W"),
+}
+"""How files begin that hold a text and are none."""
 _PIECE = 2**20
 _LATIN = "latin-1"
 _ENCODINGS = (
@@ -91,8 +100,11 @@ def decompress(source: str, data: bytes) -> bytes:
     """The content of a file that gzip may have made; by its first bytes, not by its name.
 
     Raises:
-        RotqError: damaged, or more than ``LARGEST`` bytes.
+        RotqError: damaged, more than ``LARGEST`` bytes, or packed by something else.
     """
+    for kind, beginning in _OTHERS.items():
+        if beginning.match(data):
+            raise RotqError(f"{source} is a {kind} file; only gzip is read: unpack it")
     if not data.startswith(_GZIP):
         return data
     try:

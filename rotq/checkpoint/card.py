@@ -37,7 +37,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install "compressed-
 ```
 
 transformers makes the weights dense while loading or at the first
-forward pass; `rotq.load("PATH")` keeps them packed."""
+forward pass, and may save them so; `rotq.load("PATH")` keeps them packed, and its `save_pretrained`
+writes them as they are here."""
 
 NOT_TRANSFORMERS = """\
 The weights are stored as compressed-tensors (`pack-quantized`). transformers 5.23 with

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rotq.calibration.limits import Limits
     from rotq.calibration.texts import Text
     from rotq.checkpoint.location import Location
+    from rotq.checkpoint.location import ModelName as Named
     from rotq.evaluation.perplexity import Evaluation, Protocol
 
 
@@ -160,12 +161,12 @@ def scored_tokens(
 
 
 def measure(
-    checkpoint: Location,
+    checkpoint: Named,
     text: str,
     protocol: Protocol,
     *,
-    bos: str,
-    reference: Location | None,
+    bos: str = "auto",
+    reference: Named | None,
     device_map: str | None,
     dtype: str,
     trust_remote_code: bool,
@@ -182,9 +183,10 @@ def measure(
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
     from rotq.checkpoint.load import load_model
+    from rotq.checkpoint.location import locate
     from rotq.evaluation.perplexity import evaluate
 
-    found = [model for model in (checkpoint, reference) if model is not None]
+    found = [locate(model) for model in (checkpoint, reference) if model is not None]
     # what is refused or cut is so before a model is loaded
     ids_N, within = scored_tokens(
         found, text, protocol, bos=bos, trust_remote_code=trust_remote_code

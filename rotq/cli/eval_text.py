@@ -70,11 +70,10 @@ class EvalText:
         """Score the checkpoint against the model, and put the figures into its report.json."""
         from rotq.checkpoint.files import write_json
         from rotq.checkpoint.inspection import REPORT
-        from rotq.checkpoint.location import locate
         from rotq.evaluation.perplexity import Protocol
 
         found = measure(
-            locate(output),
+            output,
             self.text,
             Protocol(windows=self.windows),
             bos=self.bos,

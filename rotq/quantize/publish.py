@@ -142,6 +142,8 @@ def _new_notes(job: Job, obstacle: str | None, experts: dict[str, list[int]]) ->
     notes = list(few_tokens(experts))
     if obstacle is not None:
         notes.append(f"transformers cannot load this checkpoint without rotq: {obstacle}")
+    if job.recipe.output.format == "rotq":
+        notes.append("transformers loads the rotq format where rotq is installed, and nowhere else")
     for note in notes:
         job.progress.message(note)
         yield note

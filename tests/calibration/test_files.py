@@ -1,7 +1,9 @@
 """Bytes of a file to text: marks, encodings, line ends, compression, and what is no file."""
 
+import bz2
 import codecs
 import gzip
+import lzma
 import os
 import socket
 from pathlib import Path
@@ -78,6 +80,26 @@ def test_gzip_of_several_members() -> None:
 def test_damaged_gzip(cut: slice) -> None:
     with pytest.raises(RotqError, match="f: damaged gzip file"):
         decompress("f", gzip.compress(b"some text of some length")[cut])
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("bzip2", bz2.compress(TEXT.encode())),
+        ("xz", lzma.compress(TEXT.encode())),
+        ("zstd", b"\x28\xb5\x2f\xfd\x24\x00"),
+        ("zip", b"PK\x03\x04\x14\x00"),
+        ("Parquet", b"PAR1\x15\x04"),
+    ],
+)
+def test_what_something_else_packed_is_named(kind: str, data: bytes) -> None:
+    with pytest.raises(RotqError, match=f"f is a {kind} file; only gzip is read: unpack it"):
+        decompress("f", data)
+
+
+@pytest.mark.parametrize("text", [b"BZh9 is how bzip2 begins", b"PAR1A is a gene", b"PK"])
+def test_texts_that_begin_alike(text: bytes) -> None:
+    assert decompress("f", text) == text
 
 
 def test_what_is_too_large_is_refused_before_it_is_held(

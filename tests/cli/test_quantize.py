@@ -14,7 +14,6 @@ import yaml
 from click.testing import CliRunner, Result
 from job_reports import make_report
 
-from rotq.checkpoint.location import Location
 from rotq.cli.main import main
 from rotq.errors import RotqError
 from rotq.recipe import Recipe
@@ -236,7 +235,7 @@ def test_evaluation_goes_into_report_and_table(
 
     asked: dict[str, Any] = {}
 
-    def measure(checkpoint: Location, text: str, protocol: Protocol, **options: Any) -> Evaluation:
+    def measure(checkpoint: Path, text: str, protocol: Protocol, **options: Any) -> Evaluation:
         asked.update(checkpoint=checkpoint, text=text, protocol=protocol, **options)
         return Evaluation(
             ppl=30.0, kl=0.25, top1=0.5, reference_ppl=20.0, tokens=9, protocol="windowed"
@@ -245,7 +244,7 @@ def test_evaluation_goes_into_report_and_table(
     monkeypatch.setattr("rotq.cli.eval_text.measure", measure)
     result = run("m", "-o", str(tmp_path), "--eval-text", "pydoc-test", "--eval-windows", "3")
     assert result.exit_code == 0, result.stderr
-    assert (asked["checkpoint"].path, asked["reference"].path) == (tmp_path, Path("m"))
+    assert (asked["checkpoint"], asked["reference"].path) == (tmp_path, Path("m"))
     assert (asked["text"], asked["protocol"]) == ("pydoc-test", Protocol(windows=3))
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["evaluation"]["kl"] == 0.25

@@ -288,3 +288,22 @@ def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(CheckFailed, match=r"function of model\.layers\.0"):
         run(model, tmp_path / "out", **STRONG, rotation__residual="hadamard")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_transformers_alone_cannot_load_is_noted(tmp_path: Path) -> None:
+    """Several grids with zero points, and the rotq format; one symmetric grid it can."""
+    model = make_checkpoint("llama", tmp_path / "model")
+    one = {"solver__method": "rtn", "weights__group_size": 16, "weights__symmetric": True}
+    several = {**one, "weights__symmetric": False, "weights__group_fallback": "auto"}
+    several["weights__overrides"] = [{"match": "q_proj", "bits": 3}]
+    cases = {
+        "one": (one, []),
+        "several": (several, ["cannot load this checkpoint without rotq: it does not read zero"]),
+        "rotq": ({**one, "output__format": "rotq"}, ["where rotq is installed, and nowhere else"]),
+    }
+    for name, (changes, wanted) in cases.items():
+        notes = [
+            note for note in run(model, tmp_path / name, **changes).notes if "transfor" in note
+        ]
+        assert len(notes) == len(wanted)
+        assert all(words in note for words, note in zip(wanted, notes, strict=True))

@@ -103,10 +103,11 @@ class _Factories(TorchFunctionMode):
         if func is torch.Tensor.tolist:  # which reads memory without asking an operator
             return _held(args[0]).tolist()
         if func is torch.Tensor.to:
-            kinds = {"device": torch.device | str, "dtype": torch.dtype}
-            for key, kind in kinds.items():
-                kwargs |= {key: x for x in args[1:] if isinstance(x, kind)}
-                kwargs |= {key: getattr(x, key) for x in args[1:] if isinstance(x, Tensor)}
+            for x in args[1:]:
+                if isinstance(x, torch.device | str | Tensor):
+                    kwargs["device"] = x.device if isinstance(x, Tensor) else x
+                if isinstance(x, torch.dtype | Tensor):
+                    kwargs["dtype"] = x.dtype if isinstance(x, Tensor) else x
             args = args[:1]
             if isinstance(args[0], Emulated) and str(kwargs.get("device")) == "cpu":
                 args = (args[0].held.clone(),)

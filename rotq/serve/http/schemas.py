@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from rotq.serve.http.neutral import Neutral, NeutralChat, NeutralCompletion
-from rotq.serve.http.strict import Integer, Integers, Off, Strict, Tolerant
+from rotq.serve.http.strict import EMPTY_EXTRAS, Integer, Integers, Off, Strict, Tolerant
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -97,12 +97,28 @@ class TextPart(Tolerant):
     text: str
 
 
+_HAS_TEXT = {
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {
+            "properties": {
+                "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]}
+            },
+            "required": ["content"],
+        },
+    ]
+}
+"""Of a message, in its schema: only an assistant may have said nothing."""
+
+
 class Message(Tolerant):
     """One turn of a conversation.
 
     Answers are taken back as they were given: refusal, annotations, audio, function and tool calls
     may be there, as long as they are empty.
     """
+
+    model_config = ConfigDict(json_schema_extra={**EMPTY_EXTRAS, **_HAS_TEXT})
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None

@@ -59,10 +59,14 @@ class Strict(BaseModel):
         }
 
 
+EMPTY_EXTRAS: dict[str, Any] = {"additionalProperties": _EMPTY}
+"""Of a ``Tolerant`` object, in its schema."""
+
+
 class Tolerant(Strict):
     """Takes back what others hand out: any field may also be there and empty."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": _EMPTY})
+    model_config = ConfigDict(json_schema_extra=EMPTY_EXTRAS)
 
     @classmethod
     def says_nothing(cls, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from asking import chat, http, post, refused
 from tiny_served import Running
@@ -188,6 +189,18 @@ def test_schemas_say_what_is_taken() -> None:
         assert schema["properties"]["min_p"]["anyOf"][0]["const"] == 0
         told = schema["properties"]["json_schema"]["type"]
         assert told == "null"
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "assistant"])
+def test_the_schema_says_who_must_have_said_something(role: str) -> None:
+    schema = ChatRequest.model_json_schema()
+    for keyword in ("properties", "required", "additionalProperties"):
+        schema.pop(keyword)  # of the whole request
+    is_valid = jsonschema_rs.validator_for({**schema, "$ref": "#/$defs/Message"}).is_valid
+    for content in ("x", "", [{"type": "text", "text": "x"}]):
+        assert is_valid({"role": role, "content": content})
+    for silent in ({"role": role}, {"role": role, "content": None}, {"role": role, "content": []}):
+        assert is_valid(silent) == (role == "assistant")
 
 
 ANSWERS: list[dict[str, Any]] = [
