@@ -29,10 +29,13 @@ def _counts(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _counts(value)
-        elif isinstance(value, int | float) and re.search(r"layer|expert", key):
-            # vocab_size_per_layer_input is none
-            if not re.search(r"size|dim|rank|token", key):
-                yield key, value
+        elif isinstance(value, int | float) and _is_count(key):
+            yield key, value
+
+
+def _is_count(key: str) -> bool:
+    """Of layers or experts; ``vocab_size_per_layer_input`` is none."""
+    return bool(re.search(r"layer|expert", key)) and not re.search(r"size|dim|rank|token", key)
 
 
 def head_dim(config: Any) -> int:
