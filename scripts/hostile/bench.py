@@ -92,7 +92,7 @@ class Bench:
     def quantize(self, model: Path, output: Path | None = None, *more: object) -> list[object]:
         """A job of a second; without ``output`` a dry run."""
         small = ["--num-samples", 2, "--seq-len", 32, "--set", "weights.group_size=16"]
-        small += ["--calibration", self.text, *more]
+        small += more if "--calibration" in more else ["--calibration", self.text, *more]
         last = ["--dry-run"] if output is None else ["-o", output]
         return ["quantize", model, "-c", "rtn", *small, *last]
 

@@ -7,7 +7,7 @@ by ``extra_body``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -97,7 +97,7 @@ class TextPart(Tolerant):
     text: str
 
 
-_HAS_TEXT = {
+_HAS_TEXT: dict[str, Any] = {
     "anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
         {
