@@ -137,11 +137,10 @@ class KVPages:
         return [tensor for tensor in found if tensor is not None]
 
     @property
-    def strides(self) -> dict[str, int]:
-        """Elements from page to page of each tensor, by its name; 0 where there is none."""
+    def gaps(self) -> dict[str, int | None]:
+        """Elements between pages of each tensor, by its name; see ``gap_of``."""
         names = ("k_codes", "k_norm", "k_sign", "k_gamma", "v_codes", "v_norm")
-        held = {name: getattr(self, name) for name in names}
-        return {name: 0 if tensor is None else tensor.stride(0) for name, tensor in held.items()}
+        return {name: gap_of(getattr(self, name)) for name in names}
 
     @property
     def has_whole_pages(self) -> bool:
@@ -233,6 +232,16 @@ class KVHistory:
     """Sinks, recent tokens and the chunk that the queries are of."""
     window: int = 0
     """Of sliding attention in tokens; 0 for none."""
+
+
+def gap_of(stored_PHS: Tensor | None) -> int | None:
+    """Elements between a page and the next; None where there are none, or nothing is stored.
+
+    Kernels are compiled without them for None, so that pages of their own cost nothing.
+    """
+    if stored_PHS is None or stored_PHS.is_contiguous():
+        return None
+    return stored_PHS.stride(0) - stored_PHS[0].numel()
 
 
 def level_values(levels_HL: Tensor, bits: int) -> Tensor:

@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """What kernels read of packed pages: which tokens, where they are, their words and norms.
 
-A token's place among a page's (H, S) rows is its row; each stored tensor has a line of words or a
-norm there. From page to page it is as many elements as the tensor's stride says: pages may be parts
-of a larger store's blocks. Letters as in ``decode.tile``; also P pages, H KV heads, S tokens of a
-page.
+A token's place among all pages' (P, H, S) rows is its row; each stored tensor has a line of words
+or a norm there, and where pages are parts of a larger store's blocks, a gap between them. Letters
+as in ``decode.tile``; also P pages, H KV heads, S tokens of a page.
 """
 
 import triton
@@ -17,7 +16,7 @@ from rotq_kernels.kv.unpack import load_words
 def load_hidden(hidden_ptr, b):
     """Packed tokens at the start of sequence b that nobody sees; 0 without a pointer."""
     if hidden_ptr is None:
-        return b * 0
+        return 0
     else:
         return tl.load(hidden_ptr + b)
 
@@ -42,7 +41,7 @@ def seen_tokens(
     position = tl.load(position_ptr + n % T, mask=n < rows, other=-1)
     first = tl.zeros_like(position) + hidden
     if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1 - start, first)
+        first = tl.maximum(position - WINDOW + 1 - start, hidden)
     end = tl.minimum(length, position - start + 1)
     return first, tl.where((position >= 0) & (end > first), end, 0)
 
@@ -71,38 +70,28 @@ def load_page(table_ptr, t0, offset, length, PAGE: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def places_of(page, t0, offset, head, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Where tokens t0 + offset are: their pages, of ``load_page``, and rows there in two parts.
-
-    The first part changes from tile to tile and is one number where a page holds a whole tile; the
-    second one is the same for all tiles then.
-    """
+def rows_of(page, t0, offset, head, H, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """int64 rows of tokens t0 + offset on pages that ``load_page`` gave."""
+    first = (page.to(tl.int64) * H + head) * PAGE
     if PAGE >= TILE:
-        return page, t0 % PAGE, head * PAGE + offset
+        return (first + t0 % PAGE) + offset
     else:
-        return page, 0, head * PAGE + (t0 + offset) % PAGE
+        return first + (t0 + offset) % PAGE
 
 
 @triton.jit
-def line_of(stored_ptr, stride, place, WIDTH: tl.constexpr):
-    """Pointers to the lines of tokens, WIDTH elements each.
-
-    Args:
-        stored_ptr: (P, H, S, WIDTH).
-        stride: From page to page.
-        place: Of ``places_of``.
-        WIDTH: Of a line.
-    """
-    page, first, row = place
-    tile_ptr = stored_ptr + (page.to(tl.int64) * stride + first * WIDTH)
-    return tile_ptr + row * WIDTH
+def past_gaps(stored_ptr, page, gap):
+    """The pointer that rows of a page are counted from: as many gaps further as its number."""
+    if gap is None:
+        return stored_ptr
+    else:
+        return stored_ptr + page.to(tl.int64) * gap
 
 
 @triton.jit
 def chunk_words(
     codes_ptr,
-    stride,
-    place,
+    row,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     J: tl.constexpr,
@@ -111,32 +100,31 @@ def chunk_words(
     """Packed words of lines, a tuple of BITS tensors (I, 4).
 
     Args:
-        codes_ptr: int32 (P, H, S, CHUNKS * BITS).
-        stride: From page to page.
-        place: Of ``places_of``, (I, 4), of the token whose chunk it is.
+        codes_ptr: int32 (P, H, S, CHUNKS * BITS), of ``past_gaps``.
+        row: (I, 4), of the token whose chunk it is.
         BLOCK: Which four chunks of a token; 0 where lines hold several tokens.
         CHUNKS: Of a token.
         J: Tokens of a line.
         BITS: Of a code.
     """
     chunk = 4 * BLOCK + tl.arange(0, 4) % (4 // J)
-    words_ptr = line_of(codes_ptr, stride, place, CHUNKS * BITS) + (chunk * BITS)[None, :]
+    words_ptr = codes_ptr + row * (CHUNKS * BITS) + (chunk * BITS)[None, :]
     # a lane shall load one chunk, also where it could load four neighbours at once
     words_ptr = tl.max_contiguous(words_ptr, [1, 1])
     if J == 1 and CHUNKS % 4 != 0:
-        there = tl.broadcast_to((chunk < CHUNKS)[None, :], words_ptr.shape)
+        there = tl.broadcast_to((chunk < CHUNKS)[None, :], row.shape)
         return load_words(words_ptr, there, BITS)
     else:
         return load_words(words_ptr, None, BITS)
 
 
 @triton.jit
-def load_norms(norm_ptr, stride, place, there, base, factor):
+def load_norms(norm_ptr, page, gap, row, there, base, factor):
     """fp32 norms: 2^(base + code / 16), fp16 times ``factor``, or 2^base where none are stored."""
     if norm_ptr is None:
-        return tl.exp2(tl.zeros(there.shape, tl.float32) + base)
+        return tl.exp2(tl.zeros(row.shape, tl.float32) + base)
     else:
-        stored = tl.load(line_of(norm_ptr, stride, place, 1), mask=there, other=0).to(tl.float32)
+        stored = tl.load(past_gaps(norm_ptr, page, gap) + row, mask=there, other=0).to(tl.float32)
         if norm_ptr.dtype.element_ty == tl.uint8:
             return tl.exp2(stored * 0.0625 + base)
         else:

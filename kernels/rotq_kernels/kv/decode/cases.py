@@ -31,7 +31,8 @@ POINTERS = {
     "weight_ptr": "*fp32",
 }
 SIZES = dict.fromkeys(("H", "rows", "T", "table_width", "partials"), "i32")
-STRIDES = [name for name in decode_kernel.arg_names if name.startswith("stride_")]
+GAPS = [name for name in decode_kernel.arg_names if name.startswith("gap_")]
+"""Of pages in blocks."""
 RESIDUAL = {"residual_ptr": "*fp32", "k_sign_ptr": "*i32"}
 GAMMA = {"k_gamma_ptr": "*u8", "gamma_base_ptr": "*fp32"}
 MEAN = {"cosine_ptr": "*fp32", "sine_ptr": "*fp32", "frequency_ptr": "*fp32"}
@@ -46,24 +47,25 @@ def _decode_case(
     mean: str = "rope",
     residual: str = "none",
     window: int = 0,
-    hidden: bool = False,
+    in_blocks: bool = False,
     exact: bool = False,
     targets: tuple[str, ...] = ("sm_90",),
     headline: bool = False,
 ) -> dict[str, Any]:
     form = KVFormat(head_dim=width, k_bits=bits[0], v_bits=bits[1], residual=residual)  # type: ignore[arg-type]
-    types = POINTERS | SIZES | dict.fromkeys(STRIDES, "i32")
+    types = POINTERS | SIZES
     types |= {f"{side}_table_ptr": "*i32" for side, n in zip("kv", bits, strict=True) if n <= 4}
     if mean == "rope":
         types |= MEAN | {"angle_ptr": "*fp32" if exact else "*fp16"}
-    if hidden:
-        types |= {"hidden_ptr": "*i32"}
+    if in_blocks:
+        types |= {"hidden_ptr": "*i32"} | dict.fromkeys(GAPS, "i32")
     if residual != "none":
         types |= RESIDUAL | (GAMMA if residual == "qjl" else {})
     has_ptx = targets != AMD
     tile = tile_sizes(width, rows, has_ptx=has_ptx)
     constants = {
         **{argument: None for argument in decode_kernel.arg_names if argument.endswith("_ptr")},
+        **dict.fromkeys(GAPS),
         "D": width,
         "R": width // 2,
         "K_BITS": bits[0],
@@ -83,7 +85,7 @@ def _decode_case(
         "num_warps": WARPS,
         "num_stages": 1,
         "targets": targets,
-        "divisible": STRIDES,
+        "divisible": GAPS if in_blocks else [],
         "elements": 2 * tile["TILE"] * width,
         "bits": form.bits_per_element,
         "headline": headline,
@@ -129,8 +131,8 @@ COMPILE_CASES = [
     _decode_case("k3v3, width 128, static mean, sign", mean="static", residual="sign"),
     _decode_case("k3v3, width 128, static mean, qjl", mean="static", residual="qjl"),
     _decode_case("k3v3, width 128, static mean, window", mean="static", window=1024),
-    _decode_case("k3v3, width 128, RoPE mean, hidden", hidden=True, targets=NVIDIA),
-    _decode_case("k3v3, width 64, RoPE mean, hidden, portable", width=64, hidden=True, targets=AMD),
+    _decode_case("k3v3, width 128, RoPE mean, in blocks", in_blocks=True, targets=NVIDIA),
+    _decode_case("k3v3, width 64, in blocks, portable", width=64, in_blocks=True, targets=AMD),
     _decode_case("k3v3, width 128, static mean, 16 rows", mean="static", rows=16),
     _decode_case("k3v3, width 128, RoPE mean, 16 rows", rows=16),
     _decode_case("k3v3, width 128, RoPE mean, fp32", exact=True),

@@ -38,7 +38,8 @@ from rotq_kernels.kv.paging import (
     load_hidden,
     load_norms,
     load_page,
-    places_of,
+    past_gaps,
+    rows_of,
     seen_tokens,
     value_range,
 )
@@ -81,12 +82,12 @@ def decode_kernel(
     T,
     table_width,
     partials,
-    stride_k_codes,
-    stride_k_norm,
-    stride_k_sign,
-    stride_k_gamma,
-    stride_v_codes,
-    stride_v_norm,
+    gap_k_codes,
+    gap_k_norm,
+    gap_k_sign,
+    gap_k_gamma,
+    gap_v_codes,
+    gap_v_norm,
     D: tl.constexpr,
     R: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -162,23 +163,26 @@ def decode_kernel(
     page = load_page(page_table_ptr, begin, lane_first, length, PAGE, TILE)
     held_page = load_page(page_table_ptr, begin, held_first, length, PAGE, TILE)
     for t0 in range(begin, end, TILE):
-        place = places_of(page, t0, lane_token, head, PAGE, TILE)
-        held_place = places_of(held_page, t0, held_token, head, PAGE, TILE)
+        page_row = rows_of(page, t0, lane_token, head, H, PAGE, TILE)
+        norm_row = rows_of(held_page, t0, held_token, head, H, PAGE, TILE)
+        k_codes = past_gaps(k_codes_ptr, page, gap_k_codes)
+        v_codes = past_gaps(v_codes_ptr, page, gap_v_codes)
+        here, held_here = page, held_page
         page = load_page(page_table_ptr, t0 + TILE, lane_first, length, PAGE, TILE)
         held_page = load_page(page_table_ptr, t0 + TILE, held_first, length, PAGE, TILE)
         token = t0 + held_token
         there = token < length
-        k_words = chunk_words(k_codes_ptr, stride_k_codes, place, 0, CHUNKS, J, K_BITS)
-        v_words = chunk_words(v_codes_ptr, stride_v_codes, place, 0, CHUNKS, J, V_BITS)
-        k_norm = load_norms(k_norm_ptr, stride_k_norm, held_place, there, k_base, 1.0)
-        v_norm = load_norms(v_norm_ptr, stride_v_norm, held_place, there, v_base, v_factor)
+        k_words = chunk_words(k_codes, page_row, 0, CHUNKS, J, K_BITS)
+        v_words = chunk_words(v_codes, page_row, 0, CHUNKS, J, V_BITS)
+        k_norm = load_norms(k_norm_ptr, held_here, gap_k_norm, norm_row, there, k_base, 1.0)
+        v_norm = load_norms(v_norm_ptr, held_here, gap_v_norm, norm_row, there, v_base, v_factor)
 
         # [I, 128] @ [128, J N] -> [I, J N]
         keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
         found = multiply(keys, low, no_sums(LINES, J * N, LIMBS), LIMBS)
         if BLOCKS == 2:
             # the same with the other half of the head
-            k_words = chunk_words(k_codes_ptr, stride_k_codes, place, 1, CHUNKS, J, K_BITS)
+            k_words = chunk_words(k_codes, page_row, 1, CHUNKS, J, K_BITS)
             keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
             found = multiply(keys, high, found, LIMBS)
         score = sum_of(found, LIMBS)
@@ -188,15 +192,18 @@ def decode_kernel(
         score *= over_columns(k_norm, N) * unit[None, :]
         if k_sign_ptr is not None:
             # [I, 128] @ [128, J N] -> [I, J N], once for each half of the head
-            words = chunk_words(k_sign_ptr, stride_k_sign, place, 0, CHUNKS, J, 1)
+            k_signs = past_gaps(k_sign_ptr, here, gap_k_sign)
+            words = chunk_words(k_signs, page_row, 0, CHUNKS, J, 1)
             keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS)
             found = multiply(keys, r_low, no_sums(LINES, J * N, LIMBS), LIMBS)
             if BLOCKS == 2:
-                words = chunk_words(k_sign_ptr, stride_k_sign, place, 1, CHUNKS, J, 1)
+                words = chunk_words(k_signs, page_row, 1, CHUNKS, J, 1)
                 keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS)
                 found = multiply(keys, r_high, found, LIMBS)
             if k_gamma_ptr is not None:
-                k_norm = load_norms(k_gamma_ptr, stride_k_gamma, held_place, there, gamma_base, 1.0)
+                k_norm = load_norms(
+                    k_gamma_ptr, held_here, gap_k_gamma, norm_row, there, gamma_base, 1.0
+                )
             score += sum_of(found, LIMBS) * (over_columns(k_norm, N) * r_unit[None, :])
         if cosine_ptr is not None:
             kind: tl.constexpr = cos_tile.dtype
@@ -225,7 +232,7 @@ def decode_kernel(
         # [TILE, 128 / J]
         values = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
         if BLOCKS == 2:
-            v_words = chunk_words(v_codes_ptr, stride_v_codes, place, 1, CHUNKS, J, V_BITS)
+            v_words = chunk_words(v_codes, page_row, 1, CHUNKS, J, V_BITS)
             more = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
             # J is 1: [TILE, 128, 2] -> [TILE, 2, 128] -> [TILE, V_WIDTH]
             values = tl.join(values, more).permute(0, 2, 1).reshape(TILE, V_WIDTH)

@@ -118,7 +118,7 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
         "v_norm_ptr": pages.v_norm,
         "v_table_ptr": level_words(value.levels_HL, form.v_bits),
         "v_base_ptr": value.base_H.contiguous(),
-        **{f"stride_{name}": stride for name, stride in pages.strides.items()},
+        **{f"gap_{name}": gap for name, gap in pages.gaps.items()},
         "D": form.head_dim,
         "R": R,
         "K_BITS": form.k_bits,

@@ -5,8 +5,8 @@ from typing import Any
 from rotq_kernels.kv.encode.kernel import encode_kernel
 from rotq_kernels.kv.encode.launch import tile_sizes
 
-STRIDES = ["stride_codes", "stride_norm", "stride_sign", "stride_gamma"]
-"""From page to page."""
+GAPS = ("gap_codes", "gap_norm", "gap_sign", "gap_gamma")
+"""Of pages in blocks."""
 
 
 def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
     types |= dict.fromkeys(("position_ptr", "slot_ptr"), "*i64")
     types |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
     types |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
-    types |= dict.fromkeys(STRIDES, "i32")
     types |= {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"}
     # launched with None, or specialized for 1
-    fixed: dict[str, Any] = {} if constants["R"] else {"inv_freq_ptr": None}
+    fixed: dict[str, Any] = dict.fromkeys(GAPS)
+    fixed |= {} if constants["R"] else {"inv_freq_ptr": None}
     if constants["RESIDUAL"] != "qjl":
         fixed |= dict.fromkeys(("sketch_ptr", "gamma_base_ptr", "gamma_ptr"))
     if constants["RESIDUAL"] == "none":
@@ -50,7 +50,6 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
         "constants": constants | fixed,
         "num_warps": num_warps,
         "enable_fp_fusion": False,
-        "divisible": STRIDES,
     }
 
 

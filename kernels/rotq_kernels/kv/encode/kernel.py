@@ -24,6 +24,7 @@ from rotq_kernels.kv.encode.tile import (
     store_words,
     turned_mean,
 )
+from rotq_kernels.kv.paging import past_gaps
 
 _SMALLEST_RMS = tl.constexpr(SMALLEST_RMS)
 
@@ -53,10 +54,10 @@ def encode_kernel(
     rotary_scale,
     num_positions,
     num_tokens,
-    stride_codes,
-    stride_norm,
-    stride_sign,
-    stride_gamma,
+    gap_codes,
+    gap_norm,
+    gap_sign,
+    gap_gamma,
     D: tl.constexpr,
     R: tl.constexpr,
     BITS: tl.constexpr,
@@ -70,7 +71,7 @@ def encode_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h = tl.program_id(1).to(tl.int64)
+    h, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot_N = tl.load(slot_ptr + n, mask=n < num_tokens, other=-1).to(tl.int64)
     keep_N = slot_N >= 0
@@ -78,7 +79,8 @@ def encode_kernel(
         tl.int64
     ) * stride_t
     from_N += x_ptr + h * stride_h
-    page_N, row_N = slot_N // PAGE, h * PAGE + slot_N % PAGE
+    page_N = slot_N // PAGE
+    row_N = (page_N * num_heads + h) * PAGE + slot_N % PAGE
     position_N = tl.load(position_ptr + n, mask=keep_N, other=0)
     d = tl.arange(0, BLOCK_D)
 
@@ -126,7 +128,7 @@ def encode_kernel(
             SEARCH,
             PRECISION,
         )
-    store_words(codes_ptr + page_N * stride_codes, row_N, keep_N, code_ND, D, BITS)
+    store_words(past_gaps(codes_ptr, page_N, gap_codes), row_N, keep_N, code_ND, D, BITS)
 
     base = tl.load(base_ptr + h)
     if NORM == "none":
@@ -143,18 +145,19 @@ def encode_kernel(
         else:
             scale_N = tl.sqrt_rn(tl.div_rn(energy_N, tl.sum(level_ND * level_ND, axis=1)))
         scale_N = tl.maximum(scale_N, 0.0)
-        kept_N = store_norm(norm_ptr + page_N * stride_norm, row_N, keep_N, scale_N, base, NORM)
+        kept_N = store_norm(
+            past_gaps(norm_ptr, page_N, gap_norm), row_N, keep_N, scale_N, base, NORM
+        )
 
     if RESIDUAL != "none":
+        signs = past_gaps(sign_ptr, page_N, gap_sign)
         left_ND = y_ND - kept_N[:, None] * level_ND
         if RESIDUAL == "sign":
             bit_ND = ((left_ND >= 0) & (d < D)[None, :]).to(tl.int32)
-            store_words(sign_ptr + page_N * stride_sign, row_N, keep_N, bit_ND, D, 1)
+            store_words(signs, row_N, keep_N, bit_ND, D, 1)
         else:
-            store_sketch(
-                sign_ptr + page_N * stride_sign, sketch_ptr, row_N, keep_N, left_ND, D, PRECISION
-            )
+            store_sketch(signs, sketch_ptr, row_N, keep_N, left_ND, D, PRECISION)
             if NORM != "none":
                 left_N = tl.sqrt_rn(tl.div_rn(tl.sum(left_ND * left_ND, axis=1), D * 1.0))
-                gamma_base, to_N = tl.load(gamma_base_ptr + h), gamma_ptr + page_N * stride_gamma
-                store_norm(to_N, row_N, keep_N, left_N, gamma_base, NORM)
+                gammas = past_gaps(gamma_ptr, page_N, gap_gamma)
+                store_norm(gammas, row_N, keep_N, left_N, tl.load(gamma_base_ptr + h), NORM)

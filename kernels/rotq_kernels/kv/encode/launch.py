@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rotq_kernels.kv.encode.arguments import WRITTEN, SideArguments, side_arguments
-from rotq_kernels.kv.format import KVConstants, KVPages
+from rotq_kernels.kv.format import KVConstants, KVPages, gap_of
 from rotq_kernels.launching import next_power_of_two, require_triton
 
 READ = (
@@ -48,7 +48,7 @@ def encode_side_triton(given: SideArguments) -> None:
         given.rotary_scale,
         T,
         B * T,
-        *(_stride(getattr(given, name)) for name in WRITTEN),
+        *(gap_of(getattr(given, name)) for name in WRITTEN),
         D=D,
         R=R,
         BITS=given.bits,
@@ -88,11 +88,6 @@ def _residual(given: SideArguments) -> str:
     if given.sign_PHSC is None:
         return "none"
     return "sign" if given.sketch_DD is None else "qjl"
-
-
-def _stride(stored: Tensor | None) -> int:
-    """Elements from page to page."""
-    return 0 if stored is None else stored.stride(0)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

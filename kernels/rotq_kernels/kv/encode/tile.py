@@ -102,7 +102,7 @@ def part_of_word(code, k, WORD: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_words(words_ptr, row_N, keep_N, code_ND, D: tl.constexpr, BITS: tl.constexpr):
-    """Pack codes, zero beyond D, and store them at rows of each token's page, ``words_ptr`` (N)."""
+    """Pack codes, zero beyond D, and store them at rows of the page tensor."""
     chunks: tl.constexpr = (D + 31) // 32
     C: tl.constexpr = code_ND.shape[1] // 32
     # [N, D] -> [N, C, 32], and each word is a sum over 32: [N, C]

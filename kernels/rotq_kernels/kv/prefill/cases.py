@@ -6,7 +6,8 @@ from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel, packed_kernel
 
 AMD = ("gfx942",)
 
-STRIDES = [name for name in packed_kernel.arg_names if name.startswith("stride_")]
+GAPS = [name for name in packed_kernel.arg_names if name.startswith("gap_")]
+"""Of pages in blocks."""
 
 _POINTERS = {
     "q_ptr": "*bf16",
@@ -41,21 +42,21 @@ def _packed_case(
     residual: str = "none",
     N: int = 128,
     TILE: int = 64,
-    hidden: bool = False,
+    in_blocks: bool = False,
     num_warps: int = 8,
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100"),
 ) -> dict[str, Any]:
     """Without ``elements``: with so many query rows it is not the memory that limits."""
     types = _POINTERS | dict.fromkeys(("H", "rows", "T", "table_width", "tiles"), "i32")
-    types |= {"mean_scale": "fp32"} | dict.fromkeys(STRIDES, "i32")
-    types |= {"hidden_ptr": "*i32"}
+    types["mean_scale"] = "fp32"
+    types |= {"hidden_ptr": "*i32"} | dict.fromkeys(GAPS, "i32")
     left_out = ["residual_ptr", "k_sign_ptr", "k_gamma_ptr", "gamma_base_ptr"]
     if residual == "qjl":
         types |= {"residual_ptr": "*fp32", "k_sign_ptr": "*i32"}
         types |= {"k_gamma_ptr": "*u8", "gamma_base_ptr": "*fp32"}
         left_out = []
-    if not hidden:
-        left_out += ["hidden_ptr"]
+    if not in_blocks:
+        left_out += ["hidden_ptr", *GAPS]
     if mean != "rope":
         left_out += ["mean_ptr", "angle_ptr", "origin_ptr"]
     constants = {"D": D, "R": D // 2, "K_BITS": bits, "V_BITS": bits, "PAGE": 64, "WINDOW": 0}
@@ -63,13 +64,13 @@ def _packed_case(
     return {
         "kernel": packed_kernel,
         "name": f"D={D} k{bits}v{bits} mean {mean}, residual {residual}, {N}x{TILE}"
-        + ", hidden" * hidden
+        + ", in blocks" * in_blocks
         + ", no PTX" * (targets == AMD),
         "types": {name: kind for name, kind in types.items() if name not in left_out},
         "constants": constants | tile | dict.fromkeys(left_out),
         "num_warps": num_warps,
         "targets": targets,
-        "divisible": STRIDES,
+        "divisible": GAPS if in_blocks else [],
     }
 
 
@@ -92,7 +93,7 @@ def _dense_case(D: int) -> dict[str, Any]:
 
 COMPILE_CASES = [
     _packed_case(128, 3),
-    _packed_case(128, 3, hidden=True),
+    _packed_case(128, 3, in_blocks=True),
     _packed_case(128, 3, mean="none"),
     _packed_case(128, 4, residual="qjl"),
     _packed_case(64, 3, N=64, num_warps=4),

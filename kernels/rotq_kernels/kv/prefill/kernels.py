@@ -13,7 +13,7 @@ those padded, T query tokens, H KV heads.
 import triton
 import triton.language as tl
 
-from rotq_kernels.kv.paging import load_hidden, load_norms, load_page, places_of
+from rotq_kernels.kv.paging import load_hidden, load_norms, load_page, past_gaps, rows_of
 from rotq_kernels.kv.prefill.tile import (
     element_of,
     load_levels,
@@ -63,12 +63,12 @@ def packed_kernel(
     table_width,
     tiles,
     mean_scale,
-    stride_k_codes,
-    stride_k_norm,
-    stride_k_sign,
-    stride_k_gamma,
-    stride_v_codes,
-    stride_v_norm,
+    gap_k_codes,
+    gap_k_norm,
+    gap_k_sign,
+    gap_k_gamma,
+    gap_v_codes,
+    gap_v_norm,
     D: tl.constexpr,
     R: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -93,9 +93,10 @@ def packed_kernel(
     # tokens that each row sees; none for rows at -1
     position = tl.load(position_ptr + b * T + n % T, mask=n < rows, other=-1)
     last = tl.where(position >= 0, tl.minimum(length, position - start + 1), 0)
-    first = tl.zeros_like(last) + load_hidden(hidden_ptr, b)
+    hidden = load_hidden(hidden_ptr, b)
+    first = tl.zeros_like(last) + hidden
     if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1 - start, first)
+        first = tl.maximum(position - WINDOW + 1 - start, hidden)
     if WINDOW > 0 or hidden_ptr is not None:
         last = tl.where(last > first, last, 0)
     end = tl.maximum(tl.max(last, axis=0), 0)
@@ -126,19 +127,23 @@ def packed_kernel(
     sums = tl.zeros([N, WIDTH], tl.float32)
     for t0 in range(begin, end, TILE):
         page = load_page(page_table_ptr, t0, i, length, PAGE, TILE)
-        place = places_of(page, t0, i, head, PAGE, TILE)
+        row = rows_of(page, t0, i, head, H, PAGE, TILE)
         token = t0 + i
-        k_norm = load_norms(k_norm_ptr, stride_k_norm, place, everywhere, k_base, 1.0)
-        levels = load_levels(k_codes_ptr, stride_k_codes, place, k_table, D, K_BITS, EXACT, PTX)
+        k_codes = past_gaps(k_codes_ptr, page, gap_k_codes)
+        k_norm = load_norms(k_norm_ptr, page, gap_k_norm, row, everywhere, k_base, 1.0)
+        levels = load_levels(k_codes, row, k_table, D, K_BITS, EXACT, PTX)
         # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
         score = tl.dot(x, tl.trans(levels), input_precision=PRECISION)
         score *= unit[:, None] * k_norm[None, :]
         if k_sign_ptr is not None:
-            signs = load_levels(k_sign_ptr, stride_k_sign, place, sign_table, D, 1, EXACT, PTX)
+            k_signs = past_gaps(k_sign_ptr, page, gap_k_sign)
+            signs = load_levels(k_signs, row, sign_table, D, 1, EXACT, PTX)
             # [N, WIDTH] @ [WIDTH, TILE] -> [N, TILE]
             found = tl.dot(r_x, tl.trans(signs), input_precision=PRECISION)
             if k_gamma_ptr is not None:
-                k_norm = load_norms(k_gamma_ptr, stride_k_gamma, place, everywhere, gamma_base, 1.0)
+                k_norm = load_norms(
+                    k_gamma_ptr, page, gap_k_gamma, row, everywhere, gamma_base, 1.0
+                )
             score += found * (r_unit[:, None] * k_norm[None, :])
         if mean_ptr is not None:
             origin = origin_ptr + (t0 // TILE) * (2 * R)
@@ -158,8 +163,9 @@ def packed_kernel(
         peak = new_peak
         share = tl.exp2(score - peak[:, None])
         weight = weight * fade + tl.sum(share, axis=1)
-        values = load_levels(v_codes_ptr, stride_v_codes, place, v_table, D, V_BITS, EXACT, PTX)
-        values *= load_value_norms(v_norm_ptr, stride_v_norm, place, EXACT)[:, None]
+        v_codes = past_gaps(v_codes_ptr, page, gap_v_codes)
+        values = load_levels(v_codes, row, v_table, D, V_BITS, EXACT, PTX)
+        values *= load_value_norms(v_norm_ptr, page, gap_v_norm, row, EXACT)[:, None]
         sums *= fade[:, None]
         # [N, TILE] @ [TILE, WIDTH] -> [N, WIDTH]
         sums = tl.dot(share.to(KIND), values, sums, input_precision=PRECISION)

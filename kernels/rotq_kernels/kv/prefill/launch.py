@@ -129,7 +129,7 @@ def _attend_packed(
         page_table_BJ.shape[1],
         1 if origins is None else origins.shape[1],
         scale * math.log2(math.e) * constants.rotary_scale,
-        **{f"stride_{name}": stride for name, stride in pages.strides.items()},
+        **{f"gap_{name}": gap for name, gap in pages.gaps.items()},
         D=D,
         R=1 if angles is None else angles.shape[2],
         K_BITS=form.k_bits,

@@ -12,7 +12,7 @@ Letters: N query rows of a program, TILE tokens of a tile, D head width, R rotar
 import triton
 import triton.language as tl
 
-from rotq_kernels.kv.paging import line_of, load_norms
+from rotq_kernels.kv.paging import load_norms
 from rotq_kernels.kv.rope_mean_tile import load_angles
 from rotq_kernels.kv.unpack import (
     code_of,
@@ -47,23 +47,21 @@ def _halves(quad, PTX: tl.constexpr):
 @triton.jit
 def load_levels(
     codes_ptr,
-    stride,
-    place,
+    row,
     table,
     D: tl.constexpr,
     BITS: tl.constexpr,
     EXACT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Levels of tokens at ``place``, fp32 if EXACT, else fp16, (TILE, chunks * 32).
+    """Levels of tokens at ``row``, fp32 if EXACT, else fp16, (TILE, chunks * 32).
 
     Chunks are padded to a power of two; columns beyond D are finite.
     """
     CHUNKS: tl.constexpr = (D + 31) // 32
     PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS)
     chunk = tl.arange(0, PADDED)
-    line_ptr = line_of(codes_ptr, stride, place, CHUNKS * BITS)
-    words_ptr = line_ptr[:, None] + (chunk * BITS)[None, :]
+    words_ptr = (codes_ptr + row * (CHUNKS * BITS))[:, None] + (chunk * BITS)[None, :]
     if PADDED > CHUNKS:
         there = tl.broadcast_to((chunk < CHUNKS)[None, :], words_ptr.shape)
         words = load_words(words_ptr, there, BITS)
@@ -83,7 +81,7 @@ def load_levels(
     )
     # [TILE, PADDED, byte 2, 2, quad 2, 2, 2] -> [TILE, PADDED, quad 2, 2, 2, byte 2, 2]
     # -> [TILE, 32 PADDED], columns 32 chunk + 4 quad + byte
-    levels = joined.permute(0, 1, 4, 5, 6, 2, 3).reshape(words_ptr.shape[0], 32 * PADDED)
+    levels = joined.permute(0, 1, 4, 5, 6, 2, 3).reshape(row.shape[0], 32 * PADDED)
     # in two steps, as fp16 has no halves above 1024
     levels = (levels - 1024.0) + (tl.zeros([1, 1], tl.float32) + lowest).to(tl.float16)
     return levels.to(tl.float32) if EXACT else levels
@@ -107,15 +105,15 @@ def load_query(x_ptr, n, rows, D: tl.constexpr, BITS: tl.constexpr, EXACT: tl.co
 
 
 @triton.jit
-def load_value_norms(norm_ptr, stride, place, EXACT: tl.constexpr):
+def load_value_norms(norm_ptr, page, gap, row, EXACT: tl.constexpr):
     """Norms of values as an operand may hold them, in units of ``value_worth``."""
-    everywhere = tl.full(place[2].shape, 1, tl.int1)
+    everywhere = tl.full(row.shape, 1, tl.int1)
     if norm_ptr is None:
-        norm = tl.full(place[2].shape, 1.0, tl.float32)
+        norm = tl.full(row.shape, 1.0, tl.float32)
     elif norm_ptr.dtype.element_ty == tl.uint8:
-        norm = load_norms(norm_ptr, stride, place, everywhere, -_MIDDLE, 1.0)
+        norm = load_norms(norm_ptr, page, gap, row, everywhere, -_MIDDLE, 1.0)
     else:
-        norm = load_norms(norm_ptr, stride, place, everywhere, 0.0, 1.0)
+        norm = load_norms(norm_ptr, page, gap, row, everywhere, 0.0, 1.0)
     return norm if EXACT else norm.to(tl.float16)
 
 
