@@ -23,7 +23,7 @@ from torch import Tensor
 import rotq.quantize.publish
 from rotq.checkpoint.inspection import REPORT
 from rotq.checkpoint.load import load_model
-from rotq.checkpoint.source import describe_source
+from rotq.checkpoint.opening import describe_source
 from rotq.errors import CheckFailed, RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious

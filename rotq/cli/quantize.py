@@ -23,8 +23,8 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
-    recipe_options,
 )
+from rotq.cli.recipe_options import recipe_options
 from rotq.errors import Stopped
 from rotq.recipe import Recipe, write_yaml
 

@@ -27,6 +27,7 @@ from rotq.disk.destination import check_replaceable, exists
 from rotq.disk.files import remove, rename, sha256_of, sync_folder
 from rotq.errors import CheckFailed, RotqError
 from rotq.job.marks import CHECKPOINT, LOCK, RECORD, REPLACED, SOURCE, is_ours
+from rotq.job.part_names import TUNING, tuned_part
 from rotq.job.record import JobRecord
 
 
@@ -227,35 +228,3 @@ class JobFolder:
             if is_ours(entry.name) and entry.name not in keep:
                 remove(entry)
         sync_folder(self.path)
-
-
-OUTER = "outer"
-"""Name of the part with everything outside the blocks."""
-
-KEPT = "kept"
-"""Name of the part with what the model's forward does not reach."""
-
-TUNING = "tuning"
-"""Name under which the training of scales is recorded, once all tuned parts are on the disk."""
-
-TRANSFORM = "transform"
-"""Name of the part with the basis, where it was searched for."""
-
-
-GRADIENTS = "gradients"
-"""Name under which the pass that weighs tokens by gradients is recorded, with all its parts."""
-
-
-def gradient_part(index: int) -> str:
-    """Name of what that pass found for a block."""
-    return f"gradient-{index:05d}"
-
-
-def block_part(index: int) -> str:
-    """Name of a block's part; sorts in block order."""
-    return f"block-{index:05d}"
-
-
-def tuned_part(name: str) -> str:
-    """Name of what ``tune`` made of a part."""
-    return f"tuned-{name}"

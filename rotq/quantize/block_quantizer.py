@@ -10,47 +10,26 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rotq.calibration.streams import Streams
-from rotq.checkpoint.export import packed_tensors
-from rotq.checkpoint.shards import save_tensors
-from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.integer import Grid, Quantized
 from rotq.job.context import Job
-from rotq.job.folder import block_part
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
+from rotq.quantize.quantized_block import QuantizedBlock
 from rotq.quantize.token_weights import token_weights
-from rotq.report import LayerResult, peak_rss
+from rotq.report import LayerResult
 from rotq.solvers.solve import Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
 from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedBlock:
-    """What became of one block."""
-
-    block: nn.Module
-    """Dense, with the rounded weights in the model's dtype; rounds at run time as planned."""
-    quantized: Mapping[str, Quantized]
-    """By path inside the block."""
-    layers: tuple[LayerResult, ...]
-    effective_share: float
-    """Effective sample size over tokens; 1 without importance."""
-    training: Mapping[str, float]
-    """Loss of the training of codes; empty without."""
-    routed: Mapping[str, list[int]]
-    """Calibration tokens that were routed to each expert, by path of the mixture."""
 
 
 class BlockQuantizer:
@@ -198,37 +177,6 @@ class BlockQuantizer:
             seconds=seconds,
             bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
         )
-
-
-def save_block(
-    job: Job,
-    index: int,
-    quantized: QuantizedBlock,
-    flatness: Mapping[str, FlatnessChange],
-    seconds: float,
-) -> None:
-    """Write the block's part: packed layers, and the rest in the model's dtype."""
-    prefix = job.skeleton.block_name(index)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in quantized.block.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if path not in quantized.quantized or leaf != "weight":
-            tensors[f"{prefix}.{name}"] = tensor
-    for path, codes in quantized.quantized.items():
-        tensors |= packed_tensors(f"{prefix}.{path}", codes)
-    save_tensors(job.folder.part(block_part(index)), tensors)
-    job.folder.record(
-        block_part(index),
-        {
-            "layers": [asdict(layer) for layer in quantized.layers],
-            "effective_share": quantized.effective_share,
-            "training": dict(quantized.training),
-            "routed": dict(quantized.routed),
-            "flatness": {site: asdict(change) for site, change in flatness.items()},
-            "seconds": seconds,
-            "peak_rss": peak_rss(),
-        },
-    )
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

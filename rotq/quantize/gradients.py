@@ -34,7 +34,7 @@ from rotq.checkpoint.source import read_tensor
 from rotq.disk.files import remove
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import GRADIENTS, OUTER, gradient_part
+from rotq.job.part_names import GRADIENTS, OUTER, gradient_part
 from rotq.memory import release_memory
 from rotq.models.experts import UnfusedExperts, calibrating
 from rotq.numerics import matmul_precision

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import Source, read_tensor
-from rotq.job.folder import KEPT, JobFolder
+from rotq.job.folder import JobFolder
+from rotq.job.part_names import KEPT
 from rotq.models.skeleton import Skeleton
 
 _NAMED = 3

@@ -22,15 +22,17 @@ from rotq.checkpoint.location import ModelName, locate
 from rotq.disk.destination import Inputs
 from rotq.errors import Stopped
 from rotq.job.context import Job
-from rotq.job.folder import TUNING, JobFolder, block_part
+from rotq.job.folder import JobFolder
 from rotq.job.opening import find_place, job_inputs, open_folder
+from rotq.job.part_names import TUNING, block_part
 from rotq.job.parts import restored_block
 from rotq.memory import release_memory, settled_objects
-from rotq.quantize.block_quantizer import BlockQuantizer, save_block
+from rotq.quantize.block_quantizer import BlockQuantizer
 from rotq.quantize.gradients import GradientPass
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.kept import copy_kept, find_kept
 from rotq.quantize.publish import publish
+from rotq.quantize.quantized_block import save_block
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.setup import fingerprint, setup
 from rotq.recipe import Recipe

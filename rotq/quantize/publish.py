@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,13 @@ from rotq.checkpoint.source import read_tensor
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import KEPT, OUTER, TRANSFORM, TUNING, block_part
+from rotq.job.part_names import KEPT, OUTER, block_part
 from rotq.layers.online_heads import OnlineHeads
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.job_report import described_data, few_tokens, make_report, routed_tokens
 from rotq.quantize.setup import versions
-from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
+from rotq.report import JobReport
 from rotq.rotations.basis import Basis
-
-FEW_TOKENS = 256
-"""Routed to an expert, below which it is named in the report."""
-_NAMED = 8
-"""Experts that a note names, at most."""
 
 
 def publish(
@@ -67,9 +62,9 @@ def publish(
     job.progress.message("checking the checkpoint in a fresh process")
     logits_BTV = check.logits(_outer(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
-    experts = _experts(job)
+    experts = routed_tokens(job)
     notes = (*job.plan.notes, *_new_notes(job, obstacle, experts))
-    report = _report(job, check, weights, experts, notes, seconds)
+    report = make_report(job, check, weights, experts, notes, seconds)
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(job, folder))
     job.folder.publish()
@@ -149,115 +144,6 @@ def _new_notes(job: Job, obstacle: str | None, experts: dict[str, list[int]]) ->
         yield note
 
 
-def few_tokens(experts: dict[str, list[int]]) -> Iterator[str]:
-    """A line on the experts that were routed fewer than ``FEW_TOKENS`` calibration tokens."""
-    few = [
-        f"{name}.{expert} ({tokens})"
-        for name, routed in experts.items()
-        for expert, tokens in enumerate(routed)
-        if tokens < FEW_TOKENS
-    ]
-    if few:
-        number = sum(len(routed) for routed in experts.values())
-        more = f" and {len(few) - _NAMED} more (report.json)" if len(few) > _NAMED else ""
-        yield (
-            f"{len(few)} of {number} experts were routed fewer than {FEW_TOKENS} calibration "
-            f"tokens; they were calibrated on all tokens, as every expert: "
-            f"{', '.join(few[:_NAMED])}{more}"
-        )
-
-
-def _experts(job: Job) -> dict[str, list[int]]:
-    """Calibration tokens routed to each expert, by full name of the mixture."""
-    return {
-        f"{job.skeleton.block_name(index)}.{path}": routed
-        for index in range(job.skeleton.num_blocks)
-        for path, routed in job.folder.results(block_part(index)).get("routed", {}).items()
-    }
-
-
-def _report(
-    job: Job,
-    check: InvarianceCheck,
-    weights: Sequence[Path],
-    experts: dict[str, list[int]],
-    notes: tuple[str, ...],
-    seconds: float,
-) -> JobReport:
-    """What was made, from what, and the figures that the parts were recorded with."""
-    names = [job.skeleton.block_name(index) for index in range(job.skeleton.num_blocks)]
-    parts = [job.folder.results(block_part(index)) for index in range(job.skeleton.num_blocks)]
-    layers = tuple(_layer(layer) for part in parts for layer in part["layers"])
-    parameters = sum(prod(entry.shape) for entry in job.source.entries.values())
-    total_bytes = sum(file.stat().st_size for file in weights)
-    return JobReport(
-        recipe=job.recipe.to_dict(),
-        model=job.source.title,
-        commit="" if job.source.hub is None else job.source.hub.commit,
-        model_hash=job.source.fingerprint(),
-        data={**_data(job), "tokens": job.windows.num_tokens},
-        versions=versions(),
-        layers=layers,
-        blocks=_blocks(parts),
-        bits_per_weight=_bits_per_weight(layers),
-        bits_per_weight_all_in=8 * total_bytes / parameters,
-        bytes=total_bytes,
-        original_bytes=parameters * job.dtype.itemsize,
-        seconds=seconds,
-        peak_rss=peak_rss(),
-        rotation=_rotation(check),
-        transform=_recorded(job, TRANSFORM),
-        importance={name: part["effective_share"] for name, part in zip(names, parts, strict=True)},
-        flatness={
-            f"{name}.{site}": change
-            for name, part in zip(names, parts, strict=True)
-            for site, change in part["flatness"].items()
-        },
-        experts=experts,
-        tuning=_recorded(job, TUNING),
-        notes=notes,
-    )
-
-
-def _recorded(job: Job, name: str) -> dict[str, Any]:
-    """What a step has recorded; empty where the job had no such step."""
-    return job.folder.results(name) if job.folder.recorded(name) else {}
-
-
-def _data(job: Job) -> dict[str, Any]:
-    """Where the calibration windows come from."""
-    return {"source": job.windows.source, "sha256": job.windows.sha256}
-
-
-def _rotation(check: InvarianceCheck) -> dict[str, Any]:
-    """The bases in words, their checksum, and the worst figure of the check."""
-    return {
-        **check.basis.description,
-        "checksum": check.basis.checksum(),
-        "largest_relative_difference": check.worst,
-    }
-
-
-def _blocks(parts: Sequence[dict[str, Any]]) -> tuple[BlockResult, ...]:
-    return tuple(
-        BlockResult(index=index, seconds=part["seconds"], peak_rss=part["peak_rss"])
-        for index, part in enumerate(parts)
-    )
-
-
-def _layer(recorded: dict[str, Any]) -> LayerResult:
-    return LayerResult(**{**recorded, "shape": tuple(recorded["shape"])})
-
-
-def _bits_per_weight(layers: Sequence[LayerResult]) -> float:
-    """Of packed layers, their scales and zero points."""
-    sizes = [prod(layer.shape) for layer in layers]
-    packed_bits = sum(
-        layer.bits_per_weight * size for layer, size in zip(layers, sizes, strict=True)
-    )
-    return packed_bits / max(sum(sizes), 1)
-
-
 def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     own = (folder / REPORT, folder / PROVENANCE)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in own)
@@ -265,7 +151,7 @@ def _provenance(job: Job, folder: Path) -> dict[str, Any]:
         "model": job.source.title,
         **({} if job.source.hub is None else {"commit": job.source.hub.commit}),
         "model_hash": job.source.fingerprint(),
-        "data": _data(job),
+        "data": described_data(job),
         "versions": versions(),
         "files": {file.relative_to(folder).as_posix(): sha256_of(file) for file in files},
     }

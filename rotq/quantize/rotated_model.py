@@ -11,7 +11,7 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.job.context import Job
-from rotq.job.folder import OUTER
+from rotq.job.part_names import OUTER
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.rotations.basis import Basis
 

@@ -14,7 +14,8 @@ import rotq
 from rotq.calibration.data import Windows, load_windows
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.location import Location, ModelName, locate
-from rotq.checkpoint.source import Source, describe_source, open_source
+from rotq.checkpoint.opening import describe_source, open_source
+from rotq.checkpoint.source import Source
 from rotq.devices import AUTO, choose_device
 from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis

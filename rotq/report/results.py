@@ -98,6 +98,8 @@ class JobReport:
     """Effective sample size per layer, as a share of the calibration tokens."""
     experts: dict[str, list[int]] = field(default_factory=dict)
     """Calibration tokens that the router sent to each expert, by full name of the mixture."""
+    codes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By block, where codes were trained: relative error of its output, first and last steps."""
     tuning: dict[str, float] = field(default_factory=dict)
     """Steps, and KL to the original on the calibration windows of the first and last quarter."""
     flatness: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)

@@ -54,6 +54,12 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
         rows.append(("transform", transform_line(report.transform)))
     if report.flatness:
         rows.append(("max/rms of inputs", flatness_line(report.flatness)))
+    if report.codes:
+        first, last = (
+            sum(losses[key] for losses in report.codes.values()) / len(report.codes)
+            for key in ("loss_first", "loss_last")
+        )
+        rows.append(("codes", f"trained; error of a block's output {first:.3g} to {last:.3g}"))
     if report.tuning:
         before, after = report.tuning["kl_first_quarter"], report.tuning["kl_last_quarter"]
         trained = f"{report.tuning['steps']} steps, KL {before:.3g} to {after:.3g} in training"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rotq.job.context import Job
-from rotq.job.folder import TRANSFORM
+from rotq.job.part_names import TRANSFORM
 from rotq.rotations.basis import Basis
 from rotq.transform import model_loss, optrot
 from rotq.transform.balance import Balancer

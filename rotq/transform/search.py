@@ -14,7 +14,8 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import TRANSFORM, JobFolder
+from rotq.job.folder import JobFolder
+from rotq.job.part_names import TRANSFORM
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision

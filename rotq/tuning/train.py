@@ -29,7 +29,7 @@ from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import OUTER, TUNING, block_part, tuned_part
+from rotq.job.part_names import OUTER, TUNING, block_part, tuned_part
 from rotq.memory import large_blocks_mapped
 from rotq.models.streaming import run_backward, run_forward
 from rotq.numerics import matmul_precision

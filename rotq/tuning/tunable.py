@@ -19,7 +19,7 @@ from torch.func import functional_call
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
 from rotq.job.context import Job
-from rotq.job.folder import OUTER, block_part
+from rotq.job.part_names import OUTER, block_part
 from rotq.job.parts import packed_layers
 from rotq.layers.quant_linear import QuantLinear
 

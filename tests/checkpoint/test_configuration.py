@@ -12,8 +12,8 @@ import transformers
 from tiny_models import tiny_model
 
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.checkpoint.opening import open_source
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import open_source
 from rotq.errors import RotqError
 
 

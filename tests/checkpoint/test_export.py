@@ -22,8 +22,8 @@ from tiny_models import tiny_model
 
 from rotq.checkpoint.export import packed_tensors, stored_scale_dtype, write_metadata
 from rotq.checkpoint.hub import HubModel, HubName
+from rotq.checkpoint.opening import open_source
 from rotq.checkpoint.scheme_writing import quantization_config
-from rotq.checkpoint.source import open_source
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import OnlineHeads

@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, tiny_model
 
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
 from rotq.checkpoint.load import load_model, load_tokenizer
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 from rotq.errors import RotqError
 
 gguf = pytest.importorskip("gguf")

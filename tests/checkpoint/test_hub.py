@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from rotq.checkpoint.hub import HubName
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.location import locate
-from rotq.checkpoint.source import describe_source, open_source
+from rotq.checkpoint.opening import describe_source, open_source
 from rotq.errors import RotqError
 
 REPO = "tiny-org/tiny-llama"

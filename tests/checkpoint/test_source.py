@@ -14,9 +14,9 @@ import torch
 from tiny_checkpoints import write_checkpoint
 from tiny_models import tiny_model
 
+from rotq.checkpoint.opening import open_source
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import open_source
 from rotq.checkpoint.weight_files import INDEX_NAME
 from rotq.errors import RotqError
 
@@ -101,7 +101,7 @@ def test_fingerprint_follows_weights_and_config(checkpoint: Path) -> None:
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 source = open_source(Path(sys.argv[1]))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

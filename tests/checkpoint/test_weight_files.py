@@ -13,7 +13,7 @@ from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from rotq.checkpoint.load import load_model
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 from rotq.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_entries
 from rotq.errors import RotqError
 

@@ -6,7 +6,7 @@ from tiny_families import tiny_family
 from tiny_models import MemorySource, random_ids, tiny_model
 from torch import nn
 
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 from rotq.models.experts import (
     UnfusedExperts,
     calibrating,

@@ -7,7 +7,7 @@ from tiny_families import FAMILIES, tiny_family, tiny_family_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rotq.calibration.capture import run_block
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.fusion.layernorm import leave_ones_alone
 from rotq.models.exact import InDouble

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_ids, tiny_model
 
 from rotq.checkpoint.load import load_model
-from rotq.checkpoint.source import open_source
+from rotq.checkpoint.opening import open_source
 from rotq.errors import RotqError
 from rotq.models.skeleton import Skeleton
 

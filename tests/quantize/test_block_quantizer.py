@@ -7,10 +7,11 @@ import torch
 from memory_jobs import make_job
 
 from rotq.checkpoint.safetensors import read_entries
-from rotq.job.folder import block_part
+from rotq.job.part_names import block_part
 from rotq.job.parts import restored_block
 from rotq.layers.online_linear import OnlineLinear
-from rotq.quantize.block_quantizer import BlockQuantizer, save_block
+from rotq.quantize.block_quantizer import BlockQuantizer
+from rotq.quantize.quantized_block import save_block
 
 W3 = {
     "weights.bits": 3,

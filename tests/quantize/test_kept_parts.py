@@ -12,8 +12,8 @@ import rotq.quantize.publish
 from rotq.checkpoint.load import load_model
 from rotq.errors import Stopped
 from rotq.quantize.estimate import estimate
+from rotq.quantize.job_report import FEW_TOKENS, few_tokens
 from rotq.quantize.pipeline import quantize_model
-from rotq.quantize.publish import FEW_TOKENS, few_tokens
 from rotq.recipe import Recipe, load_recipe
 from rotq.report import JobReport
 

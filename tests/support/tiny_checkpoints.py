@@ -18,10 +18,11 @@ from rotq.checkpoint.export import (
     write_metadata,
 )
 from rotq.checkpoint.obstacle import loading_obstacle
+from rotq.checkpoint.opening import open_source
 from rotq.checkpoint.quantizer import put_online_heads
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import assemble, save_tensors
-from rotq.checkpoint.source import open_source, read_tensor
+from rotq.checkpoint.source import read_tensor
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads

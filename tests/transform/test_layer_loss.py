@@ -10,7 +10,7 @@ from rotq.formats.activations import fake_quantize
 from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, in_basis
 from rotq.fusion.maps import block_maps
-from rotq.job.folder import TRANSFORM
+from rotq.job.part_names import TRANSFORM
 from rotq.layers.online_linear import OnlineLinear, prepared_input
 from rotq.models.scalings import scalings
 from rotq.recipe import Rotation

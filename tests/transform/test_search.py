@@ -12,7 +12,7 @@ from tiny_transforms import LEARNED, SCALED, W4A4KV4, spoil_block
 
 from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
-from rotq.job.folder import TRANSFORM
+from rotq.job.part_names import TRANSFORM
 from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.transform.search import search_basis

@@ -1,0 +1,64 @@
+"""A block once it is quantized, and the part of the job that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from rotq.checkpoint.export import packed_tensors
+from rotq.checkpoint.shards import save_tensors
+from rotq.evaluation.flatness import FlatnessChange
+from rotq.formats.integer import Quantized
+from rotq.job.context import Job
+from rotq.job.part_names import block_part
+from rotq.report import LayerResult, peak_rss
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedBlock:
+    """What became of one block."""
+
+    block: nn.Module
+    """Dense, with the rounded weights in the model's dtype; rounds at run time as planned."""
+    quantized: Mapping[str, Quantized]
+    """By path inside the block."""
+    layers: tuple[LayerResult, ...]
+    effective_share: float
+    """Effective sample size over tokens; 1 without importance."""
+    training: Mapping[str, float]
+    """Loss of the training of codes; empty without."""
+    routed: Mapping[str, list[int]]
+    """Calibration tokens that were routed to each expert, by path of the mixture."""
+
+
+def save_block(
+    job: Job,
+    index: int,
+    quantized: QuantizedBlock,
+    flatness: Mapping[str, FlatnessChange],
+    seconds: float,
+) -> None:
+    """Write the block's part: packed layers, and the rest in the model's dtype."""
+    prefix = job.skeleton.block_name(index)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in quantized.block.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if path not in quantized.quantized or leaf != "weight":
+            tensors[f"{prefix}.{name}"] = tensor
+    for path, codes in quantized.quantized.items():
+        tensors |= packed_tensors(f"{prefix}.{path}", codes)
+    save_tensors(job.folder.part(block_part(index)), tensors)
+    job.folder.record(
+        block_part(index),
+        {
+            "layers": [asdict(layer) for layer in quantized.layers],
+            "effective_share": quantized.effective_share,
+            "training": dict(quantized.training),
+            "routed": dict(quantized.routed),
+            "flatness": {site: asdict(change) for site, change in flatness.items()},
+            "seconds": seconds,
+            "peak_rss": peak_rss(),
+        },
+    )
