@@ -8,6 +8,8 @@ Shape suffixes: N out features, K in features, G groups of K, W words.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,11 +71,12 @@ class RotqLinearKernel(MPLinearKernel):
             layer.rotq_dense = nn.Parameter(dense_NK, requires_grad=False)
             self._transform_param(layer, self.w_q_name, lambda parameter: parameter.data[:0])
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b over the last axis."""
         if self.unpacks_once and not x.is_cuda:
             return F.linear(x, layer.rotq_dense, bias)
-        return packed_linear(x, *self._get_weight_params(layer), bias, bits=self.bits)
+        words_NW, scale_NG, zero_WG = self._get_weight_params(layer)
+        return packed_linear(x, words_NW, scale_NG, zero_WG, bias, bits=self.bits)
 
 
 def _runs_on_its_own(c: MPLinearLayerConfig) -> bool:

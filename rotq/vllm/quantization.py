@@ -113,7 +113,7 @@ class OnlineMethod(LinearMethodBase):
     ) -> None:
         self.inner, self.is_rotated, self.grid = inner, is_rotated, grid
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, **more: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
         """Allocate the weight's parameters, and the signs (K,), whole on each rank."""
         self.inner.create_weights(layer, *sizes, **more)
         if self.is_rotated:
@@ -125,7 +125,7 @@ class OnlineMethod(LinearMethodBase):
         """As ``inner`` does."""
         self.inner.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output; ``x`` is a rank's share of each row where inputs are split."""
         ranks = get_tensor_model_parallel_world_size()
         is_split = isinstance(layer, RowParallelLinear) and ranks > 1

@@ -1,4 +1,4 @@
-"""Two processes on one machine, by tensors and by layers, against one."""
+"""Two processes on one machine against one."""
 
 import json
 import os
@@ -19,11 +19,11 @@ KV = {"additional_config": {"rotq_kv": "k3v3"}, "block_size": 64}
 
 def answers_of(model: Path, **options: Any) -> list[Answer]:
     """Of engines in other processes."""
-    environment = os.environ | {"PYTHONPATH": str(SUPPORT), "VLLM_CPU_CI_ENV": "1"}
+    environment = os.environ | {"PYTHONPATH": str(SUPPORT)}
     command = [sys.executable, str(SUPPORT / "vllm_answers.py"), str(model)]
     command += [json.dumps(LENGTHS), json.dumps(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -36,14 +36,11 @@ def assert_same(found: list[Answer], expected: list[Answer]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}]
-)
-def test_packed_weights_and_cache(options: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
+def test_packed_weights_and_cache(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(3)
     with engine(path, **KV) as llm:
         expected = ask(llm, prompts_of(*LENGTHS))
-    assert_same(answers_of(path, **KV, **options), expected)
+    assert_same(answers_of(path, tensor_parallel_size=2, **KV), expected)
 
 
 @pytest.mark.slow
