@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 import rotq
 from rotq.serve.http.errors import ApiError
 from rotq.serve.http.guard import Guard
+from rotq.serve.http.openapi import describe_model
 from rotq.serve.http.responses import Choice
 from rotq.serve.http.schemas import ChatRequest, Common, CompletionRequest, ErrorBody
 from rotq.serve.http.service import Call, Service
@@ -63,6 +64,13 @@ def create_app(
         on_error: Told what nobody expected.
     """
     app = FastAPI(title="rotq serve-kv", version=rotq.__version__, docs_url=None, redoc_url=None)
+    describe_model(
+        app,
+        name=service.name,
+        vocabulary=service.tokenization.vocabulary,
+        longest=service.tokenization.longest,
+        takes_nothing=service.tokenization.takes_nothing,
+    )
     _handle_errors(app)
     _add_model_routes(app, service)
     _add_watching_routes(app, service, metrics, describe)

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from rotq.serve.http.neutral import Neutral, NeutralChat, NeutralCompletion
-from rotq.serve.http.strict import EMPTY_EXTRAS, Integer, Integers, Off, Strict, Tolerant
+from rotq.serve.http.strict import (
+    EMPTY_EXTRAS,
+    NULL_EXTRAS,
+    Integer,
+    Integers,
+    Off,
+    Strict,
+    Tolerant,
+)
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -133,8 +141,19 @@ class Message(Tolerant):
         return [part.text for part in self.content or ()]
 
 
+_TOLD: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+        {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+    ]
+}
+"""Of a request, in its schema: the most likely tokens are told where log probabilities are."""
+
+
 class ChatRequest(Common, NeutralChat):
     """Body of ``POST /v1/chat/completions``."""
+
+    model_config = ConfigDict(json_schema_extra={**NULL_EXTRAS, **_TOLD})
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31), Integer] | None = None

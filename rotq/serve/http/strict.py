@@ -31,6 +31,10 @@ _EMPTY: dict[str, Any] = {
 """Values that say nothing, as a schema; ``says_nothing`` of ``Tolerant`` in other words."""
 
 
+NULL_EXTRAS: dict[str, Any] = {"additionalProperties": {"type": "null"}}
+"""Of a ``Strict`` object, in its schema: what it does not know may be there and say nothing."""
+
+
 class Strict(BaseModel):
     """Converts nothing, and refuses fields that it does not list, unless they are null."""
 
@@ -38,7 +42,7 @@ class Strict(BaseModel):
         strict=True,
         extra="forbid",
         allow_inf_nan=False,
-        json_schema_extra={"additionalProperties": {"type": "null"}},
+        json_schema_extra=NULL_EXTRAS,
     )
 
     @classmethod

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from rotq.calibration.tokens import encode
 from rotq.errors import RotqError, reason, told
 from rotq.serve.engine.sampling import Picked
 from rotq.serve.engine.text_stream import TextStream, finished
@@ -89,6 +90,11 @@ class Tokenization:
         """End the processes, and with them what they do."""
         for lane in self._lanes.values():
             lane.process.close()
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether a prompt without any text has a token all the same, as BOS is one."""
+        return bool(encode(self._tokenizer, "", special=True))
 
     @property
     def _has_template(self) -> bool:
