@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 import time
 
 import pytest
@@ -54,8 +55,12 @@ main(["quantize", "m", "-o", "out"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_comes_while_the_process_leaves(number: signal.Signals) -> None:
+def test_a_signal_that_comes_while_the_process_leaves(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
     script = LEAVING.format(number=int(number))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 75, done.stderr
     assert done.stderr == "rotq: error: stopped; the same command continues\n"

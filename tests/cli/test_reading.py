@@ -92,7 +92,8 @@ def test_a_model_reads_no_more_than_its_reference(tmp_path: Path) -> None:
         done = run(*given, "--windows", "2", "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["tokens"] == 2 * 19
-        assert done.stderr == "windows are cut from 1024 to 20 tokens: the model has 20 positions\n"
+        cut = "windows are cut from 1024 to 20 tokens: the model has 20 positions\n"
+        assert done.stderr == f"{cut}device: cpu\n"
 
 
 @pytest.mark.parametrize("family", ["bert", "esm"])
@@ -104,7 +105,7 @@ def test_proteins_leave_room_for_special_tokens(family: str, tmp_path: Path) -> 
     scored = run("eval", "pll", model, "--fasta", fasta, "--positions", "2", "--json")
     assert scored.exit_code == 0, scored.output
     assert scored.stderr == (
-        f"windows are cut from 512 to {room - 2} residues: "
+        f"device: cpu\nwindows are cut from 512 to {room - 2} residues: "
         f"the model has {room} positions, 2 of them for special tokens\n"
     )
     protocol = json.loads(scored.stdout)["p.fasta"]["protocol"]
@@ -222,7 +223,7 @@ def test_what_a_fasta_file_left_out_is_said_by_pll(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stderr == (
         f"{fasta}: 1 sequences, 3 residues; left out: 1 with stops; "
-        "headers are not UTF-8, read as Latin-1\n"
+        "headers are not UTF-8, read as Latin-1\ndevice: cpu\n"
     )
 
 
