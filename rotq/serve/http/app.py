@@ -68,7 +68,6 @@ def create_app(
         app,
         name=service.name,
         vocabulary=service.tokenization.vocabulary,
-        longest=service.tokenization.longest,
         takes_nothing=service.tokenization.takes_nothing,
     )
     _handle_errors(app)

@@ -1,7 +1,7 @@
 """What the server says of itself in OpenAPI: bounds that come from the model, beside the fields.
 
-A request that is right by this schema is one that the server answers, as long as the prompt and
-what is asked for fit the model's context, which a schema cannot say.
+A request that is right by this schema is one that the server answers, as long as the prompt fits
+the model's context, which a schema cannot say.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 
-def describe_model(
-    app: FastAPI, *, name: str, vocabulary: int, longest: int, takes_nothing: bool
-) -> None:
+def describe_model(app: FastAPI, *, name: str, vocabulary: int, takes_nothing: bool) -> None:
     """Let ``/openapi.json`` say what of the requests depends on the model.
 
     Args:
         name: The model's, as clients call it.
         vocabulary: Token ids are below it.
-        longest: Tokens of a prompt with its answer.
         takes_nothing: Whether a prompt without any text has a token all the same.
     """
 
@@ -29,11 +26,7 @@ def describe_model(
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes)
             for request in ("CompletionRequest", "ChatRequest"):
-                fields = made["components"]["schemas"][request]["properties"]
-                fields["model"]["const"] = name
-                for limit in ("max_tokens", "max_completion_tokens"):
-                    for part in fields.get(limit, {}).get("anyOf", ()):
-                        _bound(part, longest)
+                made["components"]["schemas"][request]["properties"]["model"]["const"] = name
             prompt = made["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
             for part in _parts(prompt):
                 _bound(part, vocabulary)
