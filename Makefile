@@ -27,8 +27,8 @@ lint: setup  ## check format and style
 type: setup  ## check types
 	$(BIN)/mypy
 
-test: setup  ## run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+test: setup  ## run all tests, a process on each core
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile
 
 .venv-vllm/done: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

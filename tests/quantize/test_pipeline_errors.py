@@ -116,7 +116,7 @@ def test_unsupported_family(copy: Path, tmp_path: Path) -> None:
     config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "n_layer": 1}
     (copy / "config.json").write_text(json.dumps(config))
     result = quantize(copy, "-c", "w3-channel", "--dry-run")
-    assert_fails(result, 1, "BloomForCausalLM", "Llama", "rotation.residual=none")
+    assert_fails(result, 1, "BloomForCausalLM", "docs/models.md", "rotation.residual=none")
 
 
 def test_unknown_model_type(copy: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """What users may ask of the plugin."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kv_oracle import calibration_of
 from tiny_models import tiny_model
 
 import rotq.vllm
 from rotq.errors import RotqError
+from rotq.kv.calibration.calibrate import data_oblivious
+from rotq.kv.presets import preset
 from rotq.vllm.settings import Settings, load_kv, read_settings
 
 
@@ -35,7 +37,7 @@ def test_keys_that_are_none(given: dict[str, object], message: str) -> None:
 def test_a_preset_and_a_file(tmp_path: Path) -> None:
     model = tiny_model("llama")
     assert load_kv("k3v3", model.config).spec.name == "k3v3-oblivious"
-    calibration_of(model).save(tmp_path / "kv.safetensors")
+    data_oblivious(model.config, preset("k3v3")).save(tmp_path / "kv.safetensors")
     assert load_kv(str(tmp_path / "kv.safetensors"), model.config).spec.k_bits == 3
 
 
@@ -54,11 +56,12 @@ def test_neither(name: str, message: str) -> None:
 
 def test_another_models_file_and_recent_windows(tmp_path: Path) -> None:
     file = tmp_path / "kv.safetensors"
-    calibration_of(tiny_model("qwen3")).save(file)
+    data_oblivious(tiny_model("qwen3").config, preset("k3v3")).save(file)
     with pytest.raises(RotqError, match="another model"):
         load_kv(str(file), tiny_model("llama").config)
     file = tmp_path / "recent.safetensors"
-    calibration_of(tiny_model("llama"), recent=3).save(file)
+    spec = replace(preset("k3v3"), recent=3)
+    data_oblivious(tiny_model("llama").config, spec).save(file)
     with pytest.raises(RotqError, match="no recent window"):
         load_kv(str(file), tiny_model("llama").config)
 
