@@ -108,7 +108,11 @@ def test_json_lines_by_another_name_are_noted(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbf", b"\xff\xfe\n\x00", gzip.compress(b"", mtime=0)])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbf", b"\xff\xfe\n\x00", gzip.compress(b"", mtime=0)],
+    ids=["utf-8", "utf-16", "gzip"],
+)
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_nothing_but_a_mark_is_empty(tmp_path: Path, content: bytes, ending: str) -> None:
     file = tmp_path / f"empty{ending}"
