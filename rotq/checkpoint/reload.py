@@ -15,9 +15,8 @@ from torch import Tensor
 
 from rotq.checkpoint.child import run_module
 from rotq.checkpoint.load import load_model
-from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.errors import CheckFailed
 
 
@@ -57,7 +56,7 @@ def check_reload(
 
 def compare(out_dir: Path, probe: Path, *, trust_remote_code: bool) -> dict[str, object]:
     """What the fresh process finds: equal, num, num_different, max_difference."""
-    expected = {entry.name: read_tensor(entry) for entry in read_entries(probe)}
+    expected = read_tensors(probe)
     model = load_model(out_dir, trust_remote_code=trust_remote_code)
     with torch.no_grad():
         logits_BTV = model(expected["ids_BT"], use_cache=False).logits

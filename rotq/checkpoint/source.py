@@ -20,7 +20,7 @@ from rotq.checkpoint.fit import check_fit, with_tied
 from rotq.checkpoint.gguf import STAMP
 from rotq.checkpoint.hub import HubModel
 from rotq.checkpoint.made_tensors import MadeTensors
-from rotq.checkpoint.safetensors import Entry, read_bytes
+from rotq.checkpoint.safetensors import Entry, read_bytes, read_entries
 from rotq.disk.files import sha256_of
 from rotq.errors import RotqError
 
@@ -210,6 +210,11 @@ def read_tensor(entry: Entry) -> Tensor:
     tensor = torch.empty(entry.num_bytes, dtype=torch.uint8)
     read_bytes(entry, tensor.numpy().data)
     return tensor.view(torch_dtype(entry.dtype)).view(entry.shape)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Copy all tensors out of a safetensors file, by name, unchecked."""
+    return {entry.name: read_tensor(entry) for entry in read_entries(file)}
 
 
 def _all_finite(tensor: Any) -> bool:

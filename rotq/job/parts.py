@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.job.context import Job
 from rotq.job.plan import Plan
 from rotq.layers.quant_linear import QuantLinear
@@ -25,7 +24,7 @@ def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Mod
         block: Has the structure; its parameters may be on meta.
     """
     prefix = job.skeleton.block_name(index)
-    tensors = {entry.name: read_tensor(entry) for entry in read_entries(part)}
+    tensors = read_tensors(part)
     restored = copy.deepcopy(block, _noted(block))
     job.plan.round_online(restored, prefix, job.skeleton.adapter)
     dtype = next(block.parameters()).dtype

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from rotq.calibration.batches import Batch
 from rotq.calibration.capture import run_block
 from rotq.calibration.streams import BatchStore, Stream
-from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
 from rotq.errors import RotqError
 from rotq.job.context import Job
@@ -93,8 +92,8 @@ class GradientPass:
 
     @functools.cached_property
     def _outer(self) -> dict[str, Tensor]:
-        entries = read_entries(self.job.folder.part(OUTER))
-        return {entry.name: read_tensor(entry).to(self.job.device) for entry in entries}
+        stored = read_tensors(self.job.folder.part(OUTER))
+        return {name: tensor.to(self.job.device) for name, tensor in stored.items()}
 
     def _at_the_head(self, last_BTD: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Slope of the loss at the last block's output, (B, T, D) on the CPU."""
@@ -156,8 +155,8 @@ def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
         the tokens of all batches.
     """
     sizes = [batch.num_tokens for batch in job.windows.batches]
-    entries = read_entries(job.folder.part(gradient_part(index)))
-    return {entry.name: list(read_tensor(entry).split(sizes)) for entry in entries}
+    stored = read_tensors(job.folder.part(gradient_part(index)))
+    return {path: list(weight_MG.split(sizes)) for path, weight_MG in stored.items()}
 
 
 def _checked(slope_BTD: Tensor) -> Tensor:

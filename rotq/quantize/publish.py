@@ -15,7 +15,7 @@ from rotq.checkpoint.obstacle import loading_obstacle
 from rotq.checkpoint.reload import check_reload
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import assemble
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.job.context import Job
@@ -98,8 +98,7 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
 
 def _outer(job: Job) -> dict[str, Tensor]:
     """Tensors outside the blocks, as they are in the checkpoint."""
-    entries = read_entries(job.folder.latest(OUTER))
-    return {entry.name: read_tensor(entry) for entry in entries}
+    return read_tensors(job.folder.latest(OUTER))
 
 
 def _is_untied(job: Job) -> bool:

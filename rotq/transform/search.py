@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
@@ -77,6 +76,6 @@ def check_transform(options: Transform, skeleton: Skeleton) -> None:
 
 
 def _restored(folder: JobFolder, drawn: Basis) -> Basis:
-    tensors = {entry.name: read_tensor(entry) for entry in read_entries(folder.part(TRANSFORM))}
+    tensors = read_tensors(folder.part(TRANSFORM))
     description = folder.results(TRANSFORM)["description"]
     return replace(drawn.with_tensors(tensors), description=description)

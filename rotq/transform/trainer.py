@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.shards import save_tensors
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.errors import RotqError
 from rotq.transform.parameters import Parameters
 
@@ -80,7 +79,7 @@ class Trainer:
 
     def restore(self, file: Path) -> None:
         """Go on from what ``save`` has written."""
-        state = {entry.name: read_tensor(entry) for entry in read_entries(file)}
+        state = read_tensors(file)
         self.losses = state["losses"].tolist()
         for name, free in self.parameters.free().items():
             with torch.no_grad():

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rotq.checkpoint.safetensors import read_entries
-from rotq.checkpoint.source import read_tensor
+from rotq.checkpoint.source import read_tensors
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER, block_part
 from rotq.job.parts import packed_layers
@@ -171,8 +170,8 @@ def _divergence(original_BCV: Tensor, logits_BCV: Tensor) -> tuple[float, Tensor
 
 def _read(job: Job, part: str) -> dict[str, Tensor]:
     """A part's tensors before tuning, on the job's device."""
-    entries = read_entries(job.folder.part(part))
-    return {entry.name: read_tensor(entry).to(job.device) for entry in entries}
+    stored = read_tensors(job.folder.part(part))
+    return {name: tensor.to(job.device) for name, tensor in stored.items()}
 
 
 def _change(tensor: Tensor) -> Tensor:
