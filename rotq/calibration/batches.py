@@ -56,6 +56,17 @@ class Batch:
         lengths: list[int] = self.mask_BT.sum(1).tolist()
         return lengths
 
+    def windows(self, longest: int = 0) -> list[tuple[slice, slice]]:
+        """Where each window is in a (B, T, ...) tensor, padding cut off.
+
+        Args:
+            longest: Tokens from its start, at most; 0 for all.
+        """
+        return [
+            (slice(row, row + 1), slice(min(length, longest or length)))
+            for row, length in enumerate(self.lengths())
+        ]
+
     def mask_on(self, device: torch.device) -> Tensor | None:
         """The mask where the block is."""
         return None if self.mask_BT is None else self.mask_BT.to(device)

@@ -3,7 +3,7 @@
 The forward pass keeps the hidden states between blocks only; the backward pass runs each block
 again, with a graph, from the last to the first.
 
-Shape suffixes: B windows, T positions, D hidden size.
+Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,6 +52,34 @@ def run_backward(blocks: Sequence[Run], states: list[Tensor], slope_BTD: Tensor)
         del output_BTD
         trim_now_and_then(index)
     return slope_BTD
+
+
+def through_head(
+    logits: Run, hidden_BTD: Tensor, size: int, slope: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """A backward pass through the head, some positions at a time: all logits take too much memory.
+
+    Gradients of what ``logits`` is made of are added to it.
+
+    Args:
+        logits: Of hidden states (B, C, D), as (B, C, V).
+        hidden_BTD: The last block's output, not modified.
+        size: C, positions of a chunk.
+        slope: Of the loss at a chunk's logits, given them without a graph and where the chunk is.
+
+    Returns:
+        The slope at ``hidden_BTD``.
+    """
+    slopes = []
+    for start in range(0, hidden_BTD.shape[1], size):
+        part = slice(start, start + size)
+        hidden_BCD = hidden_BTD[:, part].detach().requires_grad_()
+        with torch.enable_grad():
+            logits_BCV = logits(hidden_BCD)
+        logits_BCV.backward(slope(logits_BCV.detach(), part).to(logits_BCV.dtype))
+        assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
+        slopes.append(hidden_BCD.grad)
+    return torch.cat(slopes, dim=1)
 
 
 def trim_now_and_then(index: int) -> None:

@@ -36,6 +36,7 @@ from rotq.job.context import Job
 from rotq.job.part_names import GRADIENTS, OUTER, gradient_part
 from rotq.memory import release_memory
 from rotq.models.experts import UnfusedExperts, calibrating
+from rotq.models.streaming import through_head
 from rotq.numerics import matmul_precision
 from rotq.quantize.rotated_model import RotatedModel
 
@@ -97,19 +98,14 @@ class GradientPass:
 
     def _at_the_head(self, last_BTD: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Slope of the loss at the last block's output, (B, T, D) on the CPU."""
-        asked_BT = batch.asked_BT
-        slopes = []
-        for start in range(0, last_BTD.shape[1], SCORED_POSITIONS):
-            part = slice(start, start + SCORED_POSITIONS)
-            hidden_BCD = last_BTD[:, part].to(self.job.device).requires_grad_()
-            with torch.enable_grad():
-                logits_BCV = self.job.skeleton.logits(self._outer, hidden_BCD)
-            slope_BCV = _sampled_slope(logits_BCV.detach().float(), generator)
-            slope_BCV *= asked_BT[:, part, None].to(slope_BCV.device)
-            logits_BCV.backward(slope_BCV.to(logits_BCV.dtype))
-            assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
-            slopes.append(hidden_BCD.grad.cpu())
-        return _checked(torch.cat(slopes, dim=1))
+        asked_BT1 = batch.asked_BT[..., None].to(self.job.device)
+
+        def slope(logits_BCV: Tensor, part: slice) -> Tensor:
+            return _sampled_slope(logits_BCV.float(), generator) * asked_BT1[:, part]
+
+        logits = functools.partial(self.job.skeleton.logits, self._outer)
+        last_BTD = last_BTD.to(self.job.device)
+        return _checked(through_head(logits, last_BTD, SCORED_POSITIONS, slope).cpu())
 
     def _backward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
         """Put the slope at the block's input in its place, and write the block's part."""
@@ -120,14 +116,14 @@ class GradientPass:
         for number, batch in enumerate(batches, index * len(batches)):
             state_BTD, slope_BTD = states[number], states[number + len(batches)]
             # window by window: a batch's graph would take a multiple of the memory
-            for row, length in enumerate(batch.lengths()):
-                part = (slice(row, row + 1), slice(length))
+            for part in batch.windows():
                 given = state_BTD[part].to(self.job.device).requires_grad_()
                 seen = self._window(index, block, paths, given, slope_BTD[part])
                 assert given.grad is not None, "a block's input reaches its output"
                 state_BTD[part] = given.grad.to(state_BTD)
                 for path in paths:
-                    found[path].append(_of_tokens(f"{prefix}.{path}", seen.get(path), length))
+                    square_TG = _of_tokens(f"{prefix}.{path}", seen.get(path), given.shape[1])
+                    found[path].append(square_TG)
             states[number] = state_BTD
         weights = {path: torch.cat(parts) for path, parts in found.items()}
         experts = _inside_experts(block)

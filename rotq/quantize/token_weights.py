@@ -107,8 +107,7 @@ def _hidden_score(
     kwargs = job.skeleton.block_kwargs(index, hidden_BTD, batch.mask_on(job.device))
     output = functools.cache(lambda: run_block(block, hidden_BTD, kwargs))
     score_BT = torch.zeros(hidden_BTD.shape[:2], device=job.device)
-    for row, length in enumerate(batch.lengths()):
-        part = (slice(row, row + 1), slice(length))
+    for part in batch.windows():
 
         def inside(part: tuple[slice, slice] = part) -> Tensor:
             return output()[part]

@@ -9,6 +9,7 @@ from rotq.report.results import (
     LayerResult,
     SiteEstimate,
     peak_rss,
+    quarters,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Progress",
     "SiteEstimate",
     "peak_rss",
+    "quarters",
 ]

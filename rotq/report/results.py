@@ -8,10 +8,17 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+
+
+def quarters(losses: Sequence[float]) -> tuple[float, float]:
+    """Means of a training's losses over the first and the last quarter of its steps."""
+    quarter = max(1, len(losses) // 4)
+    return sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
 
 
 def peak_rss() -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rotq.job.context import Job
 from rotq.job.part_names import TRANSFORM
+from rotq.report import quarters
 from rotq.rotations.basis import Basis
 from rotq.transform import model_loss, optrot
 from rotq.transform.balance import Balancer
@@ -115,12 +116,8 @@ def _train(job: Job, name: str, trainer: Trainer) -> dict[str, Any]:
             state = f"{part}-{done:05d}"
             trainer.save(job.folder.part(state))
             job.folder.record(part, {"state": state}, [state])
-    quarter = max(1, steps // 4)
-    return {
-        "steps": steps,
-        "loss_first_quarter": sum(trainer.losses[:quarter]) / quarter,
-        "loss_last_quarter": sum(trainer.losses[-quarter:]) / quarter,
-    }
+    first, last = quarters(trainer.losses)
+    return {"steps": steps, "loss_first_quarter": first, "loss_last_quarter": last}
 
 
 def _found(parameters: Parameters, drawn: Basis, name: str, figures: dict[str, Any]) -> Found:

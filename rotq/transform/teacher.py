@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.models.streaming import through_head
+
 TRAINED_POSITIONS = 128
 """Positions whose logits the training of a basis holds at a time."""
 
@@ -81,16 +83,13 @@ def head_loss(logits: Logits, hidden_BTD: Tensor, targets: Targets) -> tuple[flo
     Gradients of what ``logits`` is made of are added to it.
     """
     positions = hidden_BTD.shape[1]
-    total, slopes = 0.0, []
-    for start in range(0, positions, TRAINED_POSITIONS):
-        some = slice(start, start + TRAINED_POSITIONS)
-        chunk_BCD = hidden_BTD[:, some].detach().requires_grad_()
-        with torch.enable_grad():
-            logits_BCV = logits(chunk_BCD)
+    losses: list[float] = []
+
+    def slope(logits_BCV: Tensor, some: slice) -> Tensor:
         part = Targets(token_Tk=targets.token_Tk[some], log_p_Tk=targets.log_p_Tk[some])
-        loss, slope_CV = loss_and_slope(logits_BCV[0].detach(), part)
-        logits_BCV.backward((slope_CV / positions).to(logits_BCV.dtype)[None])
-        total += loss / positions
-        assert chunk_BCD.grad is not None, "the logits depend on the hidden states"
-        slopes.append(chunk_BCD.grad)
-    return total, torch.cat(slopes, dim=1)
+        loss, slope_CV = loss_and_slope(logits_BCV[0], part)
+        losses.append(loss / positions)
+        return (slope_CV / positions)[None]
+
+    slope_BTD = through_head(logits, hidden_BTD, TRAINED_POSITIONS, slope)
+    return sum(losses), slope_BTD

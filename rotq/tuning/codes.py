@@ -27,6 +27,7 @@ from rotq.errors import RotqError
 from rotq.formats.integer import Grid, Quantized
 from rotq.job.context import Job
 from rotq.numerics import matmul_precision
+from rotq.report import quarters
 from rotq.solvers.scales import storable
 
 INSIDE = 0.45
@@ -132,15 +133,14 @@ def train_codes(
         for path, quantized in solved.items()
     }
     losses = _train(job, index, working, layers, streams)
-    quarter = max(1, len(losses) // 4)
     trained = {path: layer.quantized() for path, layer in layers.items()}
     for path, quantized in trained.items():
         weight_NK = working.get_parameter(f"{path}.weight")
         with torch.no_grad():
             weight_NK.copy_(quantized.dequantize(weight_NK.dtype))
     streams.quantized.forget()  # what attention came to with the codes as solved
-    first, last = losses[:quarter], losses[-quarter:]
-    return trained, {"loss_first": sum(first) / quarter, "loss_last": sum(last) / quarter}
+    first, last = quarters(losses)
+    return trained, {"loss_first": first, "loss_last": last}
 
 
 def _train(
@@ -203,11 +203,8 @@ def _loss(
 
 def _windows(streams: Streams) -> list[tuple[int, tuple[slice, slice]]]:
     """Number of the batch, and the part of it, for every window; padding is cut off."""
-    return [
-        (number, (slice(row, row + 1), slice(length)))
-        for number, batch in enumerate(streams.batches)
-        for row, length in enumerate(batch.lengths())
-    ]
+    batches = enumerate(streams.batches)
+    return [(number, part) for number, batch in batches for part in batch.windows()]
 
 
 def _rounded(code_NK: Tensor, grid: Grid) -> Tensor:

@@ -33,6 +33,7 @@ from rotq.job.part_names import OUTER, TUNING, block_part, tuned_part
 from rotq.memory import large_blocks_mapped
 from rotq.models.streaming import run_backward, run_forward
 from rotq.numerics import matmul_precision
+from rotq.report import quarters
 from rotq.tuning.tunable import TunableBlock, TunableOuter
 
 MAPPED_FROM = 3 << 19
@@ -59,14 +60,13 @@ def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
         save_tensors(job.folder.part(part), block.tuned())
     parts.append(tuned_part(OUTER))
     save_tensors(job.folder.part(parts[-1]), outer.tensors())
-    quarter = max(1, len(divergences) // 4)
-    first, last = divergences[:quarter], divergences[-quarter:]
+    first, last = quarters(divergences)
     job.folder.record(
         TUNING,
         {
             "steps": len(divergences),
-            "kl_first_quarter": sum(first) / quarter,
-            "kl_last_quarter": sum(last) / quarter,
+            "kl_first_quarter": first,
+            "kl_last_quarter": last,
         },
         parts,
     )
@@ -113,9 +113,7 @@ def _windows(job: Job, batches: Sequence[Batch]) -> list[tuple[int, tuple[slice,
     """
     longest = 0 if job.skeleton.masked else job.recipe.tuning.seq_len
     return [
-        (number, (slice(row, row + 1), slice(min(length, longest or length))))
-        for number, batch in enumerate(batches)
-        for row, length in enumerate(batch.lengths())
+        (number, part) for number, batch in enumerate(batches) for part in batch.windows(longest)
     ]
 
 

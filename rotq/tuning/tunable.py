@@ -21,6 +21,7 @@ from rotq.job.context import Job
 from rotq.job.part_names import OUTER, block_part
 from rotq.job.parts import packed_layers
 from rotq.layers.quant_linear import QuantLinear
+from rotq.models.streaming import through_head
 
 TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
@@ -135,24 +136,21 @@ class TunableOuter:
 
     def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
         """KL(original || quantized) in nats per token, and its slope at ``hidden_BTD``."""
-        total, positions = 0.0, hidden_BTD.shape[:2].numel()
-        slopes: list[Tensor] = []
-        chunks = zip(
-            hidden_BTD.split(TUNED_POSITIONS, dim=1),
-            original_BTD.split(TUNED_POSITIONS, dim=1),
-            strict=True,
-        )
-        for hidden_BCD, original_BCD in chunks:
-            hidden_BCD = hidden_BCD.detach().requires_grad_()
-            logits_BCV = self.skeleton.logits(self.tensors(), hidden_BCD)
-            with torch.no_grad():
-                original_BCV = self.skeleton.logits(self.stored, original_BCD)
-                chunk, slope_BCV = _divergence(original_BCV, logits_BCV)
-            logits_BCV.backward((slope_BCV / positions).to(logits_BCV.dtype))
-            total += chunk / positions
-            assert hidden_BCD.grad is not None, "the logits depend on the hidden states"
-            slopes.append(hidden_BCD.grad)
-        return total, torch.cat(slopes, dim=1)
+        positions = hidden_BTD.shape[:2].numel()
+        divergences: list[float] = []
+
+        def logits(hidden_BCD: Tensor) -> Tensor:
+            return self.skeleton.logits(self.tensors(), hidden_BCD)
+
+        @torch.no_grad()
+        def slope(logits_BCV: Tensor, part: slice) -> Tensor:
+            original_BCV = self.skeleton.logits(self.stored, original_BTD[:, part])
+            divergence, slope_BCV = _divergence(original_BCV, logits_BCV)
+            divergences.append(divergence / positions)
+            return slope_BCV / positions
+
+        slope_BTD = through_head(logits, hidden_BTD, TUNED_POSITIONS, slope)
+        return sum(divergences), slope_BTD
 
     def tensors(self) -> dict[str, Tensor]:
         """By full name, with the changes as they are now."""
