@@ -2,120 +2,26 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from rotq.errors import RotqError
+from rotq.models import families
 from rotq.models.adapter import Adapter
-from rotq.models.families import (
-    apertus,
-    arcee,
-    bert,
-    biogpt,
-    cohere,
-    deepseek,
-    esm,
-    esmc,
-    exaone4,
-    gemma,
-    gemma2,
-    gemma3,
-    gemma4,
-    glm,
-    glm4,
-    glm4_moe,
-    gpt2,
-    gpt_neo,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granitemoe,
-    granitemoehybrid,
-    hunyuan,
-    jamba,
-    lfm2,
-    llama,
-    llama4,
-    mamba,
-    minimax_m2,
-    mixtral,
-    nemotron,
-    nemotron_h,
-    olmo,
-    olmo2,
-    olmoe,
-    opt,
-    persimmon,
-    phi,
-    phi3,
-    phimoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_5,
-    qwen3_moe,
-    stablelm,
-    starcoder2,
-    vaultgemma,
-)
 from rotq.models.generic import generic_adapter, located
 from rotq.models.task import architectures
 
-_FAMILIES: tuple[Any, ...] = (
-    apertus,
-    arcee,
-    bert,
-    biogpt,
-    cohere,
-    deepseek,
-    esm,
-    esmc,
-    exaone4,
-    gemma,
-    gemma2,
-    gemma3,
-    gemma4,
-    glm,
-    glm4,
-    glm4_moe,
-    gpt2,
-    gpt_neo,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granitemoe,
-    granitemoehybrid,
-    hunyuan,
-    jamba,
-    lfm2,
-    llama,
-    llama4,
-    mamba,
-    minimax_m2,
-    mixtral,
-    nemotron,
-    nemotron_h,
-    olmo,
-    olmo2,
-    olmoe,
-    opt,
-    persimmon,
-    phi,
-    phi3,
-    phimoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_5,
-    qwen3_moe,
-    stablelm,
-    starcoder2,
-    vaultgemma,
-)
+_FAMILIES = [
+    import_module(f"{families.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(families.__path__)
+]
+"""Every module of the folder: a new file there is all that a family needs."""
 
 ADAPTERS: dict[str, Adapter] = {
     architecture: module.ADAPTER
