@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.loading import check_causal, choose, find, load
+from rotq.cli.loading import load_to_serve
 from rotq.cli.options import ModelName, Seed, model_options, output_options
 from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
 
@@ -84,15 +84,8 @@ def bench_serve(
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")
-    choose(device, with_double=True)
-    place = find(model)
-    check_causal(place, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load(
-        place,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        with_double=True,
+    _, loaded, tokenizer = load_to_serve(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
 
     from rotq.serve.bench import Load, measure
@@ -101,7 +94,7 @@ def bench_serve(
     caches = [
         find_calibration(loaded, name, kv_calibration if name != DENSE else None) for name in chosen
     ]
-    asked = Load(
+    load = Load(
         requests=requests,
         clients=clients,
         prompt_tokens=prompt_tokens,
@@ -110,7 +103,7 @@ def bench_serve(
     )
     found = []
     for calibration in caches:
-        found.append(measure(loaded, calibration, settings, asked, tokenizer.decode).to_dict())
+        found.append(measure(loaded, calibration, settings, load, tokenizer.decode).to_dict())
         if as_json:
             click.echo(json.dumps(found[-1]))
     if not as_json:

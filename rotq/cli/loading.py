@@ -76,6 +76,28 @@ def load(
     return loaded, tokenizer
 
 
+def load_to_serve(
+    model: str, *, device: str, dtype: str, trust_remote_code: bool
+) -> tuple[Location, Any, Any]:
+    """Where a model is, the model and its tokenizer, for a server or what measures one.
+
+    Raises:
+        RotqError: it predicts no next token, the device has no fp64, which sampling needs, or see
+            ``find`` and ``load``.
+    """
+    choose(device, with_double=True)
+    place = find(model)
+    check_causal(place, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        place,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        with_double=True,
+    )
+    return place, loaded, tokenizer
+
+
 def say_device(asked: str, chosen: str) -> None:
     """A line for the device that was not named, and for what it leaves to the CPU."""
     without = "; what needs fp64 is computed on the CPU" if chosen.startswith("mps") else ""

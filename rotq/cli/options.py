@@ -21,8 +21,8 @@ class FilePath(click.Path):
     An empty one, which would be the current folder, is refused.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(path_type=Path, **options)
+    def __init__(self, *, path_type: type[Any] = Path, **options: Any) -> None:
+        super().__init__(path_type=path_type, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
@@ -31,20 +31,11 @@ class FilePath(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
-class ModelName(click.Path):
-    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id.
-
-    But for ``~``, as in ``FilePath``.
-    """
+class ModelName(FilePath):
+    """A folder, a .gguf file or a hub id, as it was typed: ``./org/name`` is no id."""
 
     def __init__(self) -> None:
         super().__init__(path_type=str)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not str(value):
-            self.fail("it is empty", param, ctx)
-        _check_name(self, str(value), param, ctx)
-        return super().convert(os.path.expanduser(str(value)), param, ctx)
 
 
 class Device(click.types.StringParamType):

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from rotq.cli.loading import check_causal, choose, find, load
+from rotq.cli.loading import load_to_serve
 from rotq.cli.options import ModelName, debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
     checked_settings,
@@ -105,15 +105,8 @@ def serve_kv(
     local = _is_loopback(host)
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
-    choose(device, with_double=True)
-    place = find(model)
-    check_causal(place, trust_remote_code=trust_remote_code)
-    loaded, tokenizer = load(
-        place,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        with_double=True,
+    place, loaded, tokenizer = load_to_serve(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     calibration = find_calibration(loaded, name, kv_calibration)
 
