@@ -12,7 +12,7 @@ import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from rotq.disk.files import remove
 from rotq.evaluation.perplexity import Evaluation, Protocol, evaluate
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
+from rotq.recipe.calibration import Strategy
 from rotq.report.progress import PlainProgress
 
 BASE = {
@@ -45,15 +46,8 @@ ROWS = {
     "refine": REFINE,
     **{
         strategy: {**REFINE, "importance.strategy": strategy}
-        for strategy in (
-            "attention",
-            "first_n",
-            "token_frequency",
-            "activation_norm",
-            "activation_difference",
-            "token_similarity",
-            "gradient",
-        )
+        for strategy in get_args(Strategy)
+        if strategy != "none"
     },
     "rotate_values": ROTATE_VALUES,
     "rotate": ROTATE,

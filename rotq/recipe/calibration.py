@@ -13,6 +13,18 @@ from rotq.recipe.sections import check, check_seed
 BOS = Literal["auto", "yes", "no"]
 """What windows of text begin with, see ``Calibration``."""
 
+Strategy = Literal[
+    "none",
+    "attention",
+    "first_n",
+    "token_frequency",
+    "activation_norm",
+    "activation_difference",
+    "token_similarity",
+    "gradient",
+]
+"""What decides the importance of a token."""
+
 MOST_TOKENS = 2**30
 """Of all calibration windows; as int64 they take 8 GiB."""
 
@@ -77,16 +89,7 @@ class Calibration:
 class Importance:
     """How much each calibration token counts (RSQ, arXiv 2503.01820)."""
 
-    strategy: Literal[
-        "none",
-        "attention",
-        "first_n",
-        "token_frequency",
-        "activation_norm",
-        "activation_difference",
-        "token_similarity",
-        "gradient",
-    ] = "none"
+    strategy: Strategy = "none"
     """What a token's score is; ``gradient`` (GuidedQuant, arXiv 2505.07004) is its weight itself,
     layer by layer, and looks at none of scaling, floor, power and first_n."""
     groups: Literal[1, 2, 4] = 1
