@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.calibration.chats import ChatTemplate
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.texts import Text
 from rotq.calibration.tokens import beginning, encode, panics_unprinted
@@ -65,11 +66,10 @@ def _written(text: Text, tokenizer: Any) -> str:
         return text.content
     if not getattr(tokenizer, "chat_template", None):
         raise RotqError("it holds messages, and the tokenizer has no chat template to write them")
+    template = ChatTemplate(tokenizer, generation=False)
     with told("the chat template fails"):
         parts = [
-            part
-            if isinstance(part, str)
-            else tokenizer.apply_chat_template(list(part), tokenize=False)
+            part if isinstance(part, str) else template.render([*map(template.fitted, part)])
             for part in text.parts
         ]
     return "\n".join(parts)

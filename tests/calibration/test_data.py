@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ class ChatTokenizer(ByteTokenizer):
 
     chat_template = "roles"
 
-    def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+    def apply_chat_template(
+        self, messages: list[Any], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
         assert not tokenize
         return "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
 
@@ -138,7 +141,7 @@ def test_chats_without_a_template_are_refused(chats: Text) -> None:
 
 def test_a_template_that_fails_is_one_line(chats: Text) -> None:
     class Broken(ChatTokenizer):
-        def apply_chat_template(self, messages: list[Any], *, tokenize: bool) -> str:
+        def apply_chat_template(self, messages: list[Any], **options: bool) -> str:
             raise TypeError("roles must alternate")
 
     with pytest.raises(RotqError, match=r"the chat template fails: .*roles must alternate"):
@@ -173,3 +176,27 @@ def test_several_texts_have_shares_of_the_windows_in_turn(tmp_path: Path) -> Non
 )
 def test_shares(total: int, shares: list[float], counts: list[int]) -> None:
     assert shared(total, shares) == counts
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["strings", "parts"])
+@pytest.mark.parametrize("given", ["hi", [{"type": "text", "text": "hi"}]], ids=["string", "list"])
+def test_no_word_of_a_chat_is_lost(given: Any, parts: bool, tmp_path: Path) -> None:
+    """Templates read the content of a message as a string or by its parts; files have both."""
+
+    class Picky(ChatTokenizer):
+        def apply_chat_template(
+            self, messages: list[Any], *, tokenize: bool, add_generation_prompt: bool
+        ) -> str:
+            assert not add_generation_prompt
+            texts = []
+            for message in messages:
+                content = message["content"]
+                if parts:  # what goes through a string finds no part in it
+                    content = "".join(part["text"] for part in content if isinstance(part, dict))
+                texts.append(content if isinstance(content, str) else "")
+            return "|".join(texts)
+
+    file = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": given}, {"role": "assistant", "content": "yo"}]
+    file.write_text(json.dumps({"messages": chat}))
+    assert bytes(tokenize(read_text(str(file)), Picky()).tolist()) == b"hi|yo"

@@ -19,11 +19,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rotq.calibration.chats import ChatTemplate
+
 ROOM = 4 << 30
 """Bytes that the process may take beyond those of the tokenizer."""
-
-_PROBE = "probe7inq"
-"""Text to look for in what a template makes of a message."""
 
 
 class Refused(Exception):  # noqa: N818
@@ -39,7 +38,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._parts: dict[str, bool] = {}
+        self._template = ChatTemplate(tokenizer, generation=True)
 
     def encode(self, text: str, *, special: bool, offsets: bool = False) -> dict[str, Any]:
         """``ids`` of a text, and ``offsets`` in it, (begin, end) of each token.
@@ -70,8 +69,7 @@ class Encoder:
             Refused: see there.
         """
         try:
-            wanted = [_message(self._wants_parts(item["role"]), **item) for item in messages]
-            text = self._render(wanted)
+            text = self._template.render([self._message(**item) for item in messages])
         except Exception as fault:
             line = " ".join(str(fault).split())[:200]
             raise Refused(f"the model's chat template refuses these messages: {line}") from fault
@@ -79,43 +77,10 @@ class Encoder:
             return {"characters": len(text)}
         return self.encode(text, special=False)
 
-    def _wants_parts(self, role: str) -> bool:
-        """Whether the template goes through the parts of a message, found by trying it.
-
-        One that does loses a string without a word. Where neither shows, as for roles that it
-        refuses or leaves out, it is as for the user.
-        """
-        if role not in self._parts:
-            shown = next((parts for parts in (False, True) if self._shows(role, parts)), None)
-            other = role != "user" and self._wants_parts("user")
-            self._parts[role] = other if shown is None else shown
-        return self._parts[role]
-
-    def _shows(self, role: str, parts: bool) -> bool:
-        probe = _message(parts, role=role, texts=[_PROBE])
-        if role == "user":
-            messages = [probe]
-        else:
-            user = _message(self._wants_parts("user"), role="user", texts=["x"])
-            messages = [user, probe, user] if role == "assistant" else [probe, user]
-        try:
-            return _PROBE in self._render(messages)
-        except Exception:
-            return False
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return text
-
-
-def _message(
-    parts: bool, *, role: str, texts: list[str], name: str | None = None
-) -> dict[str, Any]:
-    """A message as a template takes it: with one string, or with a list of parts."""
-    content = [{"type": "text", "text": text} for text in texts] if parts else "".join(texts)
-    return {"role": role, "content": content} | ({} if name is None else {"name": name})
+    def _message(self, *, role: str, texts: list[str], name: str | None = None) -> dict[str, Any]:
+        """A message as the template takes it."""
+        message = {"role": role, "content": self._template.content(role, texts)}
+        return message | ({} if name is None else {"name": name})
 
 
 def answer(encoder: Encoder, job: dict[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,9 @@ def test_a_role_that_is_refused_is_refused_in_the_templates_words() -> None:
 def test_each_role_is_tried_once() -> None:
     encoder = Encoder(templated_tokenizer(PARTS))
     rendered: list[Any] = []
-    render = encoder._render
-    encoder._render = lambda messages: rendered.append(messages) or render(messages)  # type: ignore
+    template = encoder._template
+    render = template.render
+    template.render = lambda messages: rendered.append(messages) or render(messages)  # type: ignore
     message = [{"role": "user", "texts": ["hi"]}]
     encoder.converse(message, longest=100)
     tried = len(rendered)
