@@ -66,10 +66,11 @@ def push(folder: Path, repo: str, *, public: bool = False, message: str | None =
             [*_additions(folder, names, repo), *_deletions(there, names)],
             commit_message=message or f"Upload {folder.resolve().name}, quantized with rotq",
         )
+        private = bool(api.model_info(repo).private)  # one that was there stays what it was
     return Pushed(
         url=str(made),
         commit=done.oid,
-        private=not public,
+        private=private,
         files=len(names),
         bytes=sum((folder / name).stat().st_size for name in names),
     )

@@ -190,6 +190,13 @@ def test_push_in_public_and_again(out: Path, hub: Hub) -> None:
     assert last.keys() == {file.name for file in out.iterdir()}
 
 
+@PUSHES
+def test_a_private_repository_stays_private_and_is_called_so(out: Path, hub: Hub) -> None:
+    assert run("push", out, "me/tiny-w4").exit_code == 0
+    again = run("push", out, "me/tiny-w4", "--public", "--json")
+    assert json.loads(again.stdout)["private"] is True
+
+
 @pytest.mark.parametrize("kind", ["model", "changed", "more", "missing", "empty", "none"])
 def test_only_what_rotq_published_is_pushed(
     kind: str, out: Path, model: Path, hub: Hub, tmp_path: Path
