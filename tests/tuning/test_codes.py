@@ -84,6 +84,18 @@ def test_training_lowers_the_blocks_error_and_moves_codes(tmp_path):
     assert all(0.005 < share < 0.5 for share in moved)
 
 
+def test_the_stream_goes_through_the_block_as_it_was_trained(tmp_path):
+    """What its attention came to before is not replayed."""
+    job = make_job(tmp_path / "job", CHOICES)
+    with torch.no_grad():
+        streams = BlockRunner(job).start(job.skeleton.load_outer(job.source, dtype=job.dtype))
+        given_BTD = streams.quantized.hidden[0].clone()
+        found = BlockQuantizer(job).quantize(0, job.load_block(0, job.dtype), streams)
+        BlockRunner(job).advance(0, found.block, streams.quantized)
+        wanted_BTD = found.block(given_BTD, **job.skeleton.block_kwargs(0, given_BTD))
+    assert torch.equal(streams.quantized.hidden[0], wanted_BTD)
+
+
 def test_what_is_stored_is_what_the_block_computes_with(tmp_path):
     trained, _ = quantized(tmp_path / "job")
     for path, codes_of in trained.quantized.items():
