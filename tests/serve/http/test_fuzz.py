@@ -64,6 +64,16 @@ def test_its_own_openapi(server: Running) -> None:
     assert statuses["/v1/chat/completions"] >= {200, 400}
 
 
+def test_its_openapi_says_what_depends_on_the_model(server: Running) -> None:
+    schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
+    for request in ("CompletionRequest", "ChatRequest"):
+        assert schemas[request]["properties"]["model"]["const"] == "tiny"
+    text, tokens, texts, lists = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
+    assert tokens["items"]["exclusiveMaximum"] == lists["items"]["items"]["exclusiveMaximum"] == 258
+    # byte_tokenizer begins a text with nothing
+    assert text["minLength"] == texts["items"]["minLength"] == 1
+
+
 def _run(strategy: Any, server: Running, seen: set[int]) -> None:
     @FUZZ
     @given(case=strategy)
