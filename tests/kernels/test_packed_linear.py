@@ -15,6 +15,7 @@ from rotq_kernels.packed_linear import (
     _op,
     dequantize_reference,
     packed_linear,
+    packed_linear_cpu,
     packed_linear_reference,
     packed_linear_triton,
 )
@@ -185,6 +186,29 @@ def test_op_is_registered_right(symmetric: bool, layout: str) -> None:
     x_MK = laid_out(random_rows(3, 64, torch.float32), layout).requires_grad_()
     bias_N = None if symmetric else torch.ones(12, device=DEVICE)
     torch.library.opcheck(_op, (x_MK, words_NW, scale_NG, zero_WG, bias_N, 3))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_a_cpu_unpacks_some_rows_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 64 rows of 150; zero points are packed along the rows."""
+    monkeypatch.setattr("rotq_kernels.packed_linear.CPU_TILE", 64 * 48)
+    packed, bias_N = random_packed(150, 48, 3, bits), torch.randn(150, device=DEVICE)
+    x_MK = random_rows(5, 48, torch.float32)
+    actual = packed_linear_cpu(x_MK, *packed, bias_N, bits)
+    torch.testing.assert_close(actual, packed_linear_reference(x_MK, *packed, bias_N, bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_bias_is_that_of_the_dense_layer(dtype: torch.dtype) -> None:
+    packed, x_MK = random_packed(20, 64, 2, 3), random_rows(6, 64, torch.float32)
+    bias_N = torch.randn(20, device=DEVICE, dtype=dtype, requires_grad=True)
+    y_MN = packed_linear(x_MK, *packed, bias_N, bits=3)
+    (actual,) = torch.autograd.grad(y_MN.square().sum(), bias_N)
+    weight_NK = dequantize_reference(*packed, 64, 3)
+    dense_MN = F.linear(x_MK, weight_NK, bias_N.to(torch.float32))
+    (expected,) = torch.autograd.grad(dense_MN.square().sum(), bias_N)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected)
 
 
 def test_gradient_is_that_of_the_dense_layer() -> None:
