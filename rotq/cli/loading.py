@@ -135,7 +135,7 @@ def check_causal(model: Location, *, trust_remote_code: bool) -> None:
     Raises:
         RotqError: it fills in masks.
     """
-    if _is_masked(model, trust_remote_code=trust_remote_code):
+    if fills_masks(model, trust_remote_code=trust_remote_code):
         raise RotqError(f"{model} is a masked language model; score it with rotq eval pll")
 
 
@@ -145,11 +145,12 @@ def check_masked(model: Location, *, trust_remote_code: bool) -> None:
     Raises:
         RotqError: it predicts the next token.
     """
-    if not _is_masked(model, trust_remote_code=trust_remote_code):
+    if not fills_masks(model, trust_remote_code=trust_remote_code):
         raise RotqError(f"{model} is no masked language model; use rotq eval ppl")
 
 
-def _is_masked(model: Location, *, trust_remote_code: bool) -> bool:
+def fills_masks(model: Location, *, trust_remote_code: bool) -> bool:
+    """Whether a model fills in masked tokens, by its configuration; else it predicts the next."""
     from rotq.checkpoint.configuration import load_config
     from rotq.models.task import is_masked
 

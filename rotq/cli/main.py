@@ -8,6 +8,7 @@ from rotq import __version__
 from rotq.cli.bench import bench_group
 from rotq.cli.calibrate_kv import calibrate_kv
 from rotq.cli.eval import eval_group
+from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
 from rotq.cli.groups import Commands
@@ -28,6 +29,7 @@ def main() -> None:
 
 
 main.add_command(quantize)
+eval_group.add_command(eval_dms)
 eval_group.add_command(eval_kv)
 eval_group.add_command(eval_pll)
 main.add_command(eval_group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Changes = dict[str, dict[str, dict[str, float | None]]]
 
@@ -47,17 +50,10 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
         RotqError: matplotlib is not installed, the folder cannot be written to, or it has another
             file of the name.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RotqError(
-            "plots need matplotlib; install the extra: pip install 'rotq[plots]'"
-        ) from None
+    check_matplotlib()
     file = file_to_write(folder / FLATNESS, {}, foreign, parents=True)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in flatness))
-    figure = Figure(figsize=(2.6 * len(kinds) + 0.6, 9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.6 * len(kinds) + 0.6, 9)
     axes = figure.subplots(len(FIGURES), len(kinds), sharex=True, sharey="row", squeeze=False)
     for row, (field, (label, scale)) in enumerate(FIGURES.items()):
         axes[row, 0].set_ylabel(label)
@@ -70,10 +66,61 @@ def plot_flatness(flatness: Changes, folder: Path) -> Path:
     figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.align_ylabels()
     figure.suptitle("Inputs of linear layers, before and after the rotations")
+    _save(figure, file)
+    return folder / FLATNESS
+
+
+def plot_variants(scores: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Write a scatter plot of an assay: a panel per score, against the reference or the assay.
+
+    Args:
+        scores: By column: ``measured``, each kind, and ``reference KIND`` where there is one.
+        file: From ``check_plots``.
+    """
+    kinds = [name for name in scores if name != "measured" and not name.startswith("reference ")]
+    figure = _figure(4 * len(kinds), 4)
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        other = f"reference {kind}" if f"reference {kind}" in scores else "measured"
+        axes.scatter(scores[other], scores[kind], s=4, alpha=0.4, color="#00798c", linewidths=0)
+        axes.set_xlabel(other)
+        axes.set_ylabel(kind)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(file.stem)
+    _save(figure, file)
+
+
+def check_plots(files: Iterable[Path]) -> None:
+    """Refuse plots that cannot be written.
+
+    Raises:
+        RotqError: matplotlib is not installed, or another file has the name of one.
+    """
+    check_matplotlib()
+    for file in files:
+        file_to_write(file, {}, foreign, parents=True)
+
+
+def check_matplotlib() -> None:
+    """Raise RotqError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RotqError("plots need matplotlib; install the extra: pip install 'rotq[plots]'")
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, file: Path) -> None:
     make_folder(file.parent)
     with whole_file(file) as opened:
         figure.savefig(opened, dpi=150, format="png", metadata={"Software": _SOFTWARE})
-    return folder / FLATNESS
 
 
 def foreign(path: Path) -> str | None:

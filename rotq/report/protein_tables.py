@@ -1,4 +1,4 @@
-"""Tables of ``rotq eval pll``."""
+"""Tables of ``rotq eval pll`` and ``rotq eval dms``."""
 
 from __future__ import annotations
 
@@ -31,3 +31,31 @@ def pll_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
         table.add_row(name, str(row["residues"]), *cells)
     protocols = ((name, row["protocol"]) for name, row in groups.items())
     return f"{render(table)}\n{facts(protocols)}"
+
+
+def dms_table(report: Mapping[str, Any]) -> str:
+    """One row for each assay and score, the means, and the assay that changed most."""
+    compared = any("worst_assay" in row for row in report["mean"].values())
+    added = ["reference, assay", "with reference"] if compared else []
+    table = make_table("assay", "variants", "score", "with assay", *added)
+    fields = ["assay", *(["reference_assay", "reference"] if compared else [])]
+    for name, figures in report["assays"].items():
+        for kind in report["mean"]:
+            cells = [_rho(figures[kind].get(field)) for field in fields]
+            table.add_row(name, str(figures["variants"]), kind, *cells)
+    for kind, row in report["mean"].items():
+        table.add_row("mean", "", kind, *(_rho(row.get(field)) for field in fields))
+    changes = (
+        (
+            kind,
+            f"changed by {row['change']:.4f} in the mean, by {row['worst_change']:.4f} at worst: "
+            f"{row['worst_assay']}",
+        )
+        for kind, row in report["mean"].items()
+        if "worst_assay" in row
+    )
+    return f"{render(table)}\n{facts([('figures', 'Spearman rho'), *changes])}"
+
+
+def _rho(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
