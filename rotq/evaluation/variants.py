@@ -17,9 +17,9 @@ Shape suffixes: B rows of a batch, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +30,18 @@ from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.assays import Assay, Substitution
 from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.window_passes import (
+    MaskedRow,
+    Progress,
+    nearest_window,
+    optimal_window,
+    overlapping_windows,
+    read_rows,
+)
 
 Kind = Literal["masked-marginals", "wt-marginals", "pll", "likelihood"]
 MASKED_KINDS: tuple[Kind, ...] = ("masked-marginals", "wt-marginals", "pll")
 CAUSAL_KINDS: tuple[Kind, ...] = ("likelihood",)
-
-_AT_A_TIME = 256
-"""Passes whose rows are sorted by length together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +53,6 @@ class VariantProtocol:
     """Tokens of a pass, special tokens included."""
     batch_tokens: int = 8192
     """Of a forward pass, padding included; a single row may have more."""
-
-
-class _Row(NamedTuple):
-    ids: list[int]
-    place: int
-    """What is read, in ``ids``."""
-
-
-Progress = Callable[[int, int], None] | None
 
 
 @torch.inference_mode()
@@ -97,22 +93,6 @@ def score_variants(
     return found
 
 
-def optimal_window(place: int, length: int, window: int) -> tuple[int, int]:
-    """Start and end of the tokens around one of them: ProteinGym's rule.
-
-    Args:
-        place: The token, from 0.
-        length: Tokens of the whole.
-        window: Tokens that the model takes.
-    """
-    half = window // 2
-    if length <= window or place < half:
-        return 0, min(window, length)
-    if place >= length - half:
-        return length - window, length
-    return place - half, place + half
-
-
 def _check_residues(codec: ResidueCodec, assay: Assay) -> None:
     mutants = {change.mutant for changes in assay.substitutions for change in changes}
     unknown = sorted((mutants | set(assay.wild_type)) - set(codec.ids))
@@ -126,7 +106,7 @@ def _masked_marginals(
     ids, before = codec.encode(assay.wild_type), len(codec.around[0])
     positions = _mutated(assay)
     rows = (_masked(ids, position + before, codec, protocol) for position in positions)
-    log_p = _read(model, rows, len(positions), codec, protocol, progress)
+    log_p = read_rows(model, rows, len(positions), codec, protocol.batch_tokens, progress)
     by_position = dict(zip(positions, log_p, strict=True))
     return [_marginal(codec, changes, by_position) for changes in assay.substitutions]
 
@@ -135,13 +115,13 @@ def _wild_type_marginals(
     model: Any, codec: ResidueCodec, assay: Assay, protocol: VariantProtocol, progress: Progress
 ) -> list[float]:
     ids, before = codec.encode(assay.wild_type), len(codec.around[0])
-    starts = _overlapping(len(ids), protocol.window)
+    starts = overlapping_windows(len(ids), protocol.window)
     by_position: dict[int, Tensor] = {}
     for done, start in enumerate(starts, 1):
         given = ids[start : start + protocol.window]
         logits_TV = run_batch(model, padded([given], codec.pad_id, frozenset())).logits[0]
         for position in _mutated(assay):
-            if _nearest(starts, position + before, protocol.window) == start:
+            if nearest_window(starts, position + before, protocol.window) == start:
                 log_p_V = double(logits_TV[position + before - start]).log_softmax(-1)
                 by_position[position] = log_p_V.cpu()
         if progress is not None:
@@ -154,7 +134,7 @@ def _pseudo_likelihood(
 ) -> list[float]:
     before, length = len(codec.around[0]), len(assay.wild_type)
 
-    def rows() -> Iterator[_Row]:
+    def rows() -> Iterator[MaskedRow]:
         for variant in range(len(assay.mutants)):
             ids = codec.encode(assay.sequence(variant))
             for position in range(length):
@@ -162,7 +142,9 @@ def _pseudo_likelihood(
 
     total = [0.0] * len(assay.mutants)
     passes = length * len(assay.mutants)
-    for number, log_p_V in enumerate(_read(model, rows(), passes, codec, protocol, progress)):
+    for number, log_p_V in enumerate(
+        read_rows(model, rows(), passes, codec, protocol.batch_tokens, progress)
+    ):
         variant, position = divmod(number, length)
         letter = _letter(assay, variant, position)
         total[variant] += float(log_p_V[codec.ids[letter]])
@@ -186,7 +168,7 @@ def _forwards(model: Any, codec: ResidueCodec, sequence: str, protocol: VariantP
     """log p of all tokens but the first; of those in several windows, where most stands before."""
     ids = codec.encode(sequence)
     total, scored = 0.0, 1
-    for start in _overlapping(len(ids), protocol.window):
+    for start in overlapping_windows(len(ids), protocol.window):
         given = ids[start : start + protocol.window]
         logits_TV = run_batch(model, padded([given], codec.pad_id, frozenset())).logits[0]
         log_p_TV = double(logits_TV[scored - start - 1 : -1]).log_softmax(-1)
@@ -196,56 +178,13 @@ def _forwards(model: Any, codec: ResidueCodec, sequence: str, protocol: VariantP
     return total
 
 
-def _read(
-    model: Any,
-    rows: Iterable[_Row],
-    total: int,
-    codec: ResidueCodec,
-    protocol: VariantProtocol,
-    progress: Progress,
-) -> Iterator[Tensor]:
-    """log p at each row's place, fp64 (V,) on the CPU, in the order of the rows."""
-    done = 0
-    for some in _chunks(rows, _AT_A_TIME):
-        order = sorted(range(len(some)), key=lambda index: -len(some[index].ids))
-        found: dict[int, Tensor] = {}
-        for batch in _batches(order, some, protocol.batch_tokens):
-            ids = [some[index].ids for index in batch]
-            logits_BTV = run_batch(model, padded(ids, codec.pad_id, frozenset())).logits
-            for b, index in enumerate(batch):
-                found[index] = double(logits_BTV[b, some[index].place]).log_softmax(-1).cpu()
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        yield from (found[index] for index in range(len(some)))
-
-
-def _chunks(rows: Iterable[_Row], size: int) -> Iterator[list[_Row]]:
-    some: list[_Row] = []
-    for row in rows:
-        some.append(row)
-        if len(some) == size:
-            yield some
-            some = []
-    if some:
-        yield some
-
-
-def _batches(order: Sequence[int], rows: Sequence[_Row], tokens: int) -> Iterator[list[int]]:
-    """Of rows from the longest to the shortest, as many as fit."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _masked(ids: Sequence[int], place: int, codec: ResidueCodec, protocol: VariantProtocol) -> _Row:
+def _masked(
+    ids: Sequence[int], place: int, codec: ResidueCodec, protocol: VariantProtocol
+) -> MaskedRow:
     start, end = optimal_window(place, len(ids), protocol.window)
-    return _Row(ids=[*ids[start:place], codec.mask_id, *ids[place + 1 : end]], place=place - start)
+    return MaskedRow(
+        ids=[*ids[start:place], codec.mask_id, *ids[place + 1 : end]], place=place - start
+    )
 
 
 def _marginal(
@@ -264,14 +203,3 @@ def _mutated(assay: Assay) -> list[int]:
 def _letter(assay: Assay, variant: int, position: int) -> str:
     changed = {change.position: change.mutant for change in assay.substitutions[variant]}
     return changed.get(position, assay.wild_type[position])
-
-
-def _overlapping(length: int, window: int) -> list[int]:
-    """Starts of windows that overlap by half; the last one ends with the whole."""
-    last = max(length - window, 0)
-    return [*range(0, last, max(window // 2, 1)), last]
-
-
-def _nearest(starts: Sequence[int], place: int, window: int) -> int:
-    """The window that has most tokens on the poorer side of a place."""
-    return max(starts, key=lambda start: min(place - start, start + window - 1 - place))

@@ -14,7 +14,8 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.errors import RotqError
 from rotq.evaluation.assays import Assay, Substitution
 from rotq.evaluation.ranks import spearman
-from rotq.evaluation.variants import VariantProtocol, optimal_window, score_variants
+from rotq.evaluation.variants import VariantProtocol, score_variants
+from rotq.evaluation.window_passes import optimal_window
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQ"
 MUTANTS = ("M1A", "K2R:T3S", "Q22W", "A7G:S18T:R21K", "")
