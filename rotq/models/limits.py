@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from rotq.calibration.limits import Limits
+from rotq.models.multimodal import text_model
 
 _BY_CONFIG = {"mpt": "max_seq_len"}
 """Model types whose bound is a number of the configuration."""
@@ -40,6 +41,7 @@ def vocabulary_of(model: Any) -> int:
 
 
 def _bounds(model: nn.Module) -> Iterator[int]:
+    model = text_model(model)
     config: Any = model.config
     tables = [*_embeddings(model), *_buffers(model, floating=True)]
     yield from tables

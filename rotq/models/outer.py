@@ -93,7 +93,7 @@ class OuterModel:
         tensors |= {
             name: buffer.to(given.device)
             for name, buffer in self.model.named_buffers()
-            if name not in tensors and not self._inside(name)
+            if name not in tensors and not self._elsewhere(name)
         }
         kwargs = {**inputs, "use_cache": False}
         with self._blocks_replaced(self._in_form(forward)), self._settings_kept():
@@ -107,7 +107,7 @@ class OuterModel:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those outside the blocks, by full name."""
         named = self.model.named_parameters()
-        return [(name, parameter) for name, parameter in named if not self._inside(name)]
+        return [(name, parameter) for name, parameter in named if not self._elsewhere(name)]
 
     def stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
         """Inputs of a run in which only shape, dtype and device of what is embedded matter.
@@ -157,7 +157,11 @@ class OuterModel:
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
-        return {name: like for name, like in state.items() if not self._inside(name)}
+        return {name: like for name, like in state.items() if not self._elsewhere(name)}
+
+    def _elsewhere(self, name: str) -> bool:
+        """In a block, or in a part beside the text decoder, which no text reaches."""
+        return self._inside(name) or self.adapter.is_beside(name)
 
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")

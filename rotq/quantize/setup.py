@@ -149,7 +149,7 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     kinds = {rotation.residual, rotation.value, rotation.attention, rotation.down}
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
-        find_adapter(skeleton.config)
+        find_adapter(skeleton.model.config)
     if rounded and not skeleton.adapter.attention:
         raise RotqError(
             f"kv_cache.bits={recipe.kv_cache.bits} is not possible for {skeleton.adapter.family} "
