@@ -40,7 +40,7 @@ ROTQ_FORMAT = {"output.format": "rotq"}
 COMPARED = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "smollm3", "glm4"),
     *("granite", "starcoder2", "cohere2", "exaone4", "qwen3_5_text"),
-    *("mixtral", "qwen3_moe", "deepseek_v3"),
+    *("mixtral", "qwen3_moe", "deepseek_v3", "llama4_text"),
 )
 """Families whose results are loaded by transformers alone too, which takes seconds for each."""
 

@@ -95,6 +95,7 @@ class OuterModel:
             for name, buffer in self.model.named_buffers()
             if name not in tensors and not self._elsewhere(name)
         }
+        tensors |= self._beside(given.device)
         kwargs = {**inputs, "use_cache": False}
         with self._blocks_replaced(self._in_form(forward)), self._settings_kept():
             return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
@@ -162,6 +163,19 @@ class OuterModel:
     def _elsewhere(self, name: str) -> bool:
         """In a block, or in a part beside the text decoder, which no text reaches."""
         return self._inside(name) or self.adapter.is_beside(name)
+
+    def _beside(self, device: torch.device) -> dict[str, Tensor]:
+        """In place of the parts that no text reaches; no memory behind them.
+
+        Models ask their first parameter for its device. Who does compute with one gets NaN.
+        """
+        return {
+            name: torch.full((), torch.nan, dtype=parameter.dtype, device=device).expand_as(
+                parameter
+            )
+            for name, parameter in self.model.named_parameters()
+            if self.adapter.is_beside(name)
+        }
 
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")
