@@ -60,7 +60,7 @@ _MROPE = {
 }
 TEXT_CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v"), _MROPE
-)
+) | {"gemma3": {"layer_types": ["sliding_attention", "full_attention"]}}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
     "gemma3": {"": {"mm_tokens_per_image": 4}},
