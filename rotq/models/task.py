@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
@@ -52,7 +58,10 @@ def auto_class(config: Any) -> Any:
     """transformers' auto class for the configuration's head."""
     if is_masked(config):
         return AutoModelForMaskedLM
-    return AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
+    if not is_multimodal(config):
+        return AutoModelForCausalLM
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees else AutoModelForMultimodalLM
 
 
 def _has_parts(config: Any) -> bool:

@@ -15,8 +15,8 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-FAMILIES = tuple(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
-"""Every model type with a text decoder beside other parts, as far as transformers lists them."""
+CLASSES = {name: kind for kind, name in reversed(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items())}
+"""Every class with a text decoder beside other parts that transformers lists, to a model type."""
 
 BESIDE: dict[str, Any] = {
     "hidden_size": 32,
