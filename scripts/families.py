@@ -1,7 +1,9 @@
-"""Try every family and multimodal class of transformers: python scripts/families.py [FAMILY ...] [--json FILE]
+"""Try every family and multimodal class of transformers:
 
-Of each a tiny random model is made (tests/support/tiny_families.py, tiny_multimodal.py) and put to the trials of
-``family_trials``. Every family is a process of its own, forked from this one, so that nothing of it
+    python scripts/families.py [FAMILY ...] [--json FILE]
+
+Of each a tiny random model is made (tests/support/tiny_families.py, tiny_multimodal.py) and put to
+the trials of ``family_trials``. Every family is a process of its own, forked from this one, so that nothing of it
 is left for the next. ``--markdown`` writes docs/models.md from the outcomes, and tries nothing.
 """
 

@@ -173,7 +173,8 @@ def put_online_heads(model: Any, heads: OnlineHeads) -> None:
     adapter = located(find_adapter(model.config), model)
     use_online_attention(model)
     blocks = adapter.blocks
-    if model.base_model is model and not adapter.part:  # without a head, and the prefix that names have below one
+    if model.base_model is model and not adapter.part:
+        # without a head, and the prefix that names have below one
         blocks = blocks.removeprefix(f"{model.base_model_prefix}.")
     for block in model.get_submodule(blocks):
         set_heads(block.get_submodule(adapter.attention), heads)

@@ -39,7 +39,7 @@ def say_commit(hub: HubModel | None) -> None:
         say([f"{hub.name}: commit {hub.commit}{why}"])
 
 
-def choose(device: str, *, with_double: bool = False) -> str:
+def choose(device: str, *, in_double: str = "") -> str:
     """Where a command computes, as torch spells it with its number.
 
     Raises:
@@ -47,11 +47,11 @@ def choose(device: str, *, with_double: bool = False) -> str:
     """
     from rotq.devices import choose_device
 
-    return str(choose_device(device, with_double=with_double))
+    return str(choose_device(device, in_double=in_double))
 
 
 def load(
-    model: Location, *, device: str, dtype: str, trust_remote_code: bool, with_double: bool = False
+    model: Location, *, device: str, dtype: str, trust_remote_code: bool, in_double: str = ""
 ) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
@@ -60,14 +60,14 @@ def load(
         device: As the command was given it; a line says which one ``auto`` is.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
-        with_double: As for ``choose``.
+        in_double: As for ``choose_device``.
 
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
 
-    chosen = choose(device, with_double=with_double)
+    chosen = choose(device, in_double=in_double)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     say_device(device, chosen)
     loaded = load_model(
@@ -77,15 +77,20 @@ def load(
 
 
 def load_to_serve(
-    model: str, *, device: str, dtype: str, trust_remote_code: bool
+    model: str, caches: Iterable[str], *, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple[Location, Any, Any]:
     """Where a model is, the model and its tokenizer, for a server or what measures one.
 
+    Args:
+        caches: As ``--kv`` names them; those that are packed need fp64.
+
     Raises:
-        RotqError: it predicts no next token, the device has no fp64, which sampling needs, or see
-            ``find`` and ``load``.
+        RotqError: it predicts no next token, or see ``find`` and ``load``.
     """
-    choose(device, with_double=True)
+    from rotq.serve.settings import DENSE
+
+    packed = next((f"--kv {name}" for name in caches if name != DENSE), "")
+    choose(device, in_double=packed)
     place = find(model)
     check_causal(place, trust_remote_code=trust_remote_code)
     loaded, tokenizer = load(
@@ -93,7 +98,7 @@ def load_to_serve(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        with_double=True,
+        in_double=packed,
     )
     return place, loaded, tokenizer
 

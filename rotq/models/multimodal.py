@@ -38,9 +38,7 @@ IMAGE_WRITERS = {
     "LlavaNextForConditionalGeneration": _NEWLINE,
     "LlavaOnevisionForConditionalGeneration": _NEWLINE,
     "Mistral3ForConditionalGeneration": _LLAVA,
-    "PaliGemmaForConditionalGeneration": (
-        r"model\.multi_modal_projector\.linear\.(weight|bias)"
-    ),
+    "PaliGemmaForConditionalGeneration": (r"model\.multi_modal_projector\.linear\.(weight|bias)"),
     "Qwen2VLForConditionalGeneration": _QWEN2,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2,
     "Qwen3VLForConditionalGeneration": _QWEN3,

@@ -69,7 +69,7 @@ def settle(
     Raises:
         ValueError, RotqError: as ``quantize_model``.
     """
-    usable = choose_device(device, with_double=True)
+    usable = chosen_device(device, recipe)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(
@@ -138,6 +138,16 @@ def setup(
     for note in (*chosen, *job.plan.notes, *job.windows.notes):
         progress.message(note)
     return job, settled.drawn
+
+
+def chosen_device(name: str, recipe: Recipe) -> torch.device:
+    """Where a job computes; a device without fp64 leaves to the CPU what needs it.
+
+    Raises:
+        ValueError, RotqError: as ``choose_device``; a basis is searched for in fp64.
+    """
+    method = recipe.transform.method
+    return choose_device(name, in_double="" if method == "fixed" else f"transform.method={method}")
 
 
 def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:

@@ -1,4 +1,4 @@
-"""Quantizing the text part of models that see: their own class loads the result, towers as they were."""
+"""The text part of models that see is quantized; their own class loads it, towers as they were."""
 
 import json
 import re
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_families import byte_tokenizer
 from tiny_multimodal import image_inputs, tiny_multimodal
-from click.testing import CliRunner
 
 import rotq
 import rotq.quantize.publish
@@ -81,7 +81,7 @@ def beside(source: Path, model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "rotq"])
 def test_its_own_class_loads_it(seeing: Any, format: str, tmp_path: Path) -> None:
-    name, folder, model, inputs = seeing
+    _, folder, model, inputs = seeing
     recipe = recipe_of(folder, "gptq", weights__symmetric=True, output__format=format)
     report = quantize_model(folder / "model", recipe, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -147,7 +147,7 @@ def test_a_stream_that_cannot_be_turned_is_refused_by_the_dry_run_too(tmp_path: 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_or_not_with_a_bare_configuration(tied: bool, tmp_path: Path) -> None:
     """No generation_config, architectures left out: the model type says the class."""
-    _, folder, model, inputs = made("mistral3", tmp_path, tie_word_embeddings=tied)
+    _, folder, _, inputs = made("mistral3", tmp_path, tie_word_embeddings=tied)
     source = folder / "model"
     (source / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((source / "config.json").read_text())

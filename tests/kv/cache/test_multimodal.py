@@ -78,5 +78,5 @@ def test_a_causal_mask_says_which_columns_are_tokens():
     ids=["all", "hole", "window", "floats"],
 )
 def test_other_masks_are_refused(mask):
-    with pytest.raises(RotqError, match="causal|2-D attention mask"):
+    with pytest.raises(RotqError, match=r"causal|2-D attention mask"):
         plain_mask(mask, 2)
