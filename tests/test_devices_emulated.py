@@ -130,7 +130,6 @@ def test_a_job_without_double(config: str, tmp_path: Path) -> None:
         ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
     for found, expected in zip(ours.layers, theirs.layers, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=0.02)
-    assert ours.rotation == pytest.approx(theirs.rotation, rel=1)
 
 
 def test_a_search_without_double_is_refused(tmp_path: Path) -> None:
@@ -144,5 +143,5 @@ def test_a_search_without_double_is_refused(tmp_path: Path) -> None:
 def test_a_packed_cache_without_kernels_is_refused() -> None:
     model = model_on(None)
     calibration = calibrate(model, IDS[:256].view(2, 128), preset("k3v3"))
-    with emulated("mps"), pytest.raises(RotqError, match="kernels for CPUs and CUDA; .* on mps"):
+    with emulated("mps"), pytest.raises(RotqError, match=r"kernels for CPUs and CUDA; .* on mps"):
         PackedCache(model_on("mps"), calibration)

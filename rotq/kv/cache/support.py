@@ -78,7 +78,8 @@ def check_served(model: Any, calibration: KVCalibration) -> None:
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda", "meta"):
         raise RotqError(
-            f"packed keys and values are read by kernels for CPUs and CUDA; the model is on {device}"
+            "packed keys and values are read by kernels for CPUs and CUDA; "
+            f"the model is on {device}"
         )
     if calibration.model_hash != hash_config(model.config):
         raise RotqError("the calibration was made for another model; run rotq calibrate-kv")
