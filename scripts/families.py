@@ -4,7 +4,8 @@
 
 Of each a tiny random model is made (tests/support/tiny_families.py, tiny_multimodal.py) and put to
 the trials of ``family_trials``. Every family is a process of its own, forked from this one, so that
-nothing of it is left for the next. ``--markdown`` writes docs/models.md from the outcomes, and tries nothing.
+nothing of it is left for the next. ``--markdown`` writes docs/models.md from the outcomes, and
+tries nothing.
 """
 
 from __future__ import annotations
