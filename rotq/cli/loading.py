@@ -50,8 +50,49 @@ def choose(device: str, *, in_double: str = "") -> str:
     return str(choose_device(device, in_double=in_double))
 
 
+def placed_on(device: str, placed: str | None) -> str:
+    """Where a command computes: ``--device``, or else what ``--device-map`` says.
+
+    Raises:
+        click.UsageError: both are given.
+        RotqError: this machine has no such device, or accelerate no such way.
+    """
+    if placed is None:
+        return choose(device)
+    if device != AUTO:
+        raise click.UsageError("give either --device or --device-map")
+    check_device_map(placed)
+    return placed
+
+
+def check_device_map(name: str) -> None:
+    """Refuse, before anything is read, a place for the model that this machine does not have.
+
+    Raises:
+        RotqError: neither a device, nor a way to spread a model that accelerate knows.
+    """
+    from rotq.devices import usable_device
+
+    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        known = usable_device(name).type != "meta"
+    except RotqError:
+        known = False
+    if not known:
+        raise RotqError(
+            f"--device-map {name}: neither a device of this machine that torch can use nor auto"
+        )
+
+
 def load(
-    model: Location, *, device: str, dtype: str, trust_remote_code: bool, in_double: str = ""
+    model: Location,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    placed: str | None = None,
+    in_double: str = "",
 ) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
@@ -60,6 +101,7 @@ def load(
         device: As the command was given it; a line says which one ``auto`` is.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
+        placed: As for ``placed_on``.
         in_double: As for ``choose_device``.
 
     Raises:
@@ -67,9 +109,9 @@ def load(
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
 
-    chosen = choose(device, in_double=in_double)
+    chosen = choose(device, in_double=in_double) if placed is None else placed
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    say_device(device, chosen)
+    say_device(device if placed is None else placed, chosen)
     loaded = load_model(
         model, dtype=dtype, device_map=device_map(chosen), trust_remote_code=trust_remote_code
     )
@@ -112,26 +154,6 @@ def say_device(asked: str, chosen: str) -> None:
 def device_map(chosen: str) -> str | None:
     """As transformers takes a device; None for the CPU, which needs no hooks of accelerate's."""
     return None if chosen == "cpu" else chosen
-
-
-def check_device_map(name: str | None) -> None:
-    """Refuse, before anything is read, a place for the model that this machine does not have.
-
-    Raises:
-        RotqError: neither a device, nor a way to spread a model that accelerate knows.
-    """
-    from rotq.devices import usable_device
-
-    if name in (None, "auto", "balanced", "balanced_low_0", "sequential"):
-        return
-    try:
-        known = usable_device(name).type != "meta"
-    except RotqError:
-        known = False
-    if not known:
-        raise RotqError(
-            f"--device-map {name}: neither a device of this machine that torch can use nor auto"
-        )
 
 
 def check_causal(model: Location, *, trust_remote_code: bool) -> None:

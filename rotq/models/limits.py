@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rotq.calibration.limits import Limits
 from rotq.models.multimodal import text_model
@@ -38,6 +39,13 @@ def limits_of(model: Any) -> Limits:
 def vocabulary_of(model: Any) -> int:
     """Token ids that a model has embeddings for, whatever its configuration says."""
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+def embedding_device(model: Any) -> torch.device:
+    """Where a model is to be given its tokens."""
+    weight: Tensor = model.get_input_embeddings().weight
+    # accelerate keeps offloaded weights on meta and moves the inputs itself
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def _bounds(model: nn.Module) -> Iterator[int]:
