@@ -21,13 +21,13 @@ def check_device_name(name: str) -> None:
         raise ValueError(f"{name!r} is not {SPELLINGS}")
 
 
-def choose_device(name: str, *, with_double: bool = False) -> torch.device:
+def choose_device(name: str, *, in_double: str = "") -> torch.device:
     """The torch device of ``--device``, with its number; ``auto`` is the first GPU, else mps or
     the CPU.
 
     Args:
         name: As ``check_device_name`` takes it.
-        with_double: It must compute in fp64, which mps does not.
+        in_double: What must compute there in fp64, as a message calls it; mps does not.
 
     Raises:
         ValueError: it is no such name.
@@ -36,10 +36,10 @@ def choose_device(name: str, *, with_double: bool = False) -> torch.device:
     check_device_name(name)
     if name == AUTO:
         first = usable_device(_first_choice())
-        return first if has_double(first) or not with_double else usable_device("cpu")
+        return first if has_double(first) or not in_double else usable_device("cpu")
     chosen = usable_device(name)
-    if with_double and not has_double(chosen):
-        raise RotqError(f"--device {name} has no fp64, which this needs; use --device cpu")
+    if in_double and not has_double(chosen):
+        raise RotqError(f"--device {name} has no fp64, which {in_double} needs; use --device cpu")
     return chosen
 
 
@@ -67,6 +67,11 @@ def usable_device(name: str, option: str = "--device") -> torch.device:
 def has_double(device: torch.device) -> bool:
     """Whether a device computes in fp64; Apple's mps does not."""
     return device.type != "mps"
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where fp64 is computed for a device: there, or on the CPU."""
+    return device if has_double(device) else usable_device("cpu")
 
 
 def double(x: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""Try every causal family of transformers: python scripts/families.py [FAMILY ...] [--json FILE]
+"""Try every family and multimodal class of transformers:
 
-Of each family a tiny random model is made (tests/support/tiny_families.py) and put to the trials of
-``family_trials``. Every family is a process of its own, forked from this one, so that nothing of it
-is left for the next. ``--markdown`` writes docs/models.md from the outcomes, and tries nothing.
+    python scripts/families.py [FAMILY ...] [--json FILE]
+
+Of each a tiny random model is made (tests/support/tiny_families.py, tiny_multimodal.py) and put to
+the trials of ``family_trials``. Every family is a process of its own, forked from this one, so that
+nothing of it is left for the next. ``--markdown`` writes docs/models.md from the outcomes, and
+tries nothing.
 """
 
 from __future__ import annotations
@@ -57,8 +60,9 @@ def main() -> None:
 
 def _wanted(arguments: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     import tiny_families
+    import tiny_multimodal
 
-    families = arguments.families or tiny_families.FAMILIES
+    families = arguments.families or (*tiny_families.FAMILIES, *tiny_multimodal.CLASSES)
     return [name for name in families if not (arguments.missing and name in found)]
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import kv_oracle
 import tiny_families
+import tiny_multimodal
 import torch
+from tiny_multimodal import CLASSES
 from torch import Tensor
 
 import rotq.quantize.publish
@@ -28,7 +30,9 @@ from rotq.errors import CheckFailed, RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
+from rotq.models.registry import adapter_for
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import is_multimodal
 from rotq.quantize.estimate import estimate
 from rotq.quantize.pipeline import quantize_model
 from rotq.quantize.setup import starting_basis
@@ -40,7 +44,7 @@ ROTQ_FORMAT = {"output.format": "rotq"}
 COMPARED = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "smollm3", "glm4"),
     *("granite", "starcoder2", "cohere2", "exaone4", "qwen3_5_text"),
-    *("mixtral", "qwen3_moe", "deepseek_v3"),
+    *("mixtral", "qwen3_moe", "deepseek_v3", "llama4_text"),
 )
 """Families whose results are loaded by transformers alone too, which takes seconds for each."""
 
@@ -55,11 +59,21 @@ torch.save(logits, sys.argv[3])
 """
 
 
+def tiny_model(family: str) -> Any:
+    """A random one of a family, or of a class of several parts."""
+    if family in CLASSES:
+        return tiny_multimodal.tiny_multimodal(CLASSES[family])
+    return tiny_families.tiny_family(family)
+
+
 def try_family(family: str, folder: Path) -> dict[str, Any]:
     """All trials by name; only ``made`` where transformers cannot make the family so small."""
     model, text = folder / "model", folder / "text.txt"
     try:
-        tiny_families.tiny_family(family).save_pretrained(model)
+        made = tiny_model(family)
+        if family in CLASSES and not is_multimodal(made.config):
+            raise RotqError("its text model is a family of its own, or it is none")
+        made.save_pretrained(model)
     except Exception as error:
         return {"made": _trial("refused", error)}
     tiny_families.byte_tokenizer().save_pretrained(model)
@@ -91,6 +105,8 @@ def _more(
     tuned = {"tuning.steps": 2, "tuning.seq_len": 32, **form}
     found["w3 tuned"] = job(model, small_recipe("w3", text, tuned), folder / "w3")
     found["cache"] = attempt(lambda: check_cache(family))
+    if family in CLASSES:
+        found["image"] = attempt(lambda: check_image(family, folder / "out"))
     if family in COMPARED:
         symmetric = small_recipe("rtn", text, {"weights.symmetric": True})
         found["transformers"] = attempt(lambda: check_transformers(model, symmetric, folder))
@@ -146,7 +162,7 @@ def check_cache(family: str) -> None:
         RotqError: the family is refused.
         CheckFailed: logits differ.
     """
-    model = tiny_families.tiny_family(family)
+    model = tiny_model(family)
     calibration = data_oblivious(model.config, preset("k8v3"))
     differences = []
     for step in (7, 11):
@@ -155,6 +171,31 @@ def check_cache(family: str) -> None:
         expected = stepwise(model, kv_oracle.oracle_cache(calibration), ids_BT)
         differences.append(_difference(found, expected))
     _check(min(differences), 1e-4)
+
+
+def check_image(family: str, out: Path) -> None:
+    """An image between words: packed layers against dense ones, and towers as they were.
+
+    Raises:
+        RotqError: no image can be made for the class here.
+        CheckFailed: logits differ by more than fp32 rounds, or a tensor beside the decoder does.
+    """
+    made = tiny_model(family)
+    try:
+        inputs = tiny_multimodal.image_inputs(made)
+        with torch.no_grad():
+            made(**inputs)
+    except Exception as error:
+        raise RotqError(f"no image was made for it: {_line(error)}") from None
+    adapter = adapter_for(made)
+    dense, packed = load_model(out, packed=False), load_model(out)
+    before, after = made.state_dict(), packed.state_dict()
+    for name in before:
+        if adapter.is_beside(name) and not torch.equal(before[name], after[name]):
+            raise CheckFailed(f"{name} is not what it was")
+    with torch.no_grad():
+        found, expected = packed(**inputs).logits, dense(**inputs).logits
+    _check(_difference(found, expected), 2e-5)
 
 
 def stepwise(model: Any, cache: Any, ids_BT: Tensor) -> Tensor:

@@ -6,13 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VLLM = Path(__file__).parent / "vllm_architectures.txt"
 ROTATIONS = {"residual": "R1", "value": "R2", "attention": "R3", "down": "R4"}
 
 Outcomes = dict[str, dict[str, dict[str, str]]]
 """Family to trial to outcome and reason, see ``family_trials``."""
+
+CLASSES = set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values())
+
+_PARTS = """## The text part of multimodal classes
+
+Of every class that has a text decoder beside towers for images or sounds a tiny random one was
+tried in the same way. The decoder is quantized, calibrated on text; what lies beside it is copied
+byte by byte, and named in the report. The result is loaded by transformers' own class
+(`AutoModelForImageTextToText`), in both formats.
+
+- **Rotations**: R1 turns the projector's last layer with the residual stream, and every other layer
+  that adds image features to it (DeepStack): `rotq/models/multimodal.py` has them, and
+  `tests/models/test_multimodal.py` the proof in fp64, with images. Where they are not known R1 is
+  refused.
+- **image**: with an image between the words packed layers gave the logits of dense ones, and all
+  tensors beside the decoder were what they had been. `-`: no image was made for the class here.
+- **PackedCache**: for text; after images too where their tokens do not see each other, which is
+  refused (Gemma 3).
+"""
 
 _HEAD = """# Model families
 
@@ -39,33 +61,34 @@ in [proteins.md](proteins.md).
 
 def render(found: Outcomes) -> str:
     """The whole page."""
+    families = {name: all for name, all in found.items() if name not in CLASSES}
+    classes = {name: all for name, all in found.items() if name in CLASSES}
+    parts = [_HEAD, *_outcomes(families, level="##")]
+    parts += ["", _PARTS, *_outcomes(classes, level="###")]
+    return "\n".join(parts) + "\n"
+
+
+def _outcomes(found: Outcomes, *, level: str) -> Iterator[str]:
+    """Counts, table and reasons; headings of that level."""
     done = {name: all for name, all in found.items() if "rotated" in all}
     refused = {n: all for n, all in found.items() if n not in done and "quantized" in all}
     not_made = {n: all for n, all in found.items() if n not in done and n not in refused}
-    parts = [_HEAD, *_counts(done), "", *_table(done)]
-    parts += ["", "## Refused", "", *_reasons(refused, "quantized")]
-    parts += [
-        "",
-        "## Quantized without a packed cache",
-        "",
-        *_reasons(_without_cache(done), "cache"),
-    ]
-    parts += [
-        "",
-        "## Not tried",
-        "",
-        "transformers does not make these from a small configuration.",
-    ]
-    parts += ["", *_reasons(not_made, "made")]
-    return "\n".join(parts) + "\n"
+    yield from (*_counts(done), "", *_table(done))
+    yield from ("", f"{level} Refused", "", *_reasons(refused, "quantized"))
+    yield from ("", f"{level} Quantized without a packed cache", "")
+    yield from _reasons(_without_cache(done), "cache")
+    yield from ("", f"{level} Not tried", "")
+    yield from ("transformers does not make these from a small configuration.", "")
+    yield from _reasons(not_made, "made")
 
 
 def _counts(done: Outcomes) -> Iterator[str]:
     def number(trial: str) -> int:
         return sum(all.get(trial, {}).get("outcome") == "ok" for all in done.values())
 
+    what = "classes" if done.keys() & CLASSES else "families"
     yield (
-        f"{len(done)} families are quantized and reloaded, {number('residual')} with exact "
+        f"{len(done)} {what} are quantized and reloaded, {number('residual')} with exact "
         f"rotations of the residual stream, {number('w3 tuned')} by w3 with tuning, "
         f"{number('cache')} with PackedCache, {number('transformers')} compared in transformers "
         "without rotq."
@@ -74,16 +97,23 @@ def _counts(done: Outcomes) -> Iterator[str]:
 
 def _table(done: Outcomes) -> Iterator[str]:
     vllm = set(VLLM.read_text().split("\n")[1:])
-    yield "| family | rotations | w3 | PackedCache | formats | vLLM |"
-    yield "|---|---|---|---|---|---|"
+    sees = bool(done.keys() & CLASSES)
+    columns = ["class" if sees else "family", "rotations", "w3", "PackedCache", "formats"]
+    columns += ["image"] if sees else ["vLLM"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for name, all in sorted(done.items()):
         rotations = " ".join(short for key, short in ROTATIONS.items() if _ok(all, key))
         formats = "ct, rotq" if _ok(all, "quantized") else "rotq"
         if _ok(all, "transformers"):
             formats += "; transformers"
-        known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] in vllm and _ok(all, "quantized")
         cells = [name, rotations or "-", _yes(all, "w3 tuned"), _yes(all, "cache"), formats]
-        yield f"| {' | '.join([*cells, 'named' if known else '-'])} |"
+        if sees:
+            last = _yes(all, "image")
+        else:
+            known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] in vllm and _ok(all, "quantized")
+            last = "named" if known else "-"
+        yield f"| {' | '.join([*cells, last])} |"
 
 
 def _reasons(found: Outcomes, trial: str) -> Iterator[str]:

@@ -42,11 +42,11 @@ def test_other_spellings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "first", "with_double"),
+    ("there", "first", "in_double"),
     [([], "cpu", "cpu"), (["mps"], "mps", "cpu"), (["cuda", "mps"], "cuda:0", "cuda:0")],
 )
 def test_auto_is_the_first_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, there: list[str], first: str, with_double: str
+    monkeypatch: pytest.MonkeyPatch, there: list[str], first: str, in_double: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: "cuda" in there)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: "mps" in there)
@@ -55,10 +55,10 @@ def test_auto_is_the_first_that_is_there(
         "rotq.devices.usable_device", lambda name: torch.device(numbered.get(name, name))
     )
     assert str(choose_device("auto")) == first
-    assert str(choose_device("auto", with_double=True)) == with_double
+    assert str(choose_device("auto", in_double="a search")) == in_double
     assert not has_double(torch.device("mps"))
-    with pytest.raises(RotqError, match="--device mps has no fp64, which this needs"):
-        choose_device("mps", with_double=True)
+    with pytest.raises(RotqError, match="--device mps has no fp64, which a search needs"):
+        choose_device("mps", in_double="a search")
 
 
 def test_one_option_everywhere() -> None:

@@ -14,11 +14,13 @@ from tiny_proteins import esm_tokenizer, sequences
 
 from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
+from rotq.errors import RotqError
 from rotq.evaluation.kv import evaluate_kv
 from rotq.evaluation.perplexity import Protocol, evaluate
 from rotq.evaluation.pseudo_perplexity import PLLProtocol, evaluate_pll
 from rotq.evaluation.quantized_history import scheme_of
 from rotq.evaluation.representations import OriginalBasis, compare_representations
+from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
 from rotq.quantize.pipeline import quantize_model
@@ -104,3 +106,32 @@ def test_a_job(tmp_path: Path) -> None:
         quantize_model(model, recipe, tmp_path / "cuda", device="cuda:0")
     ours, theirs = (tmp_path / name / "model.safetensors" for name in ("cuda", "cpu"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("config", ["gptq", "quarot-w4a4kv4"])
+def test_a_job_without_double(config: str, tmp_path: Path) -> None:
+    """Exact checks, factors and statistics are the CPU's; what comes out is the same model."""
+    small = {"calibration.num_samples": 2, "calibration.seq_len": 32}
+    given = [Given(key=key, value=value, origin="test") for key, value in small.items()]
+    recipe = resolve(Path(__file__).parents[1] / "configs" / f"{config}.yaml", given)
+    model = make_checkpoint(tmp_path / "model")
+    theirs = quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
+    with emulated("mps"):
+        ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
+    for found, expected in zip(ours.layers, theirs.layers, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=0.1)
+
+
+def test_a_search_without_double_is_refused(tmp_path: Path) -> None:
+    recipe = resolve(Path(__file__).parents[1] / "configs" / "spinquant.yaml", [])
+    model = make_checkpoint(tmp_path / "model")
+    with emulated("mps"), pytest.raises(RotqError, match=r"--device mps has no fp64, which transf"):
+        quantize_model(model, recipe, tmp_path / "out", device="mps")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_cache_without_kernels_is_refused() -> None:
+    model = model_on(None)
+    calibration = calibrate(model, IDS[:256].view(2, 128), preset("k3v3"))
+    with emulated("mps"), pytest.raises(RotqError, match=r"kernels for CPUs and CUDA; .* on mps"):
+        PackedCache(model_on("mps"), calibration)

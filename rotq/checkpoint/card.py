@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -31,9 +32,9 @@ COMPRESSED_TENSORS = """\
 The weights are stored as compressed-tensors (`pack-quantized`) and load without rotq:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install "compressed-tensors>=0.18"
+model = {auto}.from_pretrained("PATH")  # pip install "compressed-tensors>=0.18"
 ```
 
 transformers makes the weights dense while loading or at the first
@@ -59,9 +60,9 @@ model with random weights.
 
 ```python
 import rotq
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = {auto}.from_pretrained("PATH")
 ```"""
 
 
@@ -70,6 +71,7 @@ def model_card(
     quantization: dict[str, Any],
     base_model: HubModel | None,
     *,
+    auto: str,
     obstacle: str | None,
 ) -> str:
     """Markdown with the hub's front matter.
@@ -78,6 +80,7 @@ def model_card(
         config: The source's config.json.
         quantization: From ``quantization_config``.
         base_model: The source; None where it is not one of the hub.
+        auto: Name of transformers' auto class.
         obstacle: Why transformers alone cannot load it; None where it can.
     """
     method = quantization["quant_method"]
@@ -90,21 +93,30 @@ def model_card(
     name = config.get("model_type", "model") if base_model is None else base_model.name.repo
     grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups)
     runtime = runtime_line(quantization)
-    kept = ", ".join(f"`{layer}`" for layer in quantization["ignore"])
+    kept = ", ".join(f"`{layer}`" for layer in _together(quantization["ignore"]))
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
         origin=f" of `{base_model}`" if base_model is not None else "",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
         runtime=f"- at run time: {runtime}\n" if runtime else "",
-        loading=_loading(quantization, obstacle),
+        loading=_loading(quantization, obstacle).format(auto=auto, obstacle=obstacle),
     )
+
+
+def _together(names: Iterable[str]) -> Iterator[str]:
+    """Those that differ in numbers alone as one, with an asterisk for each number."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+    for pattern, same in found.items():
+        yield pattern if len(same) > 1 else same[0]
 
 
 def _loading(quantization: Mapping[str, Any], obstacle: str | None) -> str:
     if quantization["quant_method"] == "rotq":
         return ROTQ
-    return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS.format(obstacle=obstacle)
+    return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS
 
 
 def _describe(group: Mapping[str, Any], num_groups: int) -> str:

@@ -90,11 +90,14 @@ def write_metadata(
     Raises:
         RotqError: a file cannot be read or written.
     """
+    from rotq.models.task import auto_class
+
     config = read_json(source.path / "config.json")
     write_json(out_dir / "config.json", _updated(config, quantization, dtype, untied))
     write_text(out_dir / "rotq_recipe.yaml", write_yaml(recipe))
     write_json(out_dir / "rotq_provenance.json", dict(provenance))
-    card = model_card(config, quantization, source.hub, obstacle=obstacle)
+    auto = auto_class(source.config).__name__
+    card = model_card(config, quantization, source.hub, auto=auto, obstacle=obstacle)
     write_text(out_dir / "README.md", card)
     for path in {*source.tokenizer_files(), source.path / "generation_config.json"}:
         if path.is_file():

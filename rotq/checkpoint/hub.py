@@ -109,6 +109,7 @@ class HubModel:
         self._download(names, revision or self.commit)
         if self.missing(names):  # the branch has moved on since it was looked up
             self._download(names, self.commit)
+        self._check_whole(missing)
         self.fetched.extend(missing)
 
     def account(self) -> str:
@@ -155,6 +156,19 @@ class HubModel:
                 allow_patterns=[glob.escape(name) for name in names],
                 library_name="rotq",
             )
+
+    def _check_whole(self, names: Iterable[str]) -> None:
+        """What came over another way than HTTP (Xet) was compared with nothing: with its size, now.
+
+        A file that is not whole is taken out of the cache, where all programs would believe it.
+        """
+        for name in names:
+            file = self.folder / name
+            found, wanted = file.stat().st_size, self.sizes.get(name, 0)
+            if wanted and found != wanted:
+                file.resolve().unlink()
+                file.unlink(missing_ok=True)
+                raise RotqError(f"{self.name}: {name} came with {found} of its {wanted} bytes")
 
     def _check_room(self, names: Iterable[str]) -> None:
         """Refuse before gigabytes come what would not fit."""

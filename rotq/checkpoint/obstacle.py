@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from rotq.checkpoint.scheme_writing import transformers_obstacle
+from rotq.models.experts import StackedExperts
 from rotq.models.skeleton import Skeleton
 
 
@@ -33,7 +34,12 @@ def loading_obstacle(
     if quantization["quant_method"] == "rotq":
         return None
     layers = list(layers)
-    mixtures = skeleton.conversion.mixtures
+    # Llama 4's experts transformers replaces by a list of its own, one by one, where it quantizes
+    mixtures = [
+        name
+        for name in skeleton.conversion.mixtures
+        if not isinstance(skeleton.model.get_submodule(name), StackedExperts)
+    ]
     experts = [name for name in layers if any(name.startswith(f"{m}.") for m in mixtures)]
     obstacle = transformers_obstacle(quantization, has_experts=bool(experts))
     if obstacle is not None:

@@ -165,14 +165,16 @@ def put_online_heads(model: Any, heads: OnlineHeads) -> None:
         RotqError: the family's attention is not known, or another one than sdpa is wanted.
     """
     from rotq.models.attention.online import set_heads, use_online_attention
+    from rotq.models.generic import located
     from rotq.models.registry import find_adapter
 
     if heads == UNTOUCHED:
         return
-    adapter = find_adapter(model.config)
+    adapter = located(find_adapter(model.config), model)
     use_online_attention(model)
     blocks = adapter.blocks
-    if model.base_model is model:  # without a head, and the prefix that names have below one
+    if model.base_model is model and not adapter.part:
+        # without a head, and the prefix that names have below one
         blocks = blocks.removeprefix(f"{model.base_model_prefix}.")
     for block in model.get_submodule(blocks):
         set_heads(block.get_submodule(adapter.attention), heads)

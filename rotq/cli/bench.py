@@ -85,7 +85,7 @@ def bench_serve(
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")
     _, loaded, tokenizer = load_to_serve(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model, chosen, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
 
     from rotq.serve.bench import Load, measure

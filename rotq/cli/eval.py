@@ -12,10 +12,9 @@ import click
 from rotq.cli.groups import Group
 from rotq.cli.loading import (
     check_causal,
-    check_device_map,
-    choose,
     device_map,
     find,
+    placed_on,
     say,
     say_device,
     show,
@@ -24,11 +23,11 @@ from rotq.cli.options import (
     ModelName,
     Words,
     bos_option,
+    device_map_option,
     device_option,
     model_options,
     output_options,
 )
-from rotq.devices import AUTO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,13 +77,7 @@ def eval_group() -> None:
 @bos_option("auto")
 @click.option("--reference", type=ModelName(), help="Original model, for KL and top-1.")
 @device_option
-@click.option(
-    "--device-map",
-    "placed",
-    type=Words(),
-    help="In place of --device, for a model that no device holds: as accelerate takes it, auto "
-    "spreads it over GPUs, memory and disk.",
-)
+@device_map_option
 @model_options
 @output_options
 def ppl(
@@ -109,10 +102,7 @@ def ppl(
     """
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
-    if placed is not None and device != AUTO:
-        raise click.UsageError("give either --device or --device-map")
-    check_device_map(placed)
-    chosen = choose(device)
+    chosen = placed_on(device, placed)
     from rotq.evaluation.perplexity import Protocol
 
     found = measure(
@@ -121,7 +111,7 @@ def ppl(
         Protocol(windows=windows, seq_len=seq_len, stride=stride),
         bos=bos,
         reference=None if reference is None else find(reference),
-        device_map=device_map(chosen) if placed is None else placed,
+        device_map=device_map(chosen),
         before=lambda: say_device(device if placed is None else placed, chosen),
         dtype=dtype,
         trust_remote_code=trust_remote_code,

@@ -11,11 +11,12 @@ import click
 
 from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
 from rotq.cli.eval import checked_protocol
-from rotq.cli.loading import choose, find, load, show
+from rotq.cli.loading import find, load, placed_on, show
 from rotq.cli.options import (
     FilePath,
     ModelName,
     Words,
+    device_map_option,
     device_option,
     model_options,
     output_options,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--recent", type=click.IntRange(min=0), help="Last tokens kept whole.")
 @calibration_options
 @device_option
+@device_map_option
 @model_options
 @output_options
 def eval_kv(
@@ -67,6 +69,7 @@ def eval_kv(
     seq_len: int,
     as_json: bool,
     device: str,
+    placed: str | None,
     dtype: str,
     trust_remote_code: bool,
     sinks: int | None,
@@ -90,10 +93,14 @@ def eval_kv(
     from rotq.models.limits import limits_of
 
     specs = [_with_window(spec, sinks, recent) for spec in named_specs(names)]
-    choose(device)
+    placed_on(device, placed)
     content = read_text(text, split="test")
     loaded, tokenizer = load(
-        find(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        find(model),
+        device=device,
+        placed=placed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     ids_N = tokenize(content, tokenizer)
     # what is refused or cut is so before calibration

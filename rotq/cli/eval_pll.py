@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.loading import check_masked, choose, find, load, say, show
-from rotq.cli.options import FilePath, ModelName, device_option, model_options, output_options
+from rotq.cli.loading import check_masked, find, load, placed_on, say, show
+from rotq.cli.options import (
+    FilePath,
+    ModelName,
+    device_map_option,
+    device_option,
+    model_options,
+    output_options,
+)
 from rotq.devices import AUTO
 from rotq.errors import RotqError
 
@@ -58,6 +65,7 @@ if TYPE_CHECKING:
     help="Compare last hidden states and contact maps with the reference's too.",
 )
 @device_option
+@device_map_option
 @model_options
 @output_options
 def eval_pll(
@@ -70,6 +78,7 @@ def eval_pll(
     positions: int,
     representations: bool,
     device: str,
+    placed: str | None,
     dtype: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -89,7 +98,7 @@ def eval_pll(
         raise click.UsageError("--representations compares with --reference, which is missing")
     from rotq.evaluation.pseudo_perplexity import PLLProtocol
 
-    choose(device)
+    placed_on(device, placed)
     found = measure_pll(
         find(checkpoint),
         _records(fasta),
@@ -97,6 +106,7 @@ def eval_pll(
         reference=None if reference is None else find(reference),
         representations=representations,
         device=device,
+        placed=placed,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
@@ -116,6 +126,7 @@ def measure_pll(
     reference: Location | None = None,
     representations: bool = False,
     device: str = AUTO,
+    placed: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -136,7 +147,11 @@ def measure_pll(
         check_masked(place, trust_remote_code=trust_remote_code)
     for place in named:
         model, tokenizer = load(
-            place, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            place,
+            device=device,
+            placed=placed,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         models.append(model)
         codecs.append(ResidueCodec(tokenizer))

@@ -39,7 +39,7 @@ def say_commit(hub: HubModel | None) -> None:
         say([f"{hub.name}: commit {hub.commit}{why}"])
 
 
-def choose(device: str, *, with_double: bool = False) -> str:
+def choose(device: str, *, in_double: str = "") -> str:
     """Where a command computes, as torch spells it with its number.
 
     Raises:
@@ -47,11 +47,52 @@ def choose(device: str, *, with_double: bool = False) -> str:
     """
     from rotq.devices import choose_device
 
-    return str(choose_device(device, with_double=with_double))
+    return str(choose_device(device, in_double=in_double))
+
+
+def placed_on(device: str, placed: str | None) -> str:
+    """Where a command computes: ``--device``, or else what ``--device-map`` says.
+
+    Raises:
+        click.UsageError: both are given.
+        RotqError: this machine has no such device, or accelerate no such way.
+    """
+    if placed is None:
+        return choose(device)
+    if device != AUTO:
+        raise click.UsageError("give either --device or --device-map")
+    check_device_map(placed)
+    return placed
+
+
+def check_device_map(name: str) -> None:
+    """Refuse, before anything is read, a place for the model that this machine does not have.
+
+    Raises:
+        RotqError: neither a device, nor a way to spread a model that accelerate knows.
+    """
+    from rotq.devices import usable_device
+
+    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        known = usable_device(name).type != "meta"
+    except RotqError:
+        known = False
+    if not known:
+        raise RotqError(
+            f"--device-map {name}: neither a device of this machine that torch can use nor auto"
+        )
 
 
 def load(
-    model: Location, *, device: str, dtype: str, trust_remote_code: bool, with_double: bool = False
+    model: Location,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    placed: str | None = None,
+    in_double: str = "",
 ) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
@@ -60,16 +101,17 @@ def load(
         device: As the command was given it; a line says which one ``auto`` is.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
-        with_double: As for ``choose``.
+        placed: As for ``placed_on``.
+        in_double: As for ``choose_device``.
 
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
 
-    chosen = choose(device, with_double=with_double)
+    chosen = choose(device, in_double=in_double) if placed is None else placed
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    say_device(device, chosen)
+    say_device(device if placed is None else placed, chosen)
     loaded = load_model(
         model, dtype=dtype, device_map=device_map(chosen), trust_remote_code=trust_remote_code
     )
@@ -77,15 +119,20 @@ def load(
 
 
 def load_to_serve(
-    model: str, *, device: str, dtype: str, trust_remote_code: bool
+    model: str, caches: Iterable[str], *, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple[Location, Any, Any]:
     """Where a model is, the model and its tokenizer, for a server or what measures one.
 
+    Args:
+        caches: As ``--kv`` names them; those that are packed need fp64.
+
     Raises:
-        RotqError: it predicts no next token, the device has no fp64, which sampling needs, or see
-            ``find`` and ``load``.
+        RotqError: it predicts no next token, or see ``find`` and ``load``.
     """
-    choose(device, with_double=True)
+    from rotq.serve.settings import DENSE
+
+    packed = next((f"--kv {name}" for name in caches if name != DENSE), "")
+    choose(device, in_double=packed)
     place = find(model)
     check_causal(place, trust_remote_code=trust_remote_code)
     loaded, tokenizer = load(
@@ -93,7 +140,7 @@ def load_to_serve(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        with_double=True,
+        in_double=packed,
     )
     return place, loaded, tokenizer
 
@@ -107,26 +154,6 @@ def say_device(asked: str, chosen: str) -> None:
 def device_map(chosen: str) -> str | None:
     """As transformers takes a device; None for the CPU, which needs no hooks of accelerate's."""
     return None if chosen == "cpu" else chosen
-
-
-def check_device_map(name: str | None) -> None:
-    """Refuse, before anything is read, a place for the model that this machine does not have.
-
-    Raises:
-        RotqError: neither a device, nor a way to spread a model that accelerate knows.
-    """
-    from rotq.devices import usable_device
-
-    if name in (None, "auto", "balanced", "balanced_low_0", "sequential"):
-        return
-    try:
-        known = usable_device(name).type != "meta"
-    except RotqError:
-        known = False
-    if not known:
-        raise RotqError(
-            f"--device-map {name}: neither a device of this machine that torch can use nor auto"
-        )
 
 
 def check_causal(model: Location, *, trust_remote_code: bool) -> None:

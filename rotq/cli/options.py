@@ -140,6 +140,17 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+def device_map_option(command: Command) -> Command:
+    """``--device-map``, as ``placed_on`` takes it."""
+    return click.option(
+        "--device-map",
+        "placed",
+        type=Words(),
+        help="In place of --device, for a model that no device holds: as accelerate takes it, auto "
+        "spreads it over GPUs, memory and disk.",
+    )(command)
+
+
 def bos_option(default: str | None) -> Callable[[Command], Command]:
     """``--bos``: what windows of text begin with."""
     return click.option(

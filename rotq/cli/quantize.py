@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.eval_text import EvalText
-from rotq.cli.loading import choose, find, say, say_device
+from rotq.cli.loading import find, say, say_device
 from rotq.cli.options import (
     FilePath,
     ModelName,
@@ -130,6 +130,7 @@ def _dry_run(
 ) -> None:
     """Refuse what the job would refuse before its work, and show what it would cost."""
     from rotq.quantize.estimate import estimate
+    from rotq.quantize.setup import chosen_device
     from rotq.report.tables import estimate_table
 
     if output is not None:
@@ -144,7 +145,7 @@ def _dry_run(
         scored.check()
     if model.hub is not None:
         say([model.hub.account()])
-    say_device(options["device"], choose(options["device"], with_double=True))
+    say_device(options["device"], str(chosen_device(options["device"], recipe)))
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:

@@ -106,7 +106,7 @@ def serve_kv(
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
     place, loaded, tokenizer = load_to_serve(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model, [name], device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     calibration = find_calibration(loaded, name, kv_calibration)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.capture import capture_inputs
+from rotq.devices import double
 from rotq.layers.online_linear import prepared_input
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
@@ -129,7 +130,7 @@ def flatness(x_MK: Tensor) -> Flatness:
     x_MK = x_MK.float()
     square_MK = x_MK.square()
     energy_M = square_MK.mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    variance_K, mean_K = torch.var_mean(x_MK.double(), dim=0, correction=0)
+    variance_K, mean_K = torch.var_mean(double(x_MK), dim=0, correction=0)
     return Flatness(
         max_over_rms=(x_MK.abs().amax(1) / energy_M.sqrt()).mean().item(),
         kurtosis=(square_MK / energy_M[:, None]).square().mean().item(),
@@ -146,7 +147,7 @@ def _log_qsur(x_MK: Tensor, mean_K: Tensor, variance_K: Tensor) -> float | None:
     M, K = x_MK.shape
     if M <= K:
         return None
-    log_det = _log_det(x_MK.double() - mean_K, variance_K)
+    log_det = _log_det(double(x_MK) - mean_K, variance_K)
     if log_det is None:
         return None
     chi2 = chi_square_99(K)

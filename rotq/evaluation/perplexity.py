@@ -28,7 +28,7 @@ from rotq.calibration.tokenized import begun
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.models.limits import limits_of
+from rotq.models.limits import embedding_device, limits_of, vocabulary_of
 
 CHUNK = 256
 """Positions whose log-probabilities are held in fp32 at a time."""
@@ -191,10 +191,7 @@ def window_logits(model: Any, ids_T: Tensor) -> Tensor:
     Raises:
         RotqError: a token id outside the embedding, or logits that are not finite.
     """
-    embedding = model.get_input_embeddings().weight
-    # accelerate keeps offloaded weights on meta and moves the inputs itself
-    device = "cpu" if embedding.is_meta else embedding.device
-    num_embeddings = embedding.shape[0]
+    device, num_embeddings = embedding_device(model), vocabulary_of(model)
     if int(ids_T.max()) >= num_embeddings:
         raise RotqError(
             f"token id {int(ids_T.max())} is outside the model's {num_embeddings} embeddings; "

@@ -29,7 +29,7 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.models.limits import limits_of
+from rotq.models.limits import embedding_device, limits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def run_batch(model: Any, batch: Batch, **options: Any) -> Any:
             f"token id {int(batch.ids_BT.max())} is outside the model's {len(embedding)} "
             "embeddings; is the tokenizer the model's own?"
         )
-    device = torch.device("cpu") if embedding.is_meta else embedding.device
+    device = embedding_device(model)
     mask_BT = batch.mask_on(device)
     output = model(input_ids=batch.ids_BT.to(device), attention_mask=mask_BT, **options)
     if not bool(torch.isfinite(output.logits).all()):

@@ -26,6 +26,7 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.evaluation.pseudo_perplexity import run_batch
 from rotq.models.attention import dispatch
+from rotq.models.limits import embedding_device
 
 APART = 6
 """Least distance along the chain of what counts as a contact."""
@@ -111,7 +112,7 @@ def compare_representations(
 
 def _contacts(model: Any, ids_BT: Tensor) -> Tensor:
     """(L, L) probabilities; attention maps come from eager attention only."""
-    ids_BT = ids_BT.to(model.device)
+    ids_BT = ids_BT.to(embedding_device(model))
     with dispatch.used(model, "eager"):
         found: Tensor = model.predict_contacts(ids_BT, torch.ones_like(ids_BT))[0]
     return found.cpu().double()

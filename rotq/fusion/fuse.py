@@ -3,7 +3,7 @@
 Activations are rows, a linear layer is y = x W^T + b. With R1 on the residual stream, g the gain
 of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` holds:
 
-    embedding        E   <- E R1
+    embedding        E   <- E R1                    and image features, see ``models.multimodal``
     readers          W   <- W diag(g) R1 diag(S)    q, k, v, gate, up, router, head;  g <- 1 / S
     writers          W   <- R1^T W,  b <- b R1      o, down
     v, head h        W_h <- R2_h^T diag(1/S_h) W_h,  b_h <- b_h diag(1/S_h) R2_h
@@ -190,6 +190,19 @@ def fuse_outer(
     if norm in outer:
         fused[norm] = torch.full_like(outer[norm], 1 - adapter.norm_offset)
     return fused
+
+
+@torch.no_grad()
+def fuse_writer(tensor: Tensor, basis: Basis) -> Tensor:
+    """A weight (D, K) or a vector (D) of what writes rows of the residual stream, with R1 fused.
+
+    Returns:
+        A new tensor of the dtype of ``tensor``; without R1 the same one.
+    """
+    if basis.residual_DD is None:
+        return tensor
+    R_DD = basis.residual_DD.to(tensor.device)
+    return (R_DD.T @ tensor.to(R_DD.dtype)).to(tensor.dtype)
 
 
 def in_basis(hidden_BTD: Tensor, basis: Basis) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rotq.calibration.data import Windows
 from rotq.checkpoint.source import Source
+from rotq.devices import exact_device
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
@@ -37,3 +38,8 @@ class Job:
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:
         """A block of the original model, on the job's device."""
         return self.skeleton.load_block(index, self.source, device=self.device, dtype=dtype)
+
+    def load_exact(self, index: int) -> nn.Module:
+        """The same in fp64, on the CPU where the job's device has none."""
+        device = exact_device(self.device)
+        return self.skeleton.load_block(index, self.source, device=device, dtype=torch.float64)

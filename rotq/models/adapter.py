@@ -95,6 +95,10 @@ class Adapter:
     """(regular expression, replacement) on stored tensors' names, before transformers' rules."""
     transposed: str = ""
     """Regular expression of the weights that a checkpoint stores as (in, out), for Conv1D."""
+    part: str = ""
+    """Path of the text decoder in a model that has other parts; empty where it is the model."""
+    image_writers: str = ""
+    """Regular expression of the other parts' tensors that write rows of the residual stream."""
 
     @property
     def is_generic(self) -> bool:
@@ -115,11 +119,18 @@ class Adapter:
         """Why R1 cannot be fused into a model of this configuration; None where it can."""
         if not self.residual_rotation:
             return "a norm lies between what is written and the residual stream"
+        if self.part and not self.image_writers:
+            return "what writes image features into the residual stream is not known"
         for key, needed in self.residual_needs:
             wanted = getattr(config, needed.key) if isinstance(needed, Like) else needed
             if (getattr(config, key, None) or False) != wanted:
                 return f"it needs {key}={wanted}, the model has {getattr(config, key, None)}"
         return None
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor is one of the parts beside the text decoder and its head."""
+        own = (f"{self.part}.", f"{self.head}.")
+        return bool(self.part) and not name.startswith(own)
 
     def norms(self, block: nn.Module) -> dict[str, tuple[str, ...]]:
         """The block's norms on the residual stream, and what reads each, routers included."""

@@ -14,7 +14,9 @@ from torch import nn
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter, Site
 from rotq.models.experts import UnfusedExperts
+from rotq.models.multimodal import IMAGE_WRITERS, text_model, text_path
 from rotq.models.survey import Kind, kind_of
+from rotq.models.task import text_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,14 @@ def generic_adapter(model: nn.Module) -> Adapter:
     """An adapter without rotations, for a decoder of which only the list of blocks is known.
 
     Args:
-        model: A transformers decoder, on any device; its parameters may be on meta.
+        model: A transformers decoder, on any device; its parameters may be on meta. Of a model of
+            several parts the text decoder is meant.
 
     Raises:
         RotqError: there is not exactly one list of ``num_hidden_layers`` blocks.
     """
-    num_blocks = getattr(model.config, "num_hidden_layers", None)
+    text, part = text_model(model), text_path(model)
+    num_blocks = getattr(text_config(model.config), "num_hidden_layers", None)
     if num_blocks is None:
         raise RotqError(
             f"{type(model).__name__}: no num_hidden_layers in its configuration; "
@@ -99,7 +103,7 @@ def generic_adapter(model: nn.Module) -> Adapter:
         )
     found = [
         name
-        for name, module in model.named_modules()
+        for name, module in text.named_modules(prefix=part)
         if isinstance(module, nn.ModuleList) and len(module) == num_blocks
     ]
     outermost = [name for name in found if not any(name.startswith(f"{o}.") for o in found)]
@@ -118,15 +122,34 @@ def generic_adapter(model: nn.Module) -> Adapter:
         residual_rotation=False,
         value_rotation=False,
         down_rotation=False,
+        part=part,
     )
 
 
 def located(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter with the model's own paths, where it is one that leaves them to be found."""
-    if not isinstance(adapter, StreamAdapter):
+    """The adapter with the model's own paths, where it is one that leaves them to be found.
+
+    In a model of several parts the family's paths lead from where its text decoder has its blocks.
+    """
+    part = text_path(model)
+    if not part and not isinstance(adapter, StreamAdapter):
         return adapter
     found = generic_adapter(model)
-    return replace(adapter, embedding=found.embedding, blocks=found.blocks, head=found.head)
+    own, inside = (path.rpartition(".")[0] for path in (adapter.blocks, found.blocks))
+
+    def moved(path: str) -> str:
+        return inside + path.removeprefix(own) if path.startswith(f"{own}.") else path
+
+    return replace(
+        adapter,
+        embedding=found.embedding,
+        blocks=found.blocks,
+        head=found.head,
+        final_norm=moved(adapter.final_norm),
+        other_writers=tuple(moved(path) for path in adapter.other_writers),
+        part=part,
+        image_writers=IMAGE_WRITERS.get(type(model).__name__, ""),
+    )
 
 
 def _path(model: nn.Module, wanted: nn.Module | None) -> str:

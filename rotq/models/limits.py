@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rotq.calibration.limits import Limits
+from rotq.models.multimodal import text_model
 
 _BY_CONFIG = {"mpt": "max_seq_len"}
 """Model types whose bound is a number of the configuration."""
@@ -39,7 +41,15 @@ def vocabulary_of(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def embedding_device(model: Any) -> torch.device:
+    """Where a model is to be given its tokens."""
+    weight: Tensor = model.get_input_embeddings().weight
+    # accelerate keeps offloaded weights on meta and moves the inputs itself
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
 def _bounds(model: nn.Module) -> Iterator[int]:
+    model = text_model(model)
     config: Any = model.config
     tables = [*_embeddings(model), *_buffers(model, floating=True)]
     yield from tables

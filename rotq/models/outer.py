@@ -93,8 +93,9 @@ class OuterModel:
         tensors |= {
             name: buffer.to(given.device)
             for name, buffer in self.model.named_buffers()
-            if name not in tensors and not self._inside(name)
+            if name not in tensors and not self._elsewhere(name)
         }
+        tensors |= self._beside(given.device)
         kwargs = {**inputs, "use_cache": False}
         with self._blocks_replaced(self._in_form(forward)), self._settings_kept():
             return functional_call(self.model, tensors, (), kwargs, tie_weights=False)
@@ -107,7 +108,7 @@ class OuterModel:
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those outside the blocks, by full name."""
         named = self.model.named_parameters()
-        return [(name, parameter) for name, parameter in named if not self._inside(name)]
+        return [(name, parameter) for name, parameter in named if not self._elsewhere(name)]
 
     def stand_in(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
         """Inputs of a run in which only shape, dtype and device of what is embedded matter.
@@ -157,7 +158,24 @@ class OuterModel:
 
     def _tensors(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
-        return {name: like for name, like in state.items() if not self._inside(name)}
+        return {name: like for name, like in state.items() if not self._elsewhere(name)}
+
+    def _elsewhere(self, name: str) -> bool:
+        """In a block, or in a part beside the text decoder, which no text reaches."""
+        return self._inside(name) or self.adapter.is_beside(name)
+
+    def _beside(self, device: torch.device) -> dict[str, Tensor]:
+        """In place of the parts that no text reaches; no memory behind them.
+
+        Models ask their first parameter for its device. Who does compute with one gets NaN.
+        """
+        return {
+            name: torch.full((), torch.nan, dtype=parameter.dtype, device=device).expand_as(
+                parameter
+            )
+            for name, parameter in self.model.named_parameters()
+            if self.adapter.is_beside(name)
+        }
 
     def _inside(self, name: str) -> bool:
         return name.startswith(f"{self.adapter.blocks}.")

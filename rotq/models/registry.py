@@ -15,7 +15,7 @@ from rotq.errors import RotqError
 from rotq.models import families
 from rotq.models.adapter import Adapter
 from rotq.models.generic import generic_adapter, located
-from rotq.models.task import architectures
+from rotq.models.task import architectures, is_multimodal, text_config
 
 _FAMILIES = [
     import_module(f"{families.__name__}.{found.name}")
@@ -36,15 +36,16 @@ def find_adapter(config: Any) -> Adapter:
 
     Args:
         config: transformers' configuration. Its ``architectures`` decide; where they are absent,
-            the language model of its ``model_type`` does.
+            the language model of its ``model_type`` does. A model of several parts that has none of
+            its own is of its text part's family.
 
     Raises:
         RotqError: none is known; says what works without one.
     """
+    known = _known(config)
+    if known is not None:
+        return known
     names = architectures(config)
-    for name in names:
-        if name in ADAPTERS:
-            return ADAPTERS[name]
     raise RotqError(
         f"no adapter for {' or '.join(names) or config.model_type}, which is needed for rotations "
         "(docs/models.md lists the families that have one); it can be quantized without "
@@ -55,15 +56,21 @@ def find_adapter(config: Any) -> Adapter:
 
 def adapter_for(model: nn.Module) -> Adapter:
     """The family's adapter, or the generic one, which allows no rotation."""
-    if any(name in ADAPTERS for name in architectures(model.config)):
-        return located(find_adapter(model.config), model)
-    return generic_adapter(model)
+    known = _known(model.config)
+    return generic_adapter(model) if known is None else located(known, model)
 
 
 def known_renames(config: Any) -> tuple[tuple[str, str], ...]:
     """Those of the family's adapter; none where the family is not known."""
-    found = [ADAPTERS[name] for name in architectures(config) if name in ADAPTERS]
-    return found[0].renames if found else ()
+    known = _known(config)
+    return () if known is None else known.renames
+
+
+def _known(config: Any) -> Adapter | None:
+    names = list(architectures(config))
+    if is_multimodal(config):
+        names += architectures(text_config(config))
+    return next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
 
 
 def with_transposed(adapter: Adapter, convolutions: Iterable[str]) -> Adapter:

@@ -28,7 +28,7 @@ from rotq.models.loading import TensorSource, load_tensors
 from rotq.models.outer import OuterModel, Stop
 from rotq.models.registry import adapter_for, with_transposed
 from rotq.models.survey import kind_of, survey
-from rotq.models.task import auto_class, is_masked
+from rotq.models.task import auto_class, is_masked, text_config
 from rotq.models.ties import ties_of
 
 _KEPT_SHAPES = 4
@@ -40,7 +40,8 @@ class Skeleton:
 
     ``model`` is the model on meta; ``adapter`` knows its family; ``ties`` has the tensors that take
     another's unless they are given one of their own, and ``tied`` says that the head is one;
-    ``conversion`` knows how they are made of stored ones.
+    ``conversion`` knows how they are made of stored ones. ``config`` is the text decoder's where
+    the model has other parts.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Skeleton:
         self.model = model.eval().requires_grad_(False)
         self.ties = ties_of(model, adapter)
         self.tied = f"{adapter.head}.weight" in self.ties
-        self.masked = is_masked(config)
+        self.masked = is_masked(model.config)
         self._outer = OuterModel(self.model, adapter, self.ties)
         self.kept: dict[str, str] = {}
         """Linear layers of the blocks that cannot be packed, by full name, and why."""
@@ -83,7 +84,7 @@ class Skeleton:
         forms = unfuse_experts(model)
         convolutions = linearize(model)
         adapter = with_transposed(adapter_for(model), convolutions)
-        skeleton = cls(model.config, adapter, model, conversion.unfused(model, forms))
+        skeleton = cls(text_config(model.config), adapter, model, conversion.unfused(model, forms))
         skeleton.look_at_blocks()
         return skeleton
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rotq.calibration.streams import Streams
+from rotq.devices import double
 from rotq.formats.integer import Grid, Quantized
 from rotq.job.context import Job
 from rotq.memory import large_blocks_mapped, trim_memory
@@ -163,7 +164,7 @@ class BlockQuantizer:
 
     def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
         grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]
-        loss = solution.loss_N.double().sum().item()
+        loss = double(solution.loss_N).sum().item()
         scale_bits = self.job.plan.scale_dtype.itemsize * 8
         return LayerResult(
             name=full,
@@ -172,7 +173,7 @@ class BlockQuantizer:
             group_size=grid.group_size,
             symmetric=grid.symmetric,
             loss=loss,
-            relative_error=loss / max(solution.energy_N.double().sum().item(), 1e-30),
+            relative_error=loss / max(double(solution.energy_N).sum().item(), 1e-30),
             damping=solution.damping,
             seconds=seconds,
             bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),

@@ -128,12 +128,9 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     Args:
         drawn: Where the search for the basis starts.
     """
-    copy_kept(
-        find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None),
-        job.source,
-        job.folder,
-    )
     rotated = RotatedModel(job, search_basis(job, drawn))
+    kept = find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None)
+    copy_kept(kept, job.source, job.folder, rotated.basis)
     quantizer = BlockQuantizer(job)
     streams = quantizer.runner.start(rotated.outer())
     release_memory()

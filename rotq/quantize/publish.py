@@ -90,9 +90,9 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
     remove(folder)
     make_folder(folder)
     names = [OUTER, *(block_part(index) for index in range(job.skeleton.num_blocks))]
-    names += [KEPT] if job.folder.recorded(KEPT) else []
     limit = int(job.recipe.output.max_shard_gb * 1e9)
     parts = [job.folder.latest(name) for name in names]
+    parts += [job.folder.part(KEPT)] if job.folder.recorded(KEPT) else []
     return assemble(parts, folder, limit, rename=job.source.stored_name)
 
 

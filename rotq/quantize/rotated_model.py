@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from rotq.checkpoint.shards import save_tensors
@@ -46,20 +45,24 @@ class RotatedModel:
         if self.basis.is_identity:
             same = self.job.load_block(index, self.job.dtype)
             return same, {} if self.meter is None else self.meter.measure(index, same, same)
-        exact = self.job.load_block(index, torch.float64)
+        exact = self.job.load_exact(index)
         if self.meter is None:
-            return self.check.rotate_block(index, exact).to(self.job.dtype), {}
-        plain = copy.deepcopy(exact).to(self.job.dtype)
-        rotated = self.check.rotate_block(index, exact).to(self.job.dtype)
+            return self._rounded(self.check.rotate_block(index, exact)), {}
+        plain = self._rounded(copy.deepcopy(exact))
+        rotated = self._rounded(self.check.rotate_block(index, exact))
         return rotated, self.meter.measure(index, plain, rotated)
 
     def plain_block(self, index: int) -> nn.Module:
         """A block in the basis and the model's dtype, without the check; in any order."""
         if self.basis.is_identity:
             return self.job.load_block(index, self.job.dtype)
-        exact = self.job.load_block(index, torch.float64)
+        exact = self.job.load_exact(index)
         fuse_block(exact, self.job.skeleton.adapter, self.basis, index)
-        return exact.to(self.job.dtype)
+        return self._rounded(exact)
+
+    def _rounded(self, block: nn.Module) -> nn.Module:
+        # in two steps, as a device may not have the dtype that it is rounded from
+        return block.to(self.job.dtype).to(self.job.device)
 
 
 def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:

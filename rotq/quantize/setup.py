@@ -69,7 +69,7 @@ def settle(
     Raises:
         ValueError, RotqError: as ``quantize_model``.
     """
-    usable = choose_device(device, with_double=True)
+    usable = chosen_device(device, recipe)
     skeleton = Skeleton.open(source, trust_remote_code=trust_remote_code)
     # before any weight, because tokenizing a text of some MB takes the most memory until then
     windows = load_windows(
@@ -140,6 +140,16 @@ def setup(
     return job, settled.drawn
 
 
+def chosen_device(name: str, recipe: Recipe) -> torch.device:
+    """Where a job computes; a device without fp64 leaves to the CPU what needs it.
+
+    Raises:
+        ValueError, RotqError: as ``choose_device``; a basis is searched for in fp64.
+    """
+    method = recipe.transform.method
+    return choose_device(name, in_double="" if method == "fixed" else f"transform.method={method}")
+
+
 def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     """The recipe's bases, and attention that can do what they and the KV cache need at run time.
 
@@ -149,7 +159,7 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     kinds = {rotation.residual, rotation.value, rotation.attention, rotation.down}
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
-        find_adapter(skeleton.config)
+        find_adapter(skeleton.model.config)
     if rounded and not skeleton.adapter.attention:
         raise RotqError(
             f"kv_cache.bits={recipe.kv_cache.bits} is not possible for {skeleton.adapter.family} "

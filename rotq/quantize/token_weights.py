@@ -23,6 +23,7 @@ from rotq.calibration.importance import (
     weights_from_scores,
 )
 from rotq.calibration.streams import Streams
+from rotq.devices import double
 from rotq.job.context import Job
 from rotq.models.attention.observed import observed_attention
 from rotq.numerics import matmul_precision
@@ -43,7 +44,7 @@ class TokenWeights:
     @property
     def effective_share(self) -> float:
         """Effective sample size (sum r)^2 / sum r^2 over the number of tokens, mean of all."""
-        joined = [torch.cat(list(batches)).double() for batches in self.by_site.values()]
+        joined = [double(torch.cat(list(batches))) for batches in self.by_site.values()]
         shares = [r_MG.sum(0) ** 2 / r_MG.square().sum(0) / len(r_MG) for r_MG in joined]
         return torch.stack(shares).mean().item()
 

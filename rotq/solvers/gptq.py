@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
 
@@ -40,7 +41,7 @@ def damp(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     for factor in DAMPING_LADDER:
         share = min(damping * factor, 1.0)
         damped_KK.diagonal().copy_(alive_K + share * mean)
-        if not torch.linalg.cholesky_ex(damped_KK.double()).info:
+        if not torch.linalg.cholesky_ex(double(damped_KK)).info:
             return damped_KK, share
     raise RotqError(f"the Hessian is not positive definite with damping up to {share:g}")
 
@@ -109,5 +110,5 @@ def round_columns(
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:
     """U, upper, with H^-1 = U^T U; computed in fp64, returned in fp32."""
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK.double()))
-    return torch.linalg.cholesky(inverse_KK, upper=True).float()
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(double(hessian_KK)))
+    return torch.linalg.cholesky(inverse_KK, upper=True).float().to(hessian_KK.device)

@@ -11,6 +11,8 @@ Shape suffixes: M tokens, K features.
 import torch
 from torch import Tensor
 
+from rotq.devices import double
+
 
 class Moments:
     """Running sums of H and D in fp32 over batches of tokens."""
@@ -43,7 +45,7 @@ class Moments:
         if weight_M is None:
             self.weight_sum += x_MK.shape[0]
         else:
-            self.weight_sum += weight_M.double().sum().item()
+            self.weight_sum += double(weight_M).sum().item()
 
     def hessian_KK(self) -> Tensor:
         """H, the weighted mean of x x^T over tokens, in fp32 and exactly symmetric."""
@@ -81,10 +83,11 @@ def corrected_target(
         torch.linalg.LinAlgError: the damped H is not positive definite.
     """
     # in this order at most two (K, K) matrices in fp64 are held at a time
-    product_KN = (weight_NK.double() @ cross_KK.double()).T
-    damped_KK = hessian_KK.double()
+    product_KN = (double(weight_NK) @ double(cross_KK)).T
+    damped_KK = double(hessian_KK)
     damped_KK.diagonal().add_(damping * damped_KK.diagonal().mean().clamp(min=1e-12))
     factor_KK = torch.linalg.cholesky(damped_KK)
     del damped_KK
     change_KN = torch.cholesky_solve(product_KN, factor_KK)
-    return (weight_NK.double() + alpha * change_KN.T).float()
+    target_NK = (double(weight_NK) + alpha * change_KN.T).float()
+    return target_NK.to(weight_NK.device)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.devices import double
 from rotq.models.streaming import through_head
 
 TRAINED_POSITIONS = 128
@@ -72,7 +73,7 @@ def loss_and_slope(logits_CV: Tensor, targets: Targets) -> tuple[float, Tensor]:
     log_p_Ck = targets.log_p_Tk.to(logits_CV.device)
     p_Ck = log_p_Ck.exp()
     log_q_Ck = log_q_CV.gather(-1, token_Ck)
-    total = float(torch.where(p_Ck > 0, p_Ck * (log_p_Ck - log_q_Ck), 0.0).double().sum())
+    total = float(double(torch.where(p_Ck > 0, p_Ck * (log_p_Ck - log_q_Ck), 0.0)).sum())
     slope_CV = log_q_CV.exp_().mul_(p_Ck.sum(-1, keepdim=True))
     return total, slope_CV.scatter_add_(-1, token_Ck, -p_Ck)
 

@@ -263,6 +263,57 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, cache: Path, model: Path, h
         load_model("a/b")
 
 
+def test_weights_are_redirected_to_another_host(
+    model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is the hub's, and stays with it."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.cdn = hub.url.replace("127.0.0.1", "localhost")
+    hub.add(REPO, model)
+    source = open_source(locate(REPO))
+    assert source.entries["model.norm.weight"].file.stat().st_size
+    kinds = {path.split("/")[1]: token for path, token in hub.tokens.items()}
+    assert kinds["api"] == kinds["tiny-org"] == "Bearer hf_secret"
+    assert kinds["cdn"] is None
+
+
+def test_the_other_host_is_not_there(model: Path, hub: Hub, cache: Path) -> None:
+    hub.cdn = "http://127.0.0.1:9"
+    hub.add(REPO, model)
+    found = locate(REPO)
+    with pytest.raises(RotqError, match=rf"^{REPO}: the connection .* broke") as caught:
+        found.fetch_weights()
+    assert "\n" not in str(caught.value)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_half_a_file_from_xet_is_no_file(
+    model: Path, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    from huggingface_hub import constants, file_download
+
+    def half(*, incomplete_path: Path, **_: object) -> None:
+        content = (model / "model.safetensors").read_bytes()
+        incomplete_path.write_bytes(content[: len(content) // 2])
+
+    hub.xet, hub.cdn = True, hub.url.replace("127.0.0.1", "localhost")
+    hub.add(REPO, model)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not installed)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS", True)
+    monkeypatch.setattr(file_download, "is_xet_available", lambda: installed)
+    monkeypatch.setattr(file_download, "xet_get", half)
+    if not installed:
+        # HTTP brings it in its place
+        assert open_source(locate(REPO)).entries
+        return
+    with pytest.raises(RotqError, match=r"model.safetensors came with \d+ of its \d+ bytes"):
+        open_source(locate(REPO))
+    assert not list(cache.rglob("*.safetensors"))
+    monkeypatch.setattr(file_download, "is_xet_available", lambda: False)
+    assert load_model(REPO).config.model_type == "llama"
+
+
 def test_a_full_disk(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, model)
     found = locate(REPO)

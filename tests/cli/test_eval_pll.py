@@ -125,3 +125,23 @@ def test_a_protein_model_wants_proteins(model: Path, tmp_path: Path) -> None:
     done = run("quantize", model, "-o", tmp_path / "out", "--calibration", "pydoc", *small)
     assert done.exit_code == 1
     assert "the model reads proteins, so calibration.source must be a FASTA file" in done.stderr
+
+
+def test_a_model_is_spread_as_eval_ppl_spreads_it(model: Path) -> None:
+    """Not by the commands that take a model's device for one."""
+    text = ["--fasta", model / "p.fasta", "--sequences", "2", "--positions", "3", "--json"]
+    spread = run("eval", "pll", model, *text, "--device-map", "auto")
+    assert spread.exit_code == 0, spread.output
+    assert spread.stdout == run("eval", "pll", model, *text, "--device", "cpu").stdout
+    for command in ("eval pll", "eval kv"):
+        other = ["--groups"] if command == "eval pll" else ["--kv", "k3v3", "--text", "pydoc-test"]
+        both = run(*command.split(), model, *other, "--device-map", "auto", "--device", "cpu")
+        assert (both.exit_code, "give either --device or --device-map" in both.stderr) == (2, True)
+        nowhere = run(*command.split(), model, *other, "--device-map", "nowhere")
+        assert nowhere.exit_code == 1
+        assert nowhere.stderr.startswith("rotq: error: --device-map nowhere: neither a device")
+    for command in ("quantize", "serve-kv", "bench serve", "calibrate-kv"):
+        refused = run(*command.split(), model, "--device-map", "auto")
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith("rotq: error: No such option '--device-map'")
+        assert refused.stderr.count("\n") == 1

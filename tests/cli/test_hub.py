@@ -123,6 +123,24 @@ def test_without_network(tmp_path: Path) -> None:
     for told, words in (
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+        (
+            {
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": "http://hub.invalid",
+                "HTTP_PROXY": "http://127.0.0.1:9",
+                "NO_PROXY": "",
+            },
+            "cannot be reached",
+        ),
+        (
+            {
+                "HF_HUB_OFFLINE": "0",
+                "HF_ENDPOINT": "https://hub.invalid",
+                "HTTPS_PROXY": "http://127.0.0.1:9",
+                "NO_PROXY": "",
+            },
+            "cannot be reached",
+        ),
     ):
         started = time.monotonic()
         done = subprocess.run(

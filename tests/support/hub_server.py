@@ -42,6 +42,12 @@ class Hub:
     """By a part of the path: an error code of the hub, or a status."""
     created: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What repositories were created with."""
+    cdn: str = ""
+    """Address that weights are redirected to; empty is the hub's own."""
+    xet: bool = False
+    """Weights are said to be in Xet storage too."""
+    tokens: dict[str, str | None] = field(default_factory=dict)
+    """What was sent as Authorization, by path."""
     uploaded: dict[str, bytes] = field(default_factory=dict)
     """Large files by sha256."""
     messages: list[str] = field(default_factory=list)
@@ -129,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path, self.query = unquote(split.path), parse_qs(split.query)
         self.hub.requests.append((self.command, path))
+        self.hub.tokens[path] = self.headers.get("Authorization")
         refusal = next((code for part, code in self.hub.refusals.items() if part in path), None)
         if refusal is not None:
             self.refuse(refusal)
@@ -264,11 +271,16 @@ class Handler(BaseHTTPRequestHandler):
         if not file.endswith(LARGE):
             self.send_file(repo, commit, file)
             return
+        in_xet = {
+            "X-Xet-Hash": digest(content),
+            "X-Xet-Refresh-Route": f"{self.hub.url}/api/models/{repo}/xet-read-token/{commit}",
+        }
         self.send_bytes(
             b"",
             status=302,
             **{
-                "Location": f"{self.hub.url}/cdn/{repo}/{commit}/{file}",
+                **(in_xet if self.hub.xet else {}),
+                "Location": f"{self.hub.cdn or self.hub.url}/cdn/{repo}/{commit}/{file}",
                 "X-Repo-Commit": commit,
                 "X-Linked-Etag": f'"{digest(content)}"',
                 "X-Linked-Size": str(len(content)),

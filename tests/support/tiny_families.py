@@ -238,21 +238,26 @@ def tiny_family_config(model_type: str) -> Any:
     Raises:
         Exception: whatever transformers raises where the sizes do not fit the family.
     """
-    whole = CONFIG_MAPPING[model_type]()
-    text = whole.get_text_config(decoder=True)
-    kind = type(text)
+    text = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+    return type(text)(**fitting(text, CHANGES.get(model_type, {})))
+
+
+def fitting(text: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The sizes of ``SHARED`` that a text configuration knows, with what its type needs besides.
+
+    Args:
+        changes: These as well.
+    """
     # it is thrown away, so that what differs between layers may be read from the whole
     text.__dict__["allow_global_per_layer_attribute_access"] = True
     known = {key: value for key, value in SHARED.items() if _is_set(text, key)}
-    known |= CHANGES.get(text.model_type, {}) | CHANGES.get(model_type, {})
-    aliases = kind.attribute_map
-    return kind(
-        **{
-            key: value
-            for key, value in known.items()
-            if value is not LEFT_OUT and (key not in aliases or aliases[key] not in known)
-        }
-    )
+    known |= CHANGES.get(text.model_type, {}) | (changes or {})
+    aliases = type(text).attribute_map
+    return {
+        key: value
+        for key, value in known.items()
+        if value is not LEFT_OUT and (key not in aliases or aliases[key] not in known)
+    }
 
 
 def tiny_family(model_type: str, *, seed: int = 0) -> Any:

@@ -27,7 +27,7 @@ from rotq.kv.cache.packed_cache import PackedCache
 class EsmPackedCache(PackedCache):
     """A ``PackedCache`` for an ESM-2 inside ``as_decoder``; no padding."""
 
-    def _try_out(self, decoder: nn.Module) -> None:
+    def _try_out(self, model: nn.Module, decoder: nn.Module) -> None:
         """Nothing: the family is known to work."""
 
     def begin(self, decoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

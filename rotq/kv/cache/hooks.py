@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rotq.kv.cache import attention
 from rotq.models.attention import dispatch
+from rotq.models.multimodal import text_model
 
 
 class WatchingCache(ABC):
@@ -46,7 +47,7 @@ def attach(model: Any, trial: Callable[[nn.Module], None], name: str = attention
     attention.register()
     before, decoder = dispatch.names(model), _decoder_of(model)
     try:
-        dispatch.use(model, name)
+        dispatch.use(text_model(model), name)
         if _before not in decoder._forward_pre_hooks.values():
             decoder.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
             decoder.register_forward_hook(_after, with_kwargs=True)

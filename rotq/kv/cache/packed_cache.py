@@ -16,6 +16,7 @@ values, gradients.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import check_norms
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
+from rotq.kv.cache.masks import plain_mask
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
 from rotq.kv.cache.report import CacheReport
@@ -38,6 +40,7 @@ from rotq.kv.cache.support import check_served, windows
 from rotq.kv.cache.trial import try_out
 from rotq.kv.calibration.file import KVCalibration, load_calibration
 from rotq.models.rotary import POSITIONS_FROM_MASK
+from rotq.models.task import is_multimodal
 
 
 class PackedCache(WatchingCache, Cache):
@@ -74,14 +77,16 @@ class PackedCache(WatchingCache, Cache):
             layers.append(PackedLayer(calibration, index, placements[size, window]))
         self.placements = list(placements.values())
         super().__init__(layers=layers)
-        self._decoder = weakref.ref(attach(model, self._try_out))
+        self._decoder = weakref.ref(attach(model, functools.partial(self._try_out, model)))
 
-    def _try_out(self, decoder: nn.Module) -> None:
+    def _try_out(self, model: nn.Module, decoder: nn.Module) -> None:
         """Run a few tokens, and forget them."""
         self._decoder = weakref.ref(decoder)
+        # in front of the decoder of several parts' models masks and positions may be made
+        whole = model if is_multimodal(model.config) else decoder
 
         def run(ids_1T: Tensor, position_1T: Tensor) -> None:
-            decoder(input_ids=ids_1T, past_key_values=self, use_cache=True)
+            whole(input_ids=ids_1T, past_key_values=self, use_cache=True)
 
         try_out(decoder, run)
         self.reset()
@@ -109,11 +114,15 @@ class PackedCache(WatchingCache, Cache):
                 "once; leave one of them out"
             )
         batch, length = source.shape[:2]
-        mask, position = given.get("attention_mask"), given.get("position_ids")
-        if isinstance(mask, dict) or (position is not None and position.ndim != 2):
-            raise RotqError("PackedCache needs a plain 2-D attention mask and 2-D positions")
+        mask, position = plain_mask(given.get("attention_mask"), length), given.get("position_ids")
         config: Any = decoder.config
-        if position is None and config.model_type in POSITIONS_FROM_MASK:
+        sections = "mrope_section" in (getattr(config, "rope_parameters", None) or ())
+        if position is not None and position.ndim == 3 and sections:
+            # time, height and width of what an image shows; tokens are in order all the same
+            position = self.sequences.counted(batch, length, mask)
+        elif position is not None and position.ndim != 2:
+            raise RotqError("PackedCache needs 2-D positions for this model")
+        elif position is None and config.model_type in POSITIONS_FROM_MASK:
             position = self.sequences.counted(batch, length, mask).to(source.device)
             given = given | {"position_ids": position}
         step = self.sequences.plan(batch, length, mask, position)

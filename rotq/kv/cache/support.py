@@ -75,6 +75,12 @@ def check_served(model: Any, calibration: KVCalibration) -> None:
             not, or the calibration is another model's.
     """
     config = check_decoder(model)
+    device = next(model.parameters()).device.type
+    if device not in ("cpu", "cuda", "meta"):
+        raise RotqError(
+            "packed keys and values are read by kernels for CPUs and CUDA; "
+            f"the model is on {device}"
+        )
     if calibration.model_hash != hash_config(model.config):
         raise RotqError("the calibration was made for another model; run rotq calibrate-kv")
     if sorted(calibration.layers) != list(range(len(kv_shapes(config)))):

@@ -33,7 +33,7 @@ from rotq.models.attention.replaced import (
     replaced_attention,
     visible,
 )
-from rotq.models.limits import vocabulary_of
+from rotq.models.limits import embedding_device, vocabulary_of
 from rotq.models.registry import adapter_for
 from rotq.models.rotary import KVShape, Rotary, kv_shapes, rotaries
 
@@ -127,7 +127,7 @@ def collect(
         order = torch.randperm(T - sinks, generator=generator)[:each]
         chosen_N = (order + sinks).sort().values
         with replaced_attention(model, attention):
-            model(input_ids=ids_T[None].to(model.device), use_cache=False)
+            model(input_ids=ids_T[None].to(embedding_device(model)), use_cache=False)
         if on_window is not None:
             on_window(window + 1, B)
     outputs = output_moments(model, shapes)

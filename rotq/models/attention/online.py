@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotq.errors import RotqError
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.models.attention import dispatch
+from rotq.models.multimodal import text_model
 
 ATTRIBUTE = "online_heads"
 
@@ -43,19 +44,21 @@ def use_online_attention(model: Any) -> None:
     """Direct a model's attention here; where no heads are set it computes what it did before.
 
     Args:
-        model: Of transformers; with sdpa attention, parameters may be on meta.
+        model: Of transformers; with sdpa attention, parameters may be on meta. Of one of several
+            parts the text decoder is directed.
 
     Raises:
         RotqError: another attention is wanted, or the model does not dispatch by name.
     """
-    wanted = model.config._attn_implementation
+    text: Any = text_model(model)
+    wanted = text.config._attn_implementation
     if wanted not in ("sdpa", dispatch.ONLINE):
         raise RotqError(
             f"{type(model).__name__} uses {wanted} attention; rotating or rounding heads at run "
             "time works with sdpa attention only"
         )
     dispatch.register(dispatch.ONLINE, _attention)
-    dispatch.use(model, dispatch.ONLINE)
+    dispatch.use(text, dispatch.ONLINE)
 
 
 def _attention(

@@ -7,7 +7,12 @@ from rotq.models.adapter import Adapter
 
 ADAPTER = Adapter(
     family="GLM-4",
-    architectures=("Glm4ForCausalLM",),
+    architectures=(
+        "Glm4ForCausalLM",
+        "Glm4vForConditionalGeneration",
+        "Glm46VForConditionalGeneration",
+        "GlmOcrForConditionalGeneration",
+    ),
     mlp_inputs=("gate_up_proj",),
     mlp_up="",
     residual_rotation=False,

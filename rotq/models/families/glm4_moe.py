@@ -7,7 +7,12 @@ from rotq.models.generic import StreamAdapter
 
 ADAPTER = StreamAdapter(
     family="GLM-4-MoE",
-    architectures=("Glm4MoeForCausalLM", "Dots1ForCausalLM", "Ernie4_5_MoeForCausalLM"),
+    architectures=(
+        "Glm4MoeForCausalLM",
+        "Glm4vMoeForConditionalGeneration",
+        "Dots1ForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
+    ),
     readers={
         "input_layernorm": r"self_attn\.[qkv]_proj",
         "post_attention_layernorm": (

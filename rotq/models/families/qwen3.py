@@ -8,7 +8,7 @@ from rotq.models.adapter import Adapter
 
 ADAPTER = Adapter(
     family="Qwen3",
-    architectures=("Qwen3ForCausalLM",),
+    architectures=("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration"),
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
 )

@@ -4,7 +4,7 @@ from rotq.models.adapter import Adapter
 
 ADAPTER = Adapter(
     family="Qwen3-MoE",
-    architectures=("Qwen3MoeForCausalLM",),
+    architectures=("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"),
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
     experts="mlp.experts",

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotq.devices import double
+
 COLDEST = 1e-5
 """Temperatures from here on down are greedy: the next ones would divide to infinity."""
 
@@ -66,7 +68,7 @@ class Sampler:
         sampling = self.sampling
         if sampling.temperature <= COLDEST:
             return int(logits_V.argmax())
-        scaled_V = logits_V.double() / sampling.temperature
+        scaled_V = double(logits_V) / sampling.temperature
         # equal numbers in the order of their tokens, on every machine
         share_V, token_V = scaled_V.softmax(-1).sort(descending=True, stable=True)
         if sampling.top_k:

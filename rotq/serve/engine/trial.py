@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.kv.pool.pool import Row
 from rotq.models.limits import vocabulary_of
@@ -87,5 +88,5 @@ class Trial:
 
     @staticmethod
     def _distance(found_TV: Tensor, expected_TV: Tensor) -> float:
-        spread = expected_TV.double().std().clamp(min=1e-6)
-        return float((found_TV - expected_TV).double().pow(2).mean().sqrt() / spread)
+        spread = double(expected_TV).std().clamp(min=1e-6)
+        return float(double(found_TV - expected_TV).pow(2).mean().sqrt() / spread)
