@@ -20,6 +20,7 @@ def quantization_config(
     format: str,
     rotated: Collection[str] = (),
     *,
+    block_size: int | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     prefix: str = "",
@@ -32,6 +33,7 @@ def quantization_config(
             in ``layers`` or here.
         format: ``compressed-tensors`` or ``rotq``.
         rotated: Full names of the layers whose input is rotated; only for ``rotq``.
+        block_size: Features that are rotated together; None for all that a layer reads.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
         prefix: Of the model below its head. Names are matched with it and without, so that a model
@@ -69,7 +71,7 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(rotated, heads, everything, prefix)
+        return config | _rotq_fields(_targets(rotated, everything, prefix), block_size, heads)
     return config | _compressed_tensors_fields(set(layers.values()))
 
 
@@ -91,13 +93,14 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
     return None
 
 
-def _rotq_fields(
-    rotated: Collection[str], heads: OnlineHeads, everything: Sequence[str], prefix: str
-) -> dict[str, Any]:
-    online = {"hadamard": _targets(rotated, everything, prefix)} if rotated else {}
-    if heads == UNTOUCHED:
-        return {"online": online, "version": 1}
-    return {"online": online, "attention": _attention(heads), "version": 2}
+def _rotq_fields(rotated: list[str], block_size: int | None, heads: OnlineHeads) -> dict[str, Any]:
+    fields: dict[str, Any] = {"online": {"hadamard": rotated} if rotated else {}, "version": 1}
+    if heads != UNTOUCHED:
+        fields |= {"attention": _attention(heads), "version": 2}
+    if rotated and block_size is not None:
+        fields["online"]["block_size"] = block_size
+        fields["version"] = 4
+    return fields
 
 
 def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:

@@ -118,6 +118,21 @@ def test_scheme_reads_what_is_written(format: str, rotates: bool, number: int) -
     assert bool(config.get("online")) == rotates
 
 
+def test_blocks_of_the_rotation_are_read_as_written() -> None:
+    rotated = [name for name in LAYERS if "down" in name]
+    for heads in (OnlineHeads(), OnlineHeads(rotated=True)):
+        config = quantization_config(
+            dict.fromkeys(LAYERS, W4), [], "rotq", rotated, block_size=16, heads=heads
+        )
+        assert config["version"] == 4
+        scheme = read_scheme(json.loads(json.dumps(config)))
+        assert scheme.heads == heads
+        assert scheme.rotation_size(rotated[0], 48) == 16
+        assert scheme.rotation_size(LAYERS[0], 48) is None
+    whole = quantization_config(dict.fromkeys(LAYERS, W4), [], "rotq", rotated)
+    assert read_scheme(whole).rotation_size(rotated[0], 48) == 48
+
+
 def test_refusals() -> None:
     layers = {"a": W4}
     with pytest.raises(ValueError, match="format"):

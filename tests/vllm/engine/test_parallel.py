@@ -44,8 +44,9 @@ def test_packed_weights_and_cache(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_rotated_inputs_are_gathered(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, format="rotq", rotated=True)
+@pytest.mark.parametrize("block_size", [None, 64], ids=["gathered", "blocks"])
+def test_rotated_inputs(block_size: int | None, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(4, format="rotq", rotated=True, block_size=block_size)
     with engine(path) as llm:
         expected = ask(llm, prompts_of(*LENGTHS))
     assert_same(answers_of(path, tensor_parallel_size=2), expected)

@@ -44,9 +44,15 @@ def test_unpacked_once(checkpoint: Callable[..., Path]) -> None:
         assert_equal_to_transformers(path, ask(llm, PROMPTS))
 
 
-@pytest.mark.parametrize("inputs", [None, ActivationGrid(bits=8, symmetric=True)], ids=str)
-def test_the_rotq_format(inputs: ActivationGrid | None, checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, format="rotq", rotated=True, inputs=inputs)
+@pytest.mark.parametrize(
+    ("block_size", "inputs"),
+    [(None, None), (64, None), (None, ActivationGrid(bits=8, symmetric=True))],
+    ids=str,
+)
+def test_the_rotq_format(
+    block_size: int | None, inputs: ActivationGrid | None, checkpoint: Callable[..., Path]
+) -> None:
+    path = checkpoint(4, format="rotq", rotated=True, block_size=block_size, inputs=inputs)
     with engine(path) as llm:
         answers = ask(llm, PROMPTS, tokens=12 if inputs is None else 1)
     # inputs that are rounded flip by the last bits of sums
