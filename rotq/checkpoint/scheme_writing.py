@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotq.checkpoint.scheme import METHODS
@@ -24,6 +24,7 @@ def quantization_config(
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     prefix: str = "",
+    stored_name: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -38,6 +39,9 @@ def quantization_config(
         heads: What every attention does at run time; only for ``rotq``.
         prefix: Of the model below its head. Names are matched with it and without, so that a model
             without a head, or with another one, finds its layers.
+        stored_name: Of a tensor, in the files (``Source.stored_name``). Layers whose weights have
+            another name there than in transformers' model are targets by both: vLLM's modules are
+            called as in the files.
 
     Returns:
         A config group per grid. Its targets are the layers' names, never their class, which would
@@ -60,7 +64,10 @@ def quantization_config(
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
-    everything = [*layers, *kept]
+    both = _both_names(stored_name)
+    layers = {name: grid for known, grid in layers.items() for name in both(known)}
+    rotated = [name for known in rotated for name in both(known)]
+    everything = [*layers, *(name for known in kept for name in both(known))]
     config: dict[str, Any] = {
         "config_groups": _groups(layers, everything, inputs, prefix),
         "format": "pack-quantized",
@@ -91,6 +98,18 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
     if len(groups) > 1 and not symmetric:
         return "it does not read zero points where there are several grids"
     return None
+
+
+def _both_names(stored_name: Callable[[str], str] | None) -> Callable[[str], tuple[str, ...]]:
+    """From a layer's name to that and the one its tensors have in the files, if it is another."""
+
+    def both(name: str) -> tuple[str, ...]:
+        if stored_name is None:
+            return (name,)
+        stored = stored_name(f"{name}.weight").removesuffix(".weight")
+        return tuple(dict.fromkeys((name, stored)))
+
+    return both
 
 
 def _rotq_fields(rotated: list[str], block_size: int | None, heads: OnlineHeads) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
         prefix=str(job.skeleton.model.base_model_prefix),
+        stored_name=job.source.stored_name,
     )
 
 

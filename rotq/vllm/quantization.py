@@ -2,7 +2,7 @@
 
 Weights are those of compressed-tensors, so vLLM's own class does fused layers, targets, ignore
 lists and tensor parallelism; the rotation and rounding of inputs is added here. Both need the whole
-row of an input, but for a rotation in blocks: a layer that has only a rank's share of it gathers the
+row of an input, but for a rotation in blocks: a layer that has a rank's share of it gathers the
 row, and gives the weight its share of the result; where the share is whole blocks, it rotates them.
 
 Shape suffixes: R features that are rotated together.

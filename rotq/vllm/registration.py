@@ -2,8 +2,8 @@
 
 Wrapped are, once per process: the platform's last look at a configuration, where a packed cache is
 prepared and what it cannot do is refused; the CPU platform's choice of attention, which knows one
-only; the shapes of a packed weight's parts, which vLLM places without looking; and the experts of a
-mixture, which the kernel does not run.
+only; the shapes of a packed weight's parts, which vLLM places without looking; and its method for
+the packed experts of a mixture, which has few kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, register_linea
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     CompressedTensorsMoEMethod,
+    compressed_tensors_moe_wna16,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsWNA16,
@@ -23,6 +24,7 @@ from vllm.platforms import PlatformEnum, current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from rotq.errors import RotqError
+from rotq.vllm.experts import RotqExpertsMethod
 from rotq.vllm.linear import RotqLinearKernel
 from rotq.vllm.packed_config import prepare
 from rotq.vllm.quantization import RotqConfig
@@ -49,6 +51,8 @@ def register_all() -> None:
         _wrap_classmethod(platform, "get_attn_backend_cls", _with_custom_backend)
     moe = CompressedTensorsMoEMethod
     moe.get_moe_method = staticmethod(_with_named_experts(moe.get_moe_method))
+    packed = compressed_tensors_moe_wna16
+    packed.CompressedTensorsWNA16MoEMethod = _choose_experts(packed.CompressedTensorsWNA16MoEMethod)
     scheme = CompressedTensorsWNA16
     scheme.create_weights = _with_checked_shards(scheme.create_weights)
 
@@ -90,11 +94,25 @@ def _with_checked_shards(create: Callable[..., None]) -> Callable[..., None]:
     return created
 
 
+def _choose_experts(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's method where it has a kernel, else ours; on a CPU its kernels round inputs."""
+
+    def chosen(*args: Any, **more: Any) -> Any:
+        if not current_platform.is_cpu():
+            try:
+                return theirs(*args, **more)
+            except (NotImplementedError, ValueError, AssertionError):
+                pass
+        return RotqExpertsMethod(*args, **more)
+
+    return chosen
+
+
 def _with_named_experts(choose: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(quant_config: Any, layer: Any, layer_name: str) -> Any:
         try:
             return choose(quant_config, layer, layer_name)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError, RuntimeError) as error:
             raise RotqError(
                 f"{layer_name}: vLLM does not run packed experts here ({error}), and neither does "
                 "rotq's plugin"

@@ -144,6 +144,7 @@ def write_checkpoint(
         inputs=inputs,
         heads=heads,
         prefix=model.base_model_prefix,
+        stored_name=opened.stored_name,
     )
     write_metadata(
         out,
