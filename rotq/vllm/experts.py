@@ -51,7 +51,8 @@ class RotqExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
 
     def __init__(self, weight_quant: Any, input_quant: Any, moe: Any, *names: Any) -> None:
         CompressedTensorsMoEMethod.__init__(self, moe)
-        self.weight_quant, self.input_quant = weight_quant, input_quant
+        self.input_quant = input_quant
+        self.weight_quant = weight_quant
         self.symmetric, self.num_bits = weight_quant.symmetric, weight_quant.num_bits
         self.packed_factor = wna16.Fraction(32, self.num_bits)
         self.strategy = weight_quant.strategy
@@ -64,14 +65,17 @@ class RotqExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
         """Allocate the parameters of all experts of the rank.
 
         Raises:
-            RotqError: parts that cannot be placed, or an activation that is not run here.
+            RotqError: parts that cannot be placed, or something that is not run here.
         """
         self._check(layer, sizes["hidden_size"], sizes["intermediate_size_per_partition"])
         super().create_weights(layer, **sizes)
 
-    def _check(self, layer: Any, D: int, I: int) -> None:
+    def _check(self, layer: Any, width: int, between: int) -> None:
         gates = 2 if self.moe.is_act_and_mul else 1
-        for name, rows, columns in (("gate and up", [I] * gates, D), ("down", [D], I)):
+        for name, rows, columns in (
+            ("gate and up", [between] * gates, width),
+            ("down", [width], between),
+        ):
             check_shards(
                 f"{layer.layer_name}, {name}",
                 self.num_bits,
@@ -81,10 +85,14 @@ class RotqExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
                 group_size=self.group_size,
                 has_zeros=not self.symmetric,
             )
+        if self.moe.is_lora_enabled:
+            raise RotqError(f"{layer.layer_name}: packed experts take no LoRA adapters")
         limit = getattr(layer, "swiglu_limit", None)
         if layer.activation not in ACTIVATIONS or limit is not None:
             kind = layer.activation.value + (" with a limit" if limit is not None else "")
-            raise RotqError(f"{layer.layer_name}: experts with {kind} are not run on packed weights")
+            raise RotqError(
+                f"{layer.layer_name}: experts with {kind} are not run on packed weights"
+            )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """On a CPU unpack the experts, if that was asked for."""

@@ -81,10 +81,11 @@ class RotqConfig(CompressedTensorsConfig):
         """How vLLM runs a layer.
 
         Raises:
-            RotqError: the layer's parts treat their inputs differently, or it holds experts.
+            RotqError: the layer's parts treat their inputs differently, or it holds experts that
+                rotate or round them.
         """
         if isinstance(layer, RoutedExperts):
-            raise RotqError(f"{prefix}: fused experts of the rotq format are not run in vLLM")
+            self._check_experts(layer, prefix)
         method = super().get_quant_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return method
@@ -102,6 +103,18 @@ class RotqConfig(CompressedTensorsConfig):
         if rotation_size is None and grid is None:
             return method
         return OnlineMethod(method, rotation_size, grid)
+
+    def _check_experts(self, layer: Any, prefix: str) -> None:
+        projections = (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name,
+            layer.ckpt_down_proj_name,
+        )
+        names = [f"{prefix}.0.{name}" for name in projections if name is not None]
+        if any(self.scheme.is_rotated(name) or self._input_grid(name) for name in names):
+            raise RotqError(
+                f"{prefix}: experts whose inputs are rotated or rounded are not run in vLLM"
+            )
 
     def _input_grid(self, name: str) -> ActivationGrid | None:
         group = self.scheme.group(name)

@@ -133,6 +133,25 @@ def test_blocks_of_the_rotation_are_read_as_written() -> None:
     assert read_scheme(whole).rotation_size(rotated[0], 48) == 48
 
 
+def test_layers_that_are_called_otherwise_in_the_files_are_targets_by_both_names() -> None:
+    ours = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(3)]
+
+    def stored_name(name: str) -> str:
+        return name.replace("mlp", "block_sparse_moe").replace("up_proj", "w3")
+
+    config = quantization_config(
+        dict.fromkeys(ours, W4), ["lm_head"], "rotq", ours, stored_name=stored_name, prefix="model"
+    )
+    pattern = r"re:(model\.)?layers\.\d+\.{}$"
+    both = [
+        pattern.format(r"mlp\.experts\.\d+\.up_proj"),
+        pattern.format(r"block_sparse_moe\.experts\.\d+\.w3"),
+    ]
+    assert config["config_groups"]["group_0"]["targets"] == both
+    assert config["online"] == {"hadamard": both}
+    assert config["ignore"] == ["lm_head"]
+
+
 def test_refusals() -> None:
     layers = {"a": W4}
     with pytest.raises(ValueError, match="format"):

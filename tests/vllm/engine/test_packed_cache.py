@@ -56,9 +56,13 @@ def by_packed_cache(path: Path, kv: str, prompt: list[int], tokens: list[int]) -
 
 
 def assert_equal_to_packed_cache(
-    path: Path, kv: str, prompts: list[list[int]], answers: list[Answer]
+    path: Path, kv: str, prompts: list[list[int]], answers: list[Answer], *, is_long: bool = False
 ) -> None:
-    """Tokens are equal, and most answers to the last digits; in the others a code has flipped."""
+    """Tokens are equal, and most answers to the last digits; in the others a code has flipped.
+
+    Args:
+        is_long: Answers are so long that in each a code may flip.
+    """
     unflipped = 0
     for prompt, (tokens, found) in zip(prompts, answers, strict=True):
         log_p = by_packed_cache(path, kv, prompt, tokens)
@@ -66,7 +70,7 @@ def assert_equal_to_packed_cache(
         expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=FLIPPED)
         unflipped += torch.allclose(torch.tensor(found), expected, rtol=NEAR, atol=NEAR)
-    assert 2 * unflipped > len(prompts)
+    assert is_long or 2 * unflipped > len(prompts)
 
 
 def packed(path: Path, kv: str | Path, **options: Any) -> Any:
@@ -105,6 +109,36 @@ def test_a_beginning_is_found(model: Path) -> None:
             for given in (prompt, prompt, prompt[:100] + [7] * 50)
         ]
     assert counts == [0, 128, 64]
+
+
+def test_an_answer_is_not_found_as_a_prompt(model: Path) -> None:
+    """Its tokens were run one by one, a prompt's are run by blocks."""
+    (prompt,) = prompts_of(100)
+    with packed(model, "k3v3") as llm:
+        ((tokens, _),) = ask(llm, [prompt], tokens=100)
+        (found,) = ask(llm, [prompt + tokens])
+    with packed(model, "k3v3") as llm:
+        (expected,) = ask(llm, [prompt + tokens])
+    assert found == expected
+
+
+def test_requests_that_give_their_blocks_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they had is run again as it was: prompts by blocks, answers by tokens."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt, preempted = Scheduler._preempt_request, []
+
+    def counted(scheduler: Any, request: Any, *args: Any, **more: Any) -> None:
+        preempted.append(request.num_tokens - request.num_prompt_tokens)
+        preempt(scheduler, request, *args, **more)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    prompts = prompts_of(100, 70, 90)
+    with packed(model, "k3v3", num_gpu_blocks_override=8, max_model_len=256) as llm:
+        together = ask(llm, prompts, tokens=80)
+    # in the middle of an answer
+    assert max(preempted) > 10
+    assert_equal_to_packed_cache(model, "k3v3", prompts, together, is_long=True)
 
 
 def test_prompts_that_share_a_budget(model: Path) -> None:
