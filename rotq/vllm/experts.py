@@ -94,7 +94,7 @@ class RotqExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
                 f"{layer.layer_name}: experts with {kind} are not run on packed weights"
             )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """On a CPU unpack the experts, if that was asked for."""
         self.unpacks_once &= layer.w13_weight_packed.device.type == "cpu"
         if not self.unpacks_once:
@@ -107,7 +107,7 @@ class RotqExpertsMethod(wna16.CompressedTensorsWNA16MoEMethod):  # type: ignore[
             packed = getattr(layer, f"{name}_weight_packed")
             packed.data = packed.data[:0]
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: there is no kernel of vLLM's to configure."""
 
     def apply(

@@ -75,7 +75,9 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: Any, prompts: list[list[int]], tokens: int = 12) -> list[Answer]:
+def ask(
+    llm: Any, prompts: list[list[int]], tokens: int = 12, lora_request: Any = None
+) -> list[Answer]:
     """Greedy answers to prompts that are sent together."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -85,19 +87,25 @@ def ask(llm: Any, prompts: list[list[int]], tokens: int = 12) -> list[Answer]:
     )
     given = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     found = []
-    for request in llm.generate(given, asked, use_tqdm=False):
+    for request in llm.generate(given, asked, use_tqdm=False, lora_request=lora_request):
         answer = request.outputs[0]
         pairs = zip(answer.token_ids, answer.logprobs, strict=True)
         found.append((list(answer.token_ids), [each[token].logprob for token, each in pairs]))
     return found
 
 
-@torch.no_grad()
 def assert_equal_to_transformers(
     path: Path, prompts: list[list[int]], answers: list[Answer], near: float = 1e-4
 ) -> None:
     """All greedy tokens equal those of transformers on the same file, log p within ``near``."""
-    model = load_model(path)
+    assert_equal_to_model(load_model(path), prompts, answers, near)
+
+
+@torch.no_grad()
+def assert_equal_to_model(
+    model: Any, prompts: list[list[int]], answers: list[Answer], near: float = 1e-4
+) -> None:
+    """The same of a model of transformers."""
     for prompt, (tokens, found) in zip(prompts, answers, strict=True):
         ids_1T = torch.tensor([prompt + tokens])
         log_p = model(ids_1T).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
