@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS, register_linear_kernel
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -80,8 +81,11 @@ def _with_custom_backend(choose: Callable[..., str]) -> Callable[..., str]:
 
 def _with_checked_shards(create: Callable[..., None]) -> Callable[..., None]:
     def created(scheme: Any, layer: Any, **sizes: Any) -> None:
+        name = scheme.layer_name or type(layer).__name__
+        if not scheme.symmetric:
+            _refuse_turned_rows(name)
         check_shards(
-            scheme.layer_name or type(layer).__name__,
+            name,
             scheme.num_bits,
             rows=sizes["output_partition_sizes"],
             columns=sizes["input_size_per_partition"],
@@ -92,6 +96,17 @@ def _with_checked_shards(create: Callable[..., None]) -> Callable[..., None]:
         create(scheme, layer=layer, **sizes)
 
     return created
+
+
+def _refuse_turned_rows(name: str) -> None:
+    """Of Llama 4 vLLM 0.32 puts rows of q and k in another order, but not their zero points."""
+    config = get_current_vllm_config().model_config
+    kind = getattr(config and config.hf_text_config, "model_type", "")
+    if kind == "llama4_text" and name.endswith("qkv_proj"):
+        raise RotqError(
+            f"{name}: vLLM reorders the rows of Llama 4's queries and keys, and not their zero "
+            "points; quantize with weights.symmetric=true"
+        )
 
 
 def _choose_experts(theirs: Callable[..., Any]) -> Callable[..., Any]:
