@@ -31,6 +31,7 @@ from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.layers.online_linear import prepare_input
+from rotq.vllm.targets import in_vllm
 
 
 class RotqConfig(CompressedTensorsConfig):
@@ -69,7 +70,10 @@ class RotqConfig(CompressedTensorsConfig):
                 hf_to_vllm_mapper._map_name(target) if path else target
                 for target, path in zip(targets, is_path, strict=True)
             ]
-            return tuple(name for name in names if name is not None)
+            substrings = hf_to_vllm_mapper.orig_to_new_substr
+            patterns = [in_vllm(target, substrings) for target in targets]
+            found = [name for name in (*names, *patterns) if name is not None]
+            return tuple(dict.fromkeys(found))
 
         scheme = self.scheme
         groups = tuple(replace(group, targets=mapped(group.targets)) for group in scheme.groups)
