@@ -72,6 +72,11 @@ def test_layer_overrides() -> None:
         ({"solver": {"target_correction": 2}}, "solver.target_correction: 2.0 is not 0 to 1"),
         ({"calibration": {"num_samples": 0}}, "calibration.num_samples: 0 is not at least 1"),
         ({"rotation": {"down": "hadamard"}}, "rotation.down is applied at run time, which only"),
+        ({"rotation": {"down_block_size": 1}}, "rotation.down_block_size: 1 is not at least 2, or"),
+        (
+            {"rotation": {"down_block_size": 64}},
+            "rotation.down_block_size is of R4; set rotation.d",
+        ),
         ({"rotation": {"attention": "hadamard"}}, "rotation.attention is applied at run time"),
         ({"rotation": {"attention": "dct"}}, "rotation.attention: 'dct' is not one of none, had"),
         ({"kv_cache": {"bits": 4}}, "kv_cache.bits is applied at run time, which only output.f"),

@@ -130,6 +130,8 @@ def test_runtime_line() -> None:
         "inputs 8 bits symmetric per token; keys and values 4 bits asymmetric per head and token; "
         "hadamard on queries and keys; hadamard before 2 targets"
     )
+    config = {"online": {"hadamard": ["a"], "block_size": 64}}
+    assert runtime_line(config) == "hadamard in blocks of 64 before 1 targets"
     assert runtime_line({"config_groups": {"group_0": {"input_activations": None}}}) == ""
     assert runtime_line({}) == ""
 

@@ -25,21 +25,21 @@ __all__ = ["packed_tensors", "quantization_config", "stored_scale_dtype", "write
 
 
 def packed_tensors(
-    name: str, quantized: Quantized, signs_K: Tensor | None = None
+    name: str, quantized: Quantized, signs_R: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The tensors a checkpoint holds for one layer, as compressed-tensors names them.
 
     Args:
         name: Full name of the layer.
-        quantized: N out features, K in features, G groups.
-        signs_K: Signs of the online rotation before the layer; only the rotq format has them.
+        quantized: N out features, K in features, G groups. R of the K are rotated together.
+        signs_R: Signs of the online rotation before the layer; only the rotq format has them.
 
     Returns:
         ``.weight_packed`` int32 (N, ceil(K * bits / 32)), ``.weight_scale`` (N, G) as stored,
         ``.weight_shape`` int64 [N, K]; on asymmetric grids ``.weight_zero_point`` int32
-        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (K).
+        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (R).
     """
-    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K)
+    layer = QuantLinear.from_quantized(quantized, signs_R=signs_R)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
 
 

@@ -146,7 +146,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
                 linear.out_features,
                 group.grid,
                 bias=linear.bias is not None,
-                rotated=scheme.is_rotated(name, prefix),
+                rotation_size=scheme.rotation_size(name, linear.in_features, prefix),
                 input_grid=group.input_grid,
                 scale_dtype=torch_dtype(scale.dtype),
                 dtype=linear.weight.dtype,

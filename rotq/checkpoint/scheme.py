@@ -7,7 +7,8 @@ ones, and two for what heads and inputs go through at run time.
                        or a full module name; full names win over patterns, patterns over "Linear"
     ignore             the same, taken out
     input_activations  what the layers' inputs are rounded to: dynamic, per token
-    online             hadamard, to the targets whose input is rotated by it, before it is rounded
+    online             hadamard, to the targets whose input is rotated by it, before it is rounded,
+                       and block_size, to the features of its diagonal blocks, where it has them
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
                        to, dynamic, per head and token
 """
@@ -24,10 +25,12 @@ from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.patterns import PatternTooSlow, search
+from rotq.rotations.hadamard import core_order
 
-ROTQ_VERSION = 2
+ROTQ_VERSION = 4
 """Newest version of the rotq format; a checkpoint says the oldest that has what it needs. 3 was for
-R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read."""
+R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read. 4
+is for R4 in blocks."""
 METHODS = ("compressed-tensors", "rotq")
 
 
@@ -49,6 +52,8 @@ class Scheme:
     ignore: tuple[str, ...]
     rotated: tuple[str, ...]
     """Targets whose input is rotated."""
+    block_size: int | None = None
+    """Features that are rotated together; None for all that a layer reads."""
     heads: OnlineHeads = UNTOUCHED
     """What every attention does at run time."""
 
@@ -82,6 +87,23 @@ class Scheme:
         """The input of ``name`` is rotated at run time."""
         return _best(self.rotated, name, prefix) is not None
 
+    def rotation_size(self, name: str, features: int, prefix: str = "") -> int | None:
+        """Features that are rotated together of those that ``name`` reads; None rotates none.
+
+        Raises:
+            RotqError: there is no such Hadamard matrix, or blocks of it do not divide them.
+        """
+        if not self.is_rotated(name, prefix):
+            return None
+        size = self.block_size or features
+        try:
+            core_order(size)
+        except ValueError as error:
+            raise RotqError(f"{name}: {error}") from None
+        if features % size:
+            raise RotqError(f"{name}: rotated blocks of {size} do not divide {features} features")
+        return size
+
     def check_patterns(self, names: Sequence[str]) -> None:
         """Refuse a pattern among the targets that would never end on a model's layers.
 
@@ -109,21 +131,23 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     method = config.get("quant_method")
     if method not in METHODS:
         raise RotqError(f"quantized with {method}; rotq reads {' and '.join(METHODS)}")
-    if method == "rotq" and config.get("version") not in (1, 2, 3):
-        raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to 3")
+    if method == "rotq" and config.get("version") not in range(1, ROTQ_VERSION + 1):
+        raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to {ROTQ_VERSION}")
     _refuse_transforms(config)
     if config.get("kv_cache_scheme"):
         raise RotqError("the checkpoint quantizes the KV cache, which rotq cannot run")
     groups = _mapping("config_groups", config.get("config_groups"))
     if not groups:
         raise RotqError("quantization_config has no config_groups")
+    rotated, block_size = _read_online(_mapping("online", config.get("online")))
     return Scheme(
         groups=tuple(
             _read_group(name, _mapping(name, group), config.get("format"))
             for name, group in groups.items()
         ),
         ignore=_read_targets("ignore", config.get("ignore") or ()),
-        rotated=_read_online(_mapping("online", config.get("online"))),
+        rotated=rotated,
+        block_size=block_size,
         heads=_read_heads(_mapping("attention", config.get("attention"))),
     )
 
@@ -156,17 +180,20 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value or {}
 
 
-def _read_online(online: Mapping[str, Any]) -> tuple[str, ...]:
-    """The targets whose input is rotated."""
+def _read_online(online: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
+    """The targets whose input is rotated, and in blocks of which size."""
     if "butterfly" in online:
         raise RotqError(
             "the checkpoint (rotq format 3) holds a learned fast rotation, a butterfly, which rotq "
             "no longer has; commit 687066b is the last that reads it"
         )
     for kind in online:
-        if kind != "hadamard":
+        if kind not in ("hadamard", "block_size"):
             raise RotqError(f"unknown online rotation {kind}; known: hadamard")
-    return _read_targets("online.hadamard", online.get("hadamard", ()))
+    size = online.get("block_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise RotqError(f"online.block_size of quantization_config is not a size: {size!r}")
+    return _read_targets("online.hadamard", online.get("hadamard", ())), size
 
 
 def _read_targets(name: str, targets: object) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotq.checkpoint.scheme import METHODS
@@ -20,9 +20,11 @@ def quantization_config(
     format: str,
     rotated: Collection[str] = (),
     *,
+    block_size: int | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     prefix: str = "",
+    stored_name: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -32,10 +34,14 @@ def quantization_config(
             in ``layers`` or here.
         format: ``compressed-tensors`` or ``rotq``.
         rotated: Full names of the layers whose input is rotated; only for ``rotq``.
+        block_size: Features that are rotated together; None for all that a layer reads.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
         prefix: Of the model below its head. Names are matched with it and without, so that a model
             without a head, or with another one, finds its layers.
+        stored_name: Of a tensor, in the files (``Source.stored_name``). Layers whose weights have
+            another name there than in transformers' model are targets by both: vLLM's modules are
+            called as in the files.
 
     Returns:
         A config group per grid. Its targets are the layers' names, never their class, which would
@@ -58,7 +64,10 @@ def quantization_config(
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
-    everything = [*layers, *kept]
+    both = _both_names(stored_name)
+    layers = {name: grid for known, grid in layers.items() for name in both(known)}
+    rotated = [name for known in rotated for name in both(known)]
+    everything = [*layers, *(name for known in kept for name in both(known))]
     config: dict[str, Any] = {
         "config_groups": _groups(layers, everything, inputs, prefix),
         "format": "pack-quantized",
@@ -69,7 +78,7 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(rotated, heads, everything, prefix)
+        return config | _rotq_fields(_targets(rotated, everything, prefix), block_size, heads)
     return config | _compressed_tensors_fields(set(layers.values()))
 
 
@@ -91,13 +100,26 @@ def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> st
     return None
 
 
-def _rotq_fields(
-    rotated: Collection[str], heads: OnlineHeads, everything: Sequence[str], prefix: str
-) -> dict[str, Any]:
-    online = {"hadamard": _targets(rotated, everything, prefix)} if rotated else {}
-    if heads == UNTOUCHED:
-        return {"online": online, "version": 1}
-    return {"online": online, "attention": _attention(heads), "version": 2}
+def _both_names(stored_name: Callable[[str], str] | None) -> Callable[[str], tuple[str, ...]]:
+    """From a layer's name to that and the one its tensors have in the files, if it is another."""
+
+    def both(name: str) -> tuple[str, ...]:
+        if stored_name is None:
+            return (name,)
+        stored = stored_name(f"{name}.weight").removesuffix(".weight")
+        return tuple(dict.fromkeys((name, stored)))
+
+    return both
+
+
+def _rotq_fields(rotated: list[str], block_size: int | None, heads: OnlineHeads) -> dict[str, Any]:
+    fields: dict[str, Any] = {"online": {"hadamard": rotated} if rotated else {}, "version": 1}
+    if heads != UNTOUCHED:
+        fields |= {"attention": _attention(heads), "version": 2}
+    if rotated and block_size is not None:
+        fields["online"]["block_size"] = block_size
+        fields["version"] = 4
+    return fields
 
 
 def _compressed_tensors_fields(grids: set[Grid]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     _check_allowed(rotation, adapter, config)
     description = {}
     residual, value, attention, down = None, None, None, None
+    block_size = None if rotation.down_block_size == -1 else rotation.down_block_size
     if rotation.residual != "none":
         residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
         description["residual"] = describe(rotation.residual, config.hidden_size)
@@ -47,12 +48,13 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         description["attention"] = _describe_online("attention", {head_dim(config)})
     if rotation.down != "none":
         down = rotation.down
-        description["down"] = _describe_online("down", mlp_widths(config))
+        description["down"] = _describe_down(block_size, mlp_widths(config))
     return Basis(
         residual_DD=residual,
         value=value,
         attention=attention,
         down=down,
+        down_block_size=block_size,
         down_seed=derive_seed(rotation.seed, "down"),
         description=description,
     )
@@ -93,6 +95,22 @@ def _draw_heads(rotation: Rotation, config: Any, layer: int) -> Tensor:
     seeds = [derive_seed(rotation.seed, layer, head) for head in heads]
     size = head_dim(config)
     return torch.stack([_draw("value", rotation.value, size, seed) for seed in seeds])
+
+
+def _describe_down(block_size: int | None, widths: set[int]) -> str:
+    if block_size is None:
+        return _describe_online("down", widths)
+    for width in sorted(widths):
+        if width % block_size:
+            raise RotqError(
+                f"rotation.down_block_size={block_size} does not divide the {width} features that "
+                "the last linear of an MLP reads; set another, or -1"
+            )
+    try:
+        core_order(block_size)
+    except ValueError as error:
+        raise RotqError(f"rotation.down_block_size={block_size}: {error}") from None
+    return f"{describe('hadamard', block_size)} in blocks"
 
 
 def _describe_online(key: str, sizes: set[int]) -> str:

@@ -12,7 +12,8 @@ of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` hol
                      the heads its gain is divided or multiplied instead
     up               W   <- diag(1/S) W,  b <- b diag(1/S)
     R3: nothing; queries and keys are multiplied by H online
-    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online
+    R4: down         W   <- W diag(S) D H, its input is multiplied by D H online; in diagonal
+                     blocks of b features D H is kron(I, D_b H_b)
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
 and is divided by S. What LayerNorm needs besides is in ``layernorm``. The order of factors matters:
@@ -39,7 +40,6 @@ from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales
-from rotq.rotations.hadamard import random_signs
 
 _ROWS_AT_ONCE = 1024
 """Rows of an embedding that are held in fp64 at a time."""
@@ -79,9 +79,9 @@ def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
         return
     for path in adapter.mlp_writers(block):
         linear = cast(nn.Linear, block.get_submodule(path))
-        signs_K = random_signs(linear.in_features, basis.down_seed).to(linear.weight.device)
+        signs_R = basis.down_signs(linear.in_features).to(linear.weight.device)
         parent, _, leaf = path.rpartition(".")
-        online = OnlineLinear.wrap(linear, signs_K=signs_K)
+        online = OnlineLinear.wrap(linear, signs_R=signs_R)
         setattr(block.get_submodule(parent), leaf, online)
 
 

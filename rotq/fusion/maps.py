@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rotq.models.adapter import Adapter
 from rotq.rotations.basis import Basis, Scales
-from rotq.rotations.hadamard import fast_hadamard, random_signs
+from rotq.rotations.hadamard import fast_hadamard
 
 
 class LinearMap:
@@ -165,16 +165,18 @@ def _add_up(
 ) -> None:
     """S between up and down, and R4 behind it: its signs and Hadamard."""
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
-    online = None if basis.down is None else fast_hadamard
-    if online is None and scales.up_EI is None:
+    if basis.down is None and scales.up_EI is None:
         return
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
+    online = None
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
         if factors_I is not None:
             writes[up] = LinearMap(1 / factors_I)
         if basis.down is not None:
             size = cast(nn.Linear, block.get_submodule(down)).in_features
-            signs_I = random_signs(size, basis.down_seed).to(basis.dtype)
+            signs_R = basis.down_signs(size)
+            signs_I = signs_R.repeat(size // len(signs_R)).to(basis.dtype)
             factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
+            online = functools.partial(fast_hadamard, n=len(signs_R))
         reads[down] = LinearMap(factors_I, online=online)

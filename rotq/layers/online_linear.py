@@ -2,10 +2,11 @@
 
     y = p(x) W^T + b,   p(x) = Q((x * signs) H)
 
-H is an orthonormal Hadamard matrix, and left out without signs; Q rounds each token, and is left
-out without a grid.
+H is an orthonormal Hadamard matrix, and left out without signs; it has their order, and works on
+each run of so many features where there are more of them (a block-diagonal rotation). Q rounds each
+token, and is left out without a grid.
 
-Shape suffixes: K in features.
+Shape suffixes: R features that are rotated together, of which the in features are a multiple.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.rotations.hadamard import fast_hadamard
 
 
-def rotate_input(x: Tensor, signs_K: Tensor) -> Tensor:
-    """(x * signs) H over the last axis, in fp32 (fp64 for fp64 inputs), cast back to x's dtype."""
-    return fast_hadamard(x, len(signs_K), signs_K)
+def rotate_input(x: Tensor, signs_R: Tensor) -> Tensor:
+    """(x * signs) H over runs of R features, in fp32 (fp64 for fp64), cast back to x's dtype."""
+    return fast_hadamard(x, len(signs_R), signs_R)
 
 
-def prepare_input(x: Tensor, signs_K: Tensor | None, grid: ActivationGrid | None) -> Tensor:
+def prepare_input(x: Tensor, signs_R: Tensor | None, grid: ActivationGrid | None) -> Tensor:
     """p(x) of the module; shape and dtype of ``x``."""
-    if signs_K is not None:
-        x = rotate_input(x, signs_K)
+    if signs_R is not None:
+        x = rotate_input(x, signs_R)
     return x if grid is None else fake_quantize(x, grid)
 
 
@@ -41,25 +42,25 @@ class OnlineLinear(nn.Linear):
         cls,
         linear: nn.Linear,
         *,
-        signs_K: Tensor | None = None,
+        signs_R: Tensor | None = None,
         input_grid: ActivationGrid | None = None,
     ) -> OnlineLinear:
         """Take over the weight and bias of ``linear``.
 
         Args:
             linear: Its parameters are shared, not copied. Of an OnlineLinear the rotation is kept.
-            signs_K: +1 and -1, any dtype: the weight was rotated with them on its input side.
+            signs_R: +1 and -1, any dtype: the weight was rotated with them on its input side.
             input_grid: What inputs are rounded to.
         """
         online = cls(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
         )
         online.weight, online.bias = linear.weight, linear.bias
-        if isinstance(linear, OnlineLinear) and signs_K is None:
-            signs_K = linear.input_signs
-        if signs_K is not None:
-            signs_K = signs_K.to(device=linear.weight.device, dtype=torch.int8)
-        online.register_buffer("input_signs", signs_K)
+        if isinstance(linear, OnlineLinear) and signs_R is None:
+            signs_R = linear.input_signs
+        if signs_R is not None:
+            signs_R = signs_R.to(device=linear.weight.device, dtype=torch.int8)
+        online.register_buffer("input_signs", signs_R)
         online.input_grid = input_grid
         return online.train(linear.training)
 

@@ -5,7 +5,7 @@
 p rotates and rounds the input as in ``online_linear``. Buffers have the names and dtypes they have
 in the checkpoint.
 
-Shape suffixes: N out features, K in features, G groups of K.
+Shape suffixes: N out features, K in features, G groups of K, R features rotated together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
         grid: Grid,
         *,
         bias: bool = False,
-        rotated: bool = False,
+        rotation_size: int | None = None,
         input_grid: ActivationGrid | None = None,
         scale_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
@@ -55,7 +55,8 @@ class QuantLinear(nn.Module):
 
         Args:
             grid: Its group size must divide ``in_features``.
-            rotated: Rotate the input online, by ``input_signs``.
+            rotation_size: R, rotate runs of so many input features online, by ``input_signs``;
+                None does not.
             input_grid: What inputs are rounded to at run time; None leaves them.
             scale_dtype: As stored.
             dtype: Of the bias, and of ``weight``; None is fp32.
@@ -80,8 +81,10 @@ class QuantLinear(nn.Module):
         else:
             zero_words = packed_words(out_features, grid.bits)
             self._allocate("weight_zero_point", (zero_words, groups), device)
-        signs_K = torch.ones(in_features, dtype=torch.int8, device=device) if rotated else None
-        self.register_buffer("input_signs", signs_K)
+        signs_R = None
+        if rotation_size is not None:
+            signs_R = torch.ones(rotation_size, dtype=torch.int8, device=device)
+        self.register_buffer("input_signs", signs_R)
         self.bias = None
         if bias:
             bias_N = torch.zeros(out_features, dtype=dtype, device=device)
@@ -92,13 +95,13 @@ class QuantLinear(nn.Module):
         cls,
         quantized: Quantized,
         bias_N: Tensor | None = None,
-        signs_K: Tensor | None = None,
+        signs_R: Tensor | None = None,
         input_grid: ActivationGrid | None = None,
     ) -> QuantLinear:
         """Pack ``quantized``; the bias is shared, not copied.
 
         Args:
-            signs_K: +1 and -1 of the online rotation that the weight already carries.
+            signs_R: +1 and -1 of the online rotation that the weight already carries.
             input_grid: What inputs are rounded to at run time; None leaves them.
         """
         N, K = quantized.q_NK.shape
@@ -118,8 +121,8 @@ class QuantLinear(nn.Module):
         layer.weight_shape = torch.tensor([N, K], dtype=torch.int64, device=device)
         if quantized.zero_NG is not None:
             layer.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
-        if signs_K is not None:
-            layer.input_signs = signs_K.to(device=device, dtype=torch.int8)
+        if signs_R is not None:
+            layer.input_signs = signs_R.to(device=device, dtype=torch.int8)
         if bias_N is not None:
             layer.bias = nn.Parameter(bias_N, requires_grad=False)
         return layer
@@ -154,7 +157,7 @@ class QuantLinear(nn.Module):
             linear.bias = self.bias
         if self.input_signs is None and self.input_grid is None:
             return linear
-        return OnlineLinear.wrap(linear, signs_K=self.input_signs, input_grid=self.input_grid)
+        return OnlineLinear.wrap(linear, signs_R=self.input_signs, input_grid=self.input_grid)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""

@@ -125,9 +125,11 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         linears,
         job.recipe.output.format,
         rotated,
+        block_size=basis.down_block_size,
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
         prefix=str(job.skeleton.model.base_model_prefix),
+        stored_name=job.source.stored_name,
     )
 
 

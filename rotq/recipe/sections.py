@@ -98,6 +98,9 @@ class Rotation:
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
+    down_block_size: int = -1
+    """R4 in diagonal blocks of so many features, each rotated by itself; -1 for one block of all.
+    Under tensor parallelism ranks that hold whole blocks rotate without asking each other."""
     attention: Literal["none", "hadamard"] = "none"
     """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
     seed: int = 0
@@ -105,6 +108,12 @@ class Rotation:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        size = self.down_block_size
+        check("down_block_size", size, size == -1 or 2 <= size <= 10**6, "at least 2, or -1")
+        if size != -1 and self.down == "none":
+            raise ValueError(
+                "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,13 @@ def runtime_line(config: dict[str, Any]) -> str:
     inputs = {_rounding(group.get("input_activations"), "token") for group in groups} - {""}
     attention = config.get("attention") or {}
     heads = _rounding(attention.get("kv_cache"), "head and token")
-    turned = [f"{kind} before {len(t)} targets" for kind, t in (config.get("online") or {}).items()]
+    online = config.get("online") or {}
+    blocks = f" in blocks of {online['block_size']}" if "block_size" in online else ""
+    turned = [
+        f"{kind}{blocks} before {len(targets)} targets"
+        for kind, targets in online.items()
+        if kind != "block_size"
+    ]
     parts = [
         *(f"inputs {rounding}" for rounding in sorted(inputs)),
         *([f"keys and values {heads}"] if heads else []),

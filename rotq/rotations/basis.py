@@ -3,7 +3,7 @@
     R1  residual stream, one (D, D) matrix                  fused
     R2  value heads, one (K, K) matrix per KV head          fused
     R3  queries and keys behind RoPE, Hadamard              online
-    R4  input of the MLP's last linear, Hadamard            online
+    R4  input of the MLP's last linear, Hadamard            online, may be in diagonal blocks
     S   positive factors between layers, see ``Scales``     fused
 
 Shape suffixes: D hidden size, H KV heads, K head size, E experts, I features between up and down.
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+
+from rotq.rotations.hadamard import random_signs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class Basis:
     """R3: kind of the online transform; it has no signs."""
     down: str | None = None
     """R4: kind of the online transform."""
+    down_block_size: int | None = None
+    """Features of a diagonal block of R4, all blocks equal; None for one block."""
     down_seed: int = 0
     """Seed of R4's signs, the same in every layer."""
     scales: tuple[Scales, ...] | None = None
@@ -105,6 +109,10 @@ class Basis:
             scales=tuple(Scales.of(scales[layer]) for layer in sorted(scales)) or None,
         )
 
+    def down_signs(self, features: int) -> Tensor:
+        """R4's signs, int8, as many as are rotated together: of a block, or of all features."""
+        return random_signs(self.down_block_size or features, self.down_seed)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the matrices and factors: fp64, but for a basis in training."""
@@ -115,6 +123,8 @@ class Basis:
         online = f"{self.down} {self.down_seed}"
         if self.attention is not None:
             online += f" {self.attention}"
+        if self.down_block_size is not None:
+            online += f" blocks of {self.down_block_size}"
         digest = hashlib.sha256(online.encode())
         for name, tensor in self.tensors().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -2,8 +2,9 @@
 
 vLLM finds ``register`` by the entry point group ``vllm.general_plugins`` and calls it in each of
 its processes: nothing else has to be asked for, and nothing here imports vLLM before that. Modules
-are of two kinds. ``blocks``, ``passes``, ``heads``, ``paged_layer`` and ``settings`` are plain
-PyTorch; the others subclass or wrap what vLLM 0.32 has, and are imported by ``register`` alone.
+are of two kinds. ``blocks``, ``passes``, ``heads``, ``paged_layer``, ``settings``, ``shards`` and
+``targets`` know no vLLM; the others subclass or wrap what vLLM 0.32 has, and are imported by
+``register`` alone.
 """
 
 from __future__ import annotations

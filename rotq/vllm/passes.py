@@ -3,7 +3,8 @@
 A token sees the tokens of its own pass whole and older ones as codes. Passes end where blocks end,
 so that an answer does not depend on whether its beginning was found in the cache, nor on which
 other prompts shared the scheduler's budget. Requests with a single new token, as a rule all that
-decode, are one pass together.
+decode, are one pass together. Tokens of an answer are a pass each, also where they are run again
+because the request had to give its blocks back.
 """
 
 from __future__ import annotations
@@ -63,16 +64,19 @@ def batches(requests: Sequence[Request], block_size: int) -> Iterator[list[Reque
                 yield [part]
 
 
-def end_at_block(number: int, before: int, length: int, block_size: int) -> int:
-    """How many of ``number`` tokens to run, so that a prompt is cut at the end of a block only.
+def tokens_to_run(number: int, before: int, prompt: int, block_size: int) -> int:
+    """How many of ``number`` tokens to run at once: prompts are cut where blocks end, answers are
+    run token by token.
 
     Args:
         number: Tokens that could be run.
         before: Tokens that have been.
-        length: Tokens that are known of the request.
+        prompt: Tokens of the request's prompt.
         block_size: Tokens of a block.
     """
-    end = before + number
-    if end >= length:
-        return number
-    return max(end // block_size * block_size - before, 0)
+    if before >= prompt:
+        return min(number, 1)
+    end = min(before + number, prompt)
+    if end < prompt:
+        end = max(end // block_size * block_size, before)
+    return end - before

@@ -2,10 +2,10 @@
 
 Weights are those of compressed-tensors, so vLLM's own class does fused layers, targets, ignore
 lists and tensor parallelism; the rotation and rounding of inputs is added here. Both need the whole
-row of an input. A layer that has only a rank's share of it gathers the row, and gives the weight
-its share of the result.
+row of an input, but for a rotation in blocks: a layer that has a rank's share of it gathers the
+row, and gives the weight its share of the result; where the share is whole blocks, it rotates them.
 
-Shape suffixes: K in features.
+Shape suffixes: R features that are rotated together.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.layers.online_linear import prepare_input
+from rotq.vllm.targets import in_vllm
 
 
 class RotqConfig(CompressedTensorsConfig):
@@ -69,7 +70,10 @@ class RotqConfig(CompressedTensorsConfig):
                 hf_to_vllm_mapper._map_name(target) if path else target
                 for target, path in zip(targets, is_path, strict=True)
             ]
-            return tuple(name for name in names if name is not None)
+            substrings = hf_to_vllm_mapper.orig_to_new_substr
+            patterns = [in_vllm(target, substrings) for target in targets]
+            found = [name for name in (*names, *patterns) if name is not None]
+            return tuple(dict.fromkeys(found))
 
         scheme = self.scheme
         groups = tuple(replace(group, targets=mapped(group.targets)) for group in scheme.groups)
@@ -81,24 +85,40 @@ class RotqConfig(CompressedTensorsConfig):
         """How vLLM runs a layer.
 
         Raises:
-            RotqError: the layer's parts treat their inputs differently, or it holds experts.
+            RotqError: the layer's parts treat their inputs differently, or it holds experts that
+                rotate or round them.
         """
         if isinstance(layer, RoutedExperts):
-            raise RotqError(f"{prefix}: fused experts of the rotq format are not run in vLLM")
+            self._check_experts(layer, prefix)
         method = super().get_quant_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return method
         before, _, last = prefix.rpartition(".")
         parts = [f"{before}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
-        found = {(self.scheme.is_rotated(part), self._input_grid(part)) for part in parts}
+        found = {
+            (self.scheme.rotation_size(part, layer.input_size), self._input_grid(part))
+            for part in parts
+        }
         if len(found) > 1:
             raise RotqError(f"{prefix}: {', '.join(parts)} treat their input differently")
-        ((is_rotated, grid),) = found
-        if is_rotated and len(parts) > 1:
+        ((rotation_size, grid),) = found
+        if rotation_size is not None and len(parts) > 1:
             raise RotqError(f"{prefix}: a rotated input of fused layers is not run in vLLM")
-        if not is_rotated and grid is None:
+        if rotation_size is None and grid is None:
             return method
-        return OnlineMethod(method, is_rotated=is_rotated, grid=grid)
+        return OnlineMethod(method, rotation_size, grid)
+
+    def _check_experts(self, layer: Any, prefix: str) -> None:
+        projections = (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name,
+            layer.ckpt_down_proj_name,
+        )
+        names = [f"{prefix}.0.{name}" for name in projections if name is not None]
+        if any(self.scheme.is_rotated(name) or self._input_grid(name) for name in names):
+            raise RotqError(
+                f"{prefix}: experts whose inputs are rotated or rounded are not run in vLLM"
+            )
 
     def _input_grid(self, name: str) -> ActivationGrid | None:
         group = self.scheme.group(name)
@@ -106,20 +126,25 @@ class RotqConfig(CompressedTensorsConfig):
 
 
 class OnlineMethod(LinearMethodBase):
-    """Rotates and rounds inputs, then does what ``inner`` does."""
+    """Rotates and rounds inputs, then does what ``inner`` does.
+
+    Args:
+        rotation_size: R; None rotates nothing.
+    """
 
     def __init__(
-        self, inner: LinearMethodBase, *, is_rotated: bool, grid: ActivationGrid | None
+        self, inner: LinearMethodBase, rotation_size: int | None, grid: ActivationGrid | None
     ) -> None:
-        self.inner, self.is_rotated, self.grid = inner, is_rotated, grid
+        self.inner, self.rotation_size, self.grid = inner, rotation_size, grid
 
     def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
-        """Allocate the weight's parameters, and the signs (K,), whole on each rank."""
+        """Allocate the weight's parameters, and the signs (R,), whole on each rank."""
         self.inner.create_weights(layer, *sizes, **more)
-        if self.is_rotated:
-            signs_K = torch.ones(layer.input_size, dtype=torch.int8)
-            signs = BasevLLMParameter(data=signs_K, weight_loader=_load_whole)
-            layer.register_parameter("input_signs", signs)
+        signs = None
+        if self.rotation_size is not None:
+            signs_R = torch.ones(self.rotation_size, dtype=torch.int8)
+            signs = BasevLLMParameter(data=signs_R, weight_loader=_load_whole)
+        layer.register_parameter("input_signs", signs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """As ``inner`` does."""
@@ -127,14 +152,19 @@ class OnlineMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output; ``x`` is a rank's share of each row where inputs are split."""
-        ranks = get_tensor_model_parallel_world_size()
-        is_split = isinstance(layer, RowParallelLinear) and ranks > 1
-        if is_split:
+        is_gathered = isinstance(layer, RowParallelLinear) and self._needs_row(x.shape[-1], layer)
+        if is_gathered:
             x = tensor_model_parallel_all_gather(x)
-        x = prepare_input(x, layer.input_signs if self.is_rotated else None, self.grid)
-        if is_split:
-            x = x.chunk(ranks, dim=-1)[get_tensor_model_parallel_rank()].contiguous()
+        x = prepare_input(x, layer.input_signs, self.grid)
+        if is_gathered:
+            shares = x.chunk(get_tensor_model_parallel_world_size(), dim=-1)
+            x = shares[get_tensor_model_parallel_rank()].contiguous()
         return self.inner.apply(layer, x, bias)
+
+    def _needs_row(self, share: int, layer: Any) -> bool:
+        """Whether more features are wanted than the ``share`` that a rank has."""
+        is_cut = self.rotation_size is not None and share % self.rotation_size != 0
+        return share != layer.input_size and (self.grid is not None or is_cut)
 
 
 def _load_whole(parameter: nn.Parameter, loaded: Tensor, *args: Any, **more: Any) -> None:

@@ -22,7 +22,7 @@ def check_shards(
     *,
     rows: Sequence[int],
     columns: int,
-    all_columns: int,
+    all_columns: int | None,
     group_size: int,
     has_zeros: bool,
 ) -> None:
@@ -33,7 +33,7 @@ def check_shards(
         bits: Of a code.
         rows: Of each part that is fused into the layer, on one rank.
         columns: On one rank.
-        all_columns: On all ranks.
+        all_columns: On all ranks; None looks at the columns however many ranks there are.
         group_size: Columns that share a scale; -1 for all.
         has_zeros: Whether zero points are stored, which are packed along the rows.
 

@@ -83,7 +83,7 @@ def test_no_hook_stays_behind():
 def test_online_layers_are_seen_before_they_rotate_and_round():
     block, hidden_BTD = Block(), torch.randn(1, 5, 4)
     grid = ActivationGrid(bits=2, symmetric=False)
-    block.second = OnlineLinear.wrap(block.second, signs_K=random_signs(8, 3), input_grid=grid)
+    block.second = OnlineLinear.wrap(block.second, signs_R=random_signs(8, 3), input_grid=grid)
     seen, _ = capture_inputs(block, ["second"], hidden_BTD, {"scale": 1.0})
     torch.testing.assert_close(seen["second"], block.first(hidden_BTD.view(5, 4)).relu())
 

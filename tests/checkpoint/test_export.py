@@ -51,10 +51,10 @@ def test_tensors_equal_compressed_tensors(bits: int, symmetric: bool, group_size
 
 
 def test_signs_are_stored() -> None:
-    signs_K = torch.tensor([1, -1] * 20, dtype=torch.float64)
-    tensors = packed_tensors("x", random_quantized(4, 40, W4), signs_K)
+    signs_R = torch.tensor([1, -1] * 20, dtype=torch.float64)
+    tensors = packed_tensors("x", random_quantized(4, 40, W4), signs_R)
     assert tensors["x.input_signs"].dtype == torch.int8
-    assert torch.equal(tensors["x.input_signs"].double(), signs_K)
+    assert torch.equal(tensors["x.input_signs"].double(), signs_R)
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,14 @@ def test_two_asymmetric_grids_load_in_rotq_only(tmp_path: Path) -> None:
     assert "does not load them" in (written.path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("block_size", [None, 16])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
-def test_online_rotation(tmp_path: Path, packed: bool) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", rotated=True)
+def test_online_rotation(tmp_path: Path, packed: bool, block_size: int | None) -> None:
+    written = write_checkpoint(tmp_path, format="rotq", rotated=True, block_size=block_size)
     model = load_model(written.path, packed=packed)
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, QuantLinear if packed else OnlineLinear)
+    assert down.input_signs.shape == (block_size or 80,)
     assert not torch.equal(down.input_signs, torch.ones_like(down.input_signs))
     assert torch.equal(logits(model), logits(written.dense))
 
@@ -156,7 +158,7 @@ def test_dense_from_packed(tmp_path: Path) -> None:
 
 
 def test_save_pretrained_keeps_the_packed_tensors(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path, format="rotq", rotated=True)
+    written = write_checkpoint(tmp_path, format="rotq", rotated=True, block_size=16)
     model = AutoModelForCausalLM.from_pretrained(written.path)
     model.save_pretrained(tmp_path / "again")
     stored, again = (
@@ -255,11 +257,18 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 4, "quant_method": "rotq"}, "rotq format 4"),
+        ({"version": 5, "quant_method": "rotq"}, "rotq format 5"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
         ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
+        ({"online": {"hadamard": ["Linear"], "block_size": "8"}}, "block_size .* not a size: '8'"),
+        ({"online": {"hadamard": ["Linear"], "block_size": 0}}, "block_size .* not a size: 0"),
+        ({"online": {"hadamard": ["Linear"], "block_size": 6}}, "no Hadamard matrix of order 6"),
+        (
+            {"online": {"hadamard": ["Linear"], "block_size": 32}},
+            "_proj: rotated blocks of 32 do not divide 48 features",
+        ),
         (
             {"online": {"butterfly": ["Linear"]}, "version": 3, "quant_method": "rotq"},
             r"out: .* learned fast rotation, .* no longer has; commit 687066b is the last",

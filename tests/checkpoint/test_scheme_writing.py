@@ -118,6 +118,40 @@ def test_scheme_reads_what_is_written(format: str, rotates: bool, number: int) -
     assert bool(config.get("online")) == rotates
 
 
+def test_blocks_of_the_rotation_are_read_as_written() -> None:
+    rotated = [name for name in LAYERS if "down" in name]
+    for heads in (OnlineHeads(), OnlineHeads(rotated=True)):
+        config = quantization_config(
+            dict.fromkeys(LAYERS, W4), [], "rotq", rotated, block_size=16, heads=heads
+        )
+        assert config["version"] == 4
+        scheme = read_scheme(json.loads(json.dumps(config)))
+        assert scheme.heads == heads
+        assert scheme.rotation_size(rotated[0], 48) == 16
+        assert scheme.rotation_size(LAYERS[0], 48) is None
+    whole = quantization_config(dict.fromkeys(LAYERS, W4), [], "rotq", rotated)
+    assert read_scheme(whole).rotation_size(rotated[0], 48) == 48
+
+
+def test_layers_that_are_called_otherwise_in_the_files_are_targets_by_both_names() -> None:
+    ours = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(3)]
+
+    def stored_name(name: str) -> str:
+        return name.replace("mlp", "block_sparse_moe").replace("up_proj", "w3")
+
+    config = quantization_config(
+        dict.fromkeys(ours, W4), ["lm_head"], "rotq", ours, stored_name=stored_name, prefix="model"
+    )
+    pattern = r"re:(model\.)?layers\.\d+\.{}$"
+    both = [
+        pattern.format(r"mlp\.experts\.\d+\.up_proj"),
+        pattern.format(r"block_sparse_moe\.experts\.\d+\.w3"),
+    ]
+    assert config["config_groups"]["group_0"]["targets"] == both
+    assert config["online"] == {"hadamard": both}
+    assert config["ignore"] == ["lm_head"]
+
+
 def test_refusals() -> None:
     layers = {"a": W4}
     with pytest.raises(ValueError, match="format"):

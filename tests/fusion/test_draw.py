@@ -55,6 +55,15 @@ def test_both_intermediate_sizes_of_a_mixture_are_described():
     assert basis.description == {"down": "hadamard 12x2, hadamard 20x4"}
 
 
+def test_blocks_are_described_and_have_signs_of_their_size():
+    rotation = Rotation(down="hadamard", down_block_size=8)
+    basis = build_basis(rotation, llama.ADAPTER, changed(moe_intermediate_size=24))
+    assert basis.description == {"down": "hadamard 8 in blocks"}
+    assert len(basis.down_signs(80)) == len(basis.down_signs(24)) == 8
+    whole = build_basis(Rotation(down="hadamard"), llama.ADAPTER, CONFIG)
+    assert (len(whole.down_signs(80)), len(whole.down_signs(24))) == (80, 24)
+
+
 def test_checksum_repeats_and_sees_seed_and_kind():
     def checksum(**kinds):
         return build_basis(Rotation(**kinds), llama.ADAPTER, CONFIG).checksum()
@@ -68,6 +77,8 @@ def test_checksum_repeats_and_sees_seed_and_kind():
         {"value": "hadamard", "seed": 1},
         {"down": "hadamard"},
         {"down": "hadamard", "seed": 1},
+        {"down": "hadamard", "down_block_size": 8},
+        {"down": "hadamard", "down_block_size": 16},
     ]
     assert len({checksum(**case) for case in cases}) == len(cases)
     assert checksum(residual="hadamard") == checksum(residual="hadamard")
@@ -79,6 +90,16 @@ def test_checksum_repeats_and_sees_seed_and_kind():
         (Rotation(residual="hadamard"), {"hidden_size": 18}, "rotation.residual=hadamard: .*dct"),
         (Rotation(value="hadamard"), {"head_dim": 9}, "rotation.value=hadamard: .*order 9.*dct"),
         (Rotation(down="hadamard"), {"intermediate_size": 92}, "down=hadamard: .*down=none"),
+        (
+            Rotation(down="hadamard", down_block_size=12),
+            {},
+            "rotation.down_block_size=12 does not divide the 80 features",
+        ),
+        (
+            Rotation(down="hadamard", down_block_size=10),
+            {},
+            "rotation.down_block_size=10: no Hadamard matrix of order 10",
+        ),
     ],
 )
 def test_missing_order_names_the_key_and_the_way_out(rotation, sizes, message):

@@ -17,6 +17,7 @@ from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import Basis
+from rotq.rotations.hadamard import hadamard
 
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),
@@ -24,6 +25,7 @@ ROTATIONS = {
     "R2": Rotation(value="hadamard"),
     "R2-dct": Rotation(value="dct"),
     "R4": Rotation(down="hadamard"),
+    "R4-blocks": Rotation(down="hadamard", down_block_size=8),
     "R3": Rotation(attention="hadamard"),
     "R2-R3-R4": Rotation(value="hadamard", attention="hadamard", down="hadamard"),
     "R1-R2-R4": Rotation(residual="hadamard", value="dct", down="hadamard", seed=7),
@@ -175,9 +177,26 @@ def test_down_rotation_replaces_every_down_projection():
     assert all(type(down) is OnlineLinear for down in downs)
     assert [down.in_features for down in downs] == [80, 24, 24, 24, 24]
     assert torch.equal(downs[1].input_signs, downs[2].input_signs)
+    assert [len(down.input_signs) for down in downs] == [80, 24, 24, 24, 24]
     # the same paths, so that everything downstream finds them
     names = {site.name for site in skeleton.adapter.sites(mixture)}
     assert {"down.0", "down.3"} <= names
+
+
+def test_blocks_of_the_down_rotation_are_turned_alike_and_apart():
+    source = MemorySource(tiny_model("llama"))
+    skeleton = Skeleton.open(source)
+    rotation = Rotation(down="hadamard", down_block_size=16)
+    basis = build_basis(rotation, skeleton.adapter, skeleton.config)
+    block = skeleton.load_block(0, source, device="cpu", dtype=torch.float64)
+    original = block.mlp.down_proj.weight.clone()
+    fuse_block(block, skeleton.adapter, basis, 0)
+    down = block.mlp.down_proj
+    turned_KK = down.prepare_input(torch.eye(80, dtype=torch.float64))
+    block_RR = down.input_signs.double()[:, None] * hadamard(16).double() / 4
+    expected_KK = torch.block_diag(*[block_RR] * 5)
+    torch.testing.assert_close(turned_KK, expected_KK, rtol=0, atol=1e-14)
+    torch.testing.assert_close(down.weight, original @ expected_KK, rtol=0, atol=1e-14)
 
 
 def test_fp32_weights_are_rotated_in_fp64():

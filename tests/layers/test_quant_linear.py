@@ -66,7 +66,7 @@ def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, b
         torch.ones(20) if bias else None,
         random_signs(40, 0) if rotated else None,
     )
-    empty = QuantLinear(40, 20, grid, bias=bias, rotated=rotated)
+    empty = QuantLinear(40, 20, grid, bias=bias, rotation_size=40 if rotated else None)
     assert {n: (t.shape, t.dtype) for n, t in empty.state_dict().items()} == {
         n: (t.shape, t.dtype) for n, t in packed.state_dict().items()
     }
@@ -78,11 +78,11 @@ def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, b
 @pytest.mark.parametrize("rotated", [False, True])
 def test_inputs_are_rounded_behind_their_rotation(rotated: bool) -> None:
     grid = ActivationGrid(bits=3, symmetric=False)
-    signs_K = random_signs(40, 0) if rotated else None
+    signs_R = random_signs(40, 0) if rotated else None
     quantized = random_quantized(20, 40, W4)
-    layer = QuantLinear.from_quantized(quantized, signs_K=signs_K, input_grid=grid)
+    layer = QuantLinear.from_quantized(quantized, signs_R=signs_R, input_grid=grid)
     x = random_input(40)
-    turned = rotate_input(x, signs_K) if signs_K is not None else x
+    turned = rotate_input(x, signs_R) if signs_R is not None else x
     expected = F.linear(fake_quantize(turned, grid), quantized.dequantize())
     assert torch.equal(layer(x), expected)
     dense = layer.dense(torch.float32)
@@ -103,10 +103,10 @@ def test_nothing_dense_is_kept() -> None:
 
 
 def test_packed_rotated_layer() -> None:
-    quantized, signs_K = random_quantized(20, 48, W4), random_signs(48, 3)
-    layer = QuantLinear.from_quantized(quantized, None, signs_K)
+    quantized, signs_R = random_quantized(20, 48, W4), random_signs(48, 3)
+    layer = QuantLinear.from_quantized(quantized, None, signs_R)
     x = random_input(48)
-    expected = F.linear(rotate_input(x, signs_K), quantized.dequantize())
+    expected = F.linear(rotate_input(x, signs_R), quantized.dequantize())
     assert torch.equal(layer(x), expected)
     dense = layer.dense(torch.float32)
     assert isinstance(dense, OnlineLinear)

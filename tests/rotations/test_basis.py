@@ -22,6 +22,7 @@ def full_basis():
         residual_DD=numbers(48, 48),
         value=(numbers(2, 16, 16), numbers(2, 16, 16, seed=1)),
         down="hadamard",
+        down_block_size=16,
         down_seed=7,
         scales=(layer_scales(), layer_scales(1)),
     )
@@ -31,7 +32,7 @@ def test_tensors_come_back_by_name():
     basis = full_basis()
     named = basis.tensors()
     assert len(named) == 3 + 2 * len(SCALINGS)
-    again = Basis(down="hadamard", down_seed=7).with_tensors(named)
+    again = Basis(down="hadamard", down_block_size=16, down_seed=7).with_tensors(named)
     assert again.tensors().keys() == named.keys()
     assert all(again.tensors()[name] is tensor for name, tensor in named.items())
     assert (again.down, again.down_seed) == (basis.down, basis.down_seed)

@@ -1,5 +1,8 @@
 """Constants and tokens for the tests of the KV cache, as calibration would make them; pages."""
 
+import math
+from dataclasses import replace
+
 import torch
 
 from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
@@ -123,3 +126,20 @@ def assert_same_pages(actual: KVPages, expected: KVPages) -> None:
     for one, other in zip(actual.tensors(), expected.tensors(), strict=True):
         # bytes, as dirty fp16 is NaN
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def in_blocks(form: KVFormat, num_pages: int, num_heads: int) -> tuple[KVPages, torch.Tensor]:
+    """Pages of zeros as slices of blocks of bytes that have other bytes between them."""
+    whole = KVPages.empty(form, num_pages, num_heads)
+    names = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
+    held = {name: tensor for name in names if (tensor := getattr(whole, name)) is not None}
+    widths = {
+        name: math.prod(tensor.shape[1:]) * tensor.dtype.itemsize for name, tensor in held.items()
+    }
+    block_PC = torch.full((num_pages, sum(widths.values()) + 64), 0xA5, dtype=torch.uint8)
+    parts, at = {}, 32
+    for name, width in widths.items():
+        block_PC[:, at : at + width] = 0
+        parts[name] = block_PC[:, at : at + width].view(held[name].dtype).view(held[name].shape)
+        at += width
+    return replace(whole, **parts), block_PC

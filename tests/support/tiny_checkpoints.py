@@ -84,6 +84,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
     rotated: bool = False,
+    block_size: int | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     max_shard_bytes: int = 10**9,
@@ -92,6 +93,7 @@ def write_checkpoint(
 
     Args:
         rotated: The input of every down projection is rotated.
+        block_size: In diagonal blocks of so many features.
     """
     source, out = folder / "source", folder / "out"
     out.mkdir(parents=True)
@@ -115,13 +117,13 @@ def write_checkpoint(
         N, K = linear.weight.shape
         quantized = random_quantized(N, K, grid, stored, seed=number)
         linear.weight.data = quantized.dequantize(dtype)
-        signs_K = None
+        signs_R = None
         if rotated and name.endswith("down_proj"):
-            signs_K = random_signs(K, number)
+            signs_R = random_signs(block_size or K, number)
             turned.append(name)
-        layer = OnlineLinear.wrap(linear, signs_K=signs_K, input_grid=inputs)
+        layer = OnlineLinear.wrap(linear, signs_R=signs_R, input_grid=inputs)
         model.set_submodule(name, layer)
-        tensors |= packed_tensors(name, quantized, signs_K)
+        tensors |= packed_tensors(name, quantized, signs_R)
     put_online_heads(model, heads)
     tied = model.all_tied_weights_keys
     for name, tensor in model.state_dict().items():
@@ -138,9 +140,11 @@ def write_checkpoint(
         [name for name, _ in linears if name not in layers],
         format,
         turned,
+        block_size=block_size,
         inputs=inputs,
         heads=heads,
         prefix=model.base_model_prefix,
+        stored_name=opened.stored_name,
     )
     write_metadata(
         out,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tiny_models import CONFIGS
 
+from rotq.checkpoint.load import load_model
+
 Answer = tuple[list[int], list[float]]
 """Tokens and their log probabilities."""
 
@@ -36,10 +38,18 @@ CONFIGS["llama-wide-biases"] = (
 CONFIGS["llama-bytes"] = ("LlamaConfig", {**WIDE, "vocab_size": 258})
 CONFIGS["llama-uneven"] = ("LlamaConfig", {**WIDE, "intermediate_size": 320})
 CONFIGS["mistral-wide"] = ("MistralConfig", {**WIDE, "sliding_window": 100})
+_MOE = {**WIDE, "num_experts_per_tok": 2}
 CONFIGS["qwen3-moe-wide"] = (
     "Qwen3MoeConfig",
-    {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    {**_MOE, "num_experts": 4, "moe_intermediate_size": 128},
 )
+CONFIGS["qwen3-moe-narrow"] = (
+    "Qwen3MoeConfig",
+    {**_MOE, "num_experts": 4, "moe_intermediate_size": 40},
+)
+CONFIGS["mixtral-wide"] = ("MixtralConfig", {**_MOE, "num_local_experts": 4})
+CONFIGS["olmoe-wide"] = ("OlmoeConfig", {**_MOE, "num_experts": 4})
+CONFIGS["gpt-oss-wide"] = ("GptOssConfig", {**_MOE, "num_local_experts": 4})
 
 
 @contextmanager
@@ -65,7 +75,9 @@ def engine(model: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: Any, prompts: list[list[int]], tokens: int = 12) -> list[Answer]:
+def ask(
+    llm: Any, prompts: list[list[int]], tokens: int = 12, lora_request: Any = None
+) -> list[Answer]:
     """Greedy answers to prompts that are sent together."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -75,11 +87,31 @@ def ask(llm: Any, prompts: list[list[int]], tokens: int = 12) -> list[Answer]:
     )
     given = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     found = []
-    for request in llm.generate(given, asked, use_tqdm=False):
+    for request in llm.generate(given, asked, use_tqdm=False, lora_request=lora_request):
         answer = request.outputs[0]
         pairs = zip(answer.token_ids, answer.logprobs, strict=True)
         found.append((list(answer.token_ids), [each[token].logprob for token, each in pairs]))
     return found
+
+
+def assert_equal_to_transformers(
+    path: Path, prompts: list[list[int]], answers: list[Answer], near: float = 1e-4
+) -> None:
+    """All greedy tokens equal those of transformers on the same file, log p within ``near``."""
+    assert_equal_to_model(load_model(path), prompts, answers, near)
+
+
+@torch.no_grad()
+def assert_equal_to_model(
+    model: Any, prompts: list[list[int]], answers: list[Answer], near: float = 1e-4
+) -> None:
+    """The same of a model of transformers."""
+    for prompt, (tokens, found) in zip(prompts, answers, strict=True):
+        ids_1T = torch.tensor([prompt + tokens])
+        log_p = model(ids_1T).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        assert log_p.argmax(-1).tolist() == tokens
+        expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=near)
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rotq.vllm.passes import Request, batches, end_at_block, requests_of
+from rotq.vllm.passes import Request, batches, requests_of, tokens_to_run
 
 
 def test_requests_of_a_batch() -> None:
@@ -36,17 +36,20 @@ def test_single_tokens_are_one_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "before", "length", "kept"),
+    ("number", "before", "prompt", "kept"),
     [
         (100, 0, 300, 64),
         (100, 64, 300, 64),
         (100, 64, 164, 100),
         (40, 0, 300, 0),
         (40, 64, 300, 0),
-        (1, 170, 171, 1),
+        (1, 170, 170, 1),
+        (9, 170, 170, 1),
+        (30, 150, 170, 20),
+        (0, 170, 170, 0),
         (64, 0, 300, 64),
         (30, 40, 300, 24),
     ],
 )
-def test_prompts_are_cut_where_blocks_end(number: int, before: int, length: int, kept: int) -> None:
-    assert end_at_block(number, before, length, 64) == kept
+def test_prompts_are_cut_where_blocks_end(number: int, before: int, prompt: int, kept: int) -> None:
+    assert tokens_to_run(number, before, prompt, 64) == kept

@@ -22,8 +22,12 @@ def windows(config: Any) -> list[int]:
     """
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise RotqError(f"{config.model_type}: no cache of rotq's for chunked attention")
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as kind:  # of a layer that transformers itself has no such cache for
+        raise RotqError(f"{config.model_type}: no cache of rotq's for layers of {kind}") from None
     found = []
-    for layer in DynamicCache(config=config).layers:
+    for layer in layers:
         if type(layer) is DynamicLayer:
             found.append(0)
         elif type(layer) is DynamicSlidingWindowLayer:

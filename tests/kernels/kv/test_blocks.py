@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kv_cases import paged_slots, tokens_of, transform_of
+from kv_cases import in_blocks, paged_slots, tokens_of, transform_of
 from torch import Tensor
 
 from rotq_kernels.kv.attention import (
@@ -27,23 +27,6 @@ FORMATS = {
 HEADS = 2
 Encode = Callable[[Tensor, Tensor, Tensor, Tensor, KVConstants, KVPages], None]
 Attend = Callable[..., Tensor]
-
-
-def in_blocks(form: KVFormat, num_pages: int) -> tuple[KVPages, Tensor]:
-    """Pages of zeros as slices of blocks of bytes that have other bytes between them."""
-    whole = KVPages.empty(form, num_pages, HEADS)
-    names = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
-    widths = {
-        name: getattr(whole, name)[0].nbytes for name in names if getattr(whole, name) is not None
-    }
-    block_PC = torch.full((num_pages, sum(widths.values()) + 64), 0xA5, dtype=torch.uint8)
-    parts, at = {}, 32
-    for name, width in widths.items():
-        tensor = getattr(whole, name)
-        block_PC[:, at : at + width] = 0
-        parts[name] = block_PC[:, at : at + width].view(tensor.dtype).view(tensor.shape)
-        at += width
-    return replace(whole, **parts), block_PC
 
 
 def encoded(form: KVFormat, pages: KVPages, encode: Encode) -> tuple[KVConstants, Tensor]:
@@ -80,7 +63,10 @@ def asked(form: KVFormat, tokens: int) -> tuple[Tensor, Tensor]:
 def test_tokens_are_written_into_blocks(name: str, encode: Encode) -> None:
     form = FORMATS[name]
     num_pages = paged_slots(LENGTHS, form.page_size)[2]
-    whole, (pages, block_PC) = KVPages.empty(form, num_pages, HEADS), in_blocks(form, num_pages)
+    whole, (pages, block_PC) = (
+        KVPages.empty(form, num_pages, HEADS),
+        in_blocks(form, num_pages, HEADS),
+    )
     assert pages.has_whole_pages
     assert not pages.k_codes.is_contiguous()
     for target in (whole, pages):
@@ -98,7 +84,7 @@ def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
     num_pages = paged_slots(LENGTHS, form.page_size)[2]
     q_BMTD, position_BT = asked(form, tokens)
     answers = []
-    for pages in (KVPages.empty(form, num_pages, HEADS), in_blocks(form, num_pages)[0]):
+    for pages in (KVPages.empty(form, num_pages, HEADS), in_blocks(form, num_pages, HEADS)[0]):
         history = history_of(pages, *encoded(form, pages, encode_kv_reference))
         answers.append(attend(q_BMTD, position_BT, history, scale=0.2))
     assert torch.equal(*answers)

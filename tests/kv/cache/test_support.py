@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, random_ids, tiny_model
 
 from rotq.errors import RotqError
 from rotq.kv.cache.packed_cache import PackedCache
+from rotq.kv.cache.support import windows
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.calibration.file import KVCalibration, hash_config
 from rotq.kv.presets import preset
@@ -91,3 +92,10 @@ def test_other_layers_than_attention() -> None:
     calibration = replace(calibration, model_hash=hash_config(config))
     with pytest.raises(RotqError, match=r"no cache of rotq's for"):
         PackedCache(model, calibration)
+
+
+def test_layers_of_a_kind_that_transformers_has_no_cache_for() -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    config.layer_types = ["heavily_compressed_attention"]
+    with pytest.raises(RotqError, match="no cache of rotq's for layers of 'heavily_compressed"):
+        windows(config)

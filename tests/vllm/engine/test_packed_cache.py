@@ -107,6 +107,66 @@ def test_a_beginning_is_found(model: Path) -> None:
     assert counts == [0, 128, 64]
 
 
+def test_an_answer_is_not_found_as_a_prompt(model: Path) -> None:
+    """Its tokens were run one by one, a prompt's are run by blocks."""
+    (prompt,) = prompts_of(100)
+    with packed(model, "k3v3") as llm:
+        ((tokens, _),) = ask(llm, [prompt], tokens=100)
+        (found,) = ask(llm, [prompt + tokens])
+    with packed(model, "k3v3") as llm:
+        (expected,) = ask(llm, [prompt + tokens])
+    assert found == expected
+
+
+def test_what_is_run_again_is_run_as_it_was(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that loses its blocks in the middle of its answer, and what was found in them."""
+    from rotq.vllm.scheduler import BlockScheduler
+
+    schedule, steps = BlockScheduler.schedule, 0
+
+    def forgetful(scheduler: Any, *args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 40:
+            assert scheduler.running[0].num_output_tokens > 30
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+        return schedule(scheduler, *args)
+
+    (prompt,) = prompts_of(100)
+    with packed(model, "k3v3") as llm:
+        expected = ask(llm, [prompt], tokens=60)
+        llm.reset_prefix_cache()
+        monkeypatch.setattr(BlockScheduler, "schedule", forgetful)
+        found = ask(llm, [prompt], tokens=60)
+    # the prompt, its answer, and the first part of that again
+    assert steps > 90
+    assert found == expected
+
+
+def test_requests_that_give_their_blocks_to_others(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt, preempted = Scheduler._preempt_request, []
+
+    def counted(scheduler: Any, request: Any, *args: Any, **more: Any) -> None:
+        preempted.append(request.num_output_tokens)
+        preempt(scheduler, request, *args, **more)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    prompts = prompts_of(100, 70, 90)
+    with packed(model, "k3v3", num_gpu_blocks_override=8, max_model_len=256) as llm:
+        together = ask(llm, prompts, tokens=80)
+    assert max(preempted) > 10
+    for prompt, (tokens, found) in zip(prompts, together, strict=True):
+        log_p = by_packed_cache(model, "k3v3", prompt, tokens)
+        assert log_p.argmax(-1).tolist() == tokens
+        # in long answers several codes flip; run as prompts they would be ten times as far off
+        expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=5 * FLIPPED)
+
+
 def test_prompts_that_share_a_budget(model: Path) -> None:
     """The scheduler's cuts are moved to the ends of blocks."""
     prompts = prompts_of(150, 90, 333)

@@ -44,8 +44,20 @@ def test_packed_weights_and_cache(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_rotated_inputs_are_gathered(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, format="rotq", rotated=True)
+def test_pipeline(checkpoint: Callable[..., Path]) -> None:
+    """One sequence at a time; with more, or without a compiler's warm-up, vLLM itself fails."""
+    path = checkpoint(3)
+    with engine(path, **KV) as llm:
+        expected = [ask(llm, [prompt])[0] for prompt in prompts_of(*LENGTHS)]
+    options = {"pipeline_parallel_size": 2, "max_num_seqs": 1, **KV}
+    options |= {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    assert_same(answers_of(path, **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [None, 64], ids=["gathered", "blocks"])
+def test_rotated_inputs(block_size: int | None, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(4, format="rotq", rotated=True, block_size=block_size)
     with engine(path) as llm:
         expected = ask(llm, prompts_of(*LENGTHS))
     assert_same(answers_of(path, tensor_parallel_size=2), expected)

@@ -36,6 +36,17 @@ def configure(model: Path, **options: Any) -> Any:
         ({"attention_backend": "CUSTOM"}, "wants to know which"),
         ({"additional_config": KV, "attention_backend": "CPU_ATTN"}, "backend CPU_ATTN"),
         ({"additional_config": KV, "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        (
+            {
+                "additional_config": KV,
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 2,
+                },
+            },
+            "speculative decoding",
+        ),
         ({"additional_config": KV, "block_size": 32}, "--block-size 32 is no multiple of 64"),
         (
             {"additional_config": KV, "max_num_batched_tokens": 100},
@@ -63,15 +74,6 @@ def test_without_one_nothing_changes(model: Path) -> None:
     config = configure(model)
     assert config.attention_config.backend is None
     assert config.scheduler_config.scheduler_cls is None
-
-
-def test_packed_experts(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, family="qwen3-moe-wide")
-    with (
-        pytest.raises(RotqError, match="experts: vLLM does not run packed experts here"),
-        engine(path),
-    ):
-        pass
 
 
 def test_rounded_keys_and_values(checkpoint: Callable[..., Path]) -> None:

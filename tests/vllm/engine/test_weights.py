@@ -2,28 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from vllm_engines import ask, engine, prompts_of
+from vllm_engines import ask, assert_equal_to_transformers, engine, prompts_of
 
-from rotq.checkpoint.load import load_model
 from rotq.formats.activations import ActivationGrid
 
 PROMPTS = prompts_of(3, 70, 150)
-
-
-@torch.no_grad()
-def assert_equal_to_transformers(path: Path, answers: list[Any], near: float = 1e-4) -> None:
-    """All greedy tokens equal, log probabilities within ``near``."""
-    model = load_model(path)
-    for prompt, (tokens, found) in zip(PROMPTS, answers, strict=True):
-        ids_1T = torch.tensor([prompt + tokens])
-        log_p = model(ids_1T).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        assert log_p.argmax(-1).tolist() == tokens
-        expected = log_p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -35,25 +20,31 @@ def test_widths(
     path = checkpoint(bits, group_size, symmetric=symmetric)
     with engine(path) as llm:
         answers = [answer for prompt in PROMPTS for answer in ask(llm, [prompt])]
-    assert_equal_to_transformers(path, answers)
+    assert_equal_to_transformers(path, PROMPTS, answers)
 
 
 def test_unpacked_once(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(3)
     with engine(path, additional_config={"rotq_linear": "once"}) as llm:
-        assert_equal_to_transformers(path, ask(llm, PROMPTS))
+        assert_equal_to_transformers(path, PROMPTS, ask(llm, PROMPTS))
 
 
-@pytest.mark.parametrize("inputs", [None, ActivationGrid(bits=8, symmetric=True)], ids=str)
-def test_the_rotq_format(inputs: ActivationGrid | None, checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(4, format="rotq", rotated=True, inputs=inputs)
+@pytest.mark.parametrize(
+    ("block_size", "inputs"),
+    [(None, None), (64, None), (None, ActivationGrid(bits=8, symmetric=True))],
+    ids=str,
+)
+def test_the_rotq_format(
+    block_size: int | None, inputs: ActivationGrid | None, checkpoint: Callable[..., Path]
+) -> None:
+    path = checkpoint(4, format="rotq", rotated=True, block_size=block_size, inputs=inputs)
     with engine(path) as llm:
         answers = ask(llm, PROMPTS, tokens=12 if inputs is None else 1)
     # inputs that are rounded flip by the last bits of sums
-    assert_equal_to_transformers(path, answers, near=1e-4 if inputs is None else 0.05)
+    assert_equal_to_transformers(path, PROMPTS, answers, near=1e-4 if inputs is None else 0.05)
 
 
 def test_biases(checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(5, family="llama-wide-biases")
     with engine(path) as llm:
-        assert_equal_to_transformers(path, ask(llm, PROMPTS))
+        assert_equal_to_transformers(path, PROMPTS, ask(llm, PROMPTS))
