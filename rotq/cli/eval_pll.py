@@ -18,13 +18,11 @@ from rotq.cli.options import (
     output_options,
 )
 from rotq.devices import AUTO
-from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.calibration.fasta import Record
     from rotq.checkpoint.location import Location
     from rotq.evaluation.pseudo_perplexity import PLLProtocol
-    from rotq.evaluation.representations import OriginalBasis
 
 
 @click.command("pll")
@@ -137,6 +135,7 @@ def measure_pll(
     """
     from rotq.calibration.limits import Limits
     from rotq.calibration.residues import ResidueCodec
+    from rotq.evaluation.basis import basis_of, is_rotated
     from rotq.evaluation.pseudo_perplexity import evaluate_pll
     from rotq.evaluation.representations import compare_representations
     from rotq.models.limits import limits_of
@@ -145,6 +144,8 @@ def measure_pll(
     named = [model for model in (checkpoint, reference) if model is not None]
     for place in named:
         check_masked(place, trust_remote_code=trust_remote_code)
+    if representations:
+        is_rotated(checkpoint.path)  # one that was trained is refused
     for place in named:
         model, tokenizer = load(
             place,
@@ -177,7 +178,7 @@ def measure_pll(
                 models[1],
                 protocol.cut(records),
                 codecs[0],
-                basis=_basis(checkpoint.path, models[0], models[1]),
+                basis=basis_of(checkpoint.path, models[0], models[1]),
             )
             found[name] |= agreement.to_dict()
     return found
@@ -193,25 +194,3 @@ def _records(fasta: Path | None) -> dict[str, list[Record]]:
     if proteins.oddities():
         say([f"{fasta}: {proteins.describe()}"])
     return {fasta.name: list(proteins.records)}
-
-
-def _basis(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
-    """What the checkpoint's recipe did to the hidden states; None where it left them alone."""
-    from rotq.evaluation.representations import OriginalBasis
-    from rotq.fusion.draw import build_basis
-    from rotq.models.registry import adapter_for
-    from rotq.recipe import load_rotation
-
-    file = checkpoint / "rotq_recipe.yaml"
-    if not file.is_file():
-        return None
-    adapter = adapter_for(model)
-    try:
-        rotation = load_rotation(file)
-    except ValueError as error:
-        raise RotqError(str(error)) from None
-    R_DD = build_basis(rotation, adapter, model.config).residual_DD
-    if R_DD is None:
-        return None
-    norm = reference.get_submodule(adapter.final_norm)
-    return OriginalBasis(R_DD=R_DD, gain_D=norm.weight, added_D=norm.bias)

@@ -7,7 +7,7 @@ so that a job repeats from its own output.
 
 from rotq.recipe.calibration import Calibration, Importance
 from rotq.recipe.notation import read_mapping, write_yaml
-from rotq.recipe.reading import Given, from_dict, load_recipe, load_rotation, resolve
+from rotq.recipe.reading import Given, from_dict, load_bases, load_recipe, resolve
 from rotq.recipe.sections import (
     Activations,
     KVCache,
@@ -35,8 +35,8 @@ __all__ = [
     "Tuning",
     "Weights",
     "from_dict",
+    "load_bases",
     "load_recipe",
-    "load_rotation",
     "read_mapping",
     "resolve",
     "write_yaml",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rotq.recipe.notation import read_mapping, read_yaml
 from rotq.recipe.sections import Rotation, shown
+from rotq.recipe.training import Transform
 from rotq.recipe.whole import Recipe
 
 _EXACT = 2**53
@@ -73,17 +74,19 @@ def resolve(path: Path | None, given: Sequence[Given]) -> Recipe:
         raise ValueError(f"{origin}: {error}" if origin else str(error)) from None
 
 
-def load_rotation(path: Path) -> Rotation:
-    """The section ``rotation`` of a checkpoint's recipe; the others may be an older rotq's.
+def load_bases(path: Path) -> tuple[Rotation, Transform]:
+    """The sections of a checkpoint's recipe that say its bases; others may be an older rotq's.
 
     Raises:
         ValueError: as ``load_recipe``; the line begins with the file.
     """
-    section = read_mapping(path).get("rotation", {})
+    whole = read_mapping(path)
+    sections = {name: whole.get(name, {}) for name in ("rotation", "transform")}
     try:
-        return from_dict({"rotation": section}).rotation
+        found = from_dict(sections)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return found.rotation, found.transform
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

@@ -145,3 +145,19 @@ def test_a_model_is_spread_as_eval_ppl_spreads_it(model: Path) -> None:
         assert refused.exit_code == 2
         assert refused.stderr.startswith("rotq: error: No such option '--device-map'")
         assert refused.stderr.count("\n") == 1
+
+
+def test_a_trained_basis_is_not_taken_for_the_drawn_one(
+    model: Path, quantized: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(quantized, trained)
+    recipe = trained / "rotq_recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("method: fixed", "method: optrot"))
+    for asked in (
+        ["eval", "pll", trained, "--groups", "--reference", model, "--representations"],
+        ["embed", trained, "--fasta", model / "p.fasta", "-o", tmp_path / "o.npz"],
+    ):
+        done = run(*asked)
+        assert done.exit_code == 1
+        assert "was trained (transform.method=optrot) and is not kept" in done.stderr

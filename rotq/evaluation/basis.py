@@ -1,0 +1,83 @@
+"""What a checkpoint's recipe did to the hidden states, so that it can be taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.evaluation.representations import OriginalBasis
+from rotq.fusion.draw import build_basis
+from rotq.models.registry import adapter_for
+from rotq.recipe import Rotation, load_bases
+
+RECIPE = "rotq_recipe.yaml"
+
+
+def is_rotated(checkpoint: Path) -> bool:
+    """Whether the residual stream of a checkpoint is in another basis than its original's.
+
+    Raises:
+        RotqError: its recipe cannot be read, or that basis was trained: it stands nowhere.
+    """
+    return _rotation(checkpoint) is not None
+
+
+def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
+    """Of the last hidden states, behind the final norm; None where the recipe left them alone.
+
+    Args:
+        checkpoint: Folder of ``model``.
+        model: A language model of transformers.
+        reference: The original, which has the gain of the final norm.
+
+    Raises:
+        RotqError: as ``is_rotated``.
+    """
+    R_DD = _residual(checkpoint, model)
+    if R_DD is None:
+        return None
+    path = adapter_for(model).final_norm
+    norm, own = reference.get_submodule(path), model.get_submodule(path)
+    bias_D, kept_D = getattr(norm, "bias", None), getattr(own, "bias", None)
+    # where no reader could take the norm's bias, it is in what the norm gives, and turns with it
+    inside = kept_D is not None and bool(kept_D.any())
+    return OriginalBasis(R_DD=R_DD, gain_D=norm.weight, added_D=None if inside else bias_D)
+
+
+def inner_basis_of(checkpoint: Path, model: Any) -> OriginalBasis | None:
+    """Of the hidden states between blocks, which no norm's gain is in; as ``basis_of``."""
+    R_DD = _residual(checkpoint, model)
+    if R_DD is None:
+        return None
+    return OriginalBasis(R_DD=R_DD, gain_D=torch.ones(len(R_DD)), added_D=None)
+
+
+def _residual(checkpoint: Path, model: Any) -> Tensor | None:
+    rotation = _rotation(checkpoint)
+    if rotation is None:
+        return None
+    return build_basis(rotation, adapter_for(model), model.config).residual_DD
+
+
+def _rotation(checkpoint: Path) -> Rotation | None:
+    """None where the residual stream is as it was."""
+    file = checkpoint / RECIPE
+    if not file.is_file():
+        return None
+    try:
+        rotation, transform = load_bases(file)
+    except ValueError as error:
+        raise RotqError(str(error)) from None
+    if rotation.residual == "none":
+        return None
+    if transform.method != "fixed":
+        raise RotqError(
+            f"{checkpoint}: its rotation of the residual stream was trained "
+            f"(transform.method={transform.method}) and is not kept: hidden states cannot be led "
+            "back to the original basis"
+        )
+    return rotation
