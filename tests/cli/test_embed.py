@@ -41,7 +41,7 @@ def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_fasta(tmp_path_factory.mktemp("fasta") / "p.fasta", PROTEINS)
 
 
-@pytest.fixture(scope="module", params=["esm", "esmc"])
+@pytest.fixture(scope="module", params=["esm", "esmc", "gpt2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With gains and biases of its own in every norm."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -64,6 +64,7 @@ def rotated(model: Path, fasta: Path) -> Iterator[Path]:
         out = model.with_name(f"{model.name}-out")
         small = ["--num-samples", "8", "--seq-len", "32", "--set", "weights.group_size=16"]
         turned = ["--set", "rotation.residual=hadamard", "--set", "weights.bits=8"]
+        turned += ["--set", "output.format=rotq"]
         done = run("quantize", model, *small, *turned, "--calibration", fasta, "-o", out)
         assert done.exit_code == 0, done.output
         yield out
@@ -71,9 +72,9 @@ def rotated(model: Path, fasta: Path) -> Iterator[Path]:
 
 def plain(folder: Path, layer: int) -> dict[str, Any]:
     """Hidden states one protein at a time, special tokens cut off."""
-    from transformers import AutoModelForMaskedLM
+    import rotq
 
-    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    model = rotq.load(folder)
     tokenizer = esm_tokenizer(folder)
     found = {}
     for number, sequence in enumerate(PROTEINS):
