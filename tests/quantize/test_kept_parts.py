@@ -75,6 +75,11 @@ def test_mtp_is_copied_and_named_and_experts_are_counted(checkpoint: Path, tmp_p
     assert JobReport.from_dict(report.to_dict()) == report
 
 
+def test_mtp_is_copied_where_scales_are_tuned(checkpoint: Path, tmp_path: Path) -> None:
+    _, stored = quantized(checkpoint, tmp_path / "out", "w3", tuning__steps=1, tuning__seq_len=32)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in MTP.items())
+
+
 def test_a_rotated_stream_fits_no_mtp(checkpoint: Path, tmp_path: Path) -> None:
     rotated = {"rotation__residual": "hadamard"}
     report, stored = quantized(checkpoint, tmp_path / "out", "rtn", **rotated)
