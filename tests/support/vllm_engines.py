@@ -49,7 +49,6 @@ CONFIGS["qwen3-moe-narrow"] = (
 )
 CONFIGS["mixtral-wide"] = ("MixtralConfig", {**_MOE, "num_local_experts": 4})
 CONFIGS["olmoe-wide"] = ("OlmoeConfig", {**_MOE, "num_experts": 4})
-CONFIGS["gpt-oss-wide"] = ("GptOssConfig", {**_MOE, "num_local_experts": 4})
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm_engines import ask, assert_equal_to_transformers, engine, prompts_of
 
 from rotq.errors import RotqError
+from rotq.vllm.experts import RotqExpertsMethod
 
 PROMPTS = prompts_of(3, 70)
 
@@ -49,16 +52,31 @@ def test_the_rotq_format_without_online_steps(checkpoint: Callable[..., Path]) -
             {"family": "qwen3-moe-wide", "format": "rotq", "rotated": True},
             "rotated or rounded are not run",
         ),
-        ({"family": "gpt-oss-wide"}, "swigluoai"),
         ({"family": "qwen3-moe-narrow", "group_size": -1}, "40 zero points of 3 bits"),
     ],
-    ids=["rotated", "activation", "shards"],
+    ids=["rotated", "shards"],
 )
 def test_what_is_refused(
     options: dict[str, Any], message: str, checkpoint: Callable[..., Path]
 ) -> None:
     with pytest.raises(RotqError, match=message), engine(checkpoint(3, **options)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("activation", "limit", "message"),
+    [("swigluoai", None, "with swigluoai are not run"), ("silu", 7.0, "silu with a limit are not")],
+)
+def test_other_activations_are_refused(activation: str, limit: float | None, message: str) -> None:
+    method: Any = RotqExpertsMethod.__new__(RotqExpertsMethod)
+    method.moe = SimpleNamespace(is_act_and_mul=True, is_lora_enabled=False)
+    method.num_bits, method.group_size, method.symmetric = 4, 32, True
+    layer = SimpleNamespace(
+        layer_name="experts", activation=MoEActivation(activation), swiglu_limit=limit
+    )
+    sizes = {"num_experts": 4, "hidden_size": 64, "intermediate_size_per_partition": 64}
+    with pytest.raises(RotqError, match=message):
+        method.create_weights(layer, **sizes)
 
 
 def test_adapters_on_experts_are_refused(checkpoint: Callable[..., Path]) -> None:
