@@ -6,14 +6,13 @@ the model is loaded.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from rotq.checkpoint.scheme import read_scheme
 from rotq.errors import RotqError
-from rotq.kv.cache.support import check_served, windows
+from rotq.kv.cache.support import check_calibrated, windows
 from rotq.vllm.settings import load_kv, read_settings
 
 BLOCK_SIZE = 128
@@ -50,9 +49,9 @@ def prepare(config: Any) -> None:
     if config.model_config is None:
         return
     _refuse(config)
-    model = SimpleNamespace(config=config.model_config.hf_config)
-    check_served(model, load_kv(settings.kv, model.config))
-    windows(model.config.get_text_config(decoder=True))
+    whole = config.model_config.hf_config
+    check_calibrated(whole, load_kv(settings.kv, whole))
+    windows(whole.get_text_config(decoder=True))
     config.attention_config.backend = AttentionBackendEnum.CUSTOM
     _set_block_size(config.cache_config)
     _set_scheduler(config)

@@ -10,6 +10,7 @@ the loading of packed weights, whose failures name nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from vllm.config import get_current_vllm_config
@@ -149,10 +150,9 @@ def _choose_experts(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     def chosen(*args: Any, **more: Any) -> Any:
         if not current_platform.is_cpu():
-            try:
+            # no kernel of theirs: the plugin's
+            with suppress(NotImplementedError, ValueError, AssertionError):
                 return theirs(*args, **more)
-            except (NotImplementedError, ValueError, AssertionError):
-                pass
         return RotqExpertsMethod(*args, **more)
 
     return chosen

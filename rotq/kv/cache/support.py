@@ -56,14 +56,14 @@ def check_heads(num_heads: int, width: int, k_BHTD: Tensor, v_BHTD: Tensor) -> N
         )
 
 
-def check_decoder(model: Any) -> Any:
+def check_decoder(whole: Any) -> Any:
     """Refuse models that are no causal decoders with plain attention; returns the text's config.
 
     Raises:
         RotqError: this is one.
     """
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or not getattr(config, "is_causal", True):
+    config = whole.get_text_config(decoder=True)
+    if whole.is_encoder_decoder or not getattr(config, "is_causal", True):
         raise RotqError(f"{config.model_type}: a packed cache is for causal decoders")
     for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, name, None):
@@ -75,17 +75,30 @@ def check_served(model: Any, calibration: KVCalibration) -> None:
     """Refuse what a packed cache would serve wrongly.
 
     Raises:
-        RotqError: the model is no causal decoder, its attention does what packed attention does
-            not, or the calibration is another model's.
+        RotqError: the model is where no kernel reads, or see ``check_calibrated``.
     """
-    config = check_decoder(model)
     device = next(model.parameters()).device.type
     if device not in ("cpu", "cuda", "meta"):
         raise RotqError(
             "packed keys and values are read by kernels for CPUs and CUDA; "
             f"the model is on {device}"
         )
-    if calibration.model_hash != hash_config(model.config):
+    check_calibrated(model.config, calibration)
+
+
+def check_calibrated(whole: Any, calibration: KVCalibration) -> None:
+    """Refuse a configuration whose keys and values are not packed rightly by these constants.
+
+    Args:
+        whole: Of a model of transformers, all of its parts.
+        calibration: Data-free or fitted.
+
+    Raises:
+        RotqError: the model is no causal decoder, its attention does what packed attention does
+            not, or the calibration is another model's.
+    """
+    config = check_decoder(whole)
+    if calibration.model_hash != hash_config(whole):
         raise RotqError("the calibration was made for another model; run rotq calibrate-kv")
     if sorted(calibration.layers) != list(range(len(kv_shapes(config)))):
         raise RotqError("the calibration does not hold every layer of the model")
