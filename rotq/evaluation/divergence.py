@@ -8,7 +8,7 @@ Shape suffixes: T positions, C positions of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,31 +16,35 @@ from torch import Tensor
 from rotq.devices import double
 from rotq.errors import RotqError
 
+PERCENTILES = {"kl_p50": 0.5, "kl_p99": 0.99, "kl_p999": 0.999}
+"""Figures of a report by the share of positions whose KL is below."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Divergence:
-    """Sums over positions, so that windows add up."""
+    """Of all positions, so that windows add up."""
 
-    kl_sum: float = 0.0
+    kl_N: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Nats, fp64 on the CPU."""
     agreements: int = 0
-    positions: int = 0
 
     def __add__(self, other: Divergence) -> Divergence:
-        return Divergence(
-            self.kl_sum + other.kl_sum,
-            self.agreements + other.agreements,
-            self.positions + other.positions,
-        )
+        return Divergence(torch.cat((self.kl_N, other.kl_N)), self.agreements + other.agreements)
 
     @property
     def kl(self) -> float:
         """Mean KL(reference || model), in nats per token."""
-        return self.kl_sum / self.positions
+        return float(self.kl_N.mean())
 
     @property
     def top1(self) -> float:
         """Share of positions where both most likely tokens are the same."""
-        return self.agreements / self.positions
+        return self.agreements / len(self.kl_N)
+
+    def percentiles(self) -> dict[str, float]:
+        """By the names of ``PERCENTILES``, between the two nearest positions."""
+        shares = torch.tensor(list(PERCENTILES.values()), dtype=torch.float64)
+        return dict(zip(PERCENTILES, self.kl_N.quantile(shares).tolist(), strict=True))
 
 
 def compare(reference_TV: Tensor, logits_TV: Tensor, *, chunk: int) -> Divergence:
@@ -59,13 +63,14 @@ def compare(reference_TV: Tensor, logits_TV: Tensor, *, chunk: int) -> Divergenc
             f"the reference has a vocabulary of {reference_TV.shape[-1]}, "
             f"the model one of {logits_TV.shape[-1]}"
         )
-    kl_sum, agreements = 0.0, 0
+    found: list[Tensor] = []
+    agreements = 0
     for reference_CV, logits_CV in zip(
         reference_TV.split(chunk), logits_TV.split(chunk), strict=True
     ):
         log_p_CV = torch.log_softmax(reference_CV.float(), dim=-1)
         log_q_CV = torch.log_softmax(logits_CV.float(), dim=-1)
         kl_C = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(dim=-1)
-        kl_sum += float(double(kl_C).sum())
+        found.append(double(kl_C).cpu())
         agreements += int((reference_CV.argmax(dim=-1) == logits_CV.argmax(dim=-1)).sum())
-    return Divergence(kl_sum, agreements, reference_TV.shape[0])
+    return Divergence(torch.cat(found), agreements)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rotq.devices import double
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.evaluation.perplexity import CHUNK, Protocol, summed_nll, window_logits
+from rotq.evaluation.logits import CHUNK, summed_nll, window_logits
+from rotq.evaluation.perplexity import Protocol
 from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
 from rotq.models.attention.replaced import replaced_attention
 from rotq.models.limits import limits_of
@@ -38,6 +39,10 @@ class KVEvaluation:
     """To the model with an unquantized cache."""
     kl: float
     """KL(unquantized || quantized) in nats per token."""
+    kl_p50: float
+    """Half of the positions have no more, as the next two: 99 %, 99.9 %."""
+    kl_p99: float
+    kl_p999: float
     top1: float
     """Share of positions where both most likely tokens are the same."""
     cosine: float
@@ -127,6 +132,7 @@ def evaluate_kv(
             ppl=math.exp(total.nll / tokens),
             ppl_ratio=math.exp((total.nll - reference_nll) / tokens),
             kl=total.divergence.kl,
+            **total.divergence.percentiles(),
             top1=total.divergence.top1,
             cosine=total.cosine / tokens,
             bits_per_element=bits_per_element(scheme, protocol.seq_len, model.dtype),

@@ -9,29 +9,25 @@ A window begins with the protocol's special tokens, if any, and holds as many to
 fewer; they are not scored.
 Figures of different protocols, lengths or window counts do not compare.
 
-Shape suffixes: N tokens of the text, B windows, T positions, C positions of a chunk, V vocabulary.
+Shape suffixes: N tokens of the text, B windows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rotq.calibration.limits import Limits
 from rotq.calibration.tokenized import begun
-from rotq.devices import double
 from rotq.errors import RotqError
-from rotq.evaluation.divergence import Divergence, compare
-from rotq.models.limits import embedding_device, limits_of, vocabulary_of
-
-CHUNK = 256
-"""Positions whose log-probabilities are held in fp32 at a time."""
+from rotq.evaluation.divergence import PERCENTILES, Divergence, compare
+from rotq.evaluation.logits import CHUNK, summed_nll, window_logits
+from rotq.models.limits import limits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +116,10 @@ class Evaluation:
     ppl: float
     kl: float | None
     """KL(reference || model) in nats per token; None without a reference."""
+    kl_p50: float | None
+    """Half of the positions have no more, as the next two: 99 %, 99.9 %."""
+    kl_p99: float | None
+    kl_p999: float | None
     top1: float | None
     """Share of positions where both models' most likely token is the same."""
     reference_ppl: float | None
@@ -132,7 +132,19 @@ class Evaluation:
         return asdict(self)
 
 
-@torch.inference_mode()
+@dataclass(kw_only=True)
+class WindowScores:
+    """Sums of each window, in its order."""
+
+    nll: list[float] = field(default_factory=list)
+    """Nats."""
+    tokens: list[int] = field(default_factory=list)
+    """Positions that were scored."""
+    reference_nll: list[float] = field(default_factory=list)
+    """Empty without a reference, as the next."""
+    divergence: Divergence = field(default_factory=Divergence)
+
+
 def evaluate(
     model: Any,
     ids_N: Tensor,
@@ -141,6 +153,37 @@ def evaluate(
     reference: Any = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
+    """Score a text; arguments and errors as ``score_windows``."""
+    scores, described = score_windows(
+        model, ids_N, protocol=protocol, reference=reference, on_window=on_window
+    )
+    return summary(scores, described)
+
+
+def summary(scores: WindowScores, protocol: str) -> Evaluation:
+    """The figures of a whole text; ``protocol`` in a line."""
+    tokens, alone = sum(scores.tokens), not scores.reference_nll
+    divergence = scores.divergence
+    return Evaluation(
+        ppl=_exp_mean(sum(scores.nll), tokens),
+        kl=None if alone else divergence.kl,
+        **(dict.fromkeys(PERCENTILES) if alone else divergence.percentiles()),
+        top1=None if alone else divergence.top1,
+        reference_ppl=None if alone else _exp_mean(sum(scores.reference_nll), tokens),
+        tokens=tokens,
+        protocol=protocol,
+    )
+
+
+@torch.inference_mode()
+def score_windows(
+    model: Any,
+    ids_N: Tensor,
+    *,
+    protocol: Protocol,
+    reference: Any = None,
+    on_window: Callable[[int, int], None] | None = None,
+) -> tuple[WindowScores, str]:
     """Score a text, window by window; one window's logits are held at a time.
 
     Windows are cut to the positions of both models.
@@ -150,6 +193,9 @@ def evaluate(
         ids_N: int64 token ids of the whole text.
         reference: The model to compare with; same vocabulary.
         on_window: Called with windows done and windows in all.
+
+    Returns:
+        The scores, and the protocol in a line.
 
     Raises:
         RotqError: text too short, vocabularies differ, a token id outside the vocabulary, or
@@ -161,56 +207,20 @@ def evaluate(
     protocol = protocol.within(limits)
     ids_BT = protocol.cut(ids_N)
     limits.check(ids_BT)
-    nll, reference_nll, tokens = 0.0, 0.0, 0
-    divergence = Divergence()
+    scores = WindowScores()
     for window, ids_T in enumerate(ids_BT):
         first = protocol.first_scored(window)
         logits_TV = window_logits(model, ids_T)[first - 1 : -1]
         target_T = ids_T[first:].to(logits_TV.device)
-        nll += summed_nll(logits_TV, target_T)
-        tokens += target_T.numel()
+        scores.tokens.append(target_T.numel())
+        scores.nll.append(summed_nll(logits_TV, target_T))
         if reference is not None:
             reference_TV = window_logits(reference, ids_T)[first - 1 : -1].to(logits_TV.device)
-            reference_nll += summed_nll(reference_TV, target_T)
-            divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
+            scores.reference_nll.append(summed_nll(reference_TV, target_T))
+            scores.divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
         if on_window is not None:
             on_window(window + 1, len(ids_BT))
-    return Evaluation(
-        ppl=_exp_mean(nll, tokens),
-        kl=None if reference is None else divergence.kl,
-        top1=None if reference is None else divergence.top1,
-        reference_ppl=None if reference is None else _exp_mean(reference_nll, tokens),
-        tokens=tokens,
-        protocol=protocol.describe(len(ids_BT)),
-    )
-
-
-def window_logits(model: Any, ids_T: Tensor) -> Tensor:
-    """(T, V) logits of one window, on the device the model answers on.
-
-    Raises:
-        RotqError: a token id outside the embedding, or logits that are not finite.
-    """
-    device, num_embeddings = embedding_device(model), vocabulary_of(model)
-    if int(ids_T.max()) >= num_embeddings:
-        raise RotqError(
-            f"token id {int(ids_T.max())} is outside the model's {num_embeddings} embeddings; "
-            "is the tokenizer the model's own?"
-        )
-    logits_TV: Tensor = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
-    if not bool(torch.isfinite(logits_TV).all()):
-        raise RotqError("the model's logits are not finite")
-    return logits_TV
-
-
-def summed_nll(logits_TV: Tensor, target_T: Tensor) -> float:
-    """Summed negative log-likelihood in nats; softmax in fp32, sum in fp64."""
-    total = 0.0
-    chunks = zip(logits_TV.split(CHUNK), target_T.split(CHUNK), strict=True)
-    for logits_CV, target_C in chunks:
-        nll_C = F.cross_entropy(logits_CV.float(), target_C, reduction="none")
-        total += float(double(nll_C).sum())
-    return total
+    return scores, protocol.describe(len(ids_BT))
 
 
 def _exp_mean(nll: float, tokens: int) -> float:

@@ -14,6 +14,7 @@ _COLUMNS = (
     ("ppl", "ppl", "{:.3f}"),
     ("ratio", "ppl_ratio", "{:.4f}"),
     ("KL", "kl", "{:.4f}"),
+    ("99.9 %", "kl_p999", "{:.3f}"),
     ("top-1", "top1", "{:.1%}"),
     ("cosine", "cosine", "{:.4f}"),
     ("worst layer", "worst", "{}"),

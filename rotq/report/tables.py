@@ -81,6 +81,9 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("perplexity", perplexity)]
     if evaluation["kl"] is not None:
         rows.append(("KL to original", f"{evaluation['kl']:.4g} nats per token"))
+        if evaluation.get("kl_p99") is not None:
+            figures = ", ".join(f"{evaluation[key]:.4g}" for key in ("kl_p50", "kl_p99", "kl_p999"))
+            rows.append(("50, 99, 99.9 % of KL", figures))
         rows.append(("top-1 agreement", f"{evaluation['top1']:.1%}"))
     if "text" in evaluation:
         rows.append(("on", str(evaluation["text"])))

@@ -1,0 +1,100 @@
+"""``rotq compare``: one table of several checkpoints."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny_models import tiny_model
+from tiny_proteins import esm_tokenizer, sequences, write_fasta
+
+import rotq.quantize.publish
+from rotq.cli.main import main
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)), prog_name="rotq")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """``dense``, and ``w3`` and ``w8`` made of it; ``p.fasta``."""
+    folder = tmp_path_factory.mktemp("compare")
+    dense = folder / "dense"
+    tiny_model("llama", dtype=torch.float32).save_pretrained(dense)
+    esm_tokenizer(dense).save_pretrained(dense)
+    proteins = write_fasta(folder / "p.fasta", sequences(30))
+    with pytest.MonkeyPatch.context() as patch:
+        # a fresh process takes seconds; it is tested in tests/checkpoint/test_reload.py
+        patch.setattr(rotq.quantize.publish, "check_reload", lambda *_, **__: None)
+        for bits in (3, 8):
+            small = ["--num-samples", "8", "--seq-len", "32", "--set", "weights.group_size=16"]
+            wanted = ["--set", f"weights.bits={bits}", "--calibration", proteins]
+            done = run("quantize", dense, *small, *wanted, "-o", folder / f"w{bits}")
+            assert done.exit_code == 0, done.output
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+SMALL = ["--reference", "dense", "--text", "p.fasta", "--windows", "4", "--seq-len", "32"]
+
+
+def test_figures_are_those_of_eval_ppl_and_inspect() -> None:
+    done = run("compare", "w8", "w3", *SMALL, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [one["name"] for one in report["checkpoints"]] == ["w8", "w3"]
+    for one in report["checkpoints"]:
+        alone = json.loads(run("eval", "ppl", one["name"], *SMALL, "--json").stdout)
+        assert one["evaluation"] == alone
+        job = json.loads(run("inspect", one["name"], "--json").stdout)["report"]
+        assert one["bits_all_in"] == job["bits_per_weight_all_in"]
+        assert one["bits"] == job["bits_per_weight"]
+        assert one["bytes"] == job["bytes"]
+        ratio = math.log(alone["ppl"] / alone["reference_ppl"])
+        assert one["ln_ratio"]["mean"] == pytest.approx(ratio)
+    eight, three = report["checkpoints"]
+    assert eight["evaluation"]["kl"] < three["evaluation"]["kl"]
+    assert eight["against_first"] is None
+    assert three["against_first"]["low"] <= three["against_first"]["high"]
+
+
+@pytest.mark.parametrize("form", [["--json"], []], ids=["json", "table"])
+def test_twice_is_the_same(form: list[str]) -> None:
+    first, second = (run("compare", "w3", "w8", *SMALL, *form) for _ in range(2))
+    assert first.exit_code == second.exit_code == 0, first.output
+    assert first.stdout == second.stdout
+
+
+def test_a_table_has_a_column_for_each() -> None:
+    done = run("compare", "w8", "w3", "dense", *SMALL)
+    assert done.exit_code == 0, done.output
+    lines = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines()}
+    assert done.stdout.splitlines()[0].split() == ["w8", "w3", "dense"]
+    assert lines["bits of linears"][-1] == "-"
+    assert lines["KL"][-1] == "0.00000"
+    assert "windows drawn again in pairs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "Missing argument 'CHECKPOINTS...'"),
+        (["w3", "w3", *SMALL], 2, "w3 is given twice"),
+        (["w3", "none", *SMALL], 1, "none does not exist"),
+        (["w3", "--text", "p.fasta"], 2, "Missing option '--reference'"),
+        (["w3", *SMALL, "--windows", "900"], 1, "text is too short"),
+    ],
+)
+def test_wrong_use(arguments: list[str], code: int, message: str) -> None:
+    done = run("compare", *arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
