@@ -48,7 +48,7 @@ compile: setup  ## compile every kernel for every target, and compare with kerne
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
 	HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(SMOLLM2) -c w3 -o out/smollm2-w3 --overwrite \
-	  --calibration pydoc --eval-text pydoc-test --eval-windows 8
+	  --set output.format=rotq --calibration pydoc --eval-text pydoc-test --eval-windows 8
 
 demo-plm: setup  ## quantize AntiBERTy, a protein model, to 4 and 3 bits, pseudo-perplexity before and after
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fetch_antiberty.py $(ANTIBERTY)

@@ -24,10 +24,11 @@ def test_the_promised_presets_exist() -> None:
 
 
 def test_promised_grids() -> None:
+    outer = {"embedding": 6, "head": 6, "outer_fallback": "dense"}
     grids = {file.stem: load_recipe(file, {}).weights for file in PRESETS}
-    assert grids["w3"] == Weights(bits=3, group_size=64, group_fallback="auto")
+    assert grids["w3"] == Weights(bits=3, group_size=64, group_fallback="auto", **outer)
     assert grids["w4"] == Weights(bits=4, group_size=128, group_fallback="auto", symmetric=True)
-    assert grids["w3-channel"] == Weights(bits=3, group_size=-1)
+    assert grids["w3-channel"] == Weights(bits=3, group_size=-1, group_fallback="auto", **outer)
 
 
 def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from job_reports import layer_result, make_report
 
-from rotq.recipe import Recipe
+from rotq.recipe import Recipe, Weights
 from rotq.report import Estimate, JobReport, SiteEstimate, peak_rss
 from rotq.report.columns import WIDTH
-from rotq.report.lines import recipe_line, runtime_line
+from rotq.report.lines import larger_line, recipe_line, runtime_line
 from rotq.report.progress import PlainProgress, RichProgress
 from rotq.report.tables import estimate_table, evaluation_table, inspection_table, job_table
 
@@ -111,12 +111,38 @@ def test_estimate_table_joins_layers_of_one_kind() -> None:
     assert json.loads(json.dumps(estimate.to_dict()))["sites"][0]["shape"] == [256, 96]
 
 
+def test_what_was_packed_outside_the_blocks_is_told() -> None:
+    report = make_report(outer=(layer_result("model.embed_tokens"),))
+    assert "outside the blocks" in job_table(report, Path("out"))
+    assert "model.embed_tokens 3.40 bits" in job_table(report, Path("out"))
+    assert "outside the blocks" not in job_table(make_report(), Path("out"))
+
+
+def test_a_larger_result_is_told_in_a_dry_run() -> None:
+    line = larger_line(104_000_000, 98_000_000, is_packed=False)
+    assert line is not None
+    assert line.startswith("the weights take 104.0 MB, more than the 98.0 MB of the quantized file")
+    estimate = Estimate(
+        sites=(),
+        bits_per_weight=3.4,
+        output_bytes=104_000_000,
+        peak_memory_bytes=1,
+        scratch_disk_bytes=1,
+        notes=(line,),
+    )
+    assert f"note: {line}" in estimate_table(estimate)
+    assert larger_line(98_000_000, 98_000_000, is_packed=False) is None
+    assert larger_line(98_000_000, 0, is_packed=False) is None
+
+
 def test_recipe_line() -> None:
     values = Recipe(name="mine").to_dict()
     values["rotation"] |= {"residual": "hadamard", "down": "hadamard"}
     assert recipe_line(values) == (
         "mine: 4 bits, group 128, asymmetric, gptq, rotated residual+down"
     )
+    packed = Recipe(weights=Weights(embedding=6, head=8)).to_dict()
+    assert recipe_line(packed).endswith("gptq, embedding 6 bits, head 8 bits")
 
 
 def test_runtime_line() -> None:

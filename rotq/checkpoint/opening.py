@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def open_source(
     config = _dense_config(path, trust_remote_code)
     if gguf is None:
         found.fetch_weights()
-    return _opened(found, path, config, find_entries(path))
+    source = _opened(found, path, config, find_entries(path))
+    return source if gguf is None else replace(source, quantized_bytes=gguf.stat().st_size)
 
 
 def describe_source(model: ModelName, *, trust_remote_code: bool = False) -> Source:
@@ -65,7 +67,13 @@ def describe_source(model: ModelName, *, trust_remote_code: bool = False) -> Sou
     if gguf is not None:
         config = load_config(gguf.parent, gguf_file=gguf.name)
         config.dtype = "float32"
-        return Source(path=gguf.parent, config=config, entries={}, hub=found.hub)
+        return Source(
+            path=gguf.parent,
+            config=config,
+            entries={},
+            hub=found.hub,
+            quantized_bytes=gguf.stat().st_size,
+        )
     if found.is_complete:
         return open_source(found, trust_remote_code=trust_remote_code)
     config = _dense_config(found.path, trust_remote_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rotq.checkpoint.configuration import torch_dtype
+from rotq.checkpoint.packed_embedding import (
+    check_shapes,
+    make_embeddings_dense,
+    put_quant_embeddings,
+)
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.layers.packed_weight import PackedWeight
 from rotq.layers.quant_linear import QuantLinear
 
 METHOD = "rotq"
@@ -92,6 +99,7 @@ class RotqHfQuantizer(HfQuantizer):
         entries = {ours: stored[name] for name, ours in self.names.items()}
         scheme = self.quantization_config.scheme()
         put_quant_linears(model, scheme, entries)
+        put_quant_embeddings(model, scheme, entries)
         put_online_heads(model, scheme.heads)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -154,7 +162,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             )
         except ValueError as error:
             raise RotqError(f"{name}: {error}") from error
-        _check_shapes(name, layer, entries)
+        check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
 
 
@@ -185,14 +193,16 @@ def num_parameters(
 ) -> int:
     """As transformers counts them, and a packed weight as the weights that it stands for."""
     number = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
     if only_trainable:
         return number
-    return number + sum(layer.in_features * layer.out_features for layer in packed)
+    kinds = QuantLinear if exclude_embeddings else PackedWeight
+    packed = [module for module in model.modules() if isinstance(module, kinds)]
+    return number + sum(prod(layer.shape) for layer in packed)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every QuantLinear by the dense layer of the same function, in place."""
+    """Replace every packed layer by the dense one of the same function, in place."""
+    make_embeddings_dense(model, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, module.dense(dtype))
@@ -202,18 +212,6 @@ def register() -> None:
     """Make the rotq format known to transformers; again is harmless."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, RotqConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, RotqHfQuantizer)
-
-
-def _check_shapes(name: str, layer: QuantLinear, entries: dict[str, Entry]) -> None:
-    for key, tensor in layer.state_dict().items():
-        entry = entries.get(f"{name}.{key}")
-        if entry is None:
-            raise RotqError(f"the checkpoint has no tensor {name}.{key}")
-        if entry.shape != tuple(tensor.shape):
-            raise RotqError(
-                f"{name}.{key} has shape {list(entry.shape)}, expected {list(tensor.shape)} for "
-                f"{layer.in_features} columns of {layer.grid.bits} bits"
-            )
 
 
 def _entries(files: Iterable[str]) -> list[Entry]:

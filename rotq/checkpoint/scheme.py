@@ -27,10 +27,10 @@ from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.patterns import PatternTooSlow, search
 from rotq.rotations.hadamard import core_order
 
-ROTQ_VERSION = 4
-"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs. 3 was for
-R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read. 4
-is for R4 in blocks."""
+ROTQ_VERSION = 5
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 5 for a
+packed embedding or head, 4 for R4 in blocks, 2 for what attention does. 3 was for R4 as a
+butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read."""
 METHODS = ("compressed-tensors", "rotq")
 
 

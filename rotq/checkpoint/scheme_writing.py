@@ -21,6 +21,7 @@ def quantization_config(
     rotated: Collection[str] = (),
     *,
     block_size: int | None = None,
+    outer: Mapping[str, Grid] | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
     prefix: str = "",
@@ -35,6 +36,8 @@ def quantization_config(
         format: ``compressed-tensors`` or ``rotq``.
         rotated: Full names of the layers whose input is rotated; only for ``rotq``.
         block_size: Features that are rotated together; None for all that a layer reads.
+        outer: The same of the embedding and of a head with a weight of its own, where they are
+            packed; what the head reads is never rounded.
         inputs: What the inputs of ``layers`` are rounded to at run time.
         heads: What every attention does at run time; only for ``rotq``.
         prefix: Of the model below its head. Names are matched with it and without, so that a model
@@ -64,12 +67,16 @@ def quantization_config(
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
+    outer = outer or {}
     both = _both_names(stored_name)
-    layers = {name: grid for known, grid in layers.items() for name in both(known)}
+    layers, outer = (
+        {name: grid for known, grid in part.items() for name in both(known)}
+        for part in (layers, outer)
+    )
     rotated = [name for known in rotated for name in both(known)]
-    everything = [*layers, *(name for known in kept for name in both(known))]
+    everything = [*layers, *outer, *(name for known in kept for name in both(known))]
     config: dict[str, Any] = {
-        "config_groups": _groups(layers, everything, inputs, prefix),
+        "config_groups": _groups([(layers, inputs), (outer, None)], everything, prefix),
         "format": "pack-quantized",
         "global_compression_ratio": None,
         "ignore": list(kept),
@@ -78,8 +85,9 @@ def quantization_config(
         "quantization_status": "compressed",
     }
     if format == "rotq":
-        return config | _rotq_fields(_targets(rotated, everything, prefix), block_size, heads)
-    return config | _compressed_tensors_fields(set(layers.values()))
+        fields = _rotq_fields(_targets(rotated, everything, prefix), block_size, heads)
+        return config | fields | ({"version": 5} if outer else {})
+    return config | _compressed_tensors_fields({*layers.values(), *outer.values()})
 
 
 def transformers_obstacle(config: Mapping[str, Any], *, has_experts: bool) -> str | None:
@@ -155,19 +163,19 @@ def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
 
 
 def _groups(
-    layers: Mapping[str, Grid],
+    parts: Sequence[tuple[Mapping[str, Grid], ActivationGrid | None]],
     everything: Sequence[str],
-    inputs: ActivationGrid | None,
     prefix: str,
 ) -> dict[str, dict[str, Any]]:
-    by_grid: dict[Grid, list[str]] = {}
-    for name, grid in layers.items():
-        by_grid.setdefault(grid, []).append(name)
-    targets = [_targets(names, everything, prefix) for names in by_grid.values()]
-    return {
-        f"group_{number}": _group(grid, group, inputs)
-        for number, (grid, group) in enumerate(zip(by_grid, targets, strict=True))
-    }
+    """A group for each grid of each part: layers by grid, and what their inputs are rounded to."""
+    groups = []
+    for layers, inputs in parts:
+        by_grid: dict[Grid, list[str]] = {}
+        for name, grid in layers.items():
+            by_grid.setdefault(grid, []).append(name)
+        for grid, names in by_grid.items():
+            groups.append(_group(grid, _targets(names, everything, prefix), inputs))
+    return {f"group_{number}": group for number, group in enumerate(groups)}
 
 
 def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dict[str, Any]:

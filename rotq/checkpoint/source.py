@@ -61,6 +61,8 @@ class Source:
     """How the model's tensors are made of ``entries``; None: they are the entries."""
     hub: HubModel | None = None
     """Where it comes from; None for what was here."""
+    quantized_bytes: int = 0
+    """Of the GGUF file that it was converted from; 0 for none."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -32,7 +32,7 @@ class Job:
     device: torch.device
     """Where blocks are run and solved."""
     dtype: torch.dtype
-    """Of activations and of what stays dense."""
+    """Of activations, and of what stays dense when it is computed with."""
     progress: Progress
 
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:

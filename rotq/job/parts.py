@@ -1,4 +1,4 @@
-"""Parts of a job read back from the disk: packed layers, and whole blocks made dense."""
+"""Parts of a job read back from the disk: packed layers, and whole parts made dense."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rotq.checkpoint.source import read_tensors
 from rotq.job.context import Job
+from rotq.job.part_names import OUTER
 from rotq.job.plan import Plan
+from rotq.job.rest import rest_in
 from rotq.layers.quant_linear import QuantLinear
 
 
@@ -24,15 +27,10 @@ def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Mod
         block: Has the structure; its parameters may be on meta.
     """
     prefix = job.skeleton.block_name(index)
-    tensors = read_tensors(part)
     restored = copy.deepcopy(block, _noted(block))
     job.plan.round_online(restored, prefix, job.skeleton.adapter)
-    dtype = next(block.parameters()).dtype
-    state = {
-        f"{name}.weight": layer.dequantize(dtype)
-        for name, layer in packed_layers(job.plan, tensors).items()
-    }
-    state = {name: (tensors | state)[f"{prefix}.{name}"] for name in restored.state_dict()}
+    tensors = dense_tensors(job.plan, read_tensors(part), next(block.parameters()).dtype)
+    state = {name: tensors[f"{prefix}.{name}"] for name in restored.state_dict()}
     restored.load_state_dict(state, assign=True)
     return restored.to(job.device).requires_grad_(False)
 
@@ -47,6 +45,26 @@ def _noted(block: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach() for tensor in tensors}
 
 
+def restored_outer(job: Job, part: Path | None = None) -> dict[str, Tensor]:
+    """Tensors outside the blocks in the job's dtype, packed ones made dense.
+
+    Args:
+        part: None: as they were before tuning.
+    """
+    return dense_tensors(job.plan, read_tensors(part or job.folder.part(OUTER)), job.dtype)
+
+
+def dense_tensors(
+    plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A part's tensors as a job computes with them: weights dense, and matrices in ``dtype``."""
+    layers = packed_layers(plan, tensors)
+    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    weights = {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
+    return rest_in(rest, dtype) | weights
+
+
 def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantLinear]:
     """The packed layers among a part's tensors, by full name."""
     suffix = ".weight_packed"
@@ -57,7 +75,7 @@ def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantL
 def _packed_layer(plan: Plan, full: str, tensors: Mapping[str, Tensor]) -> QuantLinear:
     out_features, in_features = plan.shapes[full]
     layer = QuantLinear(
-        in_features, out_features, plan.grids[full], scale_dtype=plan.scale_dtype, device="meta"
+        in_features, out_features, plan.grid(full), scale_dtype=plan.scale_dtype, device="meta"
     )
     layer.load_state_dict(
         {name: tensors[f"{full}.{name}"] for name in layer.state_dict()}, assign=True

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
-from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.formats.integer import Grid
+from rotq.job.outer_plan import fitted_grid, plan_outer
 from rotq.job.overrides import choose_overrides, idle_overrides
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
@@ -27,11 +28,19 @@ class Plan:
     """Out features, in features of every planned layer."""
     scale_dtype: torch.dtype
     """Of stored scales: the recipe's, or the model's where the format's loaders need it."""
+    rest_dtype: torch.dtype
+    """In which matrices that stay dense are stored."""
     notes: tuple[str, ...]
+    outer: Mapping[str, Grid] = field(default_factory=dict)
+    """Grids of embedding and head by full name, where they are packed."""
     inputs: ActivationGrid | None = None
     """What planned layers round their inputs to at run time; None leaves them."""
     kv: ActivationGrid | None = None
     """What keys and values are rounded to at run time; None leaves them."""
+
+    def grid(self, name: str) -> Grid:
+        """Of a planned layer, or of embedding or head."""
+        return self.grids[name] if name in self.grids else self.outer[name]
 
     def round_online(self, block: nn.Module, prefix: str, adapter: Adapter) -> None:
         """Let a dense block round at run time what the finished checkpoint will round; in place.
@@ -58,14 +67,20 @@ def activation_grid(section: Activations | KVCache) -> ActivationGrid | None:
     return ActivationGrid(bits=section.bits, symmetric=section.symmetric)
 
 
-def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
-    """Give each linear layer of the blocks its grid.
+def make_plan(
+    skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype, rest_dtype: torch.dtype | None = None
+) -> Plan:
+    """Give each linear layer of the blocks its grid, and embedding and head theirs.
+
+    Args:
+        dtype: That the job computes in.
+        rest_dtype: Of what stays dense, as stored; None: ``dtype``.
 
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
             ``auto`` (names the layer and the legal sizes), an override matches no layer, no layer
-            is left to quantize, or the output format cannot hold the family or what is rounded at
-            run time.
+            is left to quantize, or the output format cannot hold the family, what is rounded at
+            run time, or a packed embedding.
     """
     _check_format(skeleton, recipe)
     grids: dict[str, Grid] = {}
@@ -92,12 +107,16 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Plan:
         recipe.output.format,
         has_experts=has_experts(skeleton),
     )
+    outer = plan_outer(skeleton, recipe, has_experts=has_experts(skeleton))
     return Plan(
         grids=grids,
-        shapes=shapes,
+        shapes={**shapes, **outer.shapes},
         scale_dtype=scale_dtype,
+        rest_dtype=rest_dtype or dtype,
+        outer=outer.grids,
         notes=(
             *notes,
+            *outer.notes,
             *idle_overrides(recipe.weights.overrides, overrides),
             *_kept_notes(skeleton),
             *_loader_notes(recipe, dtype, scale_dtype),
@@ -191,12 +210,5 @@ def layer_grid(
         if override.keep:
             return None
         bits, group_size = override.bits or bits, override.group_size or group_size
-    if group_size != -1 and in_features % group_size and weights.group_fallback == "auto":
-        smaller = [size for size in legal_group_sizes(in_features) if size < group_size]
-        group_size = max(smaller, default=-1)
     grid = Grid(bits=bits, group_size=group_size, symmetric=weights.symmetric)
-    try:
-        grid.columns_per_group(in_features)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; or set weights.group_fallback=auto") from None
-    return grid
+    return fitted_grid(name, in_features, grid, weights)

@@ -2,28 +2,23 @@
 
     y = p(x) W^T + b,   W = (q - z) * s, from its codes at each call
 
-p rotates and rounds the input as in ``online_linear``. Buffers have the names and dtypes they have
-in the checkpoint.
+p rotates and rounds the input as in ``online_linear``.
 
 Shape suffixes: N out features, K in features, G groups of K, R features rotated together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rotq.autocast import lowered
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.online_linear import OnlineLinear, prepare_input
-from rotq.ops import pack, packed_linear, packed_words, unpack
+from rotq.layers.packed_weight import PackedWeight
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedWeight):
     """A linear layer that keeps its weight packed.
 
     On a CUDA device a kernel multiplies with the codes and no dense weight is ever made. Elsewhere,
@@ -31,10 +26,6 @@ class QuantLinear(nn.Module):
     reach the input, through its rotation and rounding, and the bias; codes and scales have none.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-    weight_shape: Tensor
-    weight_zero_point: Tensor | None
     input_signs: Tensor | None
     bias: nn.Parameter | None
 
@@ -64,23 +55,11 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: the group size does not divide ``in_features``.
         """
-        super().__init__()
-        self.in_features, self.out_features, self.grid = in_features, out_features, grid
-        self.input_grid = input_grid
-        self.dtype = dtype or torch.float32
-        groups = in_features // grid.columns_per_group(in_features)
-        self._allocate(
-            "weight_packed", (out_features, packed_words(in_features, grid.bits)), device
+        super().__init__(
+            (out_features, in_features), grid, scale_dtype=scale_dtype, dtype=dtype, device=device
         )
-        scale_NG = torch.ones(out_features, groups, dtype=scale_dtype, device=device)
-        self.register_buffer("weight_scale", scale_NG)
-        shape = torch.tensor([out_features, in_features], dtype=torch.int64, device=device)
-        self.register_buffer("weight_shape", shape)
-        if grid.symmetric:
-            self.register_buffer("weight_zero_point", None)
-        else:
-            zero_words = packed_words(out_features, grid.bits)
-            self._allocate("weight_zero_point", (zero_words, groups), device)
+        self.in_features, self.out_features = in_features, out_features
+        self.input_grid = input_grid
         signs_R = None
         if rotation_size is not None:
             signs_R = torch.ones(rotation_size, dtype=torch.int8, device=device)
@@ -115,39 +94,12 @@ class QuantLinear(nn.Module):
             dtype=None if bias_N is None else bias_N.dtype,
             device="meta",
         )
-        bits, device = quantized.grid.bits, quantized.q_NK.device
-        layer.weight_packed = pack(quantized.q_NK, bits)
-        layer.weight_scale = quantized.scale_NG.contiguous()
-        layer.weight_shape = torch.tensor([N, K], dtype=torch.int64, device=device)
-        if quantized.zero_NG is not None:
-            layer.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
+        layer.pack(quantized)
         if signs_R is not None:
-            layer.input_signs = signs_R.to(device=device, dtype=torch.int8)
+            layer.input_signs = signs_R.to(device=quantized.q_NK.device, dtype=torch.int8)
         if bias_N is not None:
             layer.bias = nn.Parameter(bias_N, requires_grad=False)
         return layer
-
-    def quantized(self) -> Quantized:
-        """Codes, scales and zero points, unpacked."""
-        zero_NG = None
-        if self.weight_zero_point is not None:
-            zero_NG = unpack(self.weight_zero_point, self.grid.bits, self.out_features, dim=0)
-        q_NK = unpack(self.weight_packed, self.grid.bits, self.in_features)
-        return Quantized(q_NK=q_NK, scale_NG=self.weight_scale, zero_NG=zero_NG, grid=self.grid)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, K) dense weight, computed in fp32, then cast to ``dtype``."""
-        return self.quantized().dequantize(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """(N, K) dense, made at each access, for models that look at it; nothing is written back.
-
-        It counts as loaded: transformers initializes what does not.
-        """
-        weight_NK = self.dequantize(self.dtype)
-        weight_NK._is_hf_initialized = True  # type: ignore[attr-defined]
-        return weight_NK
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with a dense weight of ``dtype``."""
@@ -164,36 +116,10 @@ class QuantLinear(nn.Module):
         return prepare_input(x, self.input_signs, self.input_grid)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.prepare_input(input)
-        # for the backward pass the operator keeps the codes, F.linear would keep the dense weight
-        is_differentiated = x.requires_grad and torch.is_grad_enabled()
-        if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated):
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
-        return packed_linear(
-            lowered(x),
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            bits=self.grid.bits,
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Scales keep the dtype that they are stored in: another would be another weight."""
-        scale_NG = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale_NG.dtype:
-            self.weight_scale = scale_NG.to(self.weight_scale.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale_NG.device)).dtype
-        return self
+        return self.product(self.prepare_input(input), self.bias)
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_grid is None else f", inputs {self.input_grid}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}{inputs}"
         )
-
-    def _allocate(
-        self, name: str, shape: tuple[int, int], device: torch.device | str | None
-    ) -> None:
-        self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,9 @@ from rotq.models.ties import stored_under
 
 BlockForward = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Index, hidden states and keyword arguments of a block, to what is to be its output."""
+
+Head = Callable[[Tensor, Tensor | None], Tensor]
+"""What a head reads, and its bias, to logits."""
 
 
 class Stop(Exception):  # noqa: N818, it is not an error
@@ -122,19 +125,21 @@ class OuterModel:
         shape, device = hidden_BTD.shape[:2], hidden_BTD.device
         return {"input_ids": torch.full(shape, self._plain_token(), device=device)}
 
-    @contextmanager
-    def head_left_out(self) -> Iterator[None]:
+    def head_left_out(self) -> AbstractContextManager[None]:
         """The largest product outside the blocks is not computed inside the context."""
         head = self.model.get_submodule(self.adapter.head) if self.adapter.head else None
-        if not isinstance(head, nn.Linear):
+        size = head.out_features if isinstance(head, nn.Linear) else 0
+        return self.head_replaced(lambda x, _: x[..., :1].expand(*x.shape[:-1], size))
+
+    @contextmanager
+    def head_replaced(self, product: Head | None) -> Iterator[None]:
+        """A head that is a linear layer computes something else inside the context."""
+        head = self.model.get_submodule(self.adapter.head) if self.adapter.head else None
+        if product is None or not isinstance(head, nn.Linear):
             yield
             return
-        size = head.out_features
-
-        def forward(input: Tensor) -> Tensor:
-            return input[..., :1].expand(*input.shape[:-1], size)
-
-        head.forward = forward  # type: ignore[method-assign]
+        # its bias is read at each call, as a run may give it another
+        head.forward = lambda input: product(input, head.bias)  # type: ignore[method-assign]
         try:
             yield
         finally:

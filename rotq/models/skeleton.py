@@ -25,7 +25,7 @@ from rotq.models.experts import unfuse_experts
 from rotq.models.families.gpt2 import linearize
 from rotq.models.generic import GenericAdapter
 from rotq.models.loading import TensorSource, load_tensors
-from rotq.models.outer import OuterModel, Stop
+from rotq.models.outer import Head, OuterModel, Stop
 from rotq.models.registry import adapter_for, with_transposed
 from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked, text_config
@@ -207,17 +207,23 @@ class Skeleton:
             self._kwargs[key] = self._record(hidden_BTD, None)
         return self._kwargs[key][index]
 
-    def logits(self, outer: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+    def logits(
+        self, outer: dict[str, Tensor], hidden_BTD: Tensor, head: Head | None = None
+    ) -> Tensor:
         """(B, T, V) from the last block's output: final norm, head and what the model adds.
 
         Gradients flow to ``outer`` and ``hidden_BTD`` where they are wanted.
+
+        Args:
+            head: In place of the head's own product; None: that.
         """
         last = self.num_blocks - 1
 
         def put_in(index: int, given_BTD: Tensor, _: dict[str, Any]) -> Tensor:
             return hidden_BTD if index == last else given_BTD
 
-        output = self._outer.run(outer, put_in, **self._outer.stand_in(hidden_BTD))
+        with self._outer.head_replaced(head):
+            output = self._outer.run(outer, put_in, **self._outer.stand_in(hidden_BTD))
         return cast(Tensor, output.logits)
 
     def _record(self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None) -> list[dict[str, Any]]:

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from rotq.calibration.streams import Streams
-from rotq.devices import double
 from rotq.formats.integer import Grid, Quantized
 from rotq.job.context import Job
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
-from rotq.quantize.quantized_block import QuantizedBlock
+from rotq.quantize.quantized_block import QuantizedBlock, layer_result
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
 from rotq.solvers.solve import Solution, join_rows, solve, split_rows
@@ -104,7 +103,7 @@ class BlockQuantizer:
         for name, solution in solutions.items():
             weight_NK = _linear(working, name).weight
             weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
-            results.append(self._result(self._full(index, name), solution, seconds))
+            results.append(layer_result(self.job, self._full(index, name), solution, seconds))
             self.job.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results
 
@@ -161,23 +160,6 @@ class BlockQuantizer:
             ]
             sizes = [weight.shape[0] for weight in weights]
             yield from zip(names, split_rows(join_rows(solutions), sizes), strict=True)
-
-    def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
-        grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]
-        loss = double(solution.loss_N).sum().item()
-        scale_bits = self.job.plan.scale_dtype.itemsize * 8
-        return LayerResult(
-            name=full,
-            shape=shape,
-            bits=grid.bits,
-            group_size=grid.group_size,
-            symmetric=grid.symmetric,
-            loss=loss,
-            relative_error=loss / max(double(solution.energy_N).sum().item(), 1e-30),
-            damping=solution.damping,
-            seconds=seconds,
-            bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
-        )
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -32,11 +32,14 @@ class BlockRunner:
 
     job: Job
 
-    def start(self, outer: dict[str, Tensor]) -> Streams | None:
+    def start(
+        self, exact: dict[str, Tensor], stored: dict[str, Tensor] | None = None
+    ) -> Streams | None:
         """The streams before the first block; None where nothing looks at activations.
 
         Args:
-            outer: Tensors outside the blocks, in the basis.
+            exact: Tensors outside the blocks, in the basis.
+            stored: The same as the checkpoint has them, for the quantized stream; None: no others.
         """
         job = self.job
         if not job.recipe.needs_data:
@@ -44,9 +47,10 @@ class BlockRunner:
         quantized = _empty_stream(job, "quantized")
         original = _empty_stream(job, "original") if job.recipe.needs_original else None
         for number, batch in enumerate(job.windows.batches):
-            hidden_BTD = job.skeleton.embed(outer, batch.ids_BT, batch.mask_BT)
-            for stream in filter(None, (quantized, original)):
-                stream.hidden[number] = hidden_BTD
+            for stream, outer in ((quantized, stored or exact), (original, exact)):
+                if stream is not None:
+                    hidden_BTD = job.skeleton.embed(outer, batch.ids_BT, batch.mask_BT)
+                    stream.hidden[number] = hidden_BTD
         return Streams(quantized=quantized, original=original)
 
     def advance(self, index: int, block: nn.Module, stream: Stream) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from rotq.checkpoint.location import ModelName
+from rotq.formats.integer import Grid
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
+from rotq.report.lines import larger_line
 from rotq.transform.teacher import TRAINED_POSITIONS
 from rotq.transform.windows import MEASURED_TOKENS
 from rotq.tuning.tunable import TUNED_POSITIONS
@@ -39,21 +42,34 @@ def estimate(
     settled = settle_described(
         model, recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    return make_estimate(settled.skeleton, recipe, settled.dtype)
+    made = make_estimate(settled.skeleton, recipe, settled.dtype, settled.plan.rest_dtype)
+    source_bytes, is_packed = settled.source.quantized_bytes, bool(settled.plan.outer)
+    larger = larger_line(made.output_bytes, source_bytes, is_packed=is_packed)
+    return replace(made, notes=() if larger is None else (larger,))
 
 
-def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:
-    """Bits, bytes and peak memory of a job; nothing but the config is read."""
-    sites = _sites(make_plan(skeleton, recipe, dtype))
-    packed_bits = sum(site.bits_per_weight * _numel(site.shape) for site in sites)
-    planned = sum(_numel(site.shape) for site in sites)
+def make_estimate(
+    skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype, rest_dtype: torch.dtype | None = None
+) -> Estimate:
+    """Bits, bytes and peak memory of a job; nothing but the config is read.
+
+    Args:
+        dtype, rest_dtype: As for ``make_plan``.
+    """
+    plan = make_plan(skeleton, recipe, dtype, rest_dtype)
+    sites = _sites(plan, plan.grids)
+    outer = _sites(plan, plan.outer)
+    packed_bits, outer_bits = (
+        sum(site.bits_per_weight * _numel(site.shape) for site in some) for some in (sites, outer)
+    )
+    planned, planned_outer = (sum(_numel(site.shape) for site in some) for some in (sites, outer))
     untied = _untied_head(skeleton, recipe)
-    dense = _stored_parameters(skeleton) + untied - planned
-    output_bytes = int(packed_bits / 8 + dense * dtype.itemsize)
+    dense = _stored_parameters(skeleton) + untied - planned - planned_outer
+    output_bytes = int((packed_bits + outer_bits) / 8 + dense * plan.rest_dtype.itemsize)
     streams = _stream_bytes(skeleton, recipe, dtype)
     offload = recipe.calibration.offload
     return Estimate(
-        sites=sites,
+        sites=(*sites, *outer),
         bits_per_weight=packed_bits / max(planned, 1),
         output_bytes=output_bytes,
         peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
@@ -63,7 +79,7 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
     )
 
 
-def _sites(plan: Plan) -> tuple[SiteEstimate, ...]:
+def _sites(plan: Plan, grids: Mapping[str, Grid]) -> tuple[SiteEstimate, ...]:
     scale_bits = plan.scale_dtype.itemsize * 8
     return tuple(
         SiteEstimate(
@@ -73,7 +89,7 @@ def _sites(plan: Plan) -> tuple[SiteEstimate, ...]:
             group_size=grid.group_size,
             bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], scale_bits),
         )
-        for name, grid in plan.grids.items()
+        for name, grid in grids.items()
     )
 
 

@@ -33,7 +33,8 @@ from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.part_names import GRADIENTS, OUTER, gradient_part
+from rotq.job.part_names import GRADIENTS, gradient_part
+from rotq.job.parts import restored_outer
 from rotq.memory import release_memory
 from rotq.models.experts import UnfusedExperts, calibrating
 from rotq.models.streaming import through_head
@@ -93,7 +94,7 @@ class GradientPass:
 
     @functools.cached_property
     def _outer(self) -> dict[str, Tensor]:
-        stored = read_tensors(self.job.folder.part(OUTER))
+        stored = restored_outer(self.job)
         return {name: tensor.to(self.job.device) for name, tensor in stored.items()}
 
     def _at_the_head(self, last_BTD: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
 from rotq.job.context import Job
 from rotq.models.exact import InDouble
+from rotq.models.outer import Head
 from rotq.numerics import matmul_precision
 from rotq.rotations.basis import Basis
 
@@ -50,16 +51,22 @@ class InvarianceCheck:
         self._outer = self._sampled(original)
 
     @torch.no_grad()
-    def start_quantized(self, fused: dict[str, Tensor]) -> None:
+    def check_embedding(self, fused: dict[str, Tensor]) -> None:
         """Embed the tokens with the fused embedding, which may differ only by its rounding.
 
         Raises:
             CheckFailed: it differs by more.
         """
-        self.quantized_BTD = self.skeleton.embed(fused, self.ids_BT)
-        if not self.basis.is_identity:
-            rounding = 8 * torch.finfo(self.quantized_BTD.dtype).eps
-            self._compare("the embedding", self.quantized_BTD.double(), self.rotated_BTD, rounding)
+        if self.basis.is_identity:
+            return
+        embedded_BTD = self.skeleton.embed(fused, self.ids_BT)
+        rounding = 8 * torch.finfo(embedded_BTD.dtype).eps
+        self._compare("the embedding", embedded_BTD.double(), self.rotated_BTD, rounding)
+
+    @torch.no_grad()
+    def start_quantized(self, stored: dict[str, Tensor]) -> None:
+        """Embed the tokens with the embedding as it is stored."""
+        self.quantized_BTD = self.skeleton.embed(stored, self.ids_BT)
         self._embedded_BTD = self.quantized_BTD
 
     def restart_quantized(self) -> None:
@@ -111,10 +118,14 @@ class InvarianceCheck:
             rotated_BTV = self.skeleton.logits(fused, self.rotated_BTD.cpu())
         self._note(self._compare("the head", rotated_BTV, reference_BTV))
 
-    def logits(self, outer: dict[str, Tensor]) -> Tensor:
-        """(B, T, V) of the quantized stream, in the model's dtype; after the last block."""
+    def logits(self, outer: dict[str, Tensor], head: Head | None = None) -> Tensor:
+        """(B, T, V) of the quantized stream, in the model's dtype; after the last block.
+
+        Args:
+            head: In place of the head's own product, see ``Skeleton.logits``.
+        """
         with matmul_precision("highest"):
-            return self.skeleton.logits(outer, self.quantized_BTD)
+            return self.skeleton.logits(outer, self.quantized_BTD, head)
 
     def _run(self, index: int, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         with InDouble():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rotq.job.context import Job
-from rotq.job.part_names import TRANSFORM, TUNING, block_part
+from rotq.job.part_names import OUTER, TRANSFORM, TUNING, block_part
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.setup import versions
 from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
@@ -31,6 +31,7 @@ def make_report(
     names = [job.skeleton.block_name(index) for index in range(job.skeleton.num_blocks)]
     parts = [job.folder.results(block_part(index)) for index in range(job.skeleton.num_blocks)]
     layers = tuple(_layer(layer) for part in parts for layer in part["layers"])
+    outer = tuple(_layer(layer) for layer in job.folder.results(OUTER)["layers"])
     parameters = sum(prod(entry.shape) for entry in job.source.entries.values())
     total_bytes = sum(file.stat().st_size for file in weights)
     return JobReport(
@@ -41,6 +42,7 @@ def make_report(
         data={**described_data(job), "tokens": job.windows.num_tokens},
         versions=versions(),
         layers=layers,
+        outer=outer,
         blocks=_blocks(parts),
         bits_per_weight=_bits_per_weight(layers),
         bits_per_weight_all_in=8 * total_bytes / parameters,

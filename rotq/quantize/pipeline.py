@@ -132,7 +132,7 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     kept = find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None)
     copy_kept(kept, job.source, job.folder, rotated.basis)
     quantizer = BlockQuantizer(job)
-    streams = quantizer.runner.start(rotated.outer())
+    streams = quantizer.runner.start(*rotated.outer())
     release_memory()
     if streams is not None and job.recipe.importance.strategy == "gradient":
         GradientPass(job, rotated).run(streams.quantized)

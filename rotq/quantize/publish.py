@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
@@ -20,11 +21,15 @@ from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.part_names import KEPT, OUTER, block_part
+from rotq.job.parts import packed_layers, restored_outer
 from rotq.layers.online_heads import OnlineHeads
+from rotq.layers.quant_embedding import shared_product
+from rotq.models.outer import Head
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.job_report import described_data, few_tokens, make_report, routed_tokens
 from rotq.quantize.setup import versions
 from rotq.report import JobReport
+from rotq.report.lines import larger_line
 from rotq.rotations.basis import Basis
 
 
@@ -60,10 +65,11 @@ def publish(
         obstacle=obstacle,
     )
     job.progress.message("checking the checkpoint in a fresh process")
-    logits_BTV = check.logits(_outer(job))
+    outer = restored_outer(job, job.folder.latest(OUTER))
+    logits_BTV = check.logits(outer, _shared_head(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
     experts = routed_tokens(job)
-    notes = (*job.plan.notes, *_new_notes(job, obstacle, experts))
+    notes = (*job.plan.notes, *_new_notes(job, obstacle, experts, weights))
     report = make_report(job, check, weights, experts, notes, seconds)
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(job, folder))
@@ -96,29 +102,38 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
     return assemble(parts, folder, limit, rename=job.source.stored_name)
 
 
-def _outer(job: Job) -> dict[str, Tensor]:
-    """Tensors outside the blocks, as they are in the checkpoint."""
-    return read_tensors(job.folder.latest(OUTER))
+def _shared_head(job: Job) -> Head | None:
+    """The product of a head that shares a packed embedding, as the checkpoint's model has it."""
+    name = job.skeleton.adapter.embedding
+    if name not in job.plan.outer or not job.skeleton.tied or _is_untied(job):
+        return None
+    table = packed_layers(job.plan, read_tensors(job.folder.latest(OUTER)))[name]
+    return functools.partial(shared_product, table)
 
 
 def _is_untied(job: Job) -> bool:
     """Whether the rotation has given a head of its own to a model that shared its embedding."""
     stored = {entry.name for entry in read_entries(job.folder.part(OUTER))}
-    return job.skeleton.tied and f"{job.skeleton.adapter.head}.weight" in stored
+    head = f"{job.skeleton.adapter.head}.weight"
+    return job.skeleton.tied and bool({head, f"{head}_packed"} & stored)
 
 
 def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
     """The config's section: grids, layers that are kept, what happens at run time."""
+    adapter, outer = job.skeleton.adapter, job.plan.outer
+    packed = {*job.plan.grids, *outer}
+    if _shared_head(job) is not None:
+        packed.add(adapter.head)
     linears = [
         name
         for name, module in job.skeleton.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in job.plan.grids
+        if isinstance(module, nn.Linear) and name not in packed
     ]
     rotated: list[str] = []
     if basis.down is not None:
         for index, block in enumerate(job.skeleton.blocks):
             prefix = job.skeleton.block_name(index)
-            writers = job.skeleton.adapter.mlp_writers(block)
+            writers = adapter.mlp_writers(block)
             rotated += [f"{prefix}.{path}" for path in writers]
     return quantization_config(
         job.plan.grids,
@@ -126,6 +141,7 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         job.recipe.output.format,
         rotated,
         block_size=basis.down_block_size,
+        outer=outer,
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),
         prefix=str(job.skeleton.model.base_model_prefix),
@@ -133,9 +149,21 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
     )
 
 
-def _new_notes(job: Job, obstacle: str | None, experts: dict[str, list[int]]) -> Iterator[str]:
-    """What other loaders cannot do with the result, and which experts saw little; told too."""
+def _new_notes(
+    job: Job, obstacle: str | None, experts: dict[str, list[int]], weights: Sequence[Path]
+) -> Iterator[str]:
+    """What other loaders cannot do with the result, and which experts saw little; told too.
+
+    And that nothing was saved, where the source was quantized, too.
+    """
     notes = list(few_tokens(experts))
+    larger = larger_line(
+        sum(file.stat().st_size for file in weights),
+        job.source.quantized_bytes,
+        is_packed=bool(job.plan.outer),
+    )
+    if larger is not None:
+        notes.append(larger)
     if obstacle is not None:
         notes.append(f"transformers cannot load this checkpoint without rotq: {obstacle}")
     if job.recipe.output.format == "rotq":

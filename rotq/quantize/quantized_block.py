@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.shards import save_tensors
+from rotq.devices import double
 from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.integer import Quantized
 from rotq.job.context import Job
 from rotq.job.part_names import block_part
+from rotq.job.rest import rest_in
 from rotq.report import LayerResult, peak_rss
+from rotq.solvers.solve import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,24 @@ class QuantizedBlock:
     """Calibration tokens that were routed to each expert, by path of the mixture."""
 
 
+def layer_result(job: Job, full: str, solution: Solution, seconds: float) -> LayerResult:
+    """What became of one weight, by its full name."""
+    grid, shape = job.plan.grid(full), job.plan.shapes[full]
+    loss = double(solution.loss_N).sum().item()
+    return LayerResult(
+        name=full,
+        shape=shape,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        loss=loss,
+        relative_error=loss / max(double(solution.energy_N).sum().item(), 1e-30),
+        damping=solution.damping,
+        seconds=seconds,
+        bits_per_weight=grid.bits_per_weight(shape[1], job.plan.scale_dtype.itemsize * 8),
+    )
+
+
 def save_block(
     job: Job,
     index: int,
@@ -40,13 +61,14 @@ def save_block(
     flatness: Mapping[str, FlatnessChange],
     seconds: float,
 ) -> None:
-    """Write the block's part: packed layers, and the rest in the model's dtype."""
+    """Write the block's part: packed layers, and the rest as the plan stores it."""
     prefix = job.skeleton.block_name(index)
     tensors: dict[str, Tensor] = {}
     for name, tensor in quantized.block.state_dict().items():
         path, _, leaf = name.rpartition(".")
         if path not in quantized.quantized or leaf != "weight":
             tensors[f"{prefix}.{name}"] = tensor
+    tensors = rest_in(tensors, job.plan.rest_dtype)
     for path, codes in quantized.quantized.items():
         tensors |= packed_tensors(f"{prefix}.{path}", codes)
     save_tensors(job.folder.part(block_part(index)), tensors)

@@ -6,12 +6,14 @@ import copy
 
 from torch import Tensor, nn
 
-from rotq.checkpoint.shards import save_tensors
 from rotq.evaluation.flatness import FlatnessChange, FlatnessMeter
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER
+from rotq.job.parts import restored_outer
+from rotq.job.rest import round_rest
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.outer import save_outer
 from rotq.rotations.basis import Basis
 
 
@@ -23,46 +25,64 @@ class RotatedModel:
         self.check = InvarianceCheck(job, basis)
         self.meter = _flatness_meter(job, basis)
 
-    def outer(self) -> dict[str, Tensor]:
-        """What lies outside the blocks, rotated and saved; returned without the head."""
-        job, head = self.job, f"{self.job.skeleton.adapter.head}.weight"
+    def outer(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What lies outside the blocks, rotated: exact, and as it is stored, both without the head.
+
+        What is stored is saved.
+        """
+        job = self.job
         original = job.skeleton.load_outer(job.source, dtype=job.dtype)
         self.check.start(original)
         if self.meter is not None:
             self.meter.start(original)
         fused = fuse_outer(original, job.skeleton.adapter, self.basis, in_place=True)
         del original
-        self.check.start_quantized(fused)
+        self.check.check_embedding(fused)
         if self.meter is not None:
             self.meter.start_transformed(fused)
         if not job.folder.finished(OUTER):
-            save_tensors(job.folder.part(OUTER), fused)
-            job.folder.record(OUTER, {"rotation": self.basis.checksum()})
-        return {name: tensor for name, tensor in fused.items() if name != head}
+            save_outer(job, fused, self.basis)
+        exact = self._without_head(fused)
+        del fused
+        stored = restored_outer(job)
+        self.check.start_quantized(stored)
+        return exact, self._without_head(stored)
 
     def block(self, index: int) -> tuple[nn.Module, dict[str, FlatnessChange]]:
         """A block in the model's dtype, and what the rotation did to its sites' inputs."""
         if self.basis.is_identity:
-            same = self.job.load_block(index, self.job.dtype)
+            same = self._as_stored(index, self.job.load_block(index, self.job.dtype))
             return same, {} if self.meter is None else self.meter.measure(index, same, same)
         exact = self.job.load_exact(index)
         if self.meter is None:
-            return self._rounded(self.check.rotate_block(index, exact)), {}
-        plain = self._rounded(copy.deepcopy(exact))
-        rotated = self._rounded(self.check.rotate_block(index, exact))
+            return self._as_stored(index, self.check.rotate_block(index, exact)), {}
+        # in two steps, as a device may not have the dtype that it is rounded from
+        plain = copy.deepcopy(exact).to(self.job.dtype).to(self.job.device)
+        rotated = self._as_stored(index, self.check.rotate_block(index, exact))
         return rotated, self.meter.measure(index, plain, rotated)
 
     def plain_block(self, index: int) -> nn.Module:
         """A block in the basis and the model's dtype, without the check; in any order."""
         if self.basis.is_identity:
-            return self.job.load_block(index, self.job.dtype)
+            return self._as_stored(index, self.job.load_block(index, self.job.dtype))
         exact = self.job.load_exact(index)
         fuse_block(exact, self.job.skeleton.adapter, self.basis, index)
-        return self._rounded(exact)
+        return self._as_stored(index, exact)
 
-    def _rounded(self, block: nn.Module) -> nn.Module:
-        # in two steps, as a device may not have the dtype that it is rounded from
-        return block.to(self.job.dtype).to(self.job.device)
+    def _as_stored(self, index: int, block: nn.Module) -> nn.Module:
+        """The block in the model's dtype; what stays dense has the values that are stored."""
+        block, prefix = block.to(self.job.dtype), self.job.skeleton.block_name(index)
+        kept = {
+            name: parameter
+            for name, parameter in block.named_parameters()
+            if f"{prefix}.{name.removesuffix('.weight')}" not in self.job.plan.grids
+        }
+        round_rest(kept, self.job.plan.rest_dtype)
+        return block.to(self.job.device)
+
+    def _without_head(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = f"{self.job.skeleton.adapter.head}.weight"
+        return {name: tensor for name, tensor in outer.items() if name != head}
 
 
 def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:

@@ -48,6 +48,7 @@ class Settled:
     windows: Windows
     device: torch.device
     dtype: torch.dtype
+    """That the job computes in, and the checkpoint's model."""
 
 
 def settle(
@@ -82,13 +83,14 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
-    plan = make_plan(skeleton, recipe, wanted)
+    rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
+    plan = make_plan(skeleton, recipe, wanted, rest)
     kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *_dtype_notes(source, wanted))),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *_dtype_notes(source, wanted, rest))),
         windows=windows,
         device=usable,
         dtype=wanted,
@@ -179,6 +181,7 @@ def fingerprint(job: Job, *, trust_remote_code: bool) -> dict[str, object]:
         "model": job.source.fingerprint(),
         "data": job.windows.sha256,
         "dtype": str(job.dtype),
+        "rest": str(job.plan.rest_dtype),
         "device": job.device.type,
         "trust_remote_code": trust_remote_code,
         "versions": versions(),
@@ -197,11 +200,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _dtype_notes(source: Source, dtype: torch.dtype) -> Iterator[str]:
-    """A checkpoint in fp64 is quantized in another dtype."""
+def _dtype_notes(source: Source, dtype: torch.dtype, rest: torch.dtype) -> Iterator[str]:
+    """A checkpoint in fp64 is quantized in another dtype, and one in fp32 is not stored so."""
+    computed, stored = (str(each).removeprefix("torch.") for each in (dtype, rest))
     if source.dtype == torch.float64:
-        name = str(dtype).removeprefix("torch.")
-        yield f"the checkpoint is in float64; the job computes, and writes, {name}"
+        yield f"the checkpoint is in float64; the job computes in {computed}"
+    if stored != computed:
+        yield (
+            f"weights that stay dense are stored in {stored}; --dtype {computed} keeps them as "
+            "they are"
+        )
 
 
 def wanted_dtype(name: str, source: Source) -> torch.dtype:

@@ -73,19 +73,26 @@ class Weights:
     """Scales alone; otherwise a zero point goes with every scale."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Storage type of the scales."""
+    embedding: int = 16
+    """Bits per code of the token embedding, 2 to 8, symmetric; 16 leaves it dense."""
+    head: int = 16
+    """The same of a head with a weight of its own; one that is tied shares the embedding's."""
+    outer_group_size: int = 64
+    """Columns of embedding and head that share a scale; -1 is one scale per token."""
+    outer_fallback: Literal["error", "dense"] = "error"
+    """Where the format's loaders cannot read them packed: stop, or leave them dense and say so."""
     overrides: tuple[Override, ...] = ()
     """Mixed precision: the first match wins."""
 
     def __post_init__(self) -> None:
         check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
+        check("embedding", self.embedding, codes_or_off(self.embedding), "2 to 8, or 16")
+        check("head", self.head, codes_or_off(self.head), "2 to 8, or 16")
         number = len(self.overrides)
         check("number of overrides", number, number <= 1000, "at most 1000")
-        check(
-            "group_size",
-            self.group_size,
-            self.group_size == -1 or 0 < self.group_size <= 10**6,
-            "positive or -1",
-        )
+        for name in ("group_size", "outer_group_size"):
+            size = getattr(self, name)
+            check(name, size, size == -1 or 0 < size <= 10**6, "positive or -1")
 
 
 @dataclass(frozen=True, kw_only=True)

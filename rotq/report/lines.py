@@ -6,6 +6,7 @@ Sizes in MB and GB are 10^6 and 10^9 bytes.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 ROTATIONS = ("residual", "value", "attention", "down")
@@ -27,6 +28,11 @@ def recipe_line(recipe: dict[str, Any]) -> str:
             if recipe.get(key, {}).get("bits", 16) != 16
         ),
         recipe["solver"]["method"],
+        *(
+            f"{name} {weights[name]} bits"
+            for name in ("embedding", "head")
+            if weights.get(name, 16) != 16
+        ),
         *(["rotated " + "+".join(turned)] if turned else []),
     ]
     return f"{recipe['name']}: {', '.join(parts)}"
@@ -109,6 +115,33 @@ def flatness_line(flatness: dict[str, dict[str, dict[str, float | None]]]) -> st
         )
         parts.append(f"{kind} {before:.1f} to {after:.1f}")
     return ", ".join(parts)
+
+
+def larger_line(num_bytes: int, source_bytes: int, *, is_packed: bool) -> str | None:
+    """What is said of a checkpoint that is larger than the quantized file that it was made of.
+
+    Args:
+        source_bytes: Of that file; 0 where it was none.
+        is_packed: The embedding is.
+    """
+    if not 0 < source_bytes < num_bytes:
+        return None
+    advice = (
+        "" if is_packed else "; weights.embedding=6 with output.format=rotq packs the embedding"
+    )
+    return (
+        f"the weights take {size(num_bytes)}, more than the {size(source_bytes)} of the quantized "
+        f"file that they were made of{advice}"
+    )
+
+
+def outer_line(outer: Sequence[dict[str, Any]]) -> str:
+    """Embedding and head, as a report has them."""
+    return ", ".join(
+        f"{layer['name']} {layer['bits_per_weight']:.2f} bits, relative error "
+        f"{layer['relative_error']:.2%}"
+        for layer in outer
+    )
 
 
 def size(num_bytes: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,8 @@ class JobReport:
     """How the rotations were found: losses, angles, ranges of scales."""
     importance: dict[str, float] = field(default_factory=dict)
     """Effective sample size per layer, as a share of the calibration tokens."""
+    outer: tuple[LayerResult, ...] = ()
+    """Embedding and head, where they were packed."""
     experts: dict[str, list[int]] = field(default_factory=dict)
     """Calibration tokens that the router sent to each expert, by full name of the mixture."""
     codes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -123,9 +125,9 @@ class JobReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, ready for JSON."""
         values = dataclasses.asdict(self)
-        for layer in values["layers"]:
+        for layer in (*values["layers"], *values["outer"]):
             layer["shape"] = list(layer["shape"])
-        for name in ("layers", "blocks", "notes"):
+        for name in ("layers", "outer", "blocks", "notes"):
             values[name] = list(values[name])
         return values
 
@@ -140,15 +142,18 @@ class JobReport:
         if version != SCHEMA_VERSION:
             raise ValueError(f"report has schema_version {version}, expected {SCHEMA_VERSION}")
         try:
-            layers = tuple(
-                LayerResult(**{**layer, "shape": tuple(layer["shape"])})
-                for layer in values["layers"]
-            )
+            layers = _layers(values["layers"])
+            outer = _layers(values.get("outer", ()))
             blocks = tuple(BlockResult(**block) for block in values["blocks"])
             notes = tuple(values["notes"])
-            return cls(**{**values, "layers": layers, "blocks": blocks, "notes": notes})
+            made = {"layers": layers, "outer": outer, "blocks": blocks, "notes": notes}
+            return cls(**{**values, **made})
         except (KeyError, TypeError) as error:
             raise ValueError(f"report does not fit schema {SCHEMA_VERSION}: {error}") from None
+
+
+def _layers(values: Iterable[dict[str, Any]]) -> tuple[LayerResult, ...]:
+    return tuple(LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +178,12 @@ class Estimate:
     output_bytes: int
     peak_memory_bytes: int
     scratch_disk_bytes: int
+    notes: tuple[str, ...] = ()
+    """Each a line for people."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, ready for JSON."""
         values = dataclasses.asdict(self)
         values["sites"] = [{**site, "shape": list(site["shape"])} for site in values["sites"]]
+        values["notes"] = list(values["notes"])
         return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rotq.report.columns import facts, make_table, printable, render
 from rotq.report.lines import (
     duration,
     flatness_line,
+    outer_line,
     quantization_line,
     recipe_line,
     rotation_line,
@@ -43,6 +45,8 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
             f"{size(report.original_bytes)}",
         ),
     ]
+    if report.outer:
+        rows.append(("outside the blocks", outer_line([asdict(layer) for layer in report.outer])))
     if report.evaluation is not None:
         rows += evaluation_rows(report.evaluation)
     shares = report.importance.values()
@@ -111,7 +115,7 @@ def estimate_table(estimate: Estimate) -> str:
         ("peak memory", f"{size(estimate.peak_memory_bytes)}, estimated"),
         ("scratch disk", size(estimate.scratch_disk_bytes)),
     ]
-    return render(table) + "\n" + facts(rows)
+    return render(table) + "\n" + facts(rows) + _notes(estimate.notes)
 
 
 def inspection_table(found: dict[str, Any], report: JobReport | None, verified: int | None) -> str:

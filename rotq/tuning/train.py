@@ -59,7 +59,7 @@ def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
     for part, block in zip(parts, trained, strict=True):
         save_tensors(job.folder.part(part), block.tuned())
     parts.append(tuned_part(OUTER))
-    save_tensors(job.folder.part(parts[-1]), outer.tensors())
+    save_tensors(job.folder.part(parts[-1]), outer.tuned())
     first, last = quarters(divergences)
     job.folder.record(
         TUNING,

@@ -19,7 +19,8 @@ from torch.func import functional_call
 from rotq.checkpoint.source import read_tensors
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER, block_part
-from rotq.job.parts import packed_layers
+from rotq.job.parts import dense_tensors, packed_layers
+from rotq.job.rest import rest_in
 from rotq.layers.quant_linear import QuantLinear
 from rotq.models.streaming import through_head
 
@@ -97,7 +98,7 @@ class TunableBlock:
                 del stored[f"{name}.{key}"]
             scale_NG = layer.weight_scale.float() * self.scale_changes[name].exp()
             weights[f"{name}.weight"] = _Weight.apply(scale_NG, layer, dtype)
-        return stored | self.vectors.current() | weights
+        return rest_in(stored, dtype) | self.vectors.current() | weights
 
     def _stored(self) -> dict[str, Tensor]:
         return _read(self.job, block_part(self.index))
@@ -131,7 +132,8 @@ class TunableOuter:
 
     def __init__(self, job: Job) -> None:
         self.skeleton = job.skeleton
-        self.stored = _read(job, OUTER)
+        self._part = _read(job, OUTER)
+        self.stored = dense_tensors(job.plan, self._part, job.dtype)
         self.vectors = Vectors(self.stored)
 
     def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
@@ -153,8 +155,12 @@ class TunableOuter:
         return sum(divergences), slope_BTD
 
     def tensors(self) -> dict[str, Tensor]:
-        """By full name, with the changes as they are now."""
+        """Dense, by full name, with the changes as they are now."""
         return self.stored | self.vectors.current()
+
+    def tuned(self) -> dict[str, Tensor]:
+        """The part's tensors with the changes applied, as stored."""
+        return self._part | self.vectors.current()
 
 
 def _divergence(original_BCV: Tensor, logits_BCV: Tensor) -> tuple[float, Tensor]:

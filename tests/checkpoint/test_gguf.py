@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, tiny_model
 
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
 from rotq.checkpoint.load import load_model, load_tokenizer
-from rotq.checkpoint.opening import open_source
+from rotq.checkpoint.opening import describe_source, open_source
 from rotq.errors import RotqError
 
 gguf = pytest.importorskip("gguf")
@@ -105,6 +105,9 @@ def test_conversion_is_exact_and_done_once(
 ) -> None:
     dense = tmp_path / "dense"
     source = open_source(folder, gguf_dir=dense)
+    size = (folder / "tiny.gguf").stat().st_size
+    assert source.quantized_bytes == describe_source(folder).quantized_bytes == size
+    assert open_source(dense).quantized_bytes == 0
     expected = dense_model.state_dict()
     assert source.names() == sorted(expected)
     assert all(torch.equal(source.load(name), tensor) for name, tensor in expected.items())

@@ -151,7 +151,7 @@ def test_a_gpu_gets_all_buffers(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> 
     with FakeTensorMode():
         layer = QuantLinear(48, 20, grid, bias=True, device="cuda")
         found = Mock(wraps=packed_linear)
-        monkeypatch.setattr("rotq.layers.quant_linear.packed_linear", found)
+        monkeypatch.setattr("rotq.layers.packed_weight.packed_linear", found)
         layer(torch.empty(2, 48, device="cuda"))
     (_, words, scale, zero, bias), given = found.call_args
     assert given == {"bits": grid.bits}

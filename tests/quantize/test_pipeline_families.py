@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, POST_NORMS, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from numbered_words import word_tokenizer, write_model
+from tiny_models import CONFIGS, POST_NORMS
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import rotq.quantize.pipeline
 import rotq.quantize.publish
@@ -53,26 +50,13 @@ def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tokenizer for all families; transformers would pick a class by model type."""
-    words = {f"w{number}": number for number in range(97)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast = word_tokenizer()
     monkeypatch.setattr(rotq.quantize.setup, "load_tokenizer", lambda *_, **__: fast)
-
-
-def make_checkpoint(name: str, folder: Path) -> Path:
-    """A model of tests/support/tiny_models.py in fp32, and a text of numbered words."""
-    model = tiny_model(name, dtype=torch.float32)
-    model.save_pretrained(folder)
-    ids = torch.randint(1, 97, (400,), generator=torch.Generator().manual_seed(0))
-    (folder / "text.txt").write_text(" ".join(f"w{number}" for number in ids.tolist()))
-    return folder
 
 
 def make_jais2(folder: Path) -> Path:
     """A family that rotq has no adapter for."""
-    make_checkpoint("llama", folder)
+    write_model("llama", folder)
     config = transformers.Jais2Config(
         vocab_size=97,
         hidden_size=48,
@@ -96,7 +80,7 @@ def run(model: Path, output: Path, **changes: Any) -> JobReport:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_family_rotated_and_reloaded(name: str, tmp_path: Path) -> None:
-    model = make_checkpoint(name, tmp_path / "model")
+    model = write_model(name, tmp_path / "model")
     residual = "none" if name in POST_NORMS else "hadamard"
     format = "rotq" if name == "gpt2" else "compressed-tensors"
     more = {"rotation.residual": residual, "output.format": format}
@@ -112,7 +96,7 @@ def test_family_rotated_and_reloaded(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
 def test_online_rotation_in_the_rotq_format(name: str, tmp_path: Path) -> None:
-    model = make_checkpoint(name, tmp_path / "model")
+    model = write_model(name, tmp_path / "model")
     down = {"rotation.down": "hadamard", "output.format": "rotq"}
     report = run(model, tmp_path / "out", **STRONG, **down)
     assert report.rotation["largest_relative_difference"] < 1e-11
@@ -129,7 +113,7 @@ A4KV4 = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
-    model = make_checkpoint(name, tmp_path / "model")
+    model = write_model(name, tmp_path / "model")
     report = run(model, tmp_path / "out", **STRONG, **A4KV4)
     assert report.rotation["largest_relative_difference"] < 1e-11
     config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
@@ -147,7 +131,7 @@ def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
 
 
 def test_w4a8_in_compressed_tensors(tmp_path: Path) -> None:
-    model = make_checkpoint("qwen3", tmp_path / "model")
+    model = write_model("qwen3", tmp_path / "model")
     grids = {"weights.symmetric": True, "weights.group_size": 16, "activations.bits": 8}
     run(model, tmp_path / "out", **grids, activations__symmetric=True, rotation__value="hadamard")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -160,7 +144,7 @@ def test_flatness_is_reported_where_it_matters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotq.evaluation.flatness.SAMPLED_TOKENS", 60)
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     more = {"weights.group_size": 16}
     report = run(model, tmp_path / "rotated", **more, rotation__residual="hadamard")
     assert list(report.flatness) == [
@@ -178,7 +162,7 @@ def test_flatness_is_reported_where_it_matters(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe-mixed"])
 def test_solver_and_tuning_see_rounded_inputs(name: str, tmp_path: Path) -> None:
-    model = make_checkpoint(name, tmp_path / "model")
+    model = write_model(name, tmp_path / "model")
     more = {**STRONG, "tuning.steps": 2, "output.format": "rotq"}
     plain = run(model, tmp_path / "plain", **more)
     rounded = run(model, tmp_path / "rounded", **more, activations__bits=3)
@@ -189,7 +173,7 @@ def test_solver_and_tuning_see_rounded_inputs(name: str, tmp_path: Path) -> None
 def test_stopped_job_with_rounding_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     run(model, tmp_path / "whole", **STRONG, **A4KV4)
     save_block, saved = rotq.quantize.pipeline.save_block, []
 
@@ -218,7 +202,7 @@ def test_heads_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
 
 
 def test_heads_without_a_hadamard_are_refused(tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     config = read_json(model / "config.json") | {"head_dim": 18}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(RotqError, match=r"rotation\.attention=hadamard: .*order 18.*=none"):
@@ -228,14 +212,14 @@ def test_heads_without_a_hadamard_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("offload", [False, True])
 def test_fewer_passes_and_offload(passes: int, offload: bool, tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     more = {"solver.passes": passes, "calibration.offload": offload}
     report = run(model, tmp_path / "out", **STRONG, **more)
     assert all(0 < layer.relative_error < 0.5 for layer in report.layers)
 
 
 def test_offload_changes_nothing(tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     for name, offload in (("memory", False), ("file", True)):
         run(model, tmp_path / name, **STRONG, calibration__offload=offload)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "file")]
@@ -254,7 +238,7 @@ def test_offload_changes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_importance_strategies_change_the_result(strategy: str, tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     report = run(model, tmp_path / "out", importance__strategy=strategy, weights__group_size=16)
     plain = run(model, tmp_path / "plain", weights__group_size=16)
     assert all(0.2 < share < 0.999 for share in report.importance.values())
@@ -263,7 +247,7 @@ def test_importance_strategies_change_the_result(strategy: str, tmp_path: Path) 
 
 
 def test_mixed_precision_and_kept_layers(tmp_path: Path) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     rules = [{"match": r"layers\.0\.mlp", "bits": 8}, {"match": "o_proj", "keep": True}]
     report = run(
         model, tmp_path / "out", weights__group_size=16, weights__overrides=rules, weights__bits=3
@@ -283,7 +267,7 @@ def test_unknown_family_without_rotation_only(tmp_path: Path) -> None:
 
 
 def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     monkeypatch.setattr(fuse.LinearMap, "on_rows", lambda self, weight_NK: weight_NK)
     with pytest.raises(CheckFailed, match=r"function of model\.layers\.0"):
         run(model, tmp_path / "out", **STRONG, rotation__residual="hadamard")
@@ -292,7 +276,7 @@ def test_a_wrong_rotation_stops_the_job(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_transformers_alone_cannot_load_is_noted(tmp_path: Path) -> None:
     """Several grids with zero points, and the rotq format; one symmetric grid it can."""
-    model = make_checkpoint("llama", tmp_path / "model")
+    model = write_model("llama", tmp_path / "model")
     one = {"solver__method": "rtn", "weights__group_size": 16, "weights__symmetric": True}
     several = {**one, "weights__symmetric": False, "weights__group_fallback": "auto"}
     several["weights__overrides"] = [{"match": "q_proj", "bits": 3}]

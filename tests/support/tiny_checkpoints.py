@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def write_checkpoint(
     block_size: int | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
+    outer: Grid | None = None,
+    packs_embedding: bool = True,
     max_shard_bytes: int = 10**9,
 ) -> Written:
     """Write a tiny model with random codes; ``grids`` alternate over its linear layers.
@@ -94,6 +97,8 @@ def write_checkpoint(
     Args:
         rotated: The input of every down projection is rotated.
         block_size: In diagonal blocks of so many features.
+        outer: Of the embedding, and of a head with a weight of its own; None leaves them dense.
+        packs_embedding: False leaves it dense whatever ``outer`` is.
     """
     source, out = folder / "source", folder / "out"
     out.mkdir(parents=True)
@@ -126,9 +131,16 @@ def write_checkpoint(
         tensors |= packed_tensors(name, quantized, signs_R)
     put_online_heads(model, heads)
     tied = model.all_tied_weights_keys
+    adapter = adapter_for(model)
+    own = f"{adapter.head}.weight" not in tied
+    outer_names = [adapter.embedding] * packs_embedding + [adapter.head] * own
+    packed_outer = {} if outer is None else pack_weights(model, outer_names, outer, scale_dtype)
+    for name, codes in packed_outer.items():
+        tensors |= packed_tensors(name, codes)
     for name, tensor in model.state_dict().items():
         layer, _, leaf = name.rpartition(".")
-        if name not in tied and not (layer in layers and leaf in ONLINE):
+        packed = (layer in layers or layer in packed_outer) and leaf in ONLINE
+        if name not in tied and not packed:
             tensors[name] = tensor
     save_tensors(folder / "part.safetensors", tensors)
     opened = open_source(source)
@@ -137,10 +149,11 @@ def write_checkpoint(
     assemble([folder / "part.safetensors"], out, max_shard_bytes, rename=opened.stored_name)
     quantization = quantization_config(
         layers,
-        [name for name, _ in linears if name not in layers],
+        [name for name, _ in linears if name not in layers and name not in packed_outer],
         format,
         turned,
         block_size=block_size,
+        outer={name: codes.grid for name, codes in packed_outer.items()},
         inputs=inputs,
         heads=heads,
         prefix=model.base_model_prefix,
@@ -157,6 +170,19 @@ def write_checkpoint(
         obstacle=loading_obstacle(skeleton, quantization, layers, opened.stored_name),
     )
     return Written(path=out, dense=model, layers=layers, source=source)
+
+
+def pack_weights(
+    model: Any, names: Sequence[str], grid: Grid, scale_dtype: torch.dtype
+) -> dict[str, Quantized]:
+    """Random codes for modules of a model, which gets what they stand for."""
+    packed = {}
+    for number, name in enumerate(names):
+        weight = model.get_parameter(f"{name}.weight")
+        packed[name] = random_quantized(*weight.shape, grid, scale_dtype, seed=100 + number)
+        # in place: a tied head has the same tensor
+        weight.data.copy_(packed[name].dequantize(weight.dtype))
+    return packed
 
 
 def edit_tensors(path: Path, change: dict[str, Tensor | None]) -> None:

@@ -1,0 +1,122 @@
+"""Which grids embedding and head get, and who reads them packed.
+
+What reads compressed-tensors (``pack-quantized``) at the time of writing: transformers 5.23 with
+compressed-tensors 0.20 initializes the weight of every embedding, of which a packed one has none,
+and reads a packed head as any linear layer, so beside others on symmetric grids. vLLM 0.32 looks up
+symmetric embeddings of 2, 4 and 8 bits, but shares none with a head. The rotq format has no such
+limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.layers.quant_embedding import embedding_obstacle
+from rotq.models.skeleton import Skeleton
+from rotq.recipe import Recipe, Weights
+
+FEW_ROWS = 64
+"""Up to here there is nothing to save: alphabets of proteins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterPlan:
+    """Grids and shapes by full name; what stays dense is left out."""
+
+    grids: Mapping[str, Grid]
+    shapes: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+
+def plan_outer(skeleton: Skeleton, recipe: Recipe, *, has_experts: bool) -> OuterPlan:
+    """Give embedding and head the grids that the recipe asks for.
+
+    Raises:
+        ValueError: one of them cannot be packed or is not there, a tied head is to have other bits
+            than the embedding, the group size does not divide, or loaders of the format would not
+            read it and the recipe does not say ``dense``.
+    """
+    weights, notes = recipe.weights, []
+    grids: dict[str, Grid] = {}
+    for name, bits in _wanted(skeleton, recipe).items():
+        rows, columns = _shape(skeleton, name)
+        obstacle = _obstacle(recipe, is_head=name == skeleton.adapter.head, has_experts=has_experts)
+        if rows <= FEW_ROWS:
+            notes.append(f"{name} stays dense: {rows} rows are nothing to save")
+        elif obstacle is None:
+            grid = Grid(bits=bits, group_size=weights.outer_group_size, symmetric=True)
+            grids[name] = fitted_grid(name, columns, grid, weights)
+        elif weights.outer_fallback == "dense":
+            notes.append(f"{name} stays dense, output.format=rotq packs it: {obstacle}")
+        else:
+            raise ValueError(
+                f"{name} cannot be packed in compressed-tensors: {obstacle}; set "
+                "output.format=rotq, or weights.outer_fallback=dense"
+            )
+    shapes = {name: _shape(skeleton, name) for name in grids}
+    return OuterPlan(grids=grids, shapes=shapes, notes=tuple(notes))
+
+
+def fitted_grid(name: str, columns: int, grid: Grid, weights: Weights) -> Grid:
+    """The grid, with the largest legal group size below its own where the recipe allows it.
+
+    Args:
+        name: For the message.
+
+    Raises:
+        ValueError: the group size does not divide the columns, and no fallback is allowed.
+    """
+    size = grid.group_size
+    if size != -1 and columns % size and weights.group_fallback == "auto":
+        smaller = [legal for legal in legal_group_sizes(columns) if legal < size]
+        return replace(grid, group_size=max(smaller, default=-1))
+    try:
+        grid.columns_per_group(columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; or set weights.group_fallback=auto") from None
+    return grid
+
+
+def _wanted(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
+    """Bits by full name of what is to be packed."""
+    adapter, weights, wanted = skeleton.adapter, recipe.weights, {}
+    shared = skeleton.tied and recipe.rotation.residual == "none"
+    if weights.embedding != 16:
+        found = embedding_obstacle(skeleton.model.get_submodule(adapter.embedding))
+        if found is not None:
+            raise ValueError(f"weights.embedding: {adapter.embedding} cannot be packed: {found}")
+        wanted[adapter.embedding] = weights.embedding
+    if weights.head == 16 or (shared and weights.head == weights.embedding):
+        return wanted
+    if shared:
+        raise ValueError(
+            f"weights.head={weights.head}: {adapter.head} is tied to {adapter.embedding}; "
+            f"set weights.embedding={weights.head}, which both share"
+        )
+    head = skeleton.model.get_submodule(adapter.head) if adapter.head else None
+    if not isinstance(head, nn.Linear):
+        what = "the model has no head" if head is None else f"{adapter.head} is no linear layer"
+        raise ValueError(f"weights.head={weights.head}: {what} that can be packed")
+    return {**wanted, adapter.head: weights.head}
+
+
+def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
+    rows, columns = skeleton.model.get_parameter(f"{name}.weight").shape
+    return rows, columns
+
+
+def _obstacle(recipe: Recipe, *, is_head: bool, has_experts: bool) -> str | None:
+    """Why loaders of the output do not read it packed; None where they do."""
+    if recipe.output.format == "rotq":
+        return None
+    if not is_head:
+        return "transformers looks for the weight of every embedding"
+    if has_experts:
+        return "transformers fuses experts, and reads no second grid then"
+    if not recipe.weights.symmetric:
+        return "transformers reads no zero points where there is a second grid"
+    return None

@@ -1,0 +1,132 @@
+"""A weight as its codes, scales and zero points, in buffers that are those of the checkpoint.
+
+    W = (q - z) * s
+
+Shape suffixes: N rows, K columns, G groups of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rotq.autocast import lowered
+from rotq.formats.integer import Grid, Quantized
+from rotq.ops import pack, packed_linear, packed_words, unpack
+
+
+class PackedWeight(nn.Module):
+    """What linear layers and embeddings keep in place of a dense weight.
+
+    Buffers have the names and dtypes that they have in the checkpoint.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        grid: Grid,
+        *,
+        scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate buffers of the checkpoint's shapes; their values come from the checkpoint.
+
+        Args:
+            shape: (N, K); the grid's group size must divide K.
+            scale_dtype: As stored.
+            dtype: Of ``weight``; None is fp32.
+
+        Raises:
+            ValueError: the group size does not divide K.
+        """
+        super().__init__()
+        self.shape, self.grid = shape, grid
+        self.dtype = dtype or torch.float32
+        N, K = shape
+        groups = K // grid.columns_per_group(K)
+        self._allocate("weight_packed", (N, packed_words(K, grid.bits)), device)
+        scale_NG = torch.ones(N, groups, dtype=scale_dtype, device=device)
+        self.register_buffer("weight_scale", scale_NG)
+        stored_shape = torch.tensor(shape, dtype=torch.int64, device=device)
+        self.register_buffer("weight_shape", stored_shape)
+        if grid.symmetric:
+            self.register_buffer("weight_zero_point", None)
+        else:
+            self._allocate("weight_zero_point", (packed_words(N, grid.bits), groups), device)
+
+    def pack(self, quantized: Quantized) -> Self:
+        """Take codes, scales and zero points, in place of the buffers that were allocated."""
+        bits, device = quantized.grid.bits, quantized.q_NK.device
+        self.weight_packed = pack(quantized.q_NK, bits)
+        self.weight_scale = quantized.scale_NG.contiguous()
+        self.weight_shape = torch.tensor(quantized.q_NK.shape, dtype=torch.int64, device=device)
+        if quantized.zero_NG is not None:
+            self.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
+        return self
+
+    def quantized(self) -> Quantized:
+        """Codes, scales and zero points, unpacked."""
+        N, K = self.shape
+        zero_NG = None
+        if self.weight_zero_point is not None:
+            zero_NG = unpack(self.weight_zero_point, self.grid.bits, N, dim=0)
+        q_NK = unpack(self.weight_packed, self.grid.bits, K)
+        return Quantized(q_NK=q_NK, scale_NG=self.weight_scale, zero_NG=zero_NG, grid=self.grid)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) dense weight, computed in fp32, then cast to ``dtype``."""
+        return self.quantized().dequantize(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) dense, made at each access, for models that look at it; nothing is written back.
+
+        It counts as loaded: transformers initializes what does not.
+        """
+        weight_NK = self.dequantize(self.dtype)
+        weight_NK._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight_NK
+
+    def product(self, x: Tensor, bias_N: Tensor | None, *, in_tiles: bool = False) -> Tensor:
+        """x W^T + b over the last axis of ``x``, in its dtype; differentiable in both.
+
+        Args:
+            in_tiles: On a CPU, too, unpack some rows at a time; for weights that are larger than
+                the rest of a model in use.
+        """
+        # for the backward pass the operator keeps the codes, F.linear would keep the dense weight
+        is_differentiated = x.requires_grad and torch.is_grad_enabled()
+        if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated or in_tiles):
+            return F.linear(x, self.dequantize(x.dtype), bias_N)
+        return packed_linear(
+            lowered(x),
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            bias_N,
+            bits=self.grid.bits,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Scales keep the dtype that they are stored in: another would be another weight."""
+        scale_NG = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale_NG.dtype:
+            self.weight_scale = scale_NG.to(self.weight_scale.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale_NG.device)).dtype
+        return self
+
+    def _allocate(
+        self, name: str, shape: tuple[int, int], device: torch.device | str | None
+    ) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
