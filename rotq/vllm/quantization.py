@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowP
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from rotq.checkpoint.scheme import Scheme, read_scheme
@@ -85,9 +86,14 @@ class RotqConfig(CompressedTensorsConfig):
         """How vLLM runs a layer.
 
         Raises:
-            RotqError: the layer's parts treat their inputs differently, or it holds experts that
-                rotate or round them.
+            RotqError: the layer's parts treat their inputs differently, it holds experts that
+                rotate or round them, or it is an embedding or a head that is packed.
         """
+        if isinstance(layer, VocabParallelEmbedding) and self.scheme.names(prefix):
+            raise RotqError(
+                f"{prefix}: packed embeddings and heads are not run in vLLM; quantize with "
+                "weights.embedding=16 and weights.head=16"
+            )
         if isinstance(layer, RoutedExperts):
             self._check_experts(layer, prefix)
         method = super().get_quant_method(layer, prefix)

@@ -86,3 +86,30 @@ def test_rounded_keys_and_values(checkpoint: Callable[..., Path]) -> None:
         pass
     with engine(path, additional_config=KV):
         pass
+
+
+@pytest.mark.parametrize("outer", ["embed_tokens", "lm_head"])
+def test_packed_embeddings_and_heads(outer: str) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    from rotq.checkpoint.scheme_writing import quantization_config
+    from rotq.formats.integer import Grid
+    from rotq.vllm.quantization import RotqConfig
+
+    name = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}[outer]
+    layers = {"model.layers.0.mlp.up_proj": Grid(bits=4, group_size=8, symmetric=True)}
+    packed = {name: Grid(bits=6, group_size=8, symmetric=True)}
+    kind = ParallelLMHead if outer == "lm_head" else VocabParallelEmbedding
+    layer = kind.__new__(kind)
+    for asked, refused in ((packed, True), ({}, False)):
+        config = RotqConfig.from_config(
+            {**quantization_config(layers, [], "rotq", outer=asked), "quant_method": "rotq"}
+        )
+        if refused:
+            with pytest.raises(RotqError, match=f"{outer}: packed embeddings and heads are not"):
+                config.get_quant_method(layer, name)
+        else:
+            config.get_quant_method(layer, name)
