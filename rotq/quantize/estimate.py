@@ -10,6 +10,7 @@ from torch import nn
 from rotq.checkpoint.location import ModelName
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.own_text import writing_memory
 from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
@@ -85,8 +86,8 @@ def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int
 
 
 def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Hidden states between all blocks, where gradients weigh the tokens."""
-    if recipe.importance.strategy != "gradient" or not recipe.needs_data:
+    """Hidden states between all blocks, where gradients weigh tokens or layers."""
+    if not recipe.needs_gradients:
         return 0
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
@@ -106,7 +107,8 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     tuning, transform = (
         need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
     )
-    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform)
+    writing = writing_memory(skeleton, recipe.calibration, dtype)
+    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform, writing)
 
 
 def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rotq.job.context import Job
-from rotq.job.part_names import TRANSFORM, TUNING, block_part
+from rotq.job.part_names import OWN_TEXT, TRANSFORM, TUNING, block_part
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.setup import versions
 from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
@@ -74,7 +74,10 @@ def _recorded(job: Job, name: str) -> dict[str, Any]:
 
 def described_data(job: Job) -> dict[str, Any]:
     """Where the calibration windows come from."""
-    return {"source": job.windows.source, "sha256": job.windows.sha256}
+    described = {"source": job.windows.source, "sha256": job.windows.sha256}
+    if job.folder.recorded(OWN_TEXT):
+        return {**described, "written": job.folder.results(OWN_TEXT)}
+    return described
 
 
 def _rotation(check: InvarianceCheck) -> dict[str, Any]:

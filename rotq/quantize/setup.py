@@ -29,6 +29,7 @@ from rotq.models.limits import limits_of
 from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.kept import find_kept
+from rotq.quantize.own_text import check_room
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
@@ -83,6 +84,7 @@ def settle(
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
     plan = make_plan(skeleton, recipe, wanted)
+    check_room(skeleton, recipe.calibration, wanted, usable)
     kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,

@@ -3,7 +3,7 @@
 Shape suffixes: N out features, K in features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -82,6 +82,42 @@ def solve(
 
     quantized = _joined(_each_part(descend, target_NK))
     return _solution(quantized, target_NK, hessian_KK, damping)
+
+
+def trial_losses(
+    weight_NK: Tensor,
+    hessian_KK: Tensor,
+    grids: Sequence[Grid],
+    options: Solver,
+    *,
+    scale_dtype: torch.dtype,
+) -> Tensor:
+    """What rows would lose on each of several grids, (C, N); the Hessian is factored once.
+
+    Args:
+        weight_NK: fp32, not modified.
+        hessian_KK: Mean of x x^T over tokens; not damped.
+        grids, options, scale_dtype: As for ``solve``; targets are not corrected.
+
+    Raises:
+        RotqError: the Hessian is not finite or cannot be made positive definite.
+    """
+    hessian_KK = (hessian_KK + hessian_KK.T).div_(2)
+    if options.method == "rtn":
+        found = [
+            _round_to_nearest(weight_NK, hessian_KK, grid, options, scale_dtype) for grid in grids
+        ]
+        return torch.stack([solution.loss_N for solution in found])
+    damped_KK, damping = damp(hessian_KK, options.damping)
+    target_NK = weight_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
+    elimination = eliminate(damped_KK, options.order)
+
+    def lost(grid: Grid) -> Tensor:
+        quantized = _descend(target_NK, damped_KK, elimination, grid, options, scale_dtype)
+        return _solution(quantized, target_NK, hessian_KK, damping).loss_N
+
+    on_cpu = target_NK.device.type == "cpu"
+    return torch.stack(side_by_side(lost, grids) if on_cpu else [lost(grid) for grid in grids])
 
 
 def _each_part(descend: Callable[[Tensor], Quantized], target_NK: Tensor) -> list[Quantized]:

@@ -1,0 +1,82 @@
+"""One choice for each of many, so that the sum of losses is small and that of costs in a budget.
+
+    minimize  sum_u loss[u][c_u]    subject to    sum_u cost[u][c_u] <= budget
+
+Of each unit only choices on the lower convex hull of its (cost, loss) points are an optimum of the
+Lagrangian loss + lambda cost. From the cheapest of all, steps along the hulls are taken in the order
+of what they gain per cost; what is left then buys single changes. The result is the optimum for the
+budget that it spends but for that rest, which is smaller than one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def spend(
+    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float
+) -> list[int]:
+    """The index of each unit's choice.
+
+    Args:
+        costs: Of each unit's choices, rising.
+        losses: The same shape; a dearer choice may lose more than a cheaper one.
+        budget: At least the sum of the first costs.
+
+    Raises:
+        ValueError: the budget is below that.
+    """
+    chosen = [0] * len(costs)
+    rest = budget - sum(cost[0] for cost in costs)
+    if rest < 0:
+        raise ValueError(f"a budget of {budget:g} is below the sum of the least costs")
+    steps = [
+        (-gain, unit, place, after)
+        for unit in range(len(costs))
+        for place, (gain, after) in enumerate(_hull_steps(costs[unit], losses[unit]))
+    ]
+    stuck: set[int] = set()
+    for _, unit, _, after in sorted(steps):
+        price = costs[unit][after] - costs[unit][chosen[unit]]
+        if unit in stuck or price > rest:
+            stuck.add(unit)
+            continue
+        chosen[unit], rest = after, rest - price
+    return _topped_up(chosen, costs, losses, rest)
+
+
+def _hull_steps(cost: Sequence[float], loss: Sequence[float]) -> list[tuple[float, int]]:
+    """Steps to the next choice on the lower hull: what it gains per cost, falling, and its index."""
+    steps, here = [], 0
+    while True:
+        gains = [
+            ((loss[here] - loss[later]) / (cost[later] - cost[here]), later)
+            for later in range(here + 1, len(cost))
+            if cost[later] > cost[here] and loss[later] < loss[here]
+        ]
+        if not gains:
+            return steps
+        best = max(gains)
+        steps.append(best)
+        here = best[1]
+
+
+def _topped_up(
+    chosen: list[int],
+    costs: Sequence[Sequence[float]],
+    losses: Sequence[Sequence[float]],
+    rest: float,
+) -> list[int]:
+    """Single changes that the rest pays for, the one that gains most first."""
+    while True:
+        gains = [
+            (losses[unit][here] - losses[unit][other], -unit, other)
+            for unit, here in enumerate(chosen)
+            for other in range(len(costs[unit]))
+            if costs[unit][other] - costs[unit][here] <= rest
+        ]
+        gain, negative, other = max(gains, default=(0.0, 0, 0))
+        if gain <= 0:
+            return chosen
+        rest -= costs[-negative][other] - costs[-negative][chosen[-negative]]
+        chosen[-negative] = other
