@@ -134,21 +134,28 @@ def _bits(grid: Grid, layers: Iterable[str], shapes: Shapes, scale_bits: int) ->
     )
 
 
-def check_budget(average_bits: float, units: Sequence[Unit], shapes: Shapes) -> tuple[float, float]:
-    """Least and most bits per weight that the units can have together.
-
-    Raises:
-        ValueError: the average is not between them.
-    """
+def limits(units: Iterable[Unit], shapes: Shapes) -> tuple[float, float]:
+    """Least and most bits per weight that the units can have together."""
+    units = list(units)
     weights = sum(shapes[name][0] * shapes[name][1] for unit in units for name in unit.layers)
     least, most = (sum(unit.bits[end] for unit in units) / weights for end in (0, -1))
-    if not least <= average_bits <= most:
-        end, words = (0, "below") if average_bits < least else (-1, "above")
-        grid = units[0].grids[end]
-        size = "channel" if grid.group_size == -1 else f"{grid.group_size} columns"
-        raise ValueError(
-            f"weights.average_bits={average_bits:g} is {words} {(least, most)[end]:.4g}, the "
-            f"{('least', 'most')[end]} that the quantized layers can have together "
-            f"({units[0].name}: {grid.bits} bits, a scale per {size})"
-        )
     return least, most
+
+
+def check_budget(average_bits: float, units: Sequence[Unit], shapes: Shapes) -> None:
+    """Refuse an average that no choice of the units has.
+
+    Raises:
+        ValueError: names the limit, and what the first layer has there.
+    """
+    allowed = limits(units, shapes)
+    if allowed[0] <= average_bits <= allowed[1]:
+        return
+    end, words = (0, "below") if average_bits < allowed[0] else (-1, "above")
+    grid = units[0].grids[end]
+    size = "channel" if grid.group_size == -1 else f"{grid.group_size} columns"
+    raise ValueError(
+        f"weights.average_bits={average_bits:g} is {words} {allowed[end]:.4g}, the "
+        f"{('least', 'most')[end]} that the quantized layers can have together "
+        f"({units[0].name}: {grid.bits} bits, a scale per {size})"
+    )

@@ -16,6 +16,7 @@ from rotq.job.mixed import (
     Unit,
     check_budget,
     choices,
+    limits,
     make_units,
     together,
 )
@@ -54,6 +55,11 @@ class Plan:
     def num_weights(self) -> int:
         """Of all planned layers."""
         return sum(rows * columns for rows, columns in self.shapes.values())
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Least and most bits per weight that the units can have; None without a choice."""
+        return limits(self.units, self.shapes) if self.units else None
 
     def choosing(self, grid_of_unit: Sequence[int]) -> "Plan":
         """The plan where each unit has one of its grids, by index."""

@@ -164,7 +164,6 @@ class BlockQuantizer:
     def _result(self, full: str, solution: Solution, seconds: float) -> LayerResult:
         grid, shape = self.job.plan.grids[full], self.job.plan.shapes[full]
         loss = solution.loss_N.double().sum().item()
-        scale_bits = self.job.plan.scale_dtype.itemsize * 8
         return LayerResult(
             name=full,
             shape=shape,
@@ -175,7 +174,7 @@ class BlockQuantizer:
             relative_error=loss / max(solution.energy_N.double().sum().item(), 1e-30),
             damping=solution.damping,
             seconds=seconds,
-            bits_per_weight=grid.bits_per_weight(shape[1], scale_bits),
+            bits_per_weight=grid.bits_per_weight(shape[1], self.job.plan.scale_bits),
         )
 
 

@@ -45,9 +45,11 @@ def estimate(
 
 def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Estimate:
     """Bits, bytes and peak memory of a job; nothing but the config is read."""
-    sites = _sites(make_plan(skeleton, recipe, dtype))
+    plan = make_plan(skeleton, recipe, dtype)
+    sites, planned = _sites(plan), plan.num_weights
     packed_bits = sum(site.bits_per_weight * _numel(site.shape) for site in sites)
-    planned = sum(_numel(site.shape) for site in sites)
+    if recipe.is_mixed:
+        packed_bits = recipe.weights.average_bits * planned
     untied = _untied_head(skeleton, recipe)
     dense = _stored_parameters(skeleton) + untied - planned
     output_bytes = int(packed_bits / 8 + dense * dtype.itemsize)
@@ -61,18 +63,24 @@ def make_estimate(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Est
         scratch_disk_bytes=2 * output_bytes
         + (streams if offload else 0)
         + _gradient_bytes(skeleton, recipe, dtype),
+        limits=plan.limits,
     )
 
 
 def _sites(plan: Plan) -> tuple[SiteEstimate, ...]:
-    scale_bits = plan.scale_dtype.itemsize * 8
+    choices = {
+        name: tuple((grid.bits, grid.group_size) for grid in unit.grids)
+        for unit in plan.units
+        for name in unit.layers
+    }
     return tuple(
         SiteEstimate(
             name=name,
             shape=plan.shapes[name],
             bits=grid.bits,
             group_size=grid.group_size,
-            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], scale_bits),
+            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], plan.scale_bits),
+            choices=choices.get(name, ()),
         )
         for name, grid in plan.grids.items()
     )

@@ -10,6 +10,7 @@ from typing import Any
 from rotq.job.context import Job
 from rotq.job.part_names import OWN_TEXT, TRANSFORM, TUNING, block_part
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.sensitivity import predicted
 from rotq.quantize.setup import versions
 from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
 
@@ -48,6 +49,7 @@ def make_report(
         original_bytes=parameters * job.dtype.itemsize,
         seconds=seconds,
         peak_rss=peak_rss(),
+        mixed=predicted(job),
         rotation=_rotation(check),
         transform=_recorded(job, TRANSFORM),
         importance={name: part["effective_share"] for name, part in zip(names, parts, strict=True)},

@@ -14,7 +14,7 @@ Shape suffixes: M tokens, N out features, K in features, R rows that are tried, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -104,57 +104,57 @@ class Sensitivities:
         self.start(block)
 
     def _losses(self, unit: Unit, prefix: str, block: nn.Module) -> list[float]:
-        by_site: dict[str, list[str]] = {}
+        by_site: dict[str, dict[str, Tensor]] = {}
         for name in unit.layers:
             path = name.removeprefix(prefix)
-            by_site.setdefault(self._site_of[path], []).append(path)
-        rows = max(1, min(TRIED_ROWS, TRIED_ROWS_OF_UNIT // len(unit.layers)))
-        total_C = torch.zeros(len(unit.grids), dtype=torch.float64)
-        felt = 0.0
-        for name, paths in by_site.items():
-            site = self._sites.get(name)
-            if site is None or not site.weight:
-                continue
-            loss_C, weight = self._site_losses(unit, site, paths, block, rows)
-            total_C += loss_C
-            felt += weight
-        if not total_C.isfinite().all():
-            raise RotqError(f"{unit.name}: the gradient of the loss is not finite")
-        if not felt > 0:
+            fisher_N = self._fisher.get(path)
+            if fisher_N is not None and fisher_N.any():
+                by_site.setdefault(self._site_of[path], {})[path] = fisher_N
+        if not by_site:
             raise RotqError(
                 f"{unit.name}: the loss has no gradient there, so weights.average_bits cannot weigh "
-                "it; weights.overrides gives it bits"
+                "it; an override can give it bits"
             )
-        losses: list[float] = total_C.tolist()
+        if not all(fisher_N.isfinite().all() for of in by_site.values() for fisher_N in of.values()):
+            raise RotqError(f"{unit.name}: the gradient of the loss is not finite")
+        rows = max(1, min(TRIED_ROWS, TRIED_ROWS_OF_UNIT // len(unit.layers)))
+        parts = [
+            self._of_site(unit, self._sites[site], fisher, block, rows)
+            for site, fisher in by_site.items()
+        ]
+        losses: list[float] = torch.stack(parts).sum(0).tolist()
         return losses
 
-    def _site_losses(
-        self, unit: Unit, site: _SiteSums, paths: list[str], block: nn.Module, rows: int
-    ) -> tuple[Tensor, float]:
-        """(C) nats per token of the layers of one site, and the sum of their Fisher."""
-        weights, fisher = [], []
-        total = 0.0
-        for path in paths:
-            weight_NK = block.get_submodule(path).weight.detach()
-            fisher_N = self._fisher.get(path)
-            if fisher_N is None or not fisher_N.any():
-                continue
-            picked_R = torch.linspace(0, len(weight_NK) - 1, min(rows, len(weight_NK))).long()
-            part_R, whole = fisher_N[picked_R].double(), fisher_N.double().sum()
+    def _of_site(
+        self,
+        unit: Unit,
+        sums: _SiteSums,
+        fisher: Mapping[str, Tensor],
+        block: nn.Module,
+        rows: int,
+    ) -> Tensor:
+        """(C) nats per token that layers of one input lose, from some rows of each.
+
+        Args:
+            fisher: Sum of squared slopes of each row, by path.
+        """
+        weights, shares = [], []
+        for path, fisher_N in fisher.items():
+            weight_NK = block.get_parameter(f"{path}.weight")
+            N = len(weight_NK)
+            picked_R = torch.linspace(0, N - 1, min(rows, N), device=fisher_N.device).long()
+            tried_R = fisher_N[picked_R].double().clamp(min=1e-30)
             weights.append(weight_NK[picked_R].float())
-            # rows that were not tried lose like those that were
-            fisher.append(part_R / part_R.sum().clamp(min=1e-300) * whole / (2 * site.tokens))
-            total += whole.item()
-        if not weights:
-            return torch.zeros(len(unit.grids), dtype=torch.float64), 0.0
+            # rows that are not tried lose like those that are
+            shares.append(tried_R * fisher_N.double().sum() / tried_R.sum())
         loss_CR = trial_losses(
             torch.cat(weights),
-            site.hessian_KK / max(site.weight, 1e-30),
+            sums.hessian_KK / sums.weight,
             unit.grids,
             replace(self.job.recipe.solver, refine_sweeps=0),
             scale_dtype=self.job.plan.scale_dtype,
         )
-        return (loss_CR.double() @ torch.cat(fisher)).cpu(), total
+        return (loss_CR.double() @ torch.cat(shares)).cpu() / (2 * sums.tokens)
 
 
 def choose_grids(job: Job) -> Job:
@@ -169,3 +169,17 @@ def choose_grids(job: Job) -> Job:
         budget,
     )
     return replace(job, plan=job.plan.choosing(chosen))
+
+
+def predicted(job: Job) -> dict[str, float]:
+    """For the report: what was asked for, and what the chosen grids were expected to lose."""
+    if not job.plan.units:
+        return {}
+    losses = job.folder.results(SENSITIVITIES)["losses"]
+    chosen = [unit.grids.index(job.plan.grids[unit.name]) for unit in job.plan.units]
+    return {
+        "average_bits": job.recipe.weights.average_bits,
+        "predicted_kl": sum(
+            losses[unit.name][index] for unit, index in zip(job.plan.units, chosen, strict=True)
+        ),
+    }
