@@ -26,7 +26,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rotq.calibration.texts import SELF
 from rotq.calibration.tokens import beginning
 from rotq.errors import RotqError, told
-from rotq.recipe import Calibration
 
 AT_A_TIME = 16
 """Windows that are sampled together: with fewer, reading the weights takes most of the time."""
@@ -144,9 +143,7 @@ def _plain_generation(model: Any, length: int) -> Iterator[None]:
     if not hasattr(model, "generate") or not model.can_generate():
         raise RotqError(f"{type(model).__name__} cannot generate text; name a calibration text")
     before = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_length=length, use_cache=True
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_length=length, use_cache=True)
     try:
         yield
     finally:

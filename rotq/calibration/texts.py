@@ -74,7 +74,9 @@ def read_text(source: str, *, split: str = "train") -> Text:
     elif source in ("pydoc", "pydoc-test"):
         text = _of_content(source, _pydoc(held_out=source == "pydoc-test"))
     elif source == SELF:
-        raise RotqError(f"text {source} is what a model writes for its own calibration, and no other")
+        raise RotqError(
+            f"text {source} is what a model writes for its own calibration, and no other"
+        )
     elif path is None and _names_a_file(source):
         raise RotqError(f"text {source}: no such file")
     else:

@@ -102,7 +102,9 @@ def writing_memory(skeleton: Skeleton, calibration: Calibration, dtype: torch.dt
     return (weights + cache) * dtype.itemsize + logits
 
 
-def check_room(skeleton: Skeleton, calibration: Calibration, dtype: torch.dtype, device: torch.device) -> None:
+def check_room(
+    skeleton: Skeleton, calibration: Calibration, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse a model that is too large to be loaded whole.
 
     Raises:
@@ -114,6 +116,6 @@ def check_room(skeleton: Skeleton, calibration: Calibration, dtype: torch.dtype,
         free, _ = torch.cuda.mem_get_info(device)
     if free is not None and needed > free:
         raise RotqError(
-            f"calibration text {SELF}: the model writes it in one piece, which takes {size(needed)} "
-            f"where {size(free)} are free; name a text"
+            f"calibration text {SELF}: the model writes it in one piece, which takes "
+            f"{size(needed)} where {size(free)} are free; name a text"
         )

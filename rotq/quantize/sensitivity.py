@@ -1,13 +1,13 @@
 """What the loss feels of each layer's rounding, by its grid; and the grids that a budget buys.
 
     loss(W^) - loss(W) ~ 1/2 sum_n f_n (w^_n - w_n) H (w^_n - w_n)^T
-    f_n = mean over tokens of g_tn^2        H = sum_t r_t x_t x_t^T / sum_t r_t,   r_t = sum_n g_tn^2
+    f_n = mean over tokens of g_tn^2       H = sum_t r_t x_t x_t^T / sum_t r_t,  r_t = sum_n g_tn^2
 
-g is the slope of the model's own sampled loss at what the layer puts out (see ``gradients``), so that
-this is the expected rise of the KL to the original in nats per token: the layer's Fisher information
-with tokens and rows taken apart (GuidedQuant, arXiv 2505.07004, has r; HAWQ-V2, arXiv 1911.03852, the
-sum over layers). w^ is what the recipe's solver makes of some of the rows with that H, without
-refinement, so that the feedback of GPTQ is counted: round to nearest would rank layers otherwise.
+g is the slope of the model's own sampled loss at what the layer puts out (see ``gradients``), so
+that this is the expected rise of the KL to the original in nats per token: the layer's Fisher
+information with tokens and rows taken apart. r is GuidedQuant's weight (arXiv 2505.07004), the sum
+over layers HAWQ-V2's (arXiv 1911.03852). w^ is what the recipe's solver makes of some of the rows
+with that H, without refinement, so that the feedback of GPTQ is counted.
 
 Shape suffixes: M tokens, N out features, K in features, R rows that are tried, C grids.
 """
@@ -112,10 +112,12 @@ class Sensitivities:
                 by_site.setdefault(self._site_of[path], {})[path] = fisher_N
         if not by_site:
             raise RotqError(
-                f"{unit.name}: the loss has no gradient there, so weights.average_bits cannot weigh "
-                "it; an override can give it bits"
+                f"{unit.name}: the loss has no gradient there, so weights.average_bits cannot "
+                "weigh it; an override can give it bits"
             )
-        if not all(fisher_N.isfinite().all() for of in by_site.values() for fisher_N in of.values()):
+        if not all(
+            fisher_N.isfinite().all() for of in by_site.values() for fisher_N in of.values()
+        ):
             raise RotqError(f"{unit.name}: the gradient of the loss is not finite")
         rows = max(1, min(TRIED_ROWS, TRIED_ROWS_OF_UNIT // len(unit.layers)))
         parts = [

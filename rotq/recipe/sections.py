@@ -66,9 +66,9 @@ class Weights:
     bits: int = 4
     """Bits per code, 2 to 8."""
     average_bits: float = 0.0
-    """In place of ``bits`` and ``group_size``: 2, 3 or 4 bits and groups for each layer, so that the
-    quantized layers have this many bits per weight together, scales and zero points counted, and
-    the loss of the model rises least. 0 gives every layer ``bits``."""
+    """In place of ``bits`` and ``group_size``: 2, 3 or 4 bits and groups for each layer, so that
+    the quantized layers have this many bits per weight together, scales and zero points counted,
+    and the loss of the model rises least. 0 gives every layer ``bits``."""
     group_size: int = 128
     """Columns that share a scale; -1 is one scale per output channel."""
     group_fallback: Literal["error", "auto"] = "error"

@@ -165,7 +165,7 @@ class SiteEstimate:
     group_size: int
     bits_per_weight: float
     choices: tuple[tuple[int, int], ...] = ()
-    """(bits, group size) that the job will choose from; ``bits`` and ``group_size`` are the first."""
+    """(bits, group size) that the job will choose from; the first are those above."""
 
 
 @dataclass(frozen=True, kw_only=True)

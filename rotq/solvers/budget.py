@@ -2,10 +2,10 @@
 
     minimize  sum_u loss[u][c_u]    subject to    sum_u cost[u][c_u] <= budget
 
-Of each unit only choices on the lower convex hull of its (cost, loss) points are an optimum of the
-Lagrangian loss + lambda cost. From the cheapest of all, steps along the hulls are taken in the order
-of what they gain per cost; what is left then buys single changes. The result is the optimum for the
-budget that it spends but for that rest, which is smaller than one step.
+Of each unit only choices on the lower convex hull of its (cost, loss) points are an optimum of
+the Lagrangian loss + lambda cost. From the cheapest of all, steps along the hulls are taken in the
+order of what they gain per cost; what is left then buys single changes. Up to the first step that
+does not fit, the result is the optimum for what it costs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def spend(
 
 
 def _hull_steps(cost: Sequence[float], loss: Sequence[float]) -> list[tuple[float, int]]:
-    """Steps to the next choice on the lower hull: what it gains per cost, falling, and its index."""
+    """Steps to the next choice on the lower hull: gain per cost, falling, and its index."""
     steps, here = [], 0
     while True:
         gains = [

@@ -55,6 +55,14 @@ class Elimination:
     """U of ``inverse_factor`` with rows and columns in that order, fp32."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowBounds:
+    """Least and largest code of each row, (N) fp32."""
+
+    q_min: Tensor
+    q_max: Tensor
+
+
 def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     """Order the columns and factor once for all rows.
 
@@ -75,7 +83,11 @@ def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
 
 
 def round_columns(
-    weight_NK: Tensor, elimination: Elimination, scale_NG: Tensor, zero_NG: Tensor, grid: Grid
+    weight_NK: Tensor,
+    elimination: Elimination,
+    scale_NG: Tensor,
+    zero_NG: Tensor,
+    grid: Grid | RowBounds,
 ) -> Tensor:
     """Run the column loop with fixed scales.
 
@@ -84,7 +96,7 @@ def round_columns(
         elimination: Of the layer's damped Hessian.
         scale_NG: fp32.
         zero_NG: fp32 integers.
-        grid: Bits and symmetry.
+        grid: Bits and symmetry; or bounds for rows that are on several grids.
 
     Returns:
         q_NK: fp32 integers in [q_min, q_max].

@@ -19,7 +19,9 @@ class Tokenizer:
 
     def __call__(self, text, add_special_tokens=True, **_):
         ids = [1 + byte % (VOCAB - 1) for byte in text.encode()]
-        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens and self._adds else ids}
+        return {
+            "input_ids": [self.bos_token_id, *ids] if add_special_tokens and self._adds else ids
+        }
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from rotq.recipe import Override, load_recipe
 def plan(name="llama", average_bits=4.0, **more):
     values = {"weights.average_bits": average_bits, "weights.scale_dtype": "float16", **more}
     skeleton = Skeleton.open(MemorySource(tiny_model(name, dtype=torch.float32)))
-    return make_plan(skeleton, load_recipe(None, {"output.format": "rotq", **values}), torch.float32)
+    return make_plan(
+        skeleton, load_recipe(None, {"output.format": "rotq", **values}), torch.float32
+    )
 
 
 def names(unit):
@@ -87,7 +89,9 @@ def test_a_choice_is_the_grid_of_every_layer_of_its_unit():
         assert {found.grids[name] for name in unit.layers} == {unit.grids[0]}
 
 
-@pytest.mark.parametrize(("average", "words"), [(2.0, "below .* the least"), (8, "above .* the most")])
+@pytest.mark.parametrize(
+    ("average", "words"), [(2.0, "below .* the least"), (8, "above .* the most")]
+)
 def test_an_average_out_of_reach_is_refused_with_the_limit(average, words):
     limit = plan().limits[0 if average == 2 else 1]
     with pytest.raises(ValueError, match=f"average_bits={average:g} is {words}") as raised:
