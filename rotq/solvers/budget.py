@@ -47,7 +47,8 @@ def spend(
 
 def _hull_steps(cost: Sequence[float], loss: Sequence[float]) -> list[tuple[float, int]]:
     """Steps to the next choice on the lower hull: gain per cost, falling, and its index."""
-    steps, here = [], 0
+    steps: list[tuple[float, int]] = []
+    here = 0
     while True:
         gains = [
             ((loss[here] - loss[later]) / (cost[later] - cost[here]), later)
