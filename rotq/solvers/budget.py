@@ -4,8 +4,8 @@
 
 Of each unit only choices on the lower convex hull of its (cost, loss) points are an optimum of
 the Lagrangian loss + lambda cost. From the cheapest of all, steps along the hulls are taken in the
-order of what they gain per cost; what is left then buys single changes. Up to the first step that
-does not fit, the result is the optimum for what it costs.
+order of what they gain per cost; where one does not fit, its unit stays and others go on. Up to
+there the result is the optimum for what it costs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def spend(
             stuck.add(unit)
             continue
         chosen[unit], rest = after, rest - price
-    return _topped_up(chosen, costs, losses, rest)
+    return chosen
 
 
 def _hull_steps(cost: Sequence[float], loss: Sequence[float]) -> list[tuple[float, int]]:
@@ -60,24 +60,3 @@ def _hull_steps(cost: Sequence[float], loss: Sequence[float]) -> list[tuple[floa
         best = max(gains)
         steps.append(best)
         here = best[1]
-
-
-def _topped_up(
-    chosen: list[int],
-    costs: Sequence[Sequence[float]],
-    losses: Sequence[Sequence[float]],
-    rest: float,
-) -> list[int]:
-    """Single changes that the rest pays for, the one that gains most first."""
-    while True:
-        gains = [
-            (losses[unit][here] - losses[unit][other], -unit, other)
-            for unit, here in enumerate(chosen)
-            for other in range(len(costs[unit]))
-            if costs[unit][other] - costs[unit][here] <= rest
-        ]
-        gain, negative, other = max(gains, default=(0.0, 0, 0))
-        if gain <= 0:
-            return chosen
-        rest -= costs[-negative][other] - costs[-negative][chosen[-negative]]
-        chosen[-negative] = other

@@ -58,6 +58,7 @@ def test_what_is_left_buys_a_step_that_was_passed_over():
 def test_a_choice_that_costs_more_and_loses_more_is_not_taken():
     assert spend([[1, 2, 3]], [[5.0, 6.0, 4.0]], 2.5) == [0]
     assert spend([[1, 2, 3]], [[5.0, 6.0, 4.0]], 3) == [2]
+    assert spend([[1, 2]], [[5.0, 6.0]], 2) == [0]
 
 
 def test_a_larger_budget_never_loses_more():
