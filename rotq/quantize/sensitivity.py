@@ -164,7 +164,8 @@ def choose_grids(job: Job) -> Job:
     if not job.plan.units:
         return job
     losses = job.folder.results(SENSITIVITIES)["losses"]
-    budget = job.recipe.weights.average_bits * job.plan.num_weights
+    # the least that there is, as an average, may be a rounding error below itself
+    budget = job.recipe.weights.average_bits * job.plan.num_weights * (1 + 1e-12)
     chosen = spend(
         [unit.bits for unit in job.plan.units],
         [losses[unit.name] for unit in job.plan.units],

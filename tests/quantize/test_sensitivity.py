@@ -139,6 +139,18 @@ def test_the_choice_keeps_to_the_budget_and_tells_what_it_expects(average, tmp_p
         assert len({chosen.plan.grids[name] for name in unit.layers}) == 1
 
 
+@pytest.mark.parametrize("end", [0, -1], ids=["least", "most"])
+def test_an_average_at_the_limit_is_met(end, tmp_path):
+    for width in ("llama", "qwen3", "mixtral"):
+        limits = make_job(tmp_path / width, CHOICES, name=width).plan.limits
+        at_limit = {**CHOICES, "weights.average_bits": limits[end]}
+        job = make_job(tmp_path / width, at_limit, name=width)
+        losses = {unit.name: [4.0, 2.0, 1.0] for unit in job.plan.units}
+        job.folder.record(SENSITIVITIES, {"losses": losses}, [])
+        chosen = choose_grids(job).plan
+        assert all(chosen.grids[unit.name] == unit.grids[end] for unit in job.plan.units)
+
+
 def test_a_finished_pass_is_not_run_again(tmp_path, monkeypatch):
     passed(tmp_path / "job")
     monkeypatch.setattr(GradientPass, "_forward", None)
