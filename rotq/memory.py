@@ -5,6 +5,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -3, 32 << 20
 """Of glibc's malloc.h; the second is where glibc itself gets to once large blocks were freed."""
@@ -55,6 +56,16 @@ def large_blocks_mapped(smallest: int = 8 << 20) -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can take without swapping, as Linux estimates; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(kilobytes[0]) if kilobytes else None
 
 
 def _libc(name: str) -> Callable[..., int] | None:

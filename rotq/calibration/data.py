@@ -19,7 +19,7 @@ Shape suffixes: N tokens of the text, B windows, T positions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ from rotq.calibration.fasta import parse_fasta
 from rotq.calibration.limits import Limits
 from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
-from rotq.calibration.texts import Text, read_text
+from rotq.calibration.sampled import SampledText, sampled_first
+from rotq.calibration.texts import SELF, Text, is_own_text, read_text
 from rotq.calibration.tokenized import begun, first_tokens, tokenize
 from rotq.errors import RotqError
 from rotq.recipe import Calibration
@@ -74,8 +75,17 @@ class Windows:
         return sum(batch.num_tokens for batch in self.batches)
 
 
+Write = Callable[[tuple[int, ...], int, int, int], SampledText]
+"""Windows of the model's own text from first tokens, number, length and seed."""
+
+
 def load_windows(
-    calibration: Calibration, tokenizer: Any, limits: Limits, *, masked: bool = False
+    calibration: Calibration,
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    masked: bool = False,
+    write: Write | None = None,
 ) -> Windows:
     """Draw the calibration windows of a recipe.
 
@@ -84,6 +94,8 @@ def load_windows(
         tokenizer: A transformers tokenizer.
         limits: Of the model; windows are cut to its positions.
         masked: The model fills in masked tokens.
+        write: Samples the model's own text, where the recipe asks for it. Without, zeros stand for
+            it, and its digest is that of what decides it.
 
     Raises:
         RotqError: a text is missing, empty, in an unknown encoding (names the byte), too short
@@ -94,7 +106,11 @@ def load_windows(
     counts = shared(calibration.num_samples, [text.share for text in texts])
     drawn = [
         _of_one_text(
-            replace(calibration, source=text.source, num_samples=count), tokenizer, limits, masked
+            replace(calibration, source=text.source, mix=(), num_samples=count),
+            tokenizer,
+            limits,
+            masked,
+            write or _unwritten,
         )
         for text, count in zip(texts, counts, strict=True)
     ]
@@ -112,12 +128,43 @@ def shared(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def _of_one_text(calibration: Calibration, tokenizer: Any, limits: Limits, masked: bool) -> Windows:
+def _of_one_text(
+    calibration: Calibration, tokenizer: Any, limits: Limits, masked: bool, write: Write
+) -> Windows:
+    if is_own_text(calibration.source):
+        return _own_windows(calibration, tokenizer, limits, masked, write)
     text = read_text(calibration.source)
     if masked and reads_residues(tokenizer):
         return _protein_windows(calibration, text, ResidueCodec(tokenizer), limits)
     first = first_tokens(text, tokenizer, calibration.bos)
     return _text_windows(calibration, text, tokenize(text, tokenizer), first, limits)
+
+
+def _own_windows(
+    calibration: Calibration, tokenizer: Any, limits: Limits, masked: bool, write: Write
+) -> Windows:
+    """Windows that the model writes, each from its first token on."""
+    if masked:
+        raise RotqError(
+            f"calibration text {SELF}: a masked language model does not write; name a text"
+        )
+    first = sampled_first(tokenizer, calibration.bos)
+    length = limits.cut(calibration.seq_len, least=len(first) + 1)
+    written = write(first, calibration.num_samples, length, calibration.seed)
+    limits.check(written.ids_BT, SELF)
+    return Windows(
+        batches=tuple(Batch(ids_BT=part) for part in written.ids_BT.split(calibration.batch_size)),
+        source=SELF,
+        sha256=written.sha256,
+        tokens=written.ids_BT.numel(),
+        notes=_notes(limits.note(calibration.seq_len, length)),
+    )
+
+
+def _unwritten(first: tuple[int, ...], num_windows: int, length: int, seed: int) -> SampledText:
+    digest = hashlib.sha256(repr((SELF, first, num_windows, length, seed)).encode()).hexdigest()
+    ids_BT = torch.tensor(first[:1]).expand(num_windows, length)
+    return SampledText(ids_BT=ids_BT, sha256=digest)
 
 
 def _together(drawn: Sequence[Windows]) -> Windows:

@@ -29,6 +29,9 @@ HELD_OUT_TOPICS = ("debugger", "string-methods", "types")
 Several topics quote each other at length; of the phrases of 13 words in these, the others hold 3.
 """
 
+SELF = "self"
+"""What the model to be calibrated writes, see ``sampled``; a file of that name wins."""
+
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _FILE_SUFFIXES = (".txt", ".text", ".md", ".raw", *_JSON_SUFFIXES)
 
@@ -70,6 +73,10 @@ def read_text(source: str, *, split: str = "train") -> Text:
         text = _read_file(source, path)
     elif source in ("pydoc", "pydoc-test"):
         text = _of_content(source, _pydoc(held_out=source == "pydoc-test"))
+    elif source == SELF:
+        raise RotqError(
+            f"text {source} is what a model writes for its own calibration, and no other"
+        )
     elif path is None and _names_a_file(source):
         raise RotqError(f"text {source}: no such file")
     else:
@@ -77,6 +84,11 @@ def read_text(source: str, *, split: str = "train") -> Text:
     if not text.content.strip():
         raise RotqError(f"text {source} is empty")
     return text
+
+
+def is_own_text(source: str) -> bool:
+    """Whether a source stands for what the model writes itself."""
+    return source == SELF and find_path(source) is None
 
 
 def _of_content(source: str, content: str) -> Text:

@@ -68,10 +68,10 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--calibration",
             type=Words(),
-            metavar="FILE|ID|pydoc",
+            metavar="FILE|ID|pydoc|self",
             default="pydoc",
             show_default=True,
-            help="Calibration text, as rotq quantize takes it.",
+            help="Calibration text, as rotq quantize takes it; self is written by the model.",
         ),
     ):
         wrapped = option(wrapped)
@@ -148,6 +148,7 @@ def calibrate_all(
         RotqError: the text or the model is not as it must be.
     """
     from rotq.calibration.data import load_windows
+    from rotq.calibration.sampled import writer
     from rotq.kv.calibration.calibrate import calibrate
     from rotq.kv.calibration.statistics import collect
     from rotq.models.limits import limits_of
@@ -162,6 +163,7 @@ def calibrate_all(
         ),
         tokenizer,
         limits_of(model),
+        write=writer(model, on_batch=show("calibration window written")),
     )
     say(drawn.notes)
     source = {"text": drawn.source, "sha256": drawn.sha256, "seed": seed}

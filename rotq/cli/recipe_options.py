@@ -68,9 +68,10 @@ def recipe_options(command: Command) -> Command:
             "--calibration",
             type=Words(),
             multiple=True,
-            metavar="FILE|ID|pydoc",
+            metavar="FILE|ID|pydoc|self",
             help="Calibration text: .txt, .jsonl or .fasta file, ID[:CONFIG][:SPLIT] of the "
-            "datasets library, or the text that ships with Python. Several get equal shares.",
+            "datasets library, the text that ships with Python, or what the model itself writes. "
+            "Several get equal shares.",
         ),
         click.option(
             "-c",

@@ -17,6 +17,13 @@ GRADIENTS = "gradients"
 """Name under which the pass that weighs tokens by gradients is recorded, with all its parts."""
 
 
+OWN_TEXT = "own-text"
+"""Name of the part with the calibration windows that the model has written itself."""
+
+SENSITIVITIES = "sensitivities"
+"""Name under which is recorded what the loss feels of each layer's rounding, by its grid."""
+
+
 def gradient_part(index: int) -> str:
     """Name of what that pass found for a block."""
     return f"gradient-{index:05d}"

@@ -1,7 +1,8 @@
 """Which layer gets which grid, and what is rounded at run time, from the config alone."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +11,16 @@ from torch import nn
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.job.mixed import (
+    BITS,
+    GROUP_SIZES,
+    Unit,
+    check_budget,
+    choices,
+    limits,
+    make_units,
+    together,
+)
 from rotq.job.outer_plan import fitted_grid, plan_outer
 from rotq.job.overrides import choose_overrides, idle_overrides
 from rotq.layers.online_linear import OnlineLinear
@@ -24,6 +35,7 @@ class Plan:
     """Grids by full layer name, in the order of solving; how scales are stored."""
 
     grids: Mapping[str, Grid]
+    """The smallest that each layer may get, where the job has yet to choose."""
     shapes: Mapping[str, tuple[int, int]]
     """Out features, in features of every planned layer."""
     scale_dtype: torch.dtype
@@ -37,6 +49,32 @@ class Plan:
     """What planned layers round their inputs to at run time; None leaves them."""
     kv: ActivationGrid | None = None
     """What keys and values are rounded to at run time; None leaves them."""
+    units: tuple[Unit, ...] = ()
+    """What chooses a grid under ``weights.average_bits``; empty without."""
+
+    @property
+    def scale_bits(self) -> int:
+        """Of a stored scale."""
+        return self.scale_dtype.itemsize * 8
+
+    @property
+    def num_weights(self) -> int:
+        """Of all planned layers, without embedding and head."""
+        return sum(math.prod(self.shapes[name]) for name in self.grids)
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Least and most bits per weight that the units can have; None without a choice."""
+        return limits(self.units, self.shapes) if self.units else None
+
+    def choosing(self, grid_of_unit: Sequence[int]) -> "Plan":
+        """The plan where each unit has one of its grids, by index."""
+        chosen = {
+            name: unit.grids[index]
+            for unit, index in zip(self.units, grid_of_unit, strict=True)
+            for name in unit.layers
+        }
+        return replace(self, grids={name: chosen[name] for name in self.grids})
 
     def grid(self, name: str) -> Grid:
         """Of a planned layer, or of embedding or head."""
@@ -79,11 +117,15 @@ def make_plan(
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
             ``auto`` (names the layer and the legal sizes), an override matches no layer, no layer
-            is left to quantize, or the output format cannot hold the family, what is rounded at
-            run time, or a packed embedding.
+            is left to quantize, ``average_bits`` is out of what the layers can have, or the output
+            format cannot hold the family, what is rounded at run time, or a packed embedding.
     """
     _check_format(skeleton, recipe)
+    weights = recipe.weights
+    if recipe.is_mixed:
+        weights = replace(weights, bits=BITS[0], group_size=GROUP_SIZES[0])
     grids: dict[str, Grid] = {}
+    to_choose: dict[str, list[Grid]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     notes: list[str] = []
     sites = list(_sites(skeleton))
@@ -93,9 +135,11 @@ def make_plan(
     )
     for site in sites:
         for name, linear in site.items():
-            grid = layer_grid(name, linear.in_features, recipe.weights, overrides.get(name))
+            override = overrides.get(name)
+            grid = layer_grid(name, linear.in_features, weights, override)
             if grid is not None:
                 grids[name], shapes[name] = grid, (linear.out_features, linear.in_features)
+                to_choose[name] = choices(grid, linear.in_features, override)
         if len({grids.get(name) for name in site}) > 1:
             notes.append(f"{next(iter(site))} and its siblings have several grids: vLLM fuses them")
     if not grids:
@@ -108,7 +152,7 @@ def make_plan(
         has_experts=has_experts(skeleton),
     )
     outer = plan_outer(skeleton, recipe, has_experts=has_experts(skeleton))
-    return Plan(
+    plan = Plan(
         grids=grids,
         shapes={**shapes, **outer.shapes},
         scale_dtype=scale_dtype,
@@ -124,6 +168,21 @@ def make_plan(
         inputs=activation_grid(recipe.activations),
         kv=activation_grid(recipe.kv_cache),
     )
+    if not recipe.is_mixed:
+        return plan
+    units = make_units(_fused(skeleton), to_choose, shapes, plan.scale_bits)
+    check_budget(weights.average_bits, units, shapes)
+    return replace(plan, units=units).choosing([0] * len(units))
+
+
+def _fused(skeleton: Skeleton) -> Iterator[tuple[str, ...]]:
+    """Layers that engines run as one, by full name."""
+    for index, block in enumerate(skeleton.blocks):
+        prefix = skeleton.block_name(index)
+        sites = skeleton.adapter.sites(block)
+        yield from together(
+            block, prefix, [[f"{prefix}.{path}" for path in site.linears] for site in sites]
+        )
 
 
 def _check_format(skeleton: Skeleton, recipe: Recipe) -> None:
@@ -175,6 +234,11 @@ def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) 
     """What other loaders of the output need, or make of it."""
     if scale_dtype != getattr(torch, recipe.weights.scale_dtype):
         yield f"scales are stored as {_named(scale_dtype)}: other loaders need them so"
+    if recipe.is_mixed and recipe.output.format != "rotq" and not recipe.weights.symmetric:
+        yield (
+            "transformers without rotq reads several grids only where weights.symmetric=true; rotq "
+            "reads these, and vLLM beside it"
+        )
     rounded = activation_grid(recipe.activations) is not None
     if rounded and recipe.output.format != "rotq" and dtype != torch.float32:
         yield (

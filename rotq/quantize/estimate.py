@@ -12,6 +12,7 @@ from rotq.checkpoint.location import ModelName
 from rotq.formats.integer import Grid
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.own_text import writing_memory
 from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
@@ -63,6 +64,8 @@ def make_estimate(
         sum(site.bits_per_weight * _numel(site.shape) for site in some) for some in (sites, outer)
     )
     planned, planned_outer = (sum(_numel(site.shape) for site in some) for some in (sites, outer))
+    if recipe.is_mixed:
+        packed_bits = recipe.weights.average_bits * planned
     untied = _untied_head(skeleton, recipe)
     dense = _stored_parameters(skeleton) + untied - planned - planned_outer
     output_bytes = int((packed_bits + outer_bits) / 8 + dense * plan.rest_dtype.itemsize)
@@ -76,18 +79,24 @@ def make_estimate(
         scratch_disk_bytes=2 * output_bytes
         + (streams if offload else 0)
         + _gradient_bytes(skeleton, recipe, dtype),
+        limits=plan.limits,
     )
 
 
 def _sites(plan: Plan, grids: Mapping[str, Grid]) -> tuple[SiteEstimate, ...]:
-    scale_bits = plan.scale_dtype.itemsize * 8
+    choices = {
+        name: tuple((grid.bits, grid.group_size) for grid in unit.grids)
+        for unit in plan.units
+        for name in unit.layers
+    }
     return tuple(
         SiteEstimate(
             name=name,
             shape=plan.shapes[name],
             bits=grid.bits,
             group_size=grid.group_size,
-            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], scale_bits),
+            bits_per_weight=grid.bits_per_weight(plan.shapes[name][1], plan.scale_bits),
+            choices=choices.get(name, ()),
         )
         for name, grid in grids.items()
     )
@@ -101,8 +110,8 @@ def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int
 
 
 def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Hidden states between all blocks, where gradients weigh the tokens."""
-    if recipe.importance.strategy != "gradient" or not recipe.needs_data:
+    """Hidden states between all blocks, where gradients weigh tokens or layers."""
+    if not recipe.needs_gradients:
         return 0
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
@@ -122,7 +131,8 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     tuning, transform = (
         need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
     )
-    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform)
+    writing = writing_memory(skeleton, recipe.calibration, dtype)
+    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform, writing)
 
 
 def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ padding included, N out features, G groups of rows, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,13 +33,16 @@ from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.part_names import GRADIENTS, gradient_part
+from rotq.job.part_names import GRADIENTS, SENSITIVITIES, gradient_part
 from rotq.job.parts import restored_outer
 from rotq.memory import release_memory
 from rotq.models.experts import UnfusedExperts, calibrating
 from rotq.models.streaming import through_head
 from rotq.numerics import matmul_precision
 from rotq.quantize.rotated_model import RotatedModel
+from rotq.quantize.sensitivity import Sensitivities
+
+Listener = Callable[[str, Tensor, Tensor], None]
 
 SCORED_POSITIONS = 64
 """Positions whose logits are held at a time."""
@@ -50,9 +53,11 @@ class GradientPass:
 
     def __init__(self, job: Job, rotated: RotatedModel) -> None:
         self.job, self.rotated = job, rotated
+        self.weighs_tokens = job.recipe.importance.strategy == "gradient"
+        self.sensitivities = Sensitivities(job) if job.plan.units else None
 
     def run(self, start: Stream) -> None:
-        """Write the parts of all blocks, unless they are there.
+        """Write the parts of all blocks, and record what is felt of their rounding, unless there.
 
         Args:
             start: Hidden states before the first block; not modified.
@@ -61,9 +66,11 @@ class GradientPass:
             RotqError: the loss has no gradient somewhere, or one that is not finite; no room on the
                 disk.
         """
-        if self.job.folder.finished(GRADIENTS):
+        names = {GRADIENTS: self.weighs_tokens, SENSITIVITIES: self.sensitivities is not None}
+        if all(self.job.folder.finished(name) for name, wanted in names.items() if wanted):
             return
-        self.job.progress.message("weighing tokens by gradients: one pass forward, one backward")
+        what = "tokens" if self.weighs_tokens else "layers"
+        self.job.progress.message(f"weighing {what} by gradients: one pass forward, one backward")
         file, batches = self.job.folder.path / "hidden-gradients", start.batches
         num_blocks = self.job.skeleton.num_blocks
         shapes = [hidden_BTD.shape for hidden_BTD in start.hidden]
@@ -78,8 +85,11 @@ class GradientPass:
                 states[number] = self._at_the_head(states[number], batch, generator)
             for index in reversed(range(num_blocks)):
                 self._backward(index, batches, states)
-        parts = [gradient_part(index) for index in range(num_blocks)]
-        self.job.folder.record(GRADIENTS, {}, parts)
+        if self.weighs_tokens:
+            parts = [gradient_part(index) for index in range(num_blocks)]
+            self.job.folder.record(GRADIENTS, {}, parts)
+        if self.sensitivities is not None:
+            self.job.folder.record(SENSITIVITIES, {"losses": self.sensitivities.found}, [])
         remove(file)
 
     def _forward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
@@ -114,6 +124,8 @@ class GradientPass:
         full = [name for name in self.job.plan.grids if name.startswith(f"{prefix}.")]
         paths = [name.removeprefix(f"{prefix}.") for name in full]
         found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        if self.sensitivities is not None:
+            self.sensitivities.start(block)
         for number, batch in enumerate(batches, index * len(batches)):
             state_BTD, slope_BTD = states[number], states[number + len(batches)]
             # window by window: a batch's graph would take a multiple of the memory
@@ -122,16 +134,26 @@ class GradientPass:
                 seen = self._window(index, block, paths, given, slope_BTD[part])
                 assert given.grad is not None, "a block's input reaches its output"
                 state_BTD[part] = given.grad.to(state_BTD)
-                for path in paths:
+                if self.sensitivities is not None:
+                    self.sensitivities.end_window(given.shape[1])
+                for path in paths if self.weighs_tokens else ():
                     square_TG = _of_tokens(f"{prefix}.{path}", seen.get(path), given.shape[1])
                     found[path].append(square_TG)
             states[number] = state_BTD
+        if self.sensitivities is not None:
+            self.sensitivities.finish(index, block)
+        if self.weighs_tokens:
+            self._save(index, block, found)
+        release_memory()
+
+    def _save(self, index: int, block: nn.Module, found: dict[str, list[Tensor]]) -> None:
+        """Write what was found of each layer's tokens, with mean one."""
+        prefix = self.job.skeleton.block_name(index)
         weights = {path: torch.cat(parts) for path, parts in found.items()}
         experts = _inside_experts(block)
         for path, square_MG in weights.items():
             weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
         save_tensors(self.job.folder.part(gradient_part(index)), weights)
-        release_memory()
 
     def _window(
         self, index: int, block: nn.Module, paths: Sequence[str], given: Tensor, slope: Tensor
@@ -139,7 +161,8 @@ class GradientPass:
         """Mean squared slopes (T, G) at the layers' outputs; ``given`` (1, T, D) gets its slope."""
         kwargs = self.job.skeleton.block_kwargs(index, given.detach())
         groups = self.job.recipe.importance.groups
-        with torch.enable_grad(), calibrating(block), _observed(block, paths, groups) as seen:
+        see = None if self.sensitivities is None else self.sensitivities.see
+        with torch.enable_grad(), calibrating(block), _observed(block, paths, groups, see) as seen:
             run_block(block, given, kwargs).backward(slope.to(given))
         return seen
 
@@ -179,18 +202,27 @@ def _sampled_slope(logits_BCV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _observed(block: nn.Module, paths: Sequence[str], groups: int) -> Iterator[dict[str, Tensor]]:
-    """Mean squared slopes at the outputs of linear layers, (M, G) fp32 by path, once known."""
+def _observed(
+    block: nn.Module, paths: Sequence[str], groups: int, tell: Listener | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Mean squared slopes at the outputs of linear layers, (M, G) fp32 by path, once known.
+
+    Args:
+        tell: Is given each layer's path, its input and the slope at its output.
+    """
     seen: dict[str, Tensor] = {}
 
-    def see(path: str, slope: Tensor) -> None:
+    def see(path: str, x: Tensor, slope: Tensor) -> None:
+        if tell is not None:
+            tell(path, x, slope)
         slope_MN = slope.flatten(0, -2).float()
         means = [part_MN.square().mean(-1) for part_MN in slope_MN.tensor_split(groups, dim=-1)]
         square_MG = torch.stack(means, dim=-1)
         seen[path] = seen[path] + square_MG if path in seen else square_MG
 
     def watch(path: str, module: nn.Module, args: object, output: Tensor) -> None:
-        output.register_hook(functools.partial(see, path))
+        assert isinstance(args, tuple)
+        output.register_hook(functools.partial(see, path, args[0].detach()))
 
     handles = [
         block.get_submodule(path).register_forward_hook(functools.partial(watch, path))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rotq.job.context import Job
-from rotq.job.part_names import OUTER, TRANSFORM, TUNING, block_part
+from rotq.job.part_names import OUTER, OWN_TEXT, TRANSFORM, TUNING, block_part
 from rotq.quantize.invariance import InvarianceCheck
+from rotq.quantize.sensitivity import predicted
 from rotq.quantize.setup import versions
 from rotq.report import BlockResult, JobReport, LayerResult, peak_rss
 
@@ -50,6 +51,7 @@ def make_report(
         original_bytes=parameters * job.dtype.itemsize,
         seconds=seconds,
         peak_rss=peak_rss(),
+        mixed=predicted(job),
         rotation=_rotation(check),
         transform=_recorded(job, TRANSFORM),
         importance={name: part["effective_share"] for name, part in zip(names, parts, strict=True)},
@@ -76,7 +78,10 @@ def _recorded(job: Job, name: str) -> dict[str, Any]:
 
 def described_data(job: Job) -> dict[str, Any]:
     """Where the calibration windows come from."""
-    return {"source": job.windows.source, "sha256": job.windows.sha256}
+    described = {"source": job.windows.source, "sha256": job.windows.sha256}
+    if job.folder.recorded(OWN_TEXT):
+        return {**described, "written": job.folder.results(OWN_TEXT)}
+    return described
 
 
 def _rotation(check: InvarianceCheck) -> dict[str, Any]:

@@ -28,12 +28,15 @@ from rotq.job.part_names import TUNING, block_part
 from rotq.job.parts import restored_block
 from rotq.memory import release_memory, settled_objects
 from rotq.quantize.block_quantizer import BlockQuantizer
+from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.gradients import GradientPass
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.kept import copy_kept, find_kept
+from rotq.quantize.own_text import with_own_text
 from rotq.quantize.publish import publish
 from rotq.quantize.quantized_block import save_block
 from rotq.quantize.rotated_model import RotatedModel
+from rotq.quantize.sensitivity import choose_grids
 from rotq.quantize.setup import fingerprint, setup
 from rotq.recipe import Recipe
 from rotq.report import JobReport, Progress, peak_rss
@@ -106,7 +109,8 @@ def quantize_model(
             if folder.is_published:
                 return _finished_report(folder)
             with settled_objects():
-                check = _quantize(job, drawn)
+                job = with_own_text(job, trust_remote_code=trust_remote_code)
+                job, check = _quantize(job, drawn)
                 seconds = time.monotonic() - started
                 return publish(job, check, seconds=seconds, trust_remote_code=trust_remote_code)
         except KeyboardInterrupt:
@@ -122,20 +126,24 @@ def _finished_report(folder: JobFolder) -> JobReport:
     return report
 
 
-def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
-    """Every part of the checkpoint, on the disk; returns the check that went through all of them.
+def _quantize(job: Job, drawn: Basis) -> tuple[Job, InvarianceCheck]:
+    """Every part of the checkpoint, on the disk.
 
     Args:
         drawn: Where the search for the basis starts.
+
+    Returns:
+        The job with the grids that were chosen, and the check that went through all of its parts.
     """
     rotated = RotatedModel(job, search_basis(job, drawn))
     kept = find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None)
     copy_kept(kept, job.source, job.folder, rotated.basis)
-    quantizer = BlockQuantizer(job)
-    streams = quantizer.runner.start(*rotated.outer())
+    streams = BlockRunner(job).start(*rotated.outer())
     release_memory()
-    if streams is not None and job.recipe.importance.strategy == "gradient":
+    if streams is not None and job.recipe.needs_gradients:
         GradientPass(job, rotated).run(streams.quantized)
+        job = choose_grids(job)
+    quantizer = BlockQuantizer(job)
     structure: list[nn.Module] = []
     for index in range(job.skeleton.num_blocks):
         started = time.monotonic()
@@ -147,7 +155,7 @@ def _quantize(job: Job, drawn: Basis) -> InvarianceCheck:
     if job.recipe.tuning.steps:
         assert streams is not None, "a job that tunes needs data"
         _tune(job, structure, streams, rotated.check)
-    return rotated.check
+    return job, rotated.check
 
 
 def _finished_block(
@@ -157,7 +165,7 @@ def _finished_block(
 
     Check and streams are behind it then.
     """
-    started, job, part = time.monotonic(), rotated.job, block_part(index)
+    started, job, part = time.monotonic(), quantizer.job, block_part(index)
     original, flatness = rotated.block(index)
     if job.folder.finished(part):
         finished = restored_block(job, job.folder.part(part), index, original)

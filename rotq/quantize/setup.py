@@ -29,6 +29,7 @@ from rotq.models.limits import limits_of
 from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.kept import find_kept
+from rotq.quantize.own_text import check_room
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
@@ -85,6 +86,7 @@ def settle(
     wanted = wanted_dtype(dtype, source)
     rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
     plan = make_plan(skeleton, recipe, wanted, rest)
+    check_room(skeleton, recipe.calibration, wanted, usable)
     kept = find_kept(source, skeleton, rotated=recipe.rotation.residual != "none")
     return Settled(
         source=source,

@@ -47,7 +47,8 @@ class Calibration:
     """The text that statistics are taken from."""
 
     source: str = "pydoc"
-    """A .txt, .jsonl, .json or .fasta file, a ``datasets`` id, or ``pydoc`` (ships with Python)."""
+    """A .txt, .jsonl, .json or .fasta file, a ``datasets`` id, ``pydoc`` (ships with Python), or
+    ``self``: what the model writes itself, drawn token by token from its own distribution."""
     mix: tuple[Share, ...] = ()
     """Several texts in place of ``source``, each with its share of the windows."""
     masked: float = 0.15

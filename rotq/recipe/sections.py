@@ -65,6 +65,10 @@ class Weights:
 
     bits: int = 4
     """Bits per code, 2 to 8."""
+    average_bits: float = 0.0
+    """In place of ``bits`` and ``group_size``: 2, 3 or 4 bits and groups for each layer, so that
+    the quantized layers have this many bits per weight together, scales and zero points counted,
+    and the loss of the model rises least. 0 gives every layer ``bits``."""
     group_size: int = 128
     """Columns that share a scale; -1 is one scale per output channel."""
     group_fallback: Literal["error", "auto"] = "error"
@@ -88,6 +92,8 @@ class Weights:
         check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
         check("embedding", self.embedding, codes_or_off(self.embedding), "2 to 8, or 16")
         check("head", self.head, codes_or_off(self.head), "2 to 8, or 16")
+        average = self.average_bits
+        check("average_bits", average, average == 0 or 2 <= average <= 8, "2 to 8, or 0")
         number = len(self.overrides)
         check("number of overrides", number, number <= 1000, "at most 1000")
         for name in ("group_size", "outer_group_size"):

@@ -65,7 +65,17 @@ class Recipe:
         """Whether anything looks at activations."""
         searched = self.solver.scale_search in ("diagonal", "hessian")
         trained = self.tuning.steps > 0 or self.tuning.code_steps > 0
-        return self.solver.method != "rtn" or searched or trained
+        return self.solver.method != "rtn" or searched or trained or self.is_mixed
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether layers get bits by what the loss feels of their rounding."""
+        return self.weights.average_bits > 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradient of the original model's loss is wanted."""
+        return self.needs_data and (self.importance.strategy == "gradient" or self.is_mixed)
 
     @property
     def needs_original(self) -> bool:

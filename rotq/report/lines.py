@@ -18,9 +18,10 @@ def recipe_line(recipe: dict[str, Any]) -> str:
     weights, rotation = recipe["weights"], recipe["rotation"]
     group = weights["group_size"]
     turned = [name for name in ROTATIONS if rotation.get(name, "none") != "none"]
+    average = weights.get("average_bits", 0)
+    sizes = [f"{weights['bits']} bits", "per channel" if group == -1 else f"group {group}"]
     parts = [
-        f"{weights['bits']} bits",
-        "per channel" if group == -1 else f"group {group}",
+        *([f"{average:g} bits on average"] if average else sizes),
         "symmetric" if weights["symmetric"] else "asymmetric",
         *(
             f"{label}{recipe[key]['bits']}"

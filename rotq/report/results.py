@@ -97,6 +97,9 @@ class JobReport:
     seconds: float
     peak_rss: int
     """Largest resident memory of the process, in bytes."""
+    mixed: dict[str, float] = field(default_factory=dict)
+    """Under ``weights.average_bits``: the average that was asked for, and the rise of the KL to the
+    original that was predicted of the grids that were chosen, nats per token."""
     rotation: dict[str, Any] = field(default_factory=dict)
     """Name of each rotation, and the figure of the function-preservation check."""
     transform: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +169,8 @@ class SiteEstimate:
     bits: int
     group_size: int
     bits_per_weight: float
+    choices: tuple[tuple[int, int], ...] = ()
+    """(bits, group size) that the job will choose from; the first are those above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +185,15 @@ class Estimate:
     scratch_disk_bytes: int
     notes: tuple[str, ...] = ()
     """Each a line for people."""
+    limits: tuple[float, float] | None = None
+    """Least and most bits per weight that the job can choose; None where it has no choice."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, ready for JSON."""
         values = dataclasses.asdict(self)
-        values["sites"] = [{**site, "shape": list(site["shape"])} for site in values["sites"]]
+        values["sites"] = [
+            {**site, "shape": list(site["shape"]), "choices": [list(c) for c in site["choices"]]}
+            for site in values["sites"]
+        ]
         values["notes"] = list(values["notes"])
         return values

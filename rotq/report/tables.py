@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from rotq.report.lines import (
     size,
     transform_line,
 )
-from rotq.report.results import Estimate, JobReport, LayerResult
+from rotq.report.results import Estimate, JobReport, LayerResult, SiteEstimate
 
 _SHOWN_LAYERS = 5
 
@@ -27,7 +28,7 @@ _SHOWN_LAYERS = 5
 def job_table(report: JobReport, output: Path) -> str:
     """The end of a job: what it cost, what it gained, and where it went worst and slowest."""
     rows = [("checkpoint", str(output)), *report_rows(report)]
-    return facts(rows) + layer_tables(report.layers) + _notes(report.notes)
+    return facts(rows) + bits_table(report) + layer_tables(report.layers) + _notes(report.notes)
 
 
 def report_rows(report: JobReport) -> list[tuple[str, str]]:
@@ -47,6 +48,9 @@ def report_rows(report: JobReport) -> list[tuple[str, str]]:
     ]
     if report.outer:
         rows.append(("outside the blocks", outer_line([asdict(layer) for layer in report.outer])))
+    if report.mixed:
+        predicted = f"{report.mixed['predicted_kl']:.3g} nats per token predicted"
+        rows.append(("bits chosen", f"for {report.mixed['average_bits']:g}; {predicted}"))
     if report.evaluation is not None:
         rows += evaluation_rows(report.evaluation)
     shares = report.importance.values()
@@ -102,20 +106,35 @@ def estimate_table(estimate: Estimate) -> str:
         key = (
             _pattern(site.name),
             f"{site.shape[0]} x {site.shape[1]}",
-            str(site.bits),
-            "channel" if site.group_size == -1 else str(site.group_size),
-            f"{site.bits_per_weight:.3f}",
+            *_grid_cells(site),
         )
         groups[key] = groups.get(key, 0) + 1
     for (name, *cells), count in groups.items():
         table.add_row(f"{name} ({count})", *cells)
+    chosen = ""
+    if estimate.limits is not None:
+        least, most = estimate.limits
+        chosen = f", of {least:.3f} to {most:.3f} that can be chosen"
     rows = [
-        ("bits per weight", f"{estimate.bits_per_weight:.3f} in the quantized linears"),
+        ("bits per weight", f"{estimate.bits_per_weight:.3f} in the quantized linears{chosen}"),
         ("output", size(estimate.output_bytes)),
         ("peak memory", f"{size(estimate.peak_memory_bytes)}, estimated"),
         ("scratch disk", size(estimate.scratch_disk_bytes)),
     ]
     return render(table) + "\n" + facts(rows) + _notes(estimate.notes)
+
+
+def _grid_cells(site: SiteEstimate) -> tuple[str, str, str]:
+    """Bits, group and bits per weight of a planned layer, or what it chooses from."""
+    if not site.choices:
+        return str(site.bits), _group(site.group_size), f"{site.bits_per_weight:.3f}"
+    bits = sorted({bits for bits, _ in site.choices})
+    sizes = sorted({size for _, size in site.choices}, key=lambda size: (size > 0, -size))
+    return (
+        ", ".join(map(str, bits)),
+        ", ".join(map(_group, sizes)),
+        f"{site.bits_per_weight:.3f} and more",
+    )
 
 
 def inspection_table(found: dict[str, Any], report: JobReport | None, verified: int | None) -> str:
@@ -149,7 +168,30 @@ def inspection_table(found: dict[str, Any], report: JobReport | None, verified: 
         rows.append(("verified", f"{verified} files have the sha256 they were written with"))
     if report is None:
         return facts(rows)
-    return facts(rows) + layer_tables(report.layers) + _notes(report.notes)
+    return facts(rows) + bits_table(report) + layer_tables(report.layers) + _notes(report.notes)
+
+
+def bits_table(report: JobReport) -> str:
+    """The bits that each kind of layer was given, block by block; empty where all have the same."""
+    if not report.mixed:
+        return ""
+    kinds: dict[str, list[LayerResult]] = {}
+    for layer in report.layers:
+        kinds.setdefault(_pattern(layer.name), []).append(layer)
+    table = make_table("layer", "bits, block by block", "columns per scale")
+    for name, layers in kinds.items():
+        bits = "".join(str(layer.bits) for layer in layers)
+        sizes = collections.Counter(layer.group_size for layer in layers)
+        table.add_row(
+            name,
+            " ".join(bits[start : start + 10] for start in range(0, len(bits), 10)),
+            ", ".join(f"{num} x {_group(group)}" for group, num in sorted(sizes.items())),
+        )
+    return "\n" + render(table)
+
+
+def _group(group_size: int) -> str:
+    return "channel" if group_size == -1 else str(group_size)
 
 
 def layer_tables(layers: Sequence[LayerResult]) -> str:

@@ -7,6 +7,7 @@ Shape suffixes: N out features, K in features, B columns of one block.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,14 @@ class Elimination:
     """U of ``inverse_factor`` with rows and columns in that order, fp32."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowBounds:
+    """Least and largest code of each row, (N) fp32."""
+
+    q_min: Tensor
+    q_max: Tensor
+
+
 def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     """Order the columns and factor once for all rows.
 
@@ -76,7 +85,11 @@ def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
 
 
 def round_columns(
-    weight_NK: Tensor, elimination: Elimination, scale_NG: Tensor, zero_NG: Tensor, grid: Grid
+    weight_NK: Tensor,
+    elimination: Elimination,
+    scale_NG: Tensor,
+    zero_NG: Tensor,
+    grid: Grid | RowBounds,
 ) -> Tensor:
     """Run the column loop with fixed scales.
 
@@ -85,7 +98,7 @@ def round_columns(
         elimination: Of the layer's damped Hessian.
         scale_NG: fp32.
         zero_NG: fp32 integers.
-        grid: Bits and symmetry.
+        grid: Bits and symmetry; or bounds for rows that are on several grids.
 
     Returns:
         q_NK: fp32 integers in [q_min, q_max].
@@ -94,13 +107,15 @@ def round_columns(
     group_K = visit_K // (K // scale_NG.shape[1])
     w_KN = weight_NK.T[visit_K].contiguous()
     scale_KN, zero_KN = scale_NG.T[group_K], zero_NG.T[group_K]
+    q_min: Any = grid.q_min
+    q_max: Any = grid.q_max
     q_KN = torch.empty_like(w_KN)
     for start in range(0, K, BLOCK):
         end = min(start + BLOCK, K)
         error_BN = torch.empty(end - start, N, device=w_KN.device)
         for k in range(start, end):
             q_N = torch.div(w_KN[k], scale_KN[k]).add_(zero_KN[k]).round_()
-            q_KN[k] = q_N.clamp_(grid.q_min, grid.q_max)
+            q_KN[k] = q_N.clamp_(q_min, q_max)
             error_N = (w_KN[k] - q_N.sub_(zero_KN[k]).mul_(scale_KN[k])).div_(factor_KK[k, k])
             error_BN[k - start] = error_N
             w_KN[k + 1 : end].addr_(factor_KK[k, k + 1 : end], error_N, alpha=-1)

@@ -40,6 +40,8 @@ def run(*arguments: str) -> Result:
 class Letters:
     """Token ids are the UTF-8 bytes, folded into the vocabulary of the tiny models."""
 
+    bos_token_id, eos_token_id = None, 2
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [1 + byte % (VOCAB - 1) for byte in text.encode()]}
 
@@ -122,6 +124,19 @@ def test_calibration_repeats_bitwise(tmp_path: Path, text: str) -> None:
     first = Path(calibrated(tmp_path, text)).read_bytes()
     assert Path(calibrated(tmp_path, text)).read_bytes() == first
     assert Path(calibrated(tmp_path, text, "--seed", "1")).read_bytes() != first
+
+
+def test_a_model_writes_its_own_calibration_text(tmp_path: Path, text: str) -> None:
+    first = calibrated(tmp_path, "self")
+    found = load_calibration(Path(first), tiny_model("llama").config)
+    assert found.source["text"] == "self"
+    assert found.source["windows"] == [2, 64]
+    written = Path(first).read_bytes()
+    assert Path(calibrated(tmp_path, "self")).read_bytes() == written
+    assert Path(calibrated(tmp_path, text)).read_bytes() != written
+    result = evaluate("self", "llama", "--kv", "k3v3", "--kv-calibration", first)
+    assert result.exit_code == 1
+    assert "text self is what a model writes for its own calibration" in result.stderr
 
 
 def test_one_preset_is_one_object(tmp_path: Path, text: str) -> None:

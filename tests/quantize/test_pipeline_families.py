@@ -291,3 +291,62 @@ def test_what_transformers_alone_cannot_load_is_noted(tmp_path: Path) -> None:
         ]
         assert len(notes) == len(wanted)
         assert all(words in note for words, note in zip(wanted, notes, strict=True))
+
+
+MIXED = {"weights.average_bits": 2.9, "weights.scale_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("format", ["rotq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma3", "qwen3-moe-mixed"])
+def test_mixed_bits_keep_to_their_average(name: str, format: str, tmp_path: Path) -> None:
+    model = write_model(name, tmp_path / "model")
+    more = {"output.format": format, "weights.symmetric": format != "rotq"}
+    if format != "rotq":
+        more["weights.average_bits"] = 4.0  # scales are stored in fp32 beside experts
+    report = run(model, tmp_path / "out", **MIXED | more)
+    average = {**MIXED, **more}["weights.average_bits"]
+    assert average - 0.3 < report.bits_per_weight <= average
+    assert report.mixed["average_bits"] == average
+    assert report.mixed["predicted_kl"] > 0
+    assert len({layer.bits for layer in report.layers}) > 1
+    grids = {layer.name: (layer.bits, layer.group_size) for layer in report.layers}
+    for name in grids:
+        if name.endswith("q_proj"):
+            assert grids[name] == grids[name.replace("q_proj", "v_proj")]
+        if name.endswith("gate_proj"):
+            assert grids[name] == grids[name.replace("gate_proj", "up_proj")]
+    assert not [note for note in report.notes if "its siblings have several grids" in note]
+
+
+def test_transformers_loads_mixed_bits_where_grids_are_symmetric(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+    report = run(model, tmp_path / "out", **MIXED, weights__symmetric=True)
+    assert len({layer.bits for layer in report.layers}) > 1
+    assert not [note for note in report.notes if "transformers cannot" in note]
+    ids_BT = torch.arange(1, 25)[None]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids_BT).logits, load_model(tmp_path / "out")(ids_BT).logits)
+
+
+def test_a_stopped_job_of_mixed_bits_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model("llama", tmp_path / "model")
+    mixed = {**MIXED, "output.format": "rotq", "tuning.steps": 1, "importance.strategy": "gradient"}
+    run(model, tmp_path / "whole", **mixed)
+    save_block, saved = rotq.quantize.pipeline.save_block, []
+
+    def stop_after_the_first(*arguments: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save_block(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rotq.quantize.pipeline, "save_block", stop_after_the_first)
+        with pytest.raises(Stopped):
+            run(model, tmp_path / "out", **mixed)
+    monkeypatch.setattr(rotq.quantize.pipeline.GradientPass, "_forward", None)
+    run(model, tmp_path / "out", **mixed)
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "out")]
+    assert weights[0] == weights[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from rotq.formats.integer import Grid
 from rotq.recipe import Solver
 from rotq.solvers.scales import search_scales
-from rotq.solvers.solve import Solution, split_rows
+from rotq.solvers.solve import Solution, split_rows, trial_losses
 from rotq.solvers.solve import solve as solve_for
 from rotq.solvers.statistics import Moments
 
@@ -181,3 +181,23 @@ def test_unknown_names_are_refused():
         solve(weight_NK, moments, grid, replace(OPTIONS, order="random"))
     with pytest.raises(ValueError, match="legal sizes: 16, 32, 64"):
         solve(weight_NK, moments, Grid(bits=4, group_size=24, symmetric=False), OPTIONS)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_trial_of_several_grids_loses_what_each_loses_alone(method, symmetric):
+    torch.manual_seed(0)
+    weight_NK, x_MK = torch.randn(5, 64), torch.randn(200, 64) @ torch.randn(64, 64)
+    moments = Moments(64, cross=False, device=torch.device("cpu"))
+    moments.add(x_MK, None, None)
+    options = Solver(method=method, damping=0.05)
+    grids = [
+        Grid(bits=bits, group_size=size, symmetric=symmetric)
+        for bits, size in ((2, -1), (3, 16), (4, 32))
+    ]
+    found_CN = trial_losses(
+        weight_NK, moments.hessian_KK(), grids, options, scale_dtype=torch.float16
+    )
+    for grid, loss_N in zip(grids, found_CN, strict=True):
+        alone = solve(weight_NK, moments, grid, options)
+        torch.testing.assert_close(loss_N, alone.loss_N, rtol=1e-4, atol=1e-5)
