@@ -46,7 +46,7 @@ def passed(folder, choices=CHOICES, name="llama", batches=None):
     basis = build_basis(job.recipe.rotation, job.skeleton.adapter, job.skeleton.config)
     with torch.no_grad():
         rotated = RotatedModel(job, basis)
-        GradientPass(job, rotated).run(BlockRunner(job).start(rotated.outer()).quantized)
+        GradientPass(job, rotated).run(BlockRunner(job).start(*rotated.outer()).quantized)
     return job
 
 
