@@ -116,16 +116,16 @@ class Evaluation:
     ppl: float
     kl: float | None
     """KL(reference || model) in nats per token; None without a reference."""
-    kl_p50: float | None
-    """Half of the positions have no more, as the next two: 99 %, 99.9 %."""
-    kl_p99: float | None
-    kl_p999: float | None
     top1: float | None
     """Share of positions where both models' most likely token is the same."""
     reference_ppl: float | None
     tokens: int
     """Positions that were scored, over all windows."""
     protocol: str
+    kl_p50: float | None = None
+    """Half of the positions have no more, as the next two: 99 %, 99.9 %."""
+    kl_p99: float | None = None
+    kl_p999: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

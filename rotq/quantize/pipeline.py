@@ -154,7 +154,7 @@ def _quantize(job: Job, drawn: Basis) -> tuple[Job, InvarianceCheck]:
     rotated.check.check_head()
     if job.recipe.tuning.steps:
         assert streams is not None, "a job that tunes needs data"
-        _tune(job, structure, streams, rotated.check)
+        _tune(job, structure, streams, rotated)
     return job, rotated.check
 
 
@@ -181,12 +181,16 @@ def _finished_block(
     return finished
 
 
-def _tune(job: Job, structure: list[nn.Module], streams: Streams, check: InvarianceCheck) -> None:
+def _tune(job: Job, structure: list[nn.Module], streams: Streams, rotated: RotatedModel) -> None:
     """Train scales and gains of all blocks, and take the check through the result."""
     assert streams.original is not None, "a job that tunes keeps the original stream"
+    check = rotated.check
     release_memory()
     if not job.folder.finished(TUNING):
-        tune(job, structure, streams.original)
+        # the original's answers are those of its own head, not of one that is packed
+        head = rotated.original_outer() if job.plan.outer else None
+        tune(job, structure, streams.original, head)
+        release_memory()
     check.restart_quantized()
     for index, block in enumerate(structure):
         part = job.folder.latest(block_part(index))

@@ -48,6 +48,13 @@ class RotatedModel:
         self.check.start_quantized(stored)
         return exact, self._without_head(stored)
 
+    def original_outer(self) -> dict[str, Tensor]:
+        """What lies outside the blocks, rotated, head and all, before any of it is packed."""
+        job = self.job
+        original = job.skeleton.load_outer(job.source, dtype=job.dtype)
+        fused = fuse_outer(original, job.skeleton.adapter, self.basis, in_place=True)
+        return {name: tensor.to(job.device) for name, tensor in fused.items()}
+
     def block(self, index: int) -> tuple[nn.Module, dict[str, FlatnessChange]]:
         """A block in the model's dtype, and what the rotation did to its sites' inputs."""
         if self.basis.is_identity:

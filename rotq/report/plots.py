@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +102,14 @@ def check_plots(files: Iterable[Path]) -> None:
 
 
 def check_matplotlib() -> None:
-    """Raise RotqError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RotqError("plots need matplotlib; install the extra: pip install 'rotq[plots]'")
+    """Raise RotqError where matplotlib cannot be imported."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
+        from matplotlib.figure import Figure  # noqa: F401
+    except ImportError:
+        raise RotqError(
+            "plots need matplotlib; install the extra: pip install 'rotq[plots]'"
+        ) from None
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,19 +40,25 @@ MAPPED_FROM = 3 << 19
 """Bytes: weights in the making come and go with each block; 30 MB less for a fifth of the time."""
 
 
-def tune(job: Job, blocks: Sequence[nn.Module], original: Stream) -> None:
+def tune(
+    job: Job,
+    blocks: Sequence[nn.Module],
+    original: Stream,
+    original_outer: Mapping[str, Tensor] | None = None,
+) -> None:
     """Train, and write every part of the job anew with what was found; codes are copied.
 
     Args:
         job: All of its parts are finished.
         blocks: From ``hollow``, one per block of the model.
         original: The original model's stream, behind its last block.
+        original_outer: What lies outside its blocks; None: as it is stored, not packed.
 
     Raises:
         RotqError: the divergence is not finite; names the step.
     """
     trained = [TunableBlock(job, index, block) for index, block in enumerate(blocks)]
-    outer = TunableOuter(job)
+    outer = TunableOuter(job, original_outer)
     with large_blocks_mapped(MAPPED_FROM):
         divergences = _train(job, trained, outer, original)
     parts = [tuned_part(block_part(index)) for index in range(len(trained))]

@@ -9,7 +9,7 @@ G groups, g columns of a group, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -130,10 +130,16 @@ def _levels(layer: QuantLinear) -> Tensor:
 class TunableOuter:
     """What lies outside the blocks: the final norm is trained, embedding and head are not."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, original: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Args:
+            job: Its part for this is finished.
+            original: The same of the original model; None: as it is stored.
+        """
         self.skeleton = job.skeleton
         self._part = _read(job, OUTER)
         self.stored = dense_tensors(job.plan, self._part, job.dtype)
+        self.original = self.stored if original is None else dict(original)
         self.vectors = Vectors(self.stored)
 
     def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
@@ -146,7 +152,7 @@ class TunableOuter:
 
         @torch.no_grad()
         def slope(logits_BCV: Tensor, part: slice) -> Tensor:
-            original_BCV = self.skeleton.logits(self.stored, original_BTD[:, part])
+            original_BCV = self.skeleton.logits(self.original, original_BTD[:, part])
             divergence, slope_BCV = _divergence(original_BCV, logits_BCV)
             divergences.append(divergence / positions)
             return slope_BCV / positions

@@ -257,7 +257,7 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 5, "quant_method": "rotq"}, "rotq format 5"),
+        ({"version": 6, "quant_method": "rotq"}, "rotq format 6"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),

@@ -96,7 +96,7 @@ def test_missing_model(tmp_path: Path) -> None:
 
 
 def test_weights_in_float64(copy: Path, tmp_path: Path) -> None:
-    """The job computes in fp32 and says so; asked for by name it is the same job."""
+    """The job computes in fp32 and says so; asked for by name, it stores so too."""
     wide = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float64)
     wide.save_pretrained(copy)
     assert {tensor.dtype for tensor in load_file(copy / "model.safetensors").values()} == {
@@ -106,10 +106,14 @@ def test_weights_in_float64(copy: Path, tmp_path: Path) -> None:
     for name, more in (("auto", []), ("named", ["--dtype", "float32"])):
         result = quantize(copy, *small, "-o", tmp_path / name, *more)
         assert result.exit_code == 0, result.stderr
-        assert "is in float64; the job computes, and writes, float32" in result.stderr
-    written = load_file(tmp_path / "auto" / "model.safetensors")
-    assert torch.float64 not in {tensor.dtype for tensor in written.values()}
-    assert files_of(tmp_path / "auto") == files_of(tmp_path / "named")
+        assert "is in float64; the job computes in float32" in result.stderr
+        stored = "weights that stay dense are stored in bfloat16; --dtype float32 keeps them"
+        assert (stored in result.stderr) == (name == "auto")
+    auto, named = (load_file(tmp_path / n / "model.safetensors") for n in ("auto", "named"))
+    assert torch.float64 not in {tensor.dtype for tensor in (auto | named).values()}
+    embedding = "model.embed_tokens.weight"
+    assert auto[embedding].dtype == torch.bfloat16
+    assert torch.equal(auto[embedding], named[embedding].bfloat16())
 
 
 def test_unsupported_family(copy: Path, tmp_path: Path) -> None:
@@ -209,9 +213,9 @@ def test_overwrite_replaces_the_output(model: Path, unbroken: Path, tmp_path: Pa
 
 @pytest.fixture
 def _small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 100 kB: writes fail as on a full disk."""
+    """No file of this process may grow beyond 10 kB: writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
