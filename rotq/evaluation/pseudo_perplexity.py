@@ -29,7 +29,7 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.models.limits import embedding_device, limits_of
+from rotq.models.limits import embedding_device, limits_of, vocabulary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +204,10 @@ def run_batch(model: Any, batch: Batch, **options: Any) -> Any:
     Raises:
         RotqError: a token id outside the embedding, or logits that are not finite.
     """
-    embedding = model.get_input_embeddings().weight
-    if int(batch.ids_BT.max()) >= len(embedding):
+    num_embeddings = vocabulary_of(model)
+    if int(batch.ids_BT.max()) >= num_embeddings:
         raise RotqError(
-            f"token id {int(batch.ids_BT.max())} is outside the model's {len(embedding)} "
+            f"token id {int(batch.ids_BT.max())} is outside the model's {num_embeddings} "
             "embeddings; is the tokenizer the model's own?"
         )
     device = embedding_device(model)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.limits import Limits
+from rotq.layers.packed_weight import PackedWeight
 from rotq.models.multimodal import text_model
 
 _BY_CONFIG = {"mpt": "max_seq_len"}
@@ -38,12 +39,17 @@ def limits_of(model: Any) -> Limits:
 
 def vocabulary_of(model: Any) -> int:
     """Token ids that a model has embeddings for, whatever its configuration says."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    embedding = model.get_input_embeddings()
+    # a packed one makes its weight at each access
+    shape = embedding.shape if isinstance(embedding, PackedWeight) else embedding.weight.shape
+    return int(shape[0])
 
 
 def embedding_device(model: Any) -> torch.device:
     """Where a model is to be given its tokens."""
-    weight: Tensor = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    is_packed = isinstance(embedding, PackedWeight)
+    weight: Tensor = embedding.weight_packed if is_packed else embedding.weight
     # accelerate keeps offloaded weights on meta and moves the inputs itself
     return torch.device("cpu") if weight.is_meta else weight.device
 

@@ -7,7 +7,10 @@ import torch
 import transformers
 from tiny_models import CONFIGS, VOCAB, tiny_model
 
-from rotq.models.limits import limits_of
+from rotq.formats.integer import Grid
+from rotq.layers.packed_weight import PackedWeight
+from rotq.layers.quant_embedding import QuantEmbedding
+from rotq.models.limits import embedding_device, limits_of, vocabulary_of
 
 POSITIONS = 12
 SMALL = {
@@ -116,3 +119,13 @@ def test_rotary_models_have_no_bound(name: str) -> None:
     model = tiny_model(name, dtype=torch.float32)
     assert limits_of(model).positions is None
     assert runs(model, 70)
+
+
+def test_a_packed_embedding_is_not_unpacked_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    table = model.get_input_embeddings()
+    grid = Grid(bits=6, group_size=8, symmetric=True)
+    model.set_input_embeddings(QuantEmbedding(table, grid))
+    monkeypatch.delattr(PackedWeight, "weight")
+    assert vocabulary_of(model) == limits_of(model).embeddings == len(table.weight)
+    assert embedding_device(model) == torch.device("cpu")
