@@ -138,7 +138,7 @@ def located(adapter: Adapter, model: nn.Module) -> Adapter:
     own, inside = (path.rpartition(".")[0] for path in (adapter.blocks, found.blocks))
 
     def moved(path: str) -> str:
-        return inside + path.removeprefix(own) if path.startswith(f"{own}.") else path
+        return inside + path.removeprefix(own) if part and path.startswith(f"{own}.") else path
 
     return replace(
         adapter,

@@ -111,6 +111,8 @@ def check_room(
         RotqError: names what it needs and what is free.
     """
     needed = writing_memory(skeleton, calibration, dtype)
+    if not needed:
+        return
     free = available_memory()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
