@@ -12,11 +12,12 @@ from rotq.cli.loading import choose, device_map, find, say_device, show
 from rotq.cli.options import (
     ModelName,
     Seed,
-    Words,
     bos_option,
     device_option,
     model_options,
     output_options,
+    text_option,
+    window_options,
 )
 
 if TYPE_CHECKING:
@@ -26,27 +27,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoints", type=ModelName(), nargs=-1, required=True)
 @click.option("--reference", type=ModelName(), required=True, help="The original model.")
-@click.option(
-    "--text",
-    type=Words(),
-    required=True,
-    metavar="FILE|ID",
-    help="Text, JSON lines or FASTA; pydoc-test; or a datasets id.",
-)
-@click.option(
-    "--windows",
-    type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
-    help="Windows from the start of the text; 0 takes all.",
-)
-@click.option(
-    "--seq-len",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens per window; no more than the models have positions.",
-)
+@text_option
+@window_options
 @bos_option("auto")
 @click.option(
     "--seed", type=Seed(), default=0, show_default=True, help="Of the draws behind intervals."
@@ -100,11 +82,13 @@ def compare(
         "trust_remote_code": trust_remote_code,
     }
     theirs = load_model(original, **options)
-    scores = []
+    scores, costs = [], []
     for place in places:
         # one at a time: only its scores are kept
+        model = load_model(place, **options)
+        costs.append(_cost(place, model))
         score, described = score_windows(
-            load_model(place, **options),
+            model,
             ids_N,
             protocol=protocol,
             reference=theirs,
@@ -116,8 +100,8 @@ def compare(
         "reference": reference,
         "text": text,
         "checkpoints": [
-            {"name": name, **_cost(place), **one.to_dict()}
-            for name, place, one in zip(checkpoints, places, compared, strict=True)
+            {"name": name, **cost, **one.to_dict()}
+            for name, cost, one in zip(checkpoints, costs, compared, strict=True)
         ],
     }
     if as_json:
@@ -128,18 +112,15 @@ def compare(
     click.echo(compare_table(report), nl=False)
 
 
-def _cost(place: Location) -> dict[str, Any]:
+def _cost(place: Location, model: Any) -> dict[str, Any]:
     """Bytes of the weights, and bits and seconds where a job's report has them."""
     from rotq.checkpoint.gguf import find_gguf
     from rotq.checkpoint.inspection import read_checkpoint
-    from rotq.checkpoint.weight_files import find_entries
 
     gguf = find_gguf(place.path)
-    if gguf is not None:
-        return {"bytes": gguf.stat().st_size, "bits_all_in": None, "bits": None, "seconds": None}
-    report = read_checkpoint(place).report
+    report = None if gguf is not None else read_checkpoint(place).report
     if report is None:
-        stored = sum(entry.num_bytes for entry in find_entries(place.path))
+        stored = gguf.stat().st_size if gguf is not None else _stored(place, model)
         return {"bytes": stored, "bits_all_in": None, "bits": None, "seconds": None}
     return {
         "bytes": report.bytes,
@@ -147,3 +128,12 @@ def _cost(place: Location) -> dict[str, Any]:
         "bits": report.bits_per_weight,
         "seconds": report.seconds,
     }
+
+
+def _stored(place: Location, model: Any) -> int:
+    """Bytes of a dense checkpoint's tensors; of a pickled one as they are loaded."""
+    from rotq.checkpoint.weight_files import find_entries, leading_name
+
+    if leading_name(place.path, {file.name for file in place.path.iterdir()}) is None:
+        return int(model.get_memory_footprint())
+    return sum(entry.num_bytes for entry in find_entries(place.path))

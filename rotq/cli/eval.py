@@ -21,12 +21,13 @@ from rotq.cli.loading import (
 )
 from rotq.cli.options import (
     ModelName,
-    Words,
     bos_option,
     device_map_option,
     device_option,
     model_options,
     output_options,
+    text_option,
+    window_options,
 )
 
 if TYPE_CHECKING:
@@ -46,27 +47,8 @@ def eval_group() -> None:
 
 @eval_group.command()
 @click.argument("checkpoint", type=ModelName())
-@click.option(
-    "--text",
-    type=Words(),
-    required=True,
-    metavar="FILE|ID",
-    help="Text, JSON lines or FASTA; pydoc-test; or a datasets id.",
-)
-@click.option(
-    "--windows",
-    type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
-    help="Windows from the start of the text; 0 takes all.",
-)
-@click.option(
-    "--seq-len",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens per window; no more than the model has positions.",
-)
+@text_option
+@window_options
 @click.option(
     "--stride",
     type=click.IntRange(min=0),

@@ -20,6 +20,7 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
+    window_options,
 )
 
 if TYPE_CHECKING:
@@ -39,20 +40,7 @@ if TYPE_CHECKING:
     help="File of rotq calibrate-kv; without it, schemes are calibrated for this run.",
 )
 @click.option("--text", type=Words(), required=True, metavar="FILE|ID", help="As in rotq eval ppl.")
-@click.option(
-    "--windows",
-    type=click.IntRange(min=0),
-    default=16,
-    show_default=True,
-    help="Windows from the start of the text; 0 takes all.",
-)
-@click.option(
-    "--seq-len",
-    type=click.IntRange(min=2),
-    default=1024,
-    show_default=True,
-    help="Tokens per window; no more than the model has positions.",
-)
+@window_options
 @click.option("--sinks", type=click.IntRange(min=0), help="First tokens kept whole.")
 @click.option("--recent", type=click.IntRange(min=0), help="Last tokens kept whole.")
 @calibration_options

@@ -110,6 +110,39 @@ def output_options(command: Command) -> Command:
     return command
 
 
+def text_option(command: Command) -> Command:
+    """``--text``, what a causal model is scored on."""
+    return click.option(
+        "--text",
+        type=Words(),
+        required=True,
+        metavar="FILE|ID",
+        help="Text, JSON lines or FASTA; pydoc-test; or a datasets id.",
+    )(command)
+
+
+def window_options(command: Command) -> Command:
+    """``--windows`` and ``--seq-len``: which windows of the text."""
+    for option in (
+        click.option(
+            "--seq-len",
+            type=click.IntRange(min=2),
+            default=1024,
+            show_default=True,
+            help="Tokens per window; no more than the model has positions.",
+        ),
+        click.option(
+            "--windows",
+            type=click.IntRange(min=0),
+            default=16,
+            show_default=True,
+            help="Windows from the start of the text; 0 takes all.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def model_options(command: Command) -> Command:
     """``--dtype`` and ``--trust-remote-code``, as ``load`` takes them."""
     for option in (

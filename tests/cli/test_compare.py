@@ -98,3 +98,16 @@ def test_wrong_use(arguments: list[str], code: int, message: str) -> None:
     assert done.exit_code == code, done.output
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_pickled_checkpoint_has_a_size_too(folder: Path) -> None:
+    pickled = folder / "pickled"
+    dense = rotq.load(folder / "dense")
+    esm_tokenizer(pickled).save_pretrained(pickled)
+    dense.config.save_pretrained(pickled)
+    torch.save(dense.state_dict(), pickled / "pytorch_model.bin")
+    done = run("compare", "pickled", "dense", *SMALL, "--json")
+    assert done.exit_code == 0, done.output
+    first, second = json.loads(done.stdout)["checkpoints"]
+    assert first["evaluation"] == second["evaluation"]
+    assert first["bytes"] > 0.9 * second["bytes"]
