@@ -77,6 +77,19 @@ def in_order_of_length(sequences: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
 
 
+def filled(sequences: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """Indices in batches, the longest first: of each as many as ``tokens`` hold, padding counted.
+
+    A single sequence may have more.
+    """
+    found: list[list[int]] = []
+    for index in in_order_of_length(sequences):
+        if not found or (len(found[-1]) + 1) * len(sequences[found[-1][0]]) > tokens:
+            found.append([])
+        found[-1].append(index)
+    return found
+
+
 def bucketed(
     sequences: Sequence[Sequence[int]],
     batch_size: int,

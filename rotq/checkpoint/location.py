@@ -14,6 +14,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rotq.checkpoint.companions import code_names, description_names, has_code, named_names
 from rotq.checkpoint.gguf import find_gguf
@@ -21,6 +22,8 @@ from rotq.checkpoint.hub import HubModel, HubName, find_commit
 from rotq.checkpoint.safetensors import Entry
 from rotq.checkpoint.weight_files import leading_name, pickled_name, shard_names
 from rotq.errors import RotqError
+
+_STAMPED = (".safetensors", ".gguf", ".bin", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,15 @@ class Location:
     def is_complete(self) -> bool:
         """Whether the weights are here."""
         return self.hub is None or not self.hub.missing(self._weights())
+
+    def stamp(self) -> list[Any]:
+        """What tells it from others, and from itself after a change: commit, or names and times."""
+        if self.hub is not None:
+            return [str(self.hub)]
+        files = [self.path] if self.path.is_file() else sorted(self.path.iterdir())
+        found = [(file.name, file.stat()) for file in files if file.suffix in _STAMPED]
+        times = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+        return [str(self.path.resolve()), *times]
 
     def fetch_weights(self, *, pickled: bool = False) -> None:
         """Bring the files of the format that will be read; nothing else.

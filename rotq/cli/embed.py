@@ -125,11 +125,9 @@ def _key(
     dtype: str,
 ) -> dict[str, Any]:
     """What the embeddings depend on."""
-    from rotq.evaluation.dms import model_key
-
     text = "\n".join(f"{record.name} {record.sequence}" for record in records)
     return {
-        "models": [model_key(place) for place in places],
+        "models": [place.stamp() for place in places],
         "proteins": hashlib.sha256(text.encode()).hexdigest(),
         "dtype": dtype,
         **asdict(protocol),

@@ -260,11 +260,11 @@ def _folder(
         RotqError: it has files that are not its own, or results of something else.
     """
     from rotq.disk.destination import resolve_output
-    from rotq.evaluation.dms import ResultsFolder, described, model_key
+    from rotq.evaluation.dms import ResultsFolder, described
 
     read = {f"the model {place}": place.path for place in places}
     path = resolve_output(output, read)
-    models = [model_key(place) for place in places]
+    models = [place.stamp() for place in places]
     folder = ResultsFolder(path, {"models": models, "dtype": dtype, **described(protocol)})
     folder.check([assay.name for assay in assays])
     if plot:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rotq.calibration.residues import ResidueCodec
-from rotq.checkpoint.location import Location
 from rotq.disk.destination import exists
 from rotq.disk.files import make_folder, whole_file
 from rotq.errors import RotqError
@@ -190,20 +189,6 @@ def means(assays: Mapping[str, Mapping[str, Any]], kinds: Sequence[Kind]) -> dic
 def described(protocol: VariantProtocol) -> dict[str, Any]:
     """What of a protocol the scores depend on."""
     return {"kinds": protocol.kinds, "window": protocol.window}
-
-
-def model_key(place: Location) -> list[Any]:
-    """What tells a model from others and from itself after a change: commit, or names and times."""
-    if place.hub is not None:
-        return [str(place.hub)]
-    files = [place.path] if place.path.is_file() else sorted(place.path.iterdir())
-    kept = [file for file in files if file.suffix in (".safetensors", ".gguf", ".bin", ".json")]
-    return [str(place.path.resolve()), *((file.name, *_changed(file)) for file in kept)]
-
-
-def _changed(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rotq.calibration.batches import in_order_of_length, padded
+from rotq.calibration.batches import filled, padded
 from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
@@ -93,7 +93,7 @@ def embed(
     """
     ids = [codec.encode(record.sequence) for record in records]
     first = len(codec.around[0])
-    for batch in _batches(ids, protocol.batch_tokens):
+    for batch in filled(ids, protocol.batch_tokens):
         given = padded([ids[index] for index in batch], codec.pad_id, frozenset())
         states = run_batch(model, given, output_hidden_states=True).hidden_states
         for row, index in enumerate(batch):
@@ -102,14 +102,3 @@ def embed(
             found_LD = double(hidden_LD) if basis is None else basis.restore(hidden_LD)
             pooled = found_LD.mean(0) if protocol.pooling == "mean" else found_LD
             yield index, pooled.float().cpu()
-
-
-def _batches(ids: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in in_order_of_length(ids):
-        if batch and (len(batch) + 1) * len(ids[batch[0]]) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.calibration.batches import Batch, padded
+from rotq.calibration.batches import Batch, filled, padded
 from rotq.calibration.fasta import Record
 from rotq.calibration.limits import Limits
 from rotq.calibration.residues import ResidueCodec
@@ -246,10 +246,5 @@ def _masked_rows(
 
 def _batches(rows: Sequence[_Row], protocol: PLLProtocol) -> list[list[_Row]]:
     """Rows of like length, as many as ``batch_tokens`` holds."""
-    found: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        full = not found or (len(found[-1]) + 1) * len(found[-1][0].ids) > protocol.batch_tokens
-        if full:
-            found.append([])
-        found[-1].append(row)
-    return found
+    batches = filled([row.ids for row in rows], protocol.batch_tokens)
+    return [[rows[index] for index in batch] for batch in batches]

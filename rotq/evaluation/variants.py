@@ -116,16 +116,19 @@ def _wild_type_marginals(
 ) -> list[float]:
     ids, before = codec.encode(assay.wild_type), len(codec.around[0])
     starts = overlapping_windows(len(ids), protocol.window)
+    read: dict[int, list[int]] = {}
+    for position in _mutated(assay):
+        start = nearest_window(starts, position + before, protocol.window)
+        read.setdefault(start, []).append(position)
     by_position: dict[int, Tensor] = {}
-    for done, start in enumerate(starts, 1):
+    for done, (start, positions) in enumerate(read.items(), 1):
         given = ids[start : start + protocol.window]
         logits_TV = run_batch(model, padded([given], codec.pad_id, frozenset())).logits[0]
-        for position in _mutated(assay):
-            if nearest_window(starts, position + before, protocol.window) == start:
-                log_p_V = double(logits_TV[position + before - start]).log_softmax(-1)
-                by_position[position] = log_p_V.cpu()
+        for position in positions:
+            log_p_V = double(logits_TV[position + before - start]).log_softmax(-1)
+            by_position[position] = log_p_V.cpu()
         if progress is not None:
-            progress(done, len(starts))
+            progress(done, len(read))
     return [_marginal(codec, changes, by_position) for changes in assay.substitutions]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rotq.calibration.batches import padded
+from rotq.calibration.batches import filled, padded
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.evaluation.pseudo_perplexity import run_batch
@@ -79,9 +79,8 @@ def read_rows(
     """
     done = 0
     for some in _chunks(rows, _AT_A_TIME):
-        order = sorted(range(len(some)), key=lambda index: -len(some[index].ids))
         found: dict[int, Tensor] = {}
-        for batch in _batches(order, some, batch_tokens):
+        for batch in filled([row.ids for row in some], batch_tokens):
             ids = [some[index].ids for index in batch]
             logits_BTV = run_batch(model, padded(ids, codec.pad_id, frozenset())).logits
             for b, index in enumerate(batch):
@@ -101,15 +100,3 @@ def _chunks(rows: Iterable[MaskedRow], size: int) -> Iterator[list[MaskedRow]]:
             some = []
     if some:
         yield some
-
-
-def _batches(order: Sequence[int], rows: Sequence[MaskedRow], tokens: int) -> Iterator[list[int]]:
-    """Of rows from the longest to the shortest, as many as fit."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
