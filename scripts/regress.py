@@ -75,8 +75,10 @@ def run_all(work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     smollm2 = convert(gguf, work / "smollm2")
     for name in SMOLLM2_PRESETS:
         preset = ROOT / "configs" / f"{name}.yaml"
-        protocol = Protocol(windows=2, seq_len=256)
-        yield f"smollm2/{name}", run(smollm2, preset, work, num_samples=4, protocol=protocol)
+        # 8 windows have more tokens than any layer has columns; with the rounding of sums alone KL
+        # moves by 20 % on 2 windows of text, by 1 % on 16
+        protocol = Protocol(windows=16, seq_len=256)
+        yield f"smollm2/{name}", run(smollm2, preset, work, num_samples=8, protocol=protocol)
 
 
 def run(

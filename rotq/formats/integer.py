@@ -96,5 +96,5 @@ class Quantized:
         N, K = self.q_NK.shape
         q_NGg = self.q_NK.to(torch.float32).view(N, self.scale_NG.shape[1], -1)
         if self.zero_NG is not None:
-            q_NGg = q_NGg - self.zero_NG.to(torch.float32)[..., None]
-        return (q_NGg * self.scale_NG.to(torch.float32)[..., None]).view(N, K).to(dtype)
+            q_NGg.sub_(self.zero_NG.to(torch.float32)[..., None])
+        return q_NGg.mul_(self.scale_NG.to(torch.float32)[..., None]).view(N, K).to(dtype)

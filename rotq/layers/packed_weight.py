@@ -18,6 +18,10 @@ from rotq.autocast import lowered
 from rotq.formats.integer import Grid, Quantized
 from rotq.ops import pack, packed_linear, packed_words, unpack
 
+ROWS_AT_ONCE = 4096
+"""Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
+large."""
+
 
 class PackedWeight(nn.Module):
     """What linear layers and embeddings keep in place of a dense weight.
@@ -67,7 +71,8 @@ class PackedWeight(nn.Module):
     def pack(self, quantized: Quantized) -> Self:
         """Take codes, scales and zero points, in place of the buffers that were allocated."""
         bits, device = quantized.grid.bits, quantized.q_NK.device
-        self.weight_packed = pack(quantized.q_NK, bits)
+        parts = [pack(part_NK, bits) for part_NK in quantized.q_NK.split(ROWS_AT_ONCE)]
+        self.weight_packed = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.weight_scale = quantized.scale_NG.contiguous()
         self.weight_shape = torch.tensor(quantized.q_NK.shape, dtype=torch.int64, device=device)
         if quantized.zero_NG is not None:
@@ -76,16 +81,27 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> Quantized:
         """Codes, scales and zero points, unpacked."""
+        return self._unpacked(slice(None))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) dense weight, computed in fp32 some rows at a time, then cast to ``dtype``."""
+        N = self.shape[0]
+        if N <= ROWS_AT_ONCE:
+            return self.quantized().dequantize(dtype)
+        weight_NK = torch.empty(self.shape, dtype=dtype, device=self.weight_packed.device)
+        for start in range(0, N, ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            weight_NK[rows] = self._unpacked(rows).dequantize(dtype)
+        return weight_NK
+
+    def _unpacked(self, rows: slice) -> Quantized:
         N, K = self.shape
         zero_NG = None
         if self.weight_zero_point is not None:
-            zero_NG = unpack(self.weight_zero_point, self.grid.bits, N, dim=0)
-        q_NK = unpack(self.weight_packed, self.grid.bits, K)
-        return Quantized(q_NK=q_NK, scale_NG=self.weight_scale, zero_NG=zero_NG, grid=self.grid)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, K) dense weight, computed in fp32, then cast to ``dtype``."""
-        return self.quantized().dequantize(dtype)
+            zero_NG = unpack(self.weight_zero_point, self.grid.bits, N, dim=0)[rows]
+        q_NK = unpack(self.weight_packed[rows], self.grid.bits, K)
+        scale_NG = self.weight_scale[rows]
+        return Quantized(q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid)
 
     @property
     def weight(self) -> Tensor:

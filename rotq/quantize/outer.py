@@ -22,6 +22,7 @@ from rotq.formats.integer import Grid
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER
 from rotq.job.rest import rest_in
+from rotq.memory import trim_memory
 from rotq.quantize.quantized_block import layer_result
 from rotq.recipe import Solver
 from rotq.rotations.basis import Basis
@@ -29,8 +30,8 @@ from rotq.solvers.solve import Solution, join_rows, solve
 
 ROUNDING = Solver(method="rtn", scale_search="mse")
 
-ROWS_AT_ONCE = 4096
-"""Of a table, in fp32."""
+ROWS_AT_ONCE = 1024
+"""Of a table, in fp32; what was tried on them is given back before the next."""
 
 
 def save_outer(job: Job, fused: dict[str, Tensor], basis: Basis) -> None:
@@ -52,8 +53,8 @@ def save_outer(job: Job, fused: dict[str, Tensor], basis: Basis) -> None:
 
 
 def _rounded(weight_VD: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Solution:
-    parts = (
-        solve(part_VD.float(), None, grid, ROUNDING, scale_dtype=scale_dtype)
-        for part_VD in weight_VD.split(ROWS_AT_ONCE)
-    )
-    return join_rows(list(parts))
+    solutions = []
+    for part_VD in weight_VD.split(ROWS_AT_ONCE):
+        solutions.append(solve(part_VD.float(), None, grid, ROUNDING, scale_dtype=scale_dtype))
+        trim_memory()
+    return join_rows(solutions)

@@ -21,7 +21,10 @@ def test_fewer_signs_than_features_rotate_runs_of_them() -> None:
     signs_R = random_signs(12, 3)
     x = random_input(48, torch.float64)
     runs = [rotate_input(run, signs_R) for run in x.split(12, dim=-1)]
-    assert torch.equal(rotate_input(x, signs_R), torch.cat(runs, dim=-1))
+    # products of other shapes sum in another order on some processors
+    torch.testing.assert_close(
+        rotate_input(x, signs_R), torch.cat(runs, dim=-1), rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("K", [16, 40, 48])

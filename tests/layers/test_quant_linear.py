@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
 from rotq.layers.online_linear import OnlineLinear, rotate_input
+from rotq.layers.packed_weight import ROWS_AT_ONCE
 from rotq.layers.quant_linear import QuantLinear
 from rotq.ops import packed_linear
 from rotq.rotations.hadamard import random_signs
@@ -221,3 +222,12 @@ def test_gpu_and_cpu_agree(grid: Grid, rows: int) -> None:
     layer = QuantLinear.from_quantized(random_quantized(20, 40, grid), torch.ones(20))
     x = random_input(40)[0, :1].expand(rows, -1)
     torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), layer.cpu()(x))
+
+
+@pytest.mark.parametrize("grid", [W4, W4_SYMMETRIC, W3_CHANNEL], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_rows_than_are_unpacked_at_once(grid: Grid, dtype: torch.dtype) -> None:
+    quantized = random_quantized(ROWS_AT_ONCE + 5, 40, grid)
+    layer = QuantLinear.from_quantized(quantized)
+    assert torch.equal(layer.quantized().q_NK, quantized.q_NK)
+    assert torch.equal(layer.dequantize(dtype), quantized.dequantize(dtype))
