@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,17 +19,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rotq.checkpoint.configuration import torch_dtype
-from rotq.checkpoint.packed_embedding import (
-    check_shapes,
-    make_embeddings_dense,
-    put_quant_embeddings,
-)
+from rotq.checkpoint.dense import make_dense
+from rotq.checkpoint.packed_embedding import check_shapes, put_quant_embeddings
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.layers.online_residual import turn_ends
 from rotq.layers.packed_weight import PackedWeight
 from rotq.layers.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from rotq.models.adapter import Adapter
 
 METHOD = "rotq"
 
@@ -101,6 +102,8 @@ class RotqHfQuantizer(HfQuantizer):
         put_quant_linears(model, scheme, entries)
         put_quant_embeddings(model, scheme, entries)
         put_online_heads(model, scheme.heads)
+        if scheme.turns_residual:
+            put_online_residual(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.num_parameters = functools.partial(num_parameters, model)
@@ -124,7 +127,8 @@ class RotqHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        make_dense(model, dtype or model.dtype)  # type: ignore[arg-type]
+        scheme = self.quantization_config.scheme()
+        make_dense(model, scheme, dtype or model.dtype)  # type: ignore[arg-type]
         return model
 
 
@@ -173,19 +177,38 @@ def put_online_heads(model: Any, heads: OnlineHeads) -> None:
         RotqError: the family's attention is not known, or another one than sdpa is wanted.
     """
     from rotq.models.attention.online import set_heads, use_online_attention
-    from rotq.models.generic import located
-    from rotq.models.registry import find_adapter
 
     if heads == UNTOUCHED:
         return
-    adapter = located(find_adapter(model.config), model)
+    adapter, blocks = _blocks(model)
     use_online_attention(model)
+    for block in blocks:
+        set_heads(block.get_submodule(adapter.attention), heads)
+
+
+def put_online_residual(model: Any) -> None:
+    """Let the first block turn the residual stream, and the last one turn it back.
+
+    Raises:
+        RotqError: the family's blocks are not known.
+    """
+    _, blocks = _blocks(model)
+    signs_D = torch.ones(model.config.hidden_size, dtype=torch.int8, device="meta")
+    for index in sorted({0, len(blocks) - 1}):
+        turn_ends(blocks[index], signs_D, first=index == 0, last=index == len(blocks) - 1)
+
+
+def _blocks(model: Any) -> tuple[Adapter, nn.ModuleList]:
+    """What is known of the family, and the model's blocks."""
+    from rotq.models.generic import located
+    from rotq.models.registry import find_adapter
+
+    adapter = located(find_adapter(model.config), model)
     blocks = adapter.blocks
     if model.base_model is model and not adapter.part:
         # without a head, and the prefix that names have below one
         blocks = blocks.removeprefix(f"{model.base_model_prefix}.")
-    for block in model.get_submodule(blocks):
-        set_heads(block.get_submodule(adapter.attention), heads)
+    return adapter, model.get_submodule(blocks)
 
 
 def num_parameters(
@@ -198,14 +221,6 @@ def num_parameters(
     kinds = QuantLinear if exclude_embeddings else PackedWeight
     packed = [module for module in model.modules() if isinstance(module, kinds)]
     return number + sum(prod(layer.shape) for layer in packed)
-
-
-def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed layer by the dense one of the same function, in place."""
-    make_embeddings_dense(model, dtype)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            model.set_submodule(name, module.dense(dtype))
 
 
 def register() -> None:

@@ -8,7 +8,9 @@ ones, and two for what heads and inputs go through at run time.
     ignore             the same, taken out
     input_activations  what the layers' inputs are rounded to: dynamic, per token
     online             hadamard, to the targets whose input is rotated by it, before it is rounded,
-                       and block_size, to the features of its diagonal blocks, where it has them
+                       and block_size, to the features of its diagonal blocks, where it has them;
+                       residual, to the kind of R1 where it is applied in front of the first block
+                       and taken back behind the last
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
                        to, dynamic, per head and token
 """
@@ -27,10 +29,10 @@ from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.patterns import PatternTooSlow, search
 from rotq.rotations.hadamard import core_order
 
-ROTQ_VERSION = 5
-"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 5 for a
-packed embedding or head, 4 for R4 in blocks, 2 for what attention does. 3 was for R4 as a
-butterfly, but ``save_pretrained`` said 3 of any checkpoint, and those without are read."""
+ROTQ_VERSION = 6
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 6 for R1
+at run time, 5 for a packed embedding or head, 4 for R4 in blocks, 2 for what attention does. 3 was
+for R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint; those without are read."""
 METHODS = ("compressed-tensors", "rotq")
 
 
@@ -54,6 +56,8 @@ class Scheme:
     """Targets whose input is rotated."""
     block_size: int | None = None
     """Features that are rotated together; None for all that a layer reads."""
+    turns_residual: bool = False
+    """R1 is applied in front of the first block, and taken back behind the last."""
     heads: OnlineHeads = UNTOUCHED
     """What every attention does at run time."""
 
@@ -139,7 +143,8 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     groups = _mapping("config_groups", config.get("config_groups"))
     if not groups:
         raise RotqError("quantization_config has no config_groups")
-    rotated, block_size = _read_online(_mapping("online", config.get("online")))
+    online = _mapping("online", config.get("online"))
+    rotated, block_size = _read_online(online)
     return Scheme(
         groups=tuple(
             _read_group(name, _mapping(name, group), config.get("format"))
@@ -148,6 +153,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
         ignore=_read_targets("ignore", config.get("ignore") or ()),
         rotated=rotated,
         block_size=block_size,
+        turns_residual="residual" in online,
         heads=_read_heads(_mapping("attention", config.get("attention"))),
     )
 
@@ -188,8 +194,10 @@ def _read_online(online: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None
             "no longer has; commit 687066b is the last that reads it"
         )
     for kind in online:
-        if kind not in ("hadamard", "block_size"):
-            raise RotqError(f"unknown online rotation {kind}; known: hadamard")
+        if kind not in ("hadamard", "block_size", "residual"):
+            raise RotqError(f"unknown online rotation {kind}; known: hadamard, residual")
+    if online.get("residual", "hadamard") != "hadamard":
+        raise RotqError(f"unknown online.residual {online['residual']}; known: hadamard")
     size = online.get("block_size")
     if size is not None and (type(size) is not int or size < 1):
         raise RotqError(f"online.block_size of quantization_config is not a size: {size!r}")

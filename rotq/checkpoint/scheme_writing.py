@@ -21,6 +21,7 @@ def quantization_config(
     rotated: Collection[str] = (),
     *,
     block_size: int | None = None,
+    turns_residual: bool = False,
     outer: Mapping[str, Grid] | None = None,
     inputs: ActivationGrid | None = None,
     heads: OnlineHeads = UNTOUCHED,
@@ -36,6 +37,7 @@ def quantization_config(
         format: ``compressed-tensors`` or ``rotq``.
         rotated: Full names of the layers whose input is rotated; only for ``rotq``.
         block_size: Features that are rotated together; None for all that a layer reads.
+        turns_residual: R1 is applied at run time; only for ``rotq``.
         outer: The same of the embedding and of a head with a weight of its own, where they are
             packed; what the head reads is never rounded.
         inputs: What the inputs of ``layers`` are rounded to at run time.
@@ -63,7 +65,7 @@ def quantization_config(
     """
     if format not in METHODS or not layers:
         raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
-    if (rotated or heads != UNTOUCHED) and format != "rotq":
+    if (rotated or turns_residual or heads != UNTOUCHED) and format != "rotq":
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
@@ -86,7 +88,12 @@ def quantization_config(
     }
     if format == "rotq":
         fields = _rotq_fields(_targets(rotated, everything, prefix), block_size, heads)
-        return config | fields | ({"version": 5} if outer else {})
+        if outer:
+            fields["version"] = 5
+        if turns_residual:
+            fields["online"]["residual"] = "hadamard"
+            fields["version"] = 6
+        return config | fields
     return config | _compressed_tensors_fields({*layers.values(), *outer.values()})
 
 

@@ -78,6 +78,7 @@ def embed_command(
     rotq embed out/esm-w4 --fasta proteins.fasta -o proteins.npz
     rotq embed out/esm-w4 --fasta proteins.fasta -o residues.h5 --pooling residue --layer -2
     """
+    from rotq.checkpoint.configuration import load_config
     from rotq.evaluation.basis import is_rotated
     from rotq.evaluation.embedding_files import Gathering, output_file
     from rotq.evaluation.embeddings import EmbeddingProtocol
@@ -85,6 +86,9 @@ def embed_command(
     choose(device)
     records = _records(fasta)
     places = [find(name) for name in (checkpoint, reference) if name is not None]
+    config = load_config(places[0].path, trust_remote_code=trust_remote_code)
+    if layer == config.get_text_config().num_hidden_layers:
+        layer = -1  # counted from the other end
     if is_rotated(places[0].path) and layer == -1 and reference is None:
         raise RotqError(
             f"{checkpoint} is rotated, and the gain of its final norm is in the head: the last "
@@ -174,7 +178,7 @@ def _embed(
         if others and protocol.layer == -1:
             basis = basis_of(places[0].path, model, others[0][0])
         else:
-            basis = inner_basis_of(places[0].path, model)
+            basis = inner_basis_of(places[0].path, model, protocol.layer)
         codec = ResidueCodec(tokenizer)
         for number, some in enumerate(groups):
             if not gathering.finished(number):

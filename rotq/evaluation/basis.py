@@ -18,12 +18,13 @@ RECIPE = "rotq_recipe.yaml"
 
 
 def is_rotated(checkpoint: Path) -> bool:
-    """Whether the residual stream of a checkpoint is in another basis than its original's.
+    """Whether what its final norm gives is in another basis than its original's.
 
     Raises:
         RotqError: its recipe cannot be read, or that basis was trained: it stands nowhere.
     """
-    return _rotation(checkpoint) is not None
+    rotation = _rotation(checkpoint)
+    return rotation is not None and rotation.turns_outer
 
 
 def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
@@ -37,9 +38,10 @@ def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | No
     Raises:
         RotqError: as ``is_rotated``.
     """
-    R_DD = _residual(checkpoint, model)
-    if R_DD is None:
+    rotation = _rotation(checkpoint)
+    if rotation is None or not rotation.turns_outer:
         return None
+    R_DD = _residual(rotation, model)
     path = adapter_for(model).final_norm
     norm, own = reference.get_submodule(path), model.get_submodule(path)
     bias_D, kept_D = getattr(norm, "bias", None), getattr(own, "bias", None)
@@ -48,19 +50,26 @@ def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | No
     return OriginalBasis(R_DD=R_DD, gain_D=norm.weight, added_D=None if inside else bias_D)
 
 
-def inner_basis_of(checkpoint: Path, model: Any) -> OriginalBasis | None:
-    """Of the hidden states between blocks, which no norm's gain is in; as ``basis_of``."""
-    R_DD = _residual(checkpoint, model)
-    if R_DD is None:
+def inner_basis_of(checkpoint: Path, model: Any, layer: int) -> OriginalBasis | None:
+    """Of hidden states in front of the final norm, whose gain is not in them; as ``basis_of``.
+
+    Args:
+        layer: 0 for what the first block is given, and so on; may count from the end.
+    """
+    rotation = _rotation(checkpoint)
+    blocks = model.config.get_text_config().num_hidden_layers
+    # transformers records what blocks are given, the first one's once it is turned
+    is_turned = layer % (blocks + 1) < blocks
+    if rotation is None or not (rotation.turns_outer or is_turned):
         return None
+    R_DD = _residual(rotation, model)
     return OriginalBasis(R_DD=R_DD, gain_D=torch.ones(len(R_DD)), added_D=None)
 
 
-def _residual(checkpoint: Path, model: Any) -> Tensor | None:
-    rotation = _rotation(checkpoint)
-    if rotation is None:
-        return None
-    return build_basis(rotation, adapter_for(model), model.config).residual_DD
+def _residual(rotation: Rotation, model: Any) -> Tensor:
+    R_DD = build_basis(rotation, adapter_for(model), model.config).residual_DD
+    assert R_DD is not None, "the recipe has a rotation of the residual stream"
+    return R_DD
 
 
 def _rotation(checkpoint: Path) -> Rotation | None:

@@ -13,8 +13,8 @@ from rotq.fusion.layernorm import leave_ones_alone
 from rotq.models.adapter import Adapter
 from rotq.models.sizes import head_dim, mlp_widths, num_value_heads
 from rotq.recipe import Rotation
-from rotq.rotations.basis import Basis
-from rotq.rotations.hadamard import core_order, describe, orthogonal
+from rotq.rotations.basis import Basis, Ends
+from rotq.rotations.hadamard import core_order, describe, orthogonal, random_signs
 
 
 def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
@@ -33,12 +33,17 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     description = {}
     residual, value, attention, down = None, None, None, None
     block_size = None if rotation.down_block_size == -1 else rotation.down_block_size
+    ends = None
     if rotation.residual != "none":
         residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
         description["residual"] = describe(rotation.residual, config.hidden_size)
         if adapter.layer_norm:
             residual = leave_ones_alone(residual)
             description["residual"] += ", all-ones direction kept"
+    if rotation.residual_ends == "online":
+        signs_D = random_signs(config.hidden_size, rotation.seed)
+        ends = Ends(signs_D=signs_D, last_block=config.num_hidden_layers - 1)
+        description["residual"] += ", at run time in front of the blocks and back behind them"
     if rotation.value != "none":
         layers = range(config.num_hidden_layers)
         value = tuple(_draw_heads(rotation, config, layer) for layer in layers)
@@ -51,6 +56,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         description["down"] = _describe_down(block_size, mlp_widths(config))
     return Basis(
         residual_DD=residual,
+        ends=ends,
         value=value,
         attention=attention,
         down=down,
@@ -80,6 +86,22 @@ def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
                 f"rotation.{key}={kind} is not possible for {adapter.family} models "
                 f"({', '.join(adapter.architectures)}): {obstacle}; set rotation.{key}=none"
             )
+    _check_ends(rotation, adapter)
+
+
+def _check_ends(rotation: Rotation, adapter: Adapter) -> None:
+    if rotation.residual_ends == "fused":
+        return
+    obstacle = None
+    if adapter.layer_norm:
+        obstacle = "their R1 has to leave the all-ones direction alone"
+    elif adapter.part:
+        obstacle = "features of images may be written between the blocks"
+    if obstacle is not None:
+        raise RotqError(
+            f"rotation.residual_ends=online is not possible for {adapter.family} models: "
+            f"{obstacle}; set rotation.residual_ends=fused"
+        )
 
 
 def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:

@@ -37,6 +37,7 @@ from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
 from rotq.fusion.maps import LinearMap, block_maps, gain, norm_scales
 from rotq.layers.online_heads import OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
+from rotq.layers.online_residual import turn_ends
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import set_heads
 from rotq.rotations.basis import Basis, Scales
@@ -47,7 +48,7 @@ _ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: int) -> None:
-    """Fuse a basis into one block, in place, and let its attention apply R3.
+    """Fuse a basis into one block, in place, and let it do what is done at run time.
 
     Weights keep their dtype; pass an fp64 block to have them unrounded. With R4 the down
     projections become OnlineLinear. An identity basis changes nothing.
@@ -61,6 +62,10 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
     for name, tensor in fused_tensors(block, parameters, adapter, basis, layer_index):
         parameters[name].copy_(tensor)
     rotate_online(block, adapter, basis)
+    if basis.ends is not None:
+        signs_D = basis.ends.signs_D.to(next(block.parameters()).device)
+        is_last = layer_index == basis.ends.last_block
+        turn_ends(block, signs_D, first=layer_index == 0, last=is_last)
 
 
 def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
@@ -164,10 +169,11 @@ def fuse_outer(
         in_place: Overwrite the given embedding and head, which saves a copy of each.
 
     Returns:
-        A new dict, dtypes as given. Without R1 it holds the same tensors.
+        A new dict, dtypes as given. Without R1, or where R1 begins and ends at run time, it holds
+        the same tensors.
     """
     fused = dict(outer)
-    if basis.residual_DD is None:
+    if basis.residual_DD is None or not basis.turns_outer:
         return fused
     R_DD = basis.residual_DD
     reader_path = adapter.head_reader or adapter.head

@@ -84,7 +84,7 @@ def fitted_grid(name: str, columns: int, grid: Grid, weights: Weights) -> Grid:
 def _wanted(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
     """Bits by full name of what is to be packed."""
     adapter, weights, wanted = skeleton.adapter, recipe.weights, {}
-    shared = skeleton.tied and recipe.rotation.residual == "none"
+    shared = skeleton.tied and not recipe.rotation.turns_outer
     if weights.embedding != 16:
         found = embedding_obstacle(skeleton.model.get_submodule(adapter.embedding))
         if found is not None:

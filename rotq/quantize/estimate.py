@@ -187,7 +187,7 @@ def _stored_parameters(skeleton: Skeleton) -> int:
 
 def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
     """Parameters that untying adds: a rotated residual stream needs its own head."""
-    tied = skeleton.tied and recipe.rotation.residual != "none"
+    tied = skeleton.tied and recipe.rotation.turns_outer
     return _embedding_numel(skeleton) if tied else 0
 
 

@@ -136,7 +136,7 @@ def _quantize(job: Job, drawn: Basis) -> tuple[Job, InvarianceCheck]:
         The job with the grids that were chosen, and the check that went through all of its parts.
     """
     rotated = RotatedModel(job, search_basis(job, drawn))
-    kept = find_kept(job.source, job.skeleton, rotated=drawn.residual_DD is not None)
+    kept = find_kept(job.source, job.skeleton, rotated=drawn.turns_outer)
     copy_kept(kept, job.source, job.folder, rotated.basis)
     streams = BlockRunner(job).start(*rotated.outer())
     release_memory()

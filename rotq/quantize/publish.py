@@ -141,6 +141,7 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         job.recipe.output.format,
         rotated,
         block_size=basis.down_block_size,
+        turns_residual=basis.ends is not None,
         outer=outer,
         inputs=job.plan.inputs,
         heads=OnlineHeads(rotated=job.recipe.rotation.attention != "none", grid=job.plan.kv),

@@ -82,6 +82,7 @@ def load_bases(path: Path) -> tuple[Rotation, Transform]:
     """
     whole = read_mapping(path)
     sections = {name: whole.get(name, {}) for name in ("rotation", "transform")}
+    sections["output"] = {"format": "rotq"}  # which can express whatever the bases are
     try:
         found = from_dict(sections)
     except ValueError as error:

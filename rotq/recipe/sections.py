@@ -107,6 +107,10 @@ class Rotation:
 
     residual: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R1: one basis for the residual stream."""
+    residual_ends: Literal["fused", "online"] = "fused"
+    """Where R1 begins and ends: fused into embedding and head, or applied at run time before the
+    first block and taken back behind the last, which leaves a tied head tied. ``online`` is for
+    R1 hadamard, RMSNorm and the rotq format."""
     value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
@@ -127,6 +131,16 @@ class Rotation:
             raise ValueError(
                 "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
             )
+        if self.residual_ends == "online" and self.residual != "hadamard":
+            raise ValueError(
+                "residual_ends=online applies a Hadamard matrix at run time; set "
+                "rotation.residual=hadamard, or leave it out"
+            )
+
+    @property
+    def turns_outer(self) -> bool:
+        """Whether embedding and head are in R1's basis."""
+        return self.residual != "none" and self.residual_ends == "fused"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,12 +41,19 @@ class Recipe:
         check("name", self.name, len(self.name) <= 100, "at most 100 characters long")
         if self.output.format != "rotq":
             self._check_expressible()
+        fixed = self.transform.method == "fixed" and not self.transform.scalings
+        if self.rotation.residual_ends == "online" and not fixed:
+            raise ValueError(
+                "rotation.residual_ends=online applies the R1 that is drawn; transform.method must "
+                "be fixed, without scalings"
+            )
 
     def _check_expressible(self) -> None:
         """compressed-tensors has no words for some of what happens at run time."""
         for key, wanted in (
             ("rotation.down", self.rotation.down != "none"),
             ("rotation.attention", self.rotation.attention != "none"),
+            ("rotation.residual_ends", self.rotation.residual_ends == "online"),
             ("kv_cache.bits", self.kv_cache.bits != 16),
         ):
             if wanted:

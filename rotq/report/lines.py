@@ -62,13 +62,14 @@ def runtime_line(config: dict[str, Any]) -> str:
     turned = [
         f"{kind}{blocks} before {len(targets)} targets"
         for kind, targets in online.items()
-        if kind != "block_size"
+        if kind not in ("block_size", "residual")
     ]
     parts = [
         *(f"inputs {rounding}" for rounding in sorted(inputs)),
         *([f"keys and values {heads}"] if heads else []),
         *([f"{attention['rotation']} on queries and keys"] if attention.get("rotation") else []),
         *turned,
+        *(["hadamard on the residual stream between the blocks"] if "residual" in online else []),
     ]
     return "; ".join(parts)
 

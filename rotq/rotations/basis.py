@@ -59,11 +59,22 @@ SCALINGS = tuple(entry.name.rpartition("_")[0] for entry in fields(Scales))
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ends:
+    """R1 applied at run time, in front of the first block and backwards behind the last."""
+
+    signs_D: Tensor
+    """int8: R1 is diag(signs) H / sqrt(D)."""
+    last_block: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Basis:
     """Orthogonal matrices; activations are rows and are multiplied from the right."""
 
     residual_DD: Tensor | None = None
     """R1, fp64; None leaves the residual stream and the norm gains alone."""
+    ends: Ends | None = None
+    """Of R1, where nothing outside the blocks has it fused."""
     value: tuple[Tensor, ...] | None = None
     """R2, per layer (H, K, K) fp64."""
     attention: str | None = None
@@ -83,6 +94,11 @@ class Basis:
     def is_identity(self) -> bool:
         """Nothing is changed."""
         return not self.tensors() and self.attention is None and self.down is None
+
+    @property
+    def turns_outer(self) -> bool:
+        """Whether what lies outside the blocks is in R1's basis too."""
+        return self.residual_DD is not None and self.ends is None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every matrix and vector by name: residual, value.LAYER, LAYER.scales.NAME."""
@@ -125,6 +141,8 @@ class Basis:
             online += f" {self.attention}"
         if self.down_block_size is not None:
             online += f" blocks of {self.down_block_size}"
+        if self.ends is not None:
+            online += " ends"
         digest = hashlib.sha256(online.encode())
         for name, tensor in self.tensors().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

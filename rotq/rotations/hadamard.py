@@ -90,9 +90,31 @@ def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None
     n = x.shape[-1] if n is None else n
     if x.shape[-1] % n:
         raise ValueError(f"{x.shape[-1]} features are not a multiple of the order {n}")
-    core_mm = paley_core(core_order(n)).to(x.device)
     signs_n = None if signs_n is None else signs_n.to(device=x.device, dtype=torch.int8)
-    rows = x.reshape(x.numel() // n, n)
+    return _transformed(x, n, paley_core(core_order(n)), signs_n)
+
+
+def inverse_hadamard(x: Tensor, signs_n: Tensor) -> Tensor:
+    """Multiply by (D H)^T / sqrt(n), from the right: takes back what ``fast_hadamard`` did.
+
+    Args:
+        x: (..., n), floating point; fp16 and bf16 are summed in fp32.
+        signs_n: The diagonal of D, +1 and -1.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        ValueError: the order cannot be constructed.
+    """
+    n = x.shape[-1]
+    # kron(C, S)^T is kron(C^T, S): Sylvester's matrices are symmetric
+    core_mm = paley_core(core_order(n)).T.contiguous()
+    return _transformed(x, n, core_mm, None) * signs_n.to(x)
+
+
+def _transformed(x: Tensor, n: int, core_mm: Tensor, signs_n: Tensor | None) -> Tensor:
+    rows, core_mm = x.reshape(x.numel() // n, n), core_mm.to(x.device)
     differentiated = x.requires_grad and torch.is_grad_enabled()
     has_kernel = x.device.type in ("cpu", "cuda")
     plain = x.dtype == torch.float64 or differentiated or not has_kernel

@@ -52,6 +52,11 @@ class RotqConfig(CompressedTensorsConfig):
             RotqError: it says something that is not run here.
         """
         scheme = read_scheme(config)
+        if scheme.turns_residual:
+            raise RotqError(
+                "the checkpoint turns its residual stream at run time (rotation.residual_ends="
+                "online), which is not run in vLLM; rotq serve-kv runs it"
+            )
         # with input_activations vLLM would look for kernels of integer products
         groups = {
             name: {**group, "input_activations": None}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.scheme import ROTQ_VERSION
 from rotq.checkpoint.source import read_tensor
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
@@ -257,13 +258,14 @@ def test_incomplete_checkpoints_are_refused(
     ("fields", "message"),
     [
         ({"quant_method": "awq"}, "quantized with awq"),
-        ({"version": 6, "quant_method": "rotq"}, "rotq format 6"),
+        ({"version": ROTQ_VERSION + 1, "quant_method": "rotq"}, f"rotq format {ROTQ_VERSION + 1}"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"config_groups": {}}, "no config_groups"),
         ({"format": "int-quantized"}, "int-quantized"),
         ({"online": {"dct": ["Linear"]}}, "online rotation dct"),
         ({"online": {"hadamard": ["Linear"], "block_size": "8"}}, "block_size .* not a size: '8'"),
         ({"online": {"hadamard": ["Linear"], "block_size": 0}}, "block_size .* not a size: 0"),
+        ({"online": {"residual": "dct"}}, "unknown online.residual dct"),
         ({"online": {"hadamard": ["Linear"], "block_size": 6}}, "no Hadamard matrix of order 6"),
         (
             {"online": {"hadamard": ["Linear"], "block_size": 32}},

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from random_rotations import random_orthogonal
-from tiny_models import CONFIGS, LAYER_NORM, POST_NORMS, MemorySource, random_ids, tiny_model
+from tiny_models import (
+    CONFIGS,
+    LAYER_NORM,
+    MASKED,
+    POST_NORMS,
+    MemorySource,
+    random_ids,
+    tiny_model,
+)
 
 from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
@@ -22,6 +30,7 @@ from rotq.rotations.hadamard import hadamard
 ROTATIONS = {
     "R1": Rotation(residual="hadamard"),
     "R1-dct": Rotation(residual="dct"),
+    "R1-ends": Rotation(residual="hadamard", residual_ends="online", seed=5),
     "R2": Rotation(value="hadamard"),
     "R2-dct": Rotation(value="dct"),
     "R4": Rotation(down="hadamard"),
@@ -53,6 +62,7 @@ def forward(skeleton, source, ids_BT, basis):
         for name in CONFIGS
         for key, rotation in ROTATIONS.items()
         if rotation.residual == "none" or name not in POST_NORMS
+        if rotation.residual_ends == "fused" or name not in (*LAYER_NORM, *MASKED)
     ],
 )
 def test_logits_stay(name, key):

@@ -14,6 +14,7 @@ from rotq.rotations.hadamard import (
     describe,
     fast_hadamard,
     hadamard,
+    inverse_hadamard,
     orthogonal,
     random_signs,
 )
@@ -210,3 +211,14 @@ def test_signs_are_int8_and_balanced():
 )
 def test_descriptions(kind, n, name):
     assert describe(kind, n) == name
+
+
+@pytest.mark.parametrize("n", [16, 12, 48, 576])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_inverse_takes_the_transform_back(n: int, dtype: torch.dtype) -> None:
+    """Cores are not symmetric, nor is D H."""
+    signs_n = random_signs(n, 3)
+    x = torch.randn(3, 5, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    again = inverse_hadamard(fast_hadamard(x, n, signs_n), signs_n)
+    assert again.dtype == dtype
+    assert (again - x).abs().max() < 8 * n**0.5 * torch.finfo(dtype).eps
