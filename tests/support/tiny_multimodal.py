@@ -12,8 +12,11 @@ from typing import Any
 import tiny_families
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from rotq.models.task import is_multimodal
 
 CLASSES = {name: kind for kind, name in reversed(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items())}
 """Every class with a text decoder beside other parts that transformers lists, to a model type."""
@@ -50,6 +53,9 @@ _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token
 _OTHER_TOKENS = ("vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id")
 IMAGE_TOKEN = 240
 
+MOST_PARAMETERS = 10**8
+"""Of what is called tiny here: some parts have sizes by names that ``BESIDE`` does not know."""
+
 _MROPE = {
     "rope_parameters": {
         "rope_type": "default",
@@ -61,6 +67,7 @@ _MROPE = {
 TEXT_CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v"), _MROPE
 ) | {"gemma3": {"layer_types": ["sliding_attention", "full_attention"]}}
+_SOUND = {"num_filters": 4, "depths": [1] * 7}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
     "gemma3": {"": {"mm_tokens_per_image": 4}},
@@ -71,6 +78,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "idefics3": {"": {"scale_factor": 2}},
     "smolvlm": {"": {"scale_factor": 2}},
     "llava_next": {"": {"image_grid_pinpoints": [[28, 28]]}},
+    "vibevoice_asr": {
+        "semantic_tokenizer_encoder_config": _SOUND,
+        "acoustic_tokenizer_encoder_config": _SOUND,
+    },
 }
 """Of the part of that name; "" is the whole."""
 
@@ -104,19 +115,33 @@ def tiny_multimodal(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
 
     Args:
         changes: Of the whole configuration.
+
+    Raises:
+        ValueError: it has no text part beside others, or more than ``MOST_PARAMETERS``.
     """
     config = tiny_multimodal_config(model_type)
     for name, value in changes.items():
         setattr(config, name, value)
+    auto = transformers.AutoModelForMultimodalLM
+    _check_size(auto, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = transformers.AutoModelForMultimodalLM
         model = auto.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             tiny_families._randomize(name, parameter)
             if name.endswith("newline"):
                 torch.nn.init.normal_(parameter, std=0.5)
     return model.eval().requires_grad_(False)
+
+
+def _check_size(auto: Any, config: Any) -> None:
+    """Before its memory is asked for."""
+    if not is_multimodal(config):
+        raise ValueError("its text model is a family of its own, or it is none")
+    with init_empty_weights(include_buffers=True):
+        size = auto.from_config(config, dtype=torch.float32).num_parameters()
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size / 1e6:.0f} million parameters in parts of sizes not known here")
 
 
 def image_inputs(model: Any) -> dict[str, torch.Tensor]:
