@@ -125,6 +125,30 @@ def test_a_job_without_double(tmp_path: Path) -> None:
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+JOBS: dict[str, tuple[str, dict[str, object]]] = {
+    "tuned": ("w3", {"tuning.steps": 3, "tuning.seq_len": 16}),
+    "codes": ("w3", {"tuning.steps": 0, "tuning.code_steps": 2}),
+    "gradients": ("gptq", {"importance.strategy": "gradient"}),
+    "mixed": ("gptq", {"weights.average_bits": 4.0, "weights.group_size": 16}),
+    "online": ("quarot-w4a4kv4", {}),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_kind_of_job_without_double(name: str, tmp_path: Path) -> None:
+    """Training, gradients and mixed bits compute there what the CPU computes, bit by bit."""
+    config, changes = JOBS[name]
+    small = {"calibration.num_samples": 2, "calibration.seq_len": 32, "output.format": "rotq"}
+    given = [Given(key=k, value=v, origin="test") for k, v in (small | changes).items()]
+    recipe = resolve(Path(__file__).parents[1] / "configs" / f"{config}.yaml", given)
+    model = make_checkpoint(tmp_path / "model")
+    quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
+    with emulated("mps"):
+        quantize_model(model, recipe, tmp_path / "mps", device="mps")
+    ours, theirs = (tmp_path / made / "model.safetensors" for made in ("mps", "cpu"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_solving_without_double() -> None:
     """Factors are the CPU's, and come back to where the Hessian is."""
     x_MK = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))

@@ -154,6 +154,8 @@ class Adapter:
         downs = self.mlp_writers(block)
         if not self.has_experts(block):
             return (*attention, gate_up, Site(name="down", linears=downs))
+        experts = block.get_submodule(self.experts)
+        assert not getattr(experts, "own_rows", False), "sites of such experts are found by running"
         per_expert = (Site(name=f"down.{e}", linears=(path,)) for e, path in enumerate(downs))
         return (*attention, gate_up, *per_expert)
 

@@ -52,6 +52,9 @@ class Expert(nn.Module):
 class UnfusedExperts(nn.ModuleList):
     """A list of experts that is called as the fused module is."""
 
+    own_rows = False
+    """Each expert is given other rows than the next, so that no Hessian serves them all."""
+
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
         self.see_all_tokens = False
@@ -87,6 +90,8 @@ class UnfusedExperts(nn.ModuleList):
 
 class StackedExperts(UnfusedExperts):
     """The same where every expert is given its own rows, see ``takes_stacked``."""
+
+    own_rows = True
 
     def forward(self, x_LD: Tensor, *_: Tensor) -> Tensor:
         """(E M, D), the first M rows for the first expert, to what each makes of its rows."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.mixed import Unit
@@ -88,7 +89,7 @@ class Sensitivities:
             for x_MK, r_M in joined.values():
                 x_MK = x_MK.float()
                 site.hessian_KK.addmm_((x_MK * r_M[:, None]).T, x_MK)
-                site.weight += r_M.double().sum().item()
+                site.weight += double(r_M).sum().item()
             site.window.clear()
 
     def finish(self, index: int, block: nn.Module) -> None:
@@ -145,10 +146,10 @@ class Sensitivities:
             weight_NK = block.get_parameter(f"{path}.weight")
             N = len(weight_NK)
             picked_R = torch.linspace(0, N - 1, min(rows, N), device=fisher_N.device).long()
-            tried_R = fisher_N[picked_R].double().clamp(min=1e-30)
+            tried_R = double(fisher_N[picked_R]).clamp(min=1e-30)
             weights.append(weight_NK[picked_R].float())
             # rows that are not tried lose like those that are
-            shares.append(tried_R * fisher_N.double().sum() / tried_R.sum())
+            shares.append(tried_R * double(fisher_N).sum() / tried_R.sum())
         loss_CR = trial_losses(
             torch.cat(weights),
             sums.hessian_KK / sums.weight,
@@ -156,7 +157,7 @@ class Sensitivities:
             replace(self.job.recipe.solver, refine_sweeps=0),
             scale_dtype=self.job.plan.scale_dtype,
         )
-        return (loss_CR.double() @ torch.cat(shares)).cpu() / (2 * sums.tokens)
+        return (double(loss_CR) @ torch.cat(shares)).cpu() / (2 * sums.tokens)
 
 
 def choose_grids(job: Job) -> Job:

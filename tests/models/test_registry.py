@@ -170,6 +170,30 @@ def test_adapter_without_experts_sees_no_router():
     assert Adapter(family="x", architectures=()).routers(nn.Module()) == ()
 
 
+def test_experts_with_rows_of_their_own_are_no_site_together():
+    """Llama 4's are found by running; an adapter that names them has one's rows for all."""
+    model = tiny_family("llama4_text")
+    unfuse_experts(model)
+    named = Adapter(
+        family="x",
+        architectures=(),
+        mlp="feed_forward",
+        experts="feed_forward.experts",
+        router="feed_forward.router",
+    )
+    block = model.model.layers[0]
+    with pytest.raises(AssertionError, match="found by running"):
+        named.sites(block)
+    skeleton = Skeleton.open(SimpleNamespace(config=model.config, names=list, load=None))
+    sites = skeleton.adapter.sites(skeleton.blocks[0])
+    experts = [site.linears for site in sites if ".experts." in site.name]
+    paths = [f"feed_forward.experts.{e}" for e in range(4)]
+    both = ("gate_proj", "up_proj"), ("down_proj",)
+    assert experts == [
+        tuple(f"{path}.{name}" for name in names) for path in paths for names in both
+    ]
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "falcon_h1", "llama4_text", "deepseek_v3"])
 def test_layers_of_a_found_site_read_the_same(name):
     model = tiny_family(name)

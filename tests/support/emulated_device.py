@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -111,6 +112,8 @@ class _Factories(TorchFunctionMode):
             args = args[:1]
             if isinstance(args[0], Emulated) and str(kwargs.get("device")) == "cpu":
                 args = (args[0].held.clone(),)
+        if func is torch.Tensor.backward:
+            return self._run_backward(*args, **kwargs)
         if func is torch.Tensor.cpu:
             return _held(args[0]).clone()
         if self._is_ours(kwargs.get("device")):
@@ -118,6 +121,16 @@ class _Factories(TorchFunctionMode):
             found = func(*args, **kwargs)
             return found if isinstance(found, Emulated) else Emulated(found, self.device)
         return func(*args, **kwargs)
+
+    def _run_backward(self, output: Tensor, gradient: Tensor | None = None, **_: Any) -> None:
+        """torch's, where what the pass calls finds the device as well.
+
+        By its engine: every function above is one that torch takes the mode away for.
+        """
+        given = torch.ones_like(output) if gradient is None else gradient
+        how = {"allow_unreachable": True, "accumulate_grad": True}
+        with self:
+            _engine_run_backward((output,), (given,), False, False, (), **how)
 
     def _is_ours(self, device: Any) -> bool:
         return device is not None and torch.device(device).type == self.device.type
@@ -141,5 +154,5 @@ def moved(model: nn.Module, name: str) -> nn.Module:
 def emulated(name: str) -> Iterator[torch.device]:
     """Make a device of this name, as ``cuda:0``, one that tensors can be put on."""
     device = torch.device(name)
-    with _Factories(device), torch.inference_mode():
+    with _Factories(device), torch.no_grad():
         yield device
