@@ -94,11 +94,19 @@ class StackedExperts(UnfusedExperts):
     own_rows = True
 
     def forward(self, x_LD: Tensor, *_: Tensor) -> Tensor:
-        """(E M, D), the first M rows for the first expert, to what each makes of its rows."""
+        """(E M, D), the first M rows for the first expert, to what each makes of its rows.
+
+        Tokens that are not routed to an expert are zeros there, and stay zeros. Where all are to be
+        seen, an expert is given them as those had them that they are routed to.
+        """
         x_EMD = x_LD.view(len(self), -1, x_LD.shape[-1])
-        if self.see_all_tokens:
-            self.routed_E += x_EMD.any(-1).sum(1).cpu()
-        return torch.cat([expert(x_MD) for expert, x_MD in zip(self, x_EMD, strict=True)])
+        if not self.see_all_tokens:
+            return torch.cat([expert(x_MD) for expert, x_MD in zip(self, x_EMD, strict=True)])
+        is_routed_EM1 = x_EMD.any(-1, keepdim=True)
+        self.routed_E += is_routed_EM1.sum((1, 2)).cpu()
+        seen_EMD = torch.where(is_routed_EM1, x_EMD, x_EMD.sum(0))
+        y_EMD = torch.stack([expert(x_MD) for expert, x_MD in zip(self, seen_EMD, strict=True)])
+        return torch.where(is_routed_EM1, y_EMD, 0.0).flatten(0, 1)
 
 
 @contextmanager

@@ -90,10 +90,18 @@ def test_experts_with_rows_of_their_own():
     x_EMD[1, 2:] = 0  # not routed there
     unfused, rows = unfuse(fused), x_EMD.flatten(0, 1)
     torch.testing.assert_close(unfused(rows), fused(rows), rtol=0, atol=1e-12)
+    x_EMD[:, 4] = 0
+    x_EMD[3, 4] = 1.0  # of all experts the last alone
+    seen = []
+    for expert in unfused:
+        expert.up_proj.register_forward_hook(lambda _, args, out: seen.append(args[0]))
     block = nn.ModuleDict({"moe": unfused})
     with calibrating(block):
-        block.moe(rows)
-    assert routed_tokens(block) == {"moe": [5, 2, 5, 5]}
+        found = block.moe(rows)
+    torch.testing.assert_close(found, fused(rows), rtol=0, atol=1e-12)
+    assert routed_tokens(block) == {"moe": [4, 2, 4, 5]}
+    assert all(torch.equal(x_MD[4], x_EMD[3, 4]) for x_MD in seen)
+    assert torch.equal(seen[2][:4], x_EMD[2, :4])
 
 
 def test_calibrating_ends_with_an_error():
