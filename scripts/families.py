@@ -46,7 +46,8 @@ def main() -> None:
         PAGE.write_text(render(found), encoding="utf-8")
         return
     wanted = _wanted(arguments, found)
-    warm_up()
+    if len(wanted) > 1:
+        warm_up()
     for family in wanted:
         found[family] = in_a_fork(family)
         arguments.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
