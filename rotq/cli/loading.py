@@ -98,7 +98,8 @@ def load(
 
     Args:
         model: From ``find``.
-        device: As the command was given it; a line says which one ``auto`` is.
+        device: As the command was given it; a line says which one ``auto`` is, or where the parts
+            of a model are that was spread.
         dtype: Of the computation; ``auto`` is the checkpoint's.
         trust_remote_code: Run the code that the model brings.
         placed: As for ``placed_on``.
@@ -111,11 +112,21 @@ def load(
 
     chosen = choose(device, in_double=in_double) if placed is None else placed
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    say_device(device if placed is None else placed, chosen)
+    if placed is None:
+        say_device(device, chosen)
     loaded = load_model(
         model, dtype=dtype, device_map=device_map(chosen), trust_remote_code=trust_remote_code
     )
+    if placed is not None:
+        say([f"device map {placed}: {_places(loaded)}"])
     return loaded, tokenizer
+
+
+def _places(model: Any) -> str:
+    """Where accelerate has put the parts of a model."""
+    found = getattr(model, "hf_device_map", {}).values() or [model.device]
+    names = (f"cuda:{place}" if isinstance(place, int) else str(place) for place in found)
+    return ", ".join(dict.fromkeys(names))
 
 
 def load_to_serve(

@@ -132,6 +132,8 @@ def test_a_model_is_spread_as_eval_ppl_spreads_it(model: Path) -> None:
     text = ["--fasta", model / "p.fasta", "--sequences", "2", "--positions", "3", "--json"]
     spread = run("eval", "pll", model, *text, "--device-map", "auto")
     assert spread.exit_code == 0, spread.output
+    assert "device map auto: cpu\n" in spread.stderr
+    assert "device: " not in spread.stderr
     assert spread.stdout == run("eval", "pll", model, *text, "--device", "cpu").stdout
     for command in ("eval pll", "eval kv"):
         other = ["--groups"] if command == "eval pll" else ["--kv", "k3v3", "--text", "pydoc-test"]
