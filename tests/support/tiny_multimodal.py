@@ -44,6 +44,7 @@ BESIDE: dict[str, Any] = {
     "vision_output_dim": 64,
     "projector_input_dim": 64,
     "projector_output_dim": 64,
+    "text_hidden_size": 64,
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0, 1],
     "vocab_size": 64,
@@ -65,8 +66,15 @@ _MROPE = {
     }
 }
 TEXT_CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v"), _MROPE
-) | {"gemma3": {"layer_types": ["sliding_attention", "full_attention"]}}
+    (
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v"),
+        "cosmos3_edge",
+    ),
+    _MROPE,
+) | {
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5_vl_moe": {**_MROPE, "moe_intermediate_size": [32, 32]},
+}
 _SOUND = {"num_filters": 4, "depths": [1] * 7}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_vl": {"vision_config": {"hidden_size": 64}},
@@ -77,6 +85,12 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "cohere2_vision": {"": {"alignment_intermediate_size": 64}},
     "idefics3": {"": {"scale_factor": 2}},
     "smolvlm": {"": {"scale_factor": 2}},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "molmo2": {
+        "vision_config": {"image_size": [28, 28]},
+        "adapter_config": {"vision_feature_layer": [1, 0]},
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "llava_next": {"": {"image_grid_pinpoints": [[28, 28]]}},
     "vibevoice_asr": {
         "semantic_tokenizer_encoder_config": _SOUND,
