@@ -92,6 +92,9 @@ class RotqHfQuantizer(HfQuantizer):
 
         conversion = Conversion(model)
         forms = unfuse_experts(model)
+        for name in forms:
+            # families initialize from there what the fused module had; all of it is loaded
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         linearize(model)
         stored = {entry.name: entry for entry in _entries(checkpoint_files)}
         self.names = model_names(

@@ -112,10 +112,14 @@ def generic_adapter(model: nn.Module) -> Adapter:
             f"{type(model).__name__}: expected one list of {num_blocks} decoder blocks, "
             f"found {', '.join(outermost) or 'none'}"
         )
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        raise RotqError(f"{type(model).__name__} does not say what embeds its tokens") from None
     return GenericAdapter(
         family="generic",
         architectures=(type(model).__name__,),
-        embedding=_path(model, model.get_input_embeddings()),  # type: ignore[operator]
+        embedding=_path(model, embedding),
         blocks=outermost[0],
         final_norm="",
         head=_path(model, model.get_output_embeddings()),  # type: ignore[operator]

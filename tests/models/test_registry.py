@@ -166,6 +166,17 @@ def test_generic_adapter_wants_one_list_of_blocks():
         generic_adapter(model)
 
 
+def test_generic_adapter_wants_to_know_the_embedding():
+    model = tiny_model("llama")
+
+    def unknown():
+        raise NotImplementedError("not auto-handled; please override")
+
+    model.get_input_embeddings = unknown
+    with pytest.raises(RotqError, match="LlamaForCausalLM does not say what embeds its tokens"):
+        generic_adapter(model)
+
+
 def test_adapter_without_experts_sees_no_router():
     assert Adapter(family="x", architectures=()).routers(nn.Module()) == ()
 

@@ -170,3 +170,23 @@ def test_the_commands(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
+
+
+def test_a_tower_that_is_converted_while_it_is_loaded_is_refused_early(tmp_path: Path) -> None:
+    tiny_multimodal("qianfan_ocr").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 20)
+    with pytest.raises(
+        RotqError, match=r"attn\.qkv\.\w+ lies beside the text decoder and is split"
+    ):
+        estimate(tmp_path / "model", recipe_of(tmp_path, "rtn"))
+
+
+def test_a_class_that_initializes_the_experts_of_a_block(tmp_path: Path) -> None:
+    """It looks for the fused tensors, which packed experts are not."""
+    tiny_multimodal("qwen3_omni_moe_thinker").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 20)
+    quantize_model(tmp_path / "model", recipe_of(tmp_path, "rtn"), tmp_path / "out")
+    experts = rotq.load(tmp_path / "out").model.language_model.layers[0].mlp.experts
+    assert isinstance(experts[0].gate_proj, QuantLinear)
