@@ -7,10 +7,12 @@ other prefixes; transformers adds or strips them, and so does this.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from rotq.errors import RotqError
 from rotq.models.conversion import Conversion
@@ -25,10 +27,22 @@ PACKED = (
 """Last parts of the names that stand for a layer's ``weight``."""
 
 
-def model_names(
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """How a file's tensors become the model's."""
+
+    model: dict[str, str]
+    """The model's name of each stored tensor; what the model does not have is left out."""
+    ruled: dict[str, str]
+    """Of stored tensors that transformers splits or merges: the name by which its rules know it."""
+    rules: tuple[WeightConverter, ...]
+    """Those."""
+
+
+def names_of(
     stored: Iterable[str], conversion: Conversion, renames: Iterable[tuple[str, str]] = ()
-) -> dict[str, str]:
-    """The model's name of each stored tensor; what the model does not have is left out.
+) -> Names:
+    """The names of a file's tensors.
 
     Args:
         stored: Names in the file.
@@ -36,22 +50,31 @@ def model_names(
         renames: The family's own, applied before transformers'.
 
     Raises:
-        RotqError: a tensor has to be converted, which is not done for packed checkpoints.
+        RotqError: a packed tensor, or a part of an expert, would have to be converted.
     """
     as_weight = {name: _as_weight(_renamed(name, renames)) for name in stored}
+    plain = {weight for name, weight in as_weight.items() if name == weight}
     ours: dict[str, str] = {}
+    ruled: dict[str, str] = {}
+    rules: list[WeightConverter] = []
     for target, making in conversion.makings(set(as_weight.values())).items():
-        if making.stored is None:
+        group = making.group
+        if making.stored is not None:
+            ours[making.stored] = target
+        elif group.rule is None or not conversion.has(target) or not plain.issuperset(group.stored):
             raise RotqError(
-                f"{making.group.stored[0]} must be converted while loading, which rotq does not do "
-                "for packed checkpoints"
+                f"{group.stored[0]} must be converted while loading, which rotq does not do for "
+                "packed tensors and experts"
             )
-        ours[making.stored] = target
-    return {
+        else:
+            ruled |= {name: conversion.renamed(name) for name in group.stored}
+            rules += [] if group.rule in rules else [group.rule]
+    names = {
         name: _with_leaf(ours[weight], _renamed(name, renames))
         for name, weight in as_weight.items()
         if weight in ours
     }
+    return Names(model=names, ruled=ruled, rules=tuple(copy.deepcopy(rules)))
 
 
 class NameTable(WeightRenaming):

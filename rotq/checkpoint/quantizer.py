@@ -30,6 +30,7 @@ from rotq.layers.packed_weight import PackedWeight
 from rotq.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
+    from rotq.checkpoint.names import Names
     from rotq.models.adapter import Adapter
 
 METHOD = "rotq"
@@ -68,8 +69,8 @@ class RotqConfig(QuantizationConfigMixin):
 class RotqHfQuantizer(HfQuantizer):
     """Loads checkpoints whose linear layers are packed, and keeps them packed.
 
-    Tensors load one to one, under the names of ``names.model_names``: experts are unfused before,
-    and the conversions by which transformers fuses them are left out.
+    Tensors load one to one, under the names of ``names.names_of``: experts are unfused before, and
+    the conversions by which transformers fuses them are left out. Those of other tensors are not.
     """
 
     requires_calibration = True
@@ -77,14 +78,14 @@ class RotqHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: RotqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.names: dict[str, str] = {}
+        self.names: Names | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise RotqError("a rotq checkpoint is loaded from its safetensors files")
-        from rotq.checkpoint.names import model_names
+        from rotq.checkpoint.names import names_of
         from rotq.models.conversion import Conversion
         from rotq.models.experts import unfuse_experts
         from rotq.models.families.gpt2 import linearize
@@ -97,10 +98,8 @@ class RotqHfQuantizer(HfQuantizer):
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         linearize(model)
         stored = {entry.name: entry for entry in _entries(checkpoint_files)}
-        self.names = model_names(
-            stored, conversion.unfused(model, forms), known_renames(model.config)
-        )
-        entries = {ours: stored[name] for name, ours in self.names.items()}
+        self.names = names_of(stored, conversion.unfused(model, forms), known_renames(model.config))
+        entries = {ours: stored[name] for name, ours in self.names.model.items()}
         scheme = self.quantization_config.scheme()
         put_quant_linears(model, scheme, entries)
         put_quant_embeddings(model, scheme, entries)
@@ -115,10 +114,14 @@ class RotqHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
     ) -> list[Any]:
-        """The table in place of all rules; ``model`` is passed since transformers 5.23."""
+        """A table in place of all rules, but for those that convert what lies beside the decoder.
+
+        ``model`` is passed since transformers 5.23.
+        """
         from rotq.checkpoint.names import NameTable
 
-        return [NameTable(self.names)]
+        assert self.names is not None, "the model was processed before"
+        return [NameTable(self.names.model | self.names.ruled), *self.names.rules]
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the packed tensors."""

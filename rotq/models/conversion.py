@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -44,6 +45,8 @@ class Group:
     """The stored names under each source pattern of transformers' rule."""
     operations: tuple[type, ...] = ()
     """What the rule does, in order."""
+    rule: WeightConverter | None = None
+    """transformers' own; None where there is nothing to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +114,16 @@ class Conversion:
 
         It falls back on the stored name where its rules lead to nothing that the model has.
         """
-        renamed = stored
-        for renaming in self._renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
+        renamed = self.renamed(stored)
         return renamed == name or (stored == name and renamed not in self.fused)
+
+    def has(self, name: str) -> bool:
+        """Whether the model with its experts unfused has a tensor of this name."""
+        return name in self._unfused
+
+    def renamed(self, stored: str) -> str:
+        """The name by which a converting rule knows a stored tensor."""
+        return apply_renamings(stored, self._renamings)  # type: ignore[no-any-return]
 
     def makings(self, stored: Iterable[str]) -> dict[str, Making]:
         """How the model's tensors are made, by name, as far as ``stored`` has what they need."""
@@ -173,6 +182,7 @@ class Conversion:
             make=_Rule(rule, target, by_pattern, self.fused, self._config),
             by_pattern={key: by_pattern.get(key, []) for key in rule.source_patterns},
             operations=tuple(type(operation) for operation in rule.operations),
+            rule=rule,
         )
         return [Making(group=group, target=name) for name in targets]
 

@@ -67,8 +67,7 @@ def find_kept(source: Source, skeleton: Skeleton, *, rotated: bool) -> KeptParts
         rotated: R1 is fused.
 
     Raises:
-        RotqError: what lies beside the decoder is not stored as it is loaded, or R1 is fused and
-            what it must turn there is not.
+        RotqError: R1 is fused, and what it must turn beside the decoder is not stored as it is.
     """
     patterns = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     unread = [name for name in source.unread() if not re.search(r"inv_freq|\.masked_bias$", name)]
@@ -101,20 +100,15 @@ def copy_kept(parts: KeptParts, source: Source, folder: JobFolder, basis: Basis)
 
 
 def _beside(source: Source, skeleton: Skeleton) -> Iterable[str]:
-    """In the order of the file.
-
-    Raises:
-        RotqError: transformers makes other tensors of them, which it does of no packed checkpoint.
-    """
+    """In the order of the file."""
     makings, adapter = source.makings or {}, skeleton.adapter
-    beside = [making for name, making in makings.items() if adapter.is_beside(name)]
-    for making in beside:
-        if making.stored is None:
-            raise RotqError(
-                f"{making.group.stored[0]} lies beside the text decoder and is split or merged "
-                "while it is loaded, which is not done for packed checkpoints"
-            )
-    return sorted({source.entries[stored].name for m in beside for stored in m.group.stored})
+    read = {
+        source.entries[stored].name
+        for name, making in makings.items()
+        if adapter.is_beside(name)
+        for stored in making.group.stored
+    }
+    return sorted(read)
 
 
 def _writers(source: Source, skeleton: Skeleton) -> Iterator[str]:

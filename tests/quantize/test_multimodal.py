@@ -172,14 +172,23 @@ def test_the_commands(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
 
 
-def test_a_tower_that_is_converted_while_it_is_loaded_is_refused_early(tmp_path: Path) -> None:
-    tiny_multimodal("qianfan_ocr").save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 20)
-    with pytest.raises(
-        RotqError, match=r"attn\.qkv\.\w+ lies beside the text decoder and is split"
-    ):
-        estimate(tmp_path / "model", recipe_of(tmp_path, "rtn"))
+def test_a_tower_that_is_split_while_it_is_loaded(tmp_path: Path) -> None:
+    """Its file has queries, keys and values in one tensor; so has what is saved again."""
+    _, _, model, inputs = made("qianfan_ocr", tmp_path)
+    quantize_model(tmp_path / "model", recipe_of(tmp_path, "rtn"), tmp_path / "out")
+    source, found = (load_file(tmp_path / f / "model.safetensors") for f in ("model", "out"))
+    split = [name for name in source if ".attn.qkv." in name]
+    assert split
+    assert all(torch.equal(source[name], found[name]) for name in split)
+    packed = rotq.load(tmp_path / "out")
+    tower, expected = packed.model.vision_tower, model.model.vision_tower.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in tower.state_dict().items())
+    dense = rotq.load(tmp_path / "out", packed=False)
+    torch.testing.assert_close(logits(packed, inputs), logits(dense, inputs))
+    packed.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in found.items())
 
 
 def test_a_class_that_initializes_the_experts_of_a_block(tmp_path: Path) -> None:

@@ -68,11 +68,12 @@ _MROPE = {
 TEXT_CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(
     (
         *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v"),
-        "cosmos3_edge",
+        *("cosmos3_edge", "glm_ocr", "paddleocr_vl", "qwen2_5_omni_thinker"),
     ),
     _MROPE,
 ) | {
     "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
+    "step3p7": {"sliding_window": 16},
     "ernie4_5_vl_moe": {**_MROPE, "moe_intermediate_size": [32, 32]},
 }
 _SOUND = {"num_filters": 4, "depths": [1] * 7}
@@ -85,6 +86,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "cohere2_vision": {"": {"alignment_intermediate_size": 64}},
     "idefics3": {"": {"scale_factor": 2}},
     "smolvlm": {"": {"scale_factor": 2}},
+    "vipllava": {"": {"vision_feature_layer": [-1, -2]}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "molmo2": {
         "vision_config": {"image_size": [28, 28]},
