@@ -40,9 +40,10 @@ def plan_outer(skeleton: Skeleton, recipe: Recipe, *, has_experts: bool) -> Oute
             than the embedding, the group size does not divide, or loaders of the format would not
             read it and the recipe does not say ``dense``.
     """
-    weights, notes = recipe.weights, []
+    weights = recipe.weights
+    notes: list[str] = []
     grids: dict[str, Grid] = {}
-    for name, bits in _wanted(skeleton, recipe).items():
+    for name, bits in _wanted(skeleton, recipe, notes).items():
         rows, columns = _shape(skeleton, name)
         obstacle = _obstacle(recipe, is_head=name == skeleton.adapter.head, has_experts=has_experts)
         if rows <= FEW_ROWS:
@@ -81,15 +82,23 @@ def fitted_grid(name: str, columns: int, grid: Grid, weights: Weights) -> Grid:
     return grid
 
 
-def _wanted(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
-    """Bits by full name of what is to be packed."""
+def _wanted(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> dict[str, int]:
+    """Bits by full name of what is to be packed.
+
+    Args:
+        notes: Gets a line for what no packed layer can stand for, where that may stay dense.
+    """
+    may_stay = recipe.weights.outer_fallback == "dense"
     adapter, weights, wanted = skeleton.adapter, recipe.weights, {}
     shared = skeleton.tied and not recipe.rotation.turns_outer
     if weights.embedding != 16:
         found = embedding_obstacle(skeleton.model.get_submodule(adapter.embedding))
-        if found is not None:
+        if found is None:
+            wanted[adapter.embedding] = weights.embedding
+        elif may_stay:
+            notes.append(f"{adapter.embedding} stays dense: {found}")
+        else:
             raise ValueError(f"weights.embedding: {adapter.embedding} cannot be packed: {found}")
-        wanted[adapter.embedding] = weights.embedding
     if weights.head == 16 or (shared and weights.head == weights.embedding):
         return wanted
     if shared:
@@ -100,7 +109,10 @@ def _wanted(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
     head = skeleton.model.get_submodule(adapter.head) if adapter.head else None
     if not isinstance(head, nn.Linear):
         what = "the model has no head" if head is None else f"{adapter.head} is no linear layer"
-        raise ValueError(f"weights.head={weights.head}: {what} that can be packed")
+        if not may_stay:
+            raise ValueError(f"weights.head={weights.head}: {what} that can be packed")
+        notes.append(f"no head is packed: {what} that can be")
+        return wanted
     return {**wanted, adapter.head: weights.head}
 
 

@@ -84,7 +84,8 @@ class Weights:
     outer_group_size: int = 64
     """Columns of embedding and head that share a scale; -1 is one scale per token."""
     outer_fallback: Literal["error", "dense"] = "error"
-    """Where the format's loaders cannot read them packed: stop, or leave them dense and say so."""
+    """Where they cannot be packed, or the format's loaders would not read them so: stop, or leave
+    them dense and say so."""
     overrides: tuple[Override, ...] = ()
     """Mixed precision: the first match wins."""
 

@@ -112,6 +112,23 @@ def test_embeddings_that_do_more_are_refused(kind: str) -> None:
     recipe = load_recipe(None, {**BASE, **ROTQ, "weights.embedding": 6})
     with pytest.raises(ValueError, match=r"weights.embedding: model.embed_tokens cannot be packed"):
         make_plan(skeleton, recipe, torch.float32)
+    kept = load_recipe(
+        None, {**BASE, **ROTQ, "weights.embedding": 6, "weights.outer_fallback": "dense"}
+    )
+    found = make_plan(skeleton, kept, torch.float32)
+    assert not found.outer
+    assert any(note.startswith("model.embed_tokens stays dense: ") for note in found.notes)
+
+
+def test_a_head_that_is_no_linear_layer_is_refused_or_kept() -> None:
+    skeleton = Skeleton.open(MemorySource(tiny_model("llama", dtype=torch.float32)))
+    skeleton.model.set_submodule("lm_head", torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"weights.head=6: lm_head is no linear layer"):
+        make_plan(skeleton, load_recipe(None, {**BASE, **ROTQ, "weights.head": 6}), torch.float32)
+    changes = {"weights.head": 6, "weights.outer_fallback": "dense"}
+    found = make_plan(skeleton, load_recipe(None, {**BASE, **ROTQ, **changes}), torch.float32)
+    assert not found.outer
+    assert "no head is packed: lm_head is no linear layer that can be" in found.notes
 
 
 class Doubling(torch.nn.Embedding):
