@@ -24,7 +24,7 @@ def test_the_page_is_rendered_from_the_outcomes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_family_was_tried_and_none_crashed() -> None:
-    assert set(FAMILIES) <= FOUND.keys() <= {*FAMILIES, *CLASSES}
+    assert FOUND.keys() == {*FAMILIES, *CLASSES}
     outcomes = {
         (family, name): trial["outcome"]
         for family, all in FOUND.items()
