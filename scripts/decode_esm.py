@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from rotq.calibration.fasta import Record, read_fasta
+from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
+from rotq.calibration.sequences import read_proteins
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.evaluation.decoding import DecodingEvaluation, baselines, evaluate_decoding
 from rotq.evaluation.groups import load_groups
@@ -63,10 +64,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     arguments = parser.parse_args()
     model, codec = load_model(arguments.model), ResidueCodec(load_tokenizer(arguments.model))
-    ids_BT = windows(list(read_fasta(arguments.calibration).records), codec, arguments.windows)
+    ids_BT = windows(list(read_proteins(arguments.calibration).records), codec, arguments.windows)
     groups = load_groups()
     if arguments.fasta:
-        groups = {arguments.fasta.name: list(read_fasta(arguments.fasta).records)}
+        groups = {arguments.fasta.name: list(read_proteins(arguments.fasta).records)}
     for group, records in groups.items():
         sequences = [r.sequence[: arguments.max_length] for r in records[: arguments.sequences]]
         for row in evaluate(model, sequences, codec, ids_BT, arguments.kv.split(",")):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-from rotq.calibration.fasta import Record, parse_fasta
+from rotq.calibration.fasta import Record
+from rotq.calibration.sequences import parse_proteins
 
 FILE = "protein_groups.fasta"
 
@@ -18,7 +19,7 @@ def load_groups() -> dict[str, list[Record]]:
     """Records by group, in the order of the file."""
     data = files("rotq.evaluation").joinpath(FILE).read_bytes()
     groups: dict[str, list[Record]] = {}
-    for record in parse_fasta(FILE, data).records:
+    for record in parse_proteins(FILE, data).records:
         named = re.search(r"group=(\S+)", record.description)
         assert named is not None, f"{record.name} is in no group"
         groups.setdefault(named[1], []).append(record)
