@@ -24,7 +24,7 @@ from torch import Tensor
 from rotq.calibration.batches import padded
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
-from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.passes import run_batch
 from rotq.models.attention import dispatch
 from rotq.models.limits import embedding_device
 
@@ -81,7 +81,7 @@ def compare_representations(
         basis: Of the model's hidden states, where it is not the reference's.
 
     Raises:
-        RotqError: as ``pseudo_perplexity.run_batch``.
+        RotqError: as ``passes.run_batch``.
     """
     cosine, residues = 0.0, 0
     overlaps: list[float] = []

@@ -29,7 +29,7 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.assays import Assay, Substitution
-from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.passes import run_batch
 from rotq.evaluation.window_passes import (
     MaskedRow,
     Progress,
