@@ -2,11 +2,12 @@
 
     python scripts/bench/packed_rows_cpu.py --shape 8M --proteins 48
 
-Random proteins of 50 to 1000 residues, lengths uniform, in random order; an ESM-2 of the shape asked
-for with random weights, fp32. ``as they come`` is a plain loop over transformers: batches of --batch
-proteins in the order of the file, padded to the longest. ``in order`` sorts them by length first and
-fills passes of --tokens tokens, padding counted; ``packed`` is what rotq does (``evaluation.passes``).
-The three take turns; the figure is the median of --repeats rounds, in seconds, without the first.
+Random proteins of 50 to 1000 residues, lengths uniform, in random order; an ESM-2 of the shape
+asked for with random weights, fp32. ``as they come`` is a plain loop over transformers: batches of
+--batch proteins in the order of the file, padded to the longest. ``in order`` sorts them by length
+first and fills passes of --tokens tokens, padding counted; ``packed`` is what rotq does
+(``evaluation.passes``). The three take turns; the figure is the median of --repeats rounds, in
+seconds, without the first.
 """
 
 from __future__ import annotations
