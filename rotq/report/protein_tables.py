@@ -1,4 +1,4 @@
-"""Tables of ``rotq eval pll`` and ``rotq eval dms``."""
+"""Tables of ``rotq eval pll``, ``rotq eval dms`` and ``rotq eval contacts``."""
 
 from __future__ import annotations
 
@@ -59,3 +59,30 @@ def dms_table(report: Mapping[str, Any]) -> str:
 
 def _rho(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def contacts_table(report: Mapping[str, Any]) -> str:
+    """One row for each protein and model, and the means; agreement with the reference below."""
+    rows = [*report["proteins"].items(), ("mean", report["mean"])]
+    ranges = list(report["mean"].get("model", {}))
+    table = make_table("protein", "length", "model", *(f"{name} P@L, P@L/5" for name in ranges))
+    for name, row in rows:
+        for model in ("model", "reference"):
+            if model in row:
+                cells = [_pair(row[model][each]) for each in ranges]
+                table.add_row(name, str(row.get("length", "")), model, *cells)
+    agreements = (
+        (
+            name,
+            f"{row['agreement']['overlap']:.2%} of the reference's top L, correlation "
+            f"{row['agreement']['correlation']:.5f}",
+        )
+        for name, row in rows
+        if row.get("agreement")
+    )
+    facts_shown = facts([("readout", report["readout"]), *agreements])
+    return f"{render(table)}\n{facts_shown}" if ranges else facts_shown
+
+
+def _pair(row: Mapping[str, float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.3f}" for value in row.values())

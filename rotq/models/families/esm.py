@@ -54,6 +54,11 @@ def first_position(config: Any) -> int:
     return 0 if config.position_embedding_type == "rotary" else int(config.pad_token_id) + 1
 
 
+def contact_regression(model: Any) -> nn.Linear | None:
+    """The contact head's regression on the maps of all heads; None in a model without one."""
+    return getattr(getattr(model.base_model, "contact_head", None), "regression", None)
+
+
 @contextmanager
 def packed_embeddings(model: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Embed sequences that stand behind each other in one row each by itself.
