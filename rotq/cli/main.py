@@ -11,6 +11,7 @@ from rotq.cli.compare import compare
 from rotq.cli.embed import embed_command
 from rotq.cli.eval import eval_group
 from rotq.cli.eval_contacts import eval_contacts
+from rotq.cli.eval_decode import eval_decode
 from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
@@ -33,6 +34,7 @@ def main() -> None:
 
 main.add_command(quantize)
 eval_group.add_command(eval_contacts)
+eval_group.add_command(eval_decode)
 eval_group.add_command(eval_dms)
 eval_group.add_command(eval_kv)
 eval_group.add_command(eval_pll)

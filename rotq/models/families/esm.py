@@ -86,6 +86,16 @@ def packed_embeddings(model: Any, lengths: Sequence[int]) -> Iterator[None]:
         hook.remove()
 
 
+def check_decodes(name: str, config: Any) -> None:
+    """Refuse what ``as_decoder`` cannot run.
+
+    Raises:
+        RotqError: the model is no ESM-2 with rotary positions.
+    """
+    if config.model_type != "esm" or config.position_embedding_type != "rotary":
+        raise RotqError(f"{name} is no ESM-2 with rotary positions")
+
+
 @contextmanager
 def as_decoder(model: Any) -> Iterator[None]:
     """Let an ESM-2 attend to the left only, and let its attention know its layer.
@@ -96,9 +106,7 @@ def as_decoder(model: Any) -> Iterator[None]:
     Raises:
         RotqError: the model is no ESM-2 with rotary positions.
     """
-    config = model.config
-    if config.model_type != "esm" or config.position_embedding_type != "rotary":
-        raise RotqError(f"{type(model).__name__} is no ESM-2 with rotary positions")
+    check_decodes(type(model).__name__, model.config)
     attentions = [m for m in model.modules() if isinstance(m, modeling_esm.EsmSelfAttention)]
     for index, attention in enumerate(attentions):
         attention.layer_idx, attention.is_causal = index, True
