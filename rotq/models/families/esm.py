@@ -55,8 +55,12 @@ def first_position(config: Any) -> int:
 
 
 def contact_regression(model: Any) -> nn.Linear | None:
-    """The contact head's regression on the maps of all heads; None in a model without one."""
-    return getattr(getattr(model.base_model, "contact_head", None), "regression", None)
+    """The contact head's regression on the maps of all heads; None in a model without one.
+
+    One that is all zeros was not in the checkpoint's source (``checkpoint.fair_esm``).
+    """
+    found = getattr(getattr(model.base_model, "contact_head", None), "regression", None)
+    return found if found is not None and bool(found.weight.any()) else None
 
 
 @contextmanager
