@@ -205,7 +205,8 @@ def evaluate_pll(
 def _scored_logits(model: Any, rows: Sequence[_Row], codec: ResidueCodec) -> Tensor:
     """(scored positions of all rows, V)."""
     done = run_rows(model, [row.ids for row in rows], codec.pad_id)
-    return torch.cat([done.logits(b)[row.positions] for b, row in enumerate(rows)])
+    found = [done.logits(b)[row.positions] for b, row in enumerate(rows)]
+    return codec.by_residue(torch.cat(found))
 
 
 def _whole_row(sequence: str, codec: ResidueCodec) -> _Row:

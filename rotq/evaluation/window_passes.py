@@ -83,7 +83,7 @@ def read_rows(
             passed = run_rows(model, [some[index].ids for index in batch], codec.pad_id)
             for b, index in enumerate(batch):
                 logits_V = passed.logits(b)[some[index].place]
-                found[index] = double(logits_V).log_softmax(-1).cpu()
+                found[index] = codec.by_residue(double(logits_V)).log_softmax(-1).cpu()
             done += len(batch)
             if progress is not None:
                 progress(done, total)
