@@ -181,7 +181,7 @@ def _embed(
     groups = [records[start : start + GROUP] for start in range(0, len(records), GROUP)]
     progress = show("group")
     if any(not gathering.finished(number) for number in range(len(groups))):
-        (model, tokenizer), *others = [load(place, **options) for place in places]
+        (model, tokenizer), *others = [load(place, in_integers=True, **options) for place in places]
         if others and protocol.layer == -1:
             basis = basis_of(places[0].path, model, others[0][0])
         else:

@@ -162,7 +162,7 @@ class _Models:
         """
         from rotq.calibration.residues import ResidueCodec
 
-        found = (load(place, **self.options) for place in self.places)
+        found = (load(place, in_integers=True, **self.options) for place in self.places)
         return [(model, ResidueCodec(tokenizer)) for model, tokenizer in found]
 
     def kinds(self, asked: tuple[Kind, ...]) -> tuple[Kind, ...]:

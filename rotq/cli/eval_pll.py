@@ -153,6 +153,7 @@ def measure_pll(
             placed=placed,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            in_integers=True,
         )
         models.append(model)
         codecs.append(ResidueCodec(tokenizer))

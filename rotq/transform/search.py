@@ -17,6 +17,7 @@ from rotq.job.folder import JobFolder
 from rotq.job.part_names import TRANSFORM
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import is_masked
 from rotq.numerics import matmul_precision
 from rotq.recipe import Transform
 from rotq.rotations.basis import Basis
@@ -69,6 +70,11 @@ def check_transform(options: Transform, skeleton: Skeleton) -> None:
         raise RotqError(
             f"transform.method={options.method} is not possible for {adapter.family} models: "
             f"{why}; use method fixed without scalings"
+        )
+    if options.objective == "cross_entropy" and is_masked(skeleton.config):
+        raise RotqError(
+            f"transform.objective=cross_entropy asks for next tokens, and {adapter.family} models "
+            "predict none; set transform.objective=kl_top"
         )
     if adapter.layer_norm:
         _check_layer_norm(options, adapter.family)

@@ -30,14 +30,14 @@ SHAPES = {"8M": (6, 320, 20), "35M": (12, 480, 20), "150M": (30, 640, 20), "650M
 PAD = 1
 
 
-def esm(shape: str) -> EsmForMaskedLM:
-    """Random weights."""
-    blocks, width, heads = SHAPES[shape]
+def esm(shape: str, blocks: int = 0) -> EsmForMaskedLM:
+    """Random weights; so many blocks, or 0 for all."""
+    all_blocks, width, heads = SHAPES[shape]
     config = EsmConfig(
         vocab_size=33,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=blocks,
+        num_hidden_layers=blocks or all_blocks,
         num_attention_heads=heads,
         position_embedding_type="rotary",
         token_dropout=True,

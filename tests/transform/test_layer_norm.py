@@ -143,6 +143,7 @@ def test_training_lowers_the_loss_at_low_bits(model: Path, tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"transform.layer_steps": 3}, r"transform\.layer_steps=0"),
+        ({"transform.objective": "cross_entropy"}, r"set transform\.objective=kl_top"),
         (
             {"transform.scalings": ["value"], "transform.balance": ["value"]},
             r"transform\.balance=\[\]",
