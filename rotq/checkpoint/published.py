@@ -20,7 +20,10 @@ class Published:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    vocabulary: tuple[str, ...]
+    vocabulary: tuple[str, ...] = ()
+    """Of ESM's tokenizer."""
+    tokenizer: str = ""
+    """A tokenizer.json, where there is no vocabulary."""
 
     @property
     def num_parameters(self) -> int:
@@ -48,8 +51,11 @@ def write_published(model: Published, folder: Path) -> None:
 
 
 def _tokenizer(model: Published) -> Any:
-    from transformers import EsmTokenizer
+    from tokenizers import Tokenizer
+    from transformers import EsmTokenizer, PreTrainedTokenizerFast
 
+    if not model.vocabulary:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(model.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vocab.txt"
         file.write_text("\n".join(model.vocabulary), encoding="utf-8")

@@ -12,7 +12,7 @@ from rotq.cli.options import FilePath, output_options
 
 
 @click.command()
-@click.argument("file", type=FilePath(exists=True, dir_okay=False))
+@click.argument("file", type=FilePath(exists=True))
 @click.option(
     "-o", "--output", type=FilePath(), required=True, help="Folder for the model; new or empty."
 )
@@ -21,7 +21,8 @@ def convert(file: Path, output: Path, as_json: bool) -> None:
     """Write FILE, a model in its makers' own layout, as transformers reads it.
 
     ESM-2, ESM-1b and ESM-1v of fair-esm (.pt, with NAME-contact-regression.pt beside it), ESM-C of
-    EvolutionaryScale (.pth). No code in the file is run, and the result is read back.
+    EvolutionaryScale (.pth), a folder of ProGen2. No code of theirs is run; the result is read
+    back.
 
     \b
     rotq convert esm2_t33_650M_UR50D.pt -o models/esm2-650m
@@ -40,8 +41,8 @@ def convert(file: Path, output: Path, as_json: bool) -> None:
     facts = {
         "output": str(output),
         "architecture": model.config["architectures"][0],
-        "layers": model.config["num_hidden_layers"],
-        "width": model.config["hidden_size"],
+        "layers": model.config.get("num_hidden_layers", model.config.get("n_layer")),
+        "width": model.config.get("hidden_size", model.config.get("n_embd")),
         "parameters": model.num_parameters,
     }
     if as_json:

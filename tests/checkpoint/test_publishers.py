@@ -1,5 +1,6 @@
 """Models in their makers' layouts: files written as fair-esm and ESM-C write them, read back."""
 
+import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -9,10 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from tiny_models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
+from transformers import CodeGenConfig, CodeGenForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from rotq.calibration.residues import RESIDUES, ResidueCodec
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.checkpoint.progen import read_progen
 from rotq.cli.main import main
 from rotq.models.families.esm import contact_regression
 
@@ -192,3 +197,72 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "exists; choose another output" in done.stderr
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+SMALL = {
+    "vocab_size": 32, "n_embd": 64, "n_layer": 2, "n_head": 16, "n_positions": 64, "n_ctx": 64,
+    "rotary_dim": 4, "activation_function": "gelu_new", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def randomized(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.inference_mode()
+def test_cores_are_spread_as_in_codegen() -> None:
+    """transformers' CodeGen has ProGen2's code with 4 cores; GPT-J with its parts is the same."""
+    codegen = randomized(CodeGenForCausalLM(CodeGenConfig(**SMALL)))
+    found = read_progen(codegen.config.to_dict(), codegen.state_dict(), cores=4)
+    settings = {key: value for key, value in found.config.items() if key != "architectures"}
+    gptj = GPTJForCausalLM(GPTJConfig(**settings)).eval()
+    gptj.load_state_dict(found.tensors, strict=True)
+    ids_BT = torch.arange(3, 23)[None]
+    torch.testing.assert_close(gptj(ids_BT).logits, codegen(ids_BT).logits, rtol=1e-4, atol=1e-5)
+
+
+def progen(folder: Path) -> tuple[Path, Any]:
+    """A folder of ProGen2 with 8 cores, and the model that it holds."""
+    model = randomized(GPTJForCausalLM(GPTJConfig(**SMALL)))
+    own, stored = model.state_dict(), {}
+    for name, tensor in own.items():
+        if "attn.q_proj" in name:
+            sides = [own[name.replace("q_proj", f"{side}_proj")] for side in "qvk"]
+            parts = torch.stack([side.unflatten(0, (8, -1)) for side in sides], dim=1)
+            stored[name.replace("q_proj", "qkv_proj")] = parts.flatten(0, 2)
+        elif not re.search("[kv]_proj", name):
+            stored[name] = tensor
+    stored["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    (folder / "progen2").mkdir()
+    torch.save(stored, folder / "progen2" / "pytorch_model.bin")
+    config = {**SMALL, "model_type": "progen"}
+    (folder / "progen2" / "config.json").write_text(json.dumps(config))
+    words = ["<|pad|>", "<|bos|>", "<|eos|>", "1", "2", *RESIDUES, *"BOUXZ"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="X"))
+    tokenizer.save(str(folder / "progen2" / "tokenizer.json"))
+    return folder / "progen2", model
+
+
+@torch.inference_mode()
+def test_progen2_as_gptj(tmp_path: Path) -> None:
+    file, model = progen(tmp_path)
+    folder = convert(file)
+    codec = ResidueCodec(load_tokenizer(folder))
+    ids_BT = torch.tensor([codec.encode("MKTAYIAKQRG")])
+    assert ids_BT[0, 1] == 5 + RESIDUES.index("K")
+    assert torch.equal(load_model(folder)(ids_BT).logits, model(ids_BT).logits)
+    config = json.loads((file / "config.json").read_text())
+    for changes, message in (
+        ({"n_head": 4}, "4 heads are not spread over 8 cores"),
+        ({"model_type": "gpt2"}, "holds a gpt2, no ProGen2"),
+    ):
+        (file / "config.json").write_text(json.dumps({**config, **changes}))
+        assert message in run("convert", file, "-o", tmp_path / "out").stderr
+    (file / "config.json").write_text(json.dumps(config))
+    (file / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in run("convert", file, "-o", tmp_path / "out").stderr
