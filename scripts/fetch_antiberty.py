@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from rotq.calibration.batches import bucketed
-from rotq.calibration.fasta import Record, read_fasta
+from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
+from rotq.calibration.sequences import read_proteins
 from rotq.disk.filling import folder_to_fill
 from rotq.errors import RotqError
 
@@ -111,7 +112,7 @@ def main() -> None:
     model, tokenizer = make_model(weights), make_tokenizer(vocab.read_text().split())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    records = read_fasta(ANTIBODIES).records
+    records = read_proteins(ANTIBODIES).records
     starts = [record for record in records if record.description == "split=calibration"]
     drawn = draw(model, ResidueCodec(tokenizer), starts)
     named = {f"drawn-{number}": sequence for number, sequence in enumerate(drawn)}

@@ -18,7 +18,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rotq.calibration.fasta import AMBIGUOUS, Record, read_fasta
+from rotq.calibration.fasta import AMBIGUOUS, Record
+from rotq.calibration.sequences import read_proteins
 
 EACH = 8
 HYDROPATHY = {
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("fasta", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    records = [record for record in read_fasta(arguments.fasta).records if usable(record)]
+    records = [record for record in read_proteins(arguments.fasta).records if usable(record)]
     lines = [
         "; Pieces of reviewed entries of UniProt (The UniProt Consortium, www.uniprot.org),",
         "; licence CC BY 4.0; picked by scripts/make_protein_groups.py, which says how.",

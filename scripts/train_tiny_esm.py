@@ -41,8 +41,9 @@ from transformers import (
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 from rotq.calibration.batches import Batch, padded
-from rotq.calibration.fasta import AMBIGUOUS, Record, read_fasta
+from rotq.calibration.fasta import AMBIGUOUS, Record
 from rotq.calibration.residues import ResidueCodec
+from rotq.calibration.sequences import read_proteins
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.disk.filling import folder_to_fill
 from rotq.errors import RotqError
@@ -273,7 +274,7 @@ def write_fasta(path: Path, records: Sequence[Record]) -> None:
 def make_tiny_plm(folder: Path, fasta: Path, steps: dict[str, int]) -> dict[str, list[float]]:
     """Split, train, save; returns the losses of both models."""
     folder = folder_to_fill(folder, "train_tiny_esm.py")
-    records = [record for record in read_fasta(fasta).records if usable(record)]
+    records = [record for record in read_proteins(fasta).records if usable(record)]
     training, held_out = split(records)
     print(f"{len(training)} sequences to train on, {len(held_out)} held out")
     num_threads = torch.get_num_threads()
@@ -306,8 +307,8 @@ def shuffled(records: Sequence[Record], generator: torch.Generator) -> list[Reco
 
 def sanity(folder: Path) -> dict[str, dict[str, float]]:
     """(Pseudo-)perplexity of each model, and of the frequencies of residues, on real sequences."""
-    held_out = read_fasta(folder / "heldout.fasta").records
-    training = read_fasta(folder / "calibration.fasta").records
+    held_out = read_proteins(folder / "heldout.fasta").records
+    training = read_proteins(folder / "calibration.fasta").records
     some = {
         "held out": held_out[:32],
         "shuffled": shuffled(held_out[:32], torch.Generator().manual_seed(0)),

@@ -9,8 +9,8 @@ from tiny_jobs import ROOT, load_script
 from tiny_proteins import RESIDUES
 from transformers import BertConfig, BertForMaskedLM
 
-from rotq.calibration.fasta import read_fasta
 from rotq.calibration.residues import ResidueCodec
+from rotq.calibration.sequences import read_proteins
 from rotq.checkpoint.load import load_model, load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES]
@@ -60,9 +60,9 @@ def test_folder(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert model.config.architectures == ["BertForMaskedLM"]
     assert tokenizer("EVQ")["input_ids"] == [2, 8, 22, 18, 3]
     assert ResidueCodec(tokenizer).num_special == 2
-    drawn = [r.sequence for r in read_fasta(tmp_path / "model" / "calibration.fasta").records]
+    drawn = [r.sequence for r in read_proteins(tmp_path / "model" / "calibration.fasta").records]
     assert len(set(drawn)) == len(drawn) == 96
-    held_out = {r.sequence for r in read_fasta(tmp_path / "model" / "heldout.fasta").records}
+    held_out = {r.sequence for r in read_proteins(tmp_path / "model" / "heldout.fasta").records}
     assert len(held_out) == 10
     assert not held_out & set(drawn)
 
@@ -77,7 +77,7 @@ def test_package_is_missing(
 
 
 def test_antibodies_are_ten_and_ten_and_of_residues() -> None:
-    records = read_fasta(ROOT / "scripts" / "antibodies.fasta").records
+    records = read_proteins(ROOT / "scripts" / "antibodies.fasta").records
     splits = [record.description for record in records]
     assert splits.count("split=calibration") == splits.count("split=heldout") == 10
     assert all(100 < len(record.sequence) < 130 for record in records)

@@ -8,7 +8,8 @@ import torch
 from tiny_jobs import load_script
 from tiny_proteins import sequences, write_fasta
 
-from rotq.calibration.fasta import Record, read_fasta
+from rotq.calibration.fasta import Record
+from rotq.calibration.sequences import read_proteins
 from rotq.checkpoint.load import load_model, load_tokenizer
 
 SMALL = {
@@ -95,7 +96,7 @@ def test_models_learn_and_are_the_same_again(script: Any, tmp_path: Path) -> Non
     script.make_tiny_plm(tmp_path / "c", file, dict.fromkeys(script.WINDOWS, 3))
     weights = [(tmp_path / x / "esm" / "model.safetensors").read_bytes() for x in "bc"]
     assert weights[0] == weights[1]
-    held_out = read_fasta(tmp_path / "a" / "heldout.fasta").records
+    held_out = read_proteins(tmp_path / "a" / "heldout.fasta").records
     assert 0 < len(held_out) <= 16
 
 

@@ -77,15 +77,26 @@ def in_order_of_length(sequences: Sequence[Sequence[int]]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
 
 
-def filled(sequences: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+def filled(
+    sequences: Sequence[Sequence[int]], tokens: int, *, packed: bool = False
+) -> list[list[int]]:
     """Indices in batches, the longest first: of each as many as ``tokens`` hold, padding counted.
 
     A single sequence may have more.
+
+    Args:
+        sequences: Token ids of each.
+        tokens: Of a batch.
+        packed: No padding is made, so none is counted.
     """
     found: list[list[int]] = []
+    held = 0
     for index in in_order_of_length(sequences):
-        if not found or (len(found[-1]) + 1) * len(sequences[found[-1][0]]) > tokens:
+        length = len(sequences[index])
+        held += length if packed or not found else len(sequences[found[-1][0]])
+        if not found or held > tokens:
             found.append([])
+            held = length
         found[-1].append(index)
     return found
 

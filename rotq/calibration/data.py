@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from rotq.calibration.batches import Batch
-from rotq.calibration.fasta import parse_fasta
 from rotq.calibration.limits import Limits
 from rotq.calibration.proteins import draw_proteins
 from rotq.calibration.residues import ResidueCodec, reads_residues
 from rotq.calibration.sampled import SampledText, sampled_first
+from rotq.calibration.sequences import parse_proteins
 from rotq.calibration.texts import SELF, Text, is_own_text, read_text
 from rotq.calibration.tokenized import begun, first_tokens, tokenize
 from rotq.errors import RotqError
@@ -186,7 +186,7 @@ def _together(drawn: Sequence[Windows]) -> Windows:
 def _protein_windows(
     calibration: Calibration, text: Text, codec: ResidueCodec, limits: Limits
 ) -> Windows:
-    text = text if text.records else _as_fasta(text)
+    text = text if text.records else _as_proteins(text)
     length = limits.cut(calibration.seq_len, least=codec.num_special + 1)
     batches = draw_proteins(replace(calibration, seq_len=length), text.records, codec)
     for batch in batches:
@@ -202,15 +202,16 @@ def _protein_windows(
     )
 
 
-def _as_fasta(text: Text) -> Text:
-    """A file that is FASTA by another name, or the refusal of one that is none."""
-    if not text.content.lstrip().startswith((">", ";")):
+def _as_proteins(text: Text) -> Text:
+    """A file of proteins by another name, or the refusal of one that is none."""
+    try:
+        proteins = parse_proteins(text.source, text.content.encode("utf-8"))
+    except RotqError as error:
         raise RotqError(
-            f"calibration text {text.source}: the model reads proteins, so calibration.source "
-            "must be a FASTA file"
-        )
-    proteins = parse_fasta(text.source, text.content.encode("utf-8"))
-    note = f"{text.source}, read as FASTA: {proteins.describe()}"
+            f"calibration text {text.source}: the model reads proteins, so calibration.source must "
+            f"be a file of them (FASTA, A3M, PIR, a table or a list): {error}"
+        ) from None
+    note = f"{text.source}, read as proteins: {proteins.describe()}"
     return replace(text, records=proteins.records, note=note)
 
 

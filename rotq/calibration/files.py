@@ -1,6 +1,6 @@
 """Files of text: found, read, unpacked and decoded, in one way for whoever reads one.
 
-    compression     gzip, of any number of members, known by its bytes
+    compression     gzip, bzip2, xz and zstd, of any number of members, known by the first bytes
     encoding        UTF-8, or what a byte order mark says: UTF-8, UTF-16, UTF-32
     marks           are no text, at the start of a file or of a line (as where files were joined)
     line ends       \\n, \\r\\n and \\r become \\n; nothing else ends a line (U+2028, \\v, ...)
@@ -11,14 +11,18 @@ Other encodings cannot be told apart and are refused, except where they matter o
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import io
+import lzma
 import re
 import stat
+import sys
 import zlib
-from gzip import GzipFile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rotq.errors import RotqError
 
@@ -26,16 +30,28 @@ LARGEST = 2**30
 """Bytes of a file, as it is stored and unpacked."""
 
 _MARK = "\ufeff"
-_GZIP = b"\x1f\x8b"
 _OTHERS = {
-    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
-    "xz": re.compile(rb"\xfd7zXZ\0"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     "zip": re.compile(rb"PK\x03\x04"),
     "Parquet": re.compile(rb"PAR1\W"),
 }
 """How files begin that hold a text and are none."""
 _PIECE = 2**20
+
+
+def _open_zstd(data: IO[bytes]) -> IO[bytes]:
+    import pyarrow  # comes with datasets
+
+    return pyarrow.CompressedInputStream(data, "zstd")
+
+
+_PACKED: dict[str, tuple[re.Pattern[bytes], Callable[[IO[bytes]], Any]]] = {
+    "gzip": (re.compile(rb"\x1f\x8b"), lambda data: gzip.GzipFile(fileobj=data)),
+    "bzip2": (re.compile(rb"BZh[1-9]1AY&SY"), bz2.BZ2File),
+    "xz": (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), _open_zstd),
+}
+"""How packed files begin, and what opens them."""
+_PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 _LATIN = "latin-1"
 _ENCODINGS = (
     # first those that begin like others
@@ -96,22 +112,42 @@ def read_stored(path: Path, refusal: str) -> bytes:
         raise RotqError(f"{refusal}: {error.strerror or error}") from None
 
 
+def read_given(path: Path, refusal: str) -> bytes:
+    """As ``read_stored``; ``-`` is standard input, which can be read once, or a file called so.
+
+    Raises:
+        RotqError: as ``read_stored`` and ``find_path``.
+    """
+    if str(path) == "-" and not path.exists():
+        return _read(sys.stdin.buffer, refusal)
+    return read_stored(find_path(str(path)) or path, refusal)
+
+
+def unpacked_name(source: str) -> str:
+    """A file's name in lower case, without the ending of what packed it."""
+    name = source.lower()
+    return next((name.removesuffix(end) for end in _PACKED_ENDINGS if name.endswith(end)), name)
+
+
 def decompress(source: str, data: bytes) -> bytes:
-    """The content of a file that gzip may have made; by its first bytes, not by its name.
+    """The content of a file that may be packed; by its first bytes, not by its name.
 
     Raises:
         RotqError: damaged, more than ``LARGEST`` bytes, or packed by something else.
     """
     for kind, beginning in _OTHERS.items():
         if beginning.match(data):
-            raise RotqError(f"{source} is a {kind} file; only gzip is read: unpack it")
-    if not data.startswith(_GZIP):
-        return data
-    try:
-        with GzipFile(fileobj=io.BytesIO(data)) as file:
-            return _read(file, source)
-    except (OSError, EOFError, zlib.error) as error:
-        raise RotqError(f"{source}: damaged gzip file: {error}") from None
+            raise RotqError(
+                f"{source} is a {kind} file; only {', '.join(_PACKED)} are read: unpack it"
+            )
+    for kind, (beginning, opened) in _PACKED.items():
+        if beginning.match(data):
+            try:
+                with opened(io.BytesIO(data)) as file:
+                    return _read(file, source)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise RotqError(f"{source}: damaged {kind} file: {error}") from None
+    return data
 
 
 def decode(source: str, data: bytes, *, latin: bool = False) -> Decoded:
@@ -159,7 +195,7 @@ def _plain_lines(content: str) -> str:
     return content.replace(f"\n{_MARK}", "\n").removeprefix(_MARK)
 
 
-def _read(file: IO[bytes] | GzipFile, refusal: str) -> bytes:
+def _read(file: IO[bytes], refusal: str) -> bytes:
     """All of a file; what unpacks to very much is refused before it is held."""
     found = io.BytesIO()
     while piece := file.read(_PIECE):

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rotq.calibration.fasta import Record, is_fasta, parse_fasta
-from rotq.calibration.files import decode, decompress, find_path, read_stored
+from rotq.calibration.fasta import Record
+from rotq.calibration.files import decode, decompress, find_path, read_stored, unpacked_name
 from rotq.calibration.records import (
     Chat,
     json_record,
     json_texts,
     looks_like_json_lines,
 )
+from rotq.calibration.sequences import holds_proteins, parse_proteins
 from rotq.errors import RotqError, told
 
 HELD_OUT_TOPICS = ("debugger", "string-methods", "types")
@@ -46,11 +47,11 @@ class Text:
     sha256: str
     """Of the file's bytes; of the UTF-8 content where there is no file."""
     records: tuple[Record, ...] = ()
-    """The sequences, where the file is FASTA; else empty."""
+    """The sequences, where the file is one of proteins by its name; else empty."""
     parts: tuple[str | Chat, ...] = ()
     """The records, where some are chats, which only a model's own template makes text of."""
     note: str = ""
-    """What was found in a FASTA file, or what is odd about another; begins with the source."""
+    """What was found in a file of proteins, or is odd about another; begins with the source."""
 
 
 def read_text(source: str, *, split: str = "train") -> Text:
@@ -58,8 +59,8 @@ def read_text(source: str, *, split: str = "train") -> Text:
 
     Args:
         source: A file of text (``.jsonl``, ``.ndjson``, ``.json``: of each record the ``text``, or
-            the ``messages``; ``.fasta``, ``.fa``, ``.faa``, ``.fas``: the sequences, see ``fasta``;
-            anything else as it is), or one that gzip made of it; ``pydoc`` or ``pydoc-test``; or
+            the ``messages``; of proteins, see ``sequences``, the sequences; anything else as it
+            is), packed or not; ``pydoc`` or ``pydoc-test``; or
             ``ID[:CONFIG][:SPLIT]`` of the ``datasets`` library, of which the column ``text`` is
             taken, or ``messages``.
         split: Split of a data set where ``source`` names none.
@@ -97,19 +98,19 @@ def _of_content(source: str, content: str) -> Text:
 
 
 def _names_a_file(source: str) -> bool:
-    ending = _suffix(source) in _FILE_SUFFIXES or is_fasta(source)
+    ending = _suffix(source) in _FILE_SUFFIXES or holds_proteins(source)
     return ending or source.startswith((".", "~"))
 
 
 def _suffix(source: str) -> str:
-    return Path(source.lower().removesuffix(".gz")).suffix
+    return Path(unpacked_name(source)).suffix
 
 
 def _read_file(source: str, path: Path) -> Text:
     stored = read_stored(path, f"text {source}")
     sha256 = hashlib.sha256(stored).hexdigest()
     data = decompress(source, stored)
-    if is_fasta(source) and data.strip():
+    if holds_proteins(source) and data.strip():
         return _of_proteins(source, data, sha256)
     content, note = decode(source, data).content, ""
     if _suffix(source) in _JSON_SUFFIXES:
@@ -128,7 +129,7 @@ def _of_records(source: str, parts: tuple[str | Chat, ...], sha256: str | None =
 
 
 def _of_proteins(source: str, data: bytes, sha256: str) -> Text:
-    proteins = parse_fasta(source, data)
+    proteins = parse_proteins(source, data)
     return Text(
         source=source,
         content="\n".join(record.sequence for record in proteins.records),

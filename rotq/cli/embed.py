@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.loading import choose, find, load, say, show
-from rotq.cli.options import FilePath, ModelName, device_option, model_options, output_options
+from rotq.cli.options import (
+    FilePath,
+    ModelName,
+    device_option,
+    model_options,
+    output_options,
+    proteins_option,
+)
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ GROUP = 64
 
 @click.command("embed")
 @click.argument("checkpoint", type=ModelName())
-@click.option("--fasta", type=FilePath(), required=True, help="Proteins, plain or gzip.")
+@proteins_option(required=True)
 @click.option(
     "-o",
     "--output",
@@ -94,7 +101,7 @@ def embed_command(
             f"{checkpoint} is rotated, and the gain of its final norm is in the head: the last "
             "layer needs --reference, the original model"
         )
-    file = output_file(output, {"the model": places[0].path, "the FASTA file": fasta})
+    file = output_file(output, {"the model": places[0].path, "the proteins": fasta})
     protocol = EmbeddingProtocol(layer=layer, pooling=pooling)
     gathering = Gathering(file, _key(places, records, protocol, dtype))
     _check(places, records, protocol, trust_remote_code=trust_remote_code)
@@ -113,10 +120,10 @@ def embed_command(
 
 
 def _records(fasta: Path) -> Sequence[Record]:
-    from rotq.calibration.fasta import read_fasta
+    from rotq.calibration.sequences import read_proteins
     from rotq.evaluation.embedding_files import check_names
 
-    proteins = read_fasta(fasta)
+    proteins = read_proteins(fasta)
     say([f"{fasta}: {proteins.describe()}"] if proteins.oddities() else [])
     check_names(proteins.records)
     return proteins.records
@@ -174,7 +181,7 @@ def _embed(
     groups = [records[start : start + GROUP] for start in range(0, len(records), GROUP)]
     progress = show("group")
     if any(not gathering.finished(number) for number in range(len(groups))):
-        (model, tokenizer), *others = [load(place, **options) for place in places]
+        (model, tokenizer), *others = [load(place, in_integers=True, **options) for place in places]
         if others and protocol.layer == -1:
             basis = basis_of(places[0].path, model, others[0][0])
         else:

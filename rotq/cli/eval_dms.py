@@ -39,7 +39,8 @@ _KINDS = ("masked-marginals", "wt-marginals", "pll", "likelihood")
     type=FilePath(),
     multiple=True,
     required=True,
-    help="CSV file of variants in ProteinGym's form, or a folder of them; may be repeated.",
+    help="CSV file of variants in ProteinGym's form, or a folder of them, packed or not; may be "
+    "repeated.",
 )
 @click.option("--reference", type=ModelName(), help="Original model to compare with.")
 @click.option(
@@ -60,7 +61,7 @@ _KINDS = ("masked-marginals", "wt-marginals", "pll", "likelihood")
 @click.option(
     "--wild-type",
     type=FilePath(),
-    help="FASTA file of the protein, for assays without mutated_sequence.",
+    help="File of the protein (FASTA or other), for assays without mutated_sequence.",
 )
 @click.option(
     "--window",
@@ -161,7 +162,7 @@ class _Models:
         """
         from rotq.calibration.residues import ResidueCodec
 
-        found = (load(place, **self.options) for place in self.places)
+        found = (load(place, in_integers=True, **self.options) for place in self.places)
         return [(model, ResidueCodec(tokenizer)) for model, tokenizer in found]
 
     def kinds(self, asked: tuple[Kind, ...]) -> tuple[Kind, ...]:
@@ -224,9 +225,13 @@ def _files(given: tuple[Path, ...]) -> list[Path]:
     Raises:
         RotqError: a folder without any.
     """
+    from rotq.calibration.files import unpacked_name
+
     files: list[Path] = []
     for path in given:
-        inside = sorted(file for end in ("*.csv", "*.csv.gz") for file in path.glob(end))
+        inside = sorted(
+            file for file in path.glob("*.csv*") if unpacked_name(file.name).endswith(".csv")
+        )
         if path.is_dir() and not inside:
             raise RotqError(f"{path} holds no .csv file")
         files += inside if path.is_dir() else [path]
@@ -234,10 +239,10 @@ def _files(given: tuple[Path, ...]) -> list[Path]:
 
 
 def _read(files: list[Path], *, score_column: str, wild_type: Path | None) -> list[Assay]:
-    from rotq.calibration.fasta import read_fasta
+    from rotq.calibration.sequences import read_proteins
     from rotq.evaluation.assays import read_assay
 
-    protein = None if wild_type is None else read_fasta(wild_type).records[0].sequence
+    protein = None if wild_type is None else read_proteins(wild_type).records[0].sequence
     found = [read_assay(file, score=score_column, wild_type=protein) for file in files]
     names = [assay.name for assay in found]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -10,12 +10,12 @@ import click
 
 from rotq.cli.loading import check_masked, find, load, placed_on, say, show
 from rotq.cli.options import (
-    FilePath,
     ModelName,
     device_map_option,
     device_option,
     model_options,
     output_options,
+    proteins_option,
 )
 from rotq.devices import AUTO
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command("pll")
 @click.argument("checkpoint", type=ModelName())
-@click.option("--fasta", type=FilePath(), help="Proteins to score, plain or gzip.")
+@proteins_option(required=False)
 @click.option(
     "--groups",
     is_flag=True,
@@ -153,6 +153,7 @@ def measure_pll(
             placed=placed,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            in_integers=True,
         )
         models.append(model)
         codecs.append(ResidueCodec(tokenizer))
@@ -185,12 +186,12 @@ def measure_pll(
 
 
 def _records(fasta: Path | None) -> dict[str, list[Record]]:
-    from rotq.calibration.fasta import read_fasta
+    from rotq.calibration.sequences import read_proteins
     from rotq.evaluation.groups import load_groups
 
     if fasta is None:
         return load_groups()
-    proteins = read_fasta(fasta)
+    proteins = read_proteins(fasta)
     if proteins.oddities():
         say([f"{fasta}: {proteins.describe()}"])
     return {fasta.name: list(proteins.records)}

@@ -93,6 +93,7 @@ def load(
     trust_remote_code: bool,
     placed: str | None = None,
     in_double: str = "",
+    in_integers: bool = False,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer; the tokenizer first, as it fails sooner.
 
@@ -104,11 +105,13 @@ def load(
         trust_remote_code: Run the code that the model brings.
         placed: As for ``placed_on``.
         in_double: As for ``choose_device``.
+        in_integers: Multiply codes as integers on a CPU that can, see ``multiply_integers``.
 
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
     from rotq.checkpoint.load import load_model, load_tokenizer
+    from rotq.layers.quant_linear import multiply_integers
 
     chosen = choose(device, in_double=in_double) if placed is None else placed
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -119,6 +122,8 @@ def load(
     )
     if placed is not None:
         say([f"device map {placed}: {_places(loaded)}"])
+    if in_integers:
+        multiply_integers(loaded)
     return loaded, tokenizer
 
 

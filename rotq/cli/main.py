@@ -8,8 +8,11 @@ from rotq import __version__
 from rotq.cli.bench import bench_group
 from rotq.cli.calibrate_kv import calibrate_kv
 from rotq.cli.compare import compare
+from rotq.cli.convert import convert
 from rotq.cli.embed import embed_command
 from rotq.cli.eval import eval_group
+from rotq.cli.eval_contacts import eval_contacts
+from rotq.cli.eval_decode import eval_decode
 from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
@@ -31,11 +34,14 @@ def main() -> None:
 
 
 main.add_command(quantize)
+eval_group.add_command(eval_contacts)
+eval_group.add_command(eval_decode)
 eval_group.add_command(eval_dms)
 eval_group.add_command(eval_kv)
 eval_group.add_command(eval_pll)
 main.add_command(eval_group)
 main.add_command(compare)
+main.add_command(convert)
 main.add_command(embed_command)
 main.add_command(inspect)
 main.add_command(push)

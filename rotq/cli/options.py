@@ -121,6 +121,18 @@ def text_option(command: Command) -> Command:
     )(command)
 
 
+def proteins_option(*, required: bool) -> Callable[[Command], Command]:
+    """``--fasta``, proteins in any form that ``calibration.sequences`` reads."""
+    return click.option(
+        "--fasta",
+        type=FilePath(),
+        required=required,
+        metavar="FILE|-",
+        help="Proteins: FASTA, A3M, PIR, a table with a column of sequences, or one on each line; "
+        "packed or not; - is standard input.",
+    )
+
+
 def window_options(command: Command) -> Command:
     """``--windows`` and ``--seq-len``: which windows of the text."""
     for option in (

@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         RotqError: the file cannot be written (disk full, no permission); nothing is left behind.
     """
-    aside = _aside(path)
+    aside = name_aside(path)
     try:
         try:
             with open(aside, "xb") as file:
@@ -110,7 +110,7 @@ def remove(path: Path) -> None:
     """
     try:
         if path.is_dir() and not path.is_symlink():
-            aside = _aside(path)
+            aside = name_aside(path)
             path.rename(aside)
             shutil.rmtree(aside)
         else:
@@ -119,5 +119,6 @@ def remove(path: Path) -> None:
         raise RotqError(f"cannot remove {path}: {error.strerror or error}") from error
 
 
-def _aside(path: Path) -> Path:
+def name_aside(path: Path) -> Path:
+    """A name beside a path that nobody else has, for what is not yet whole."""
     return path.with_name(f".rotq-{secrets.token_hex(8)}.partial")

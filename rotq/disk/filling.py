@@ -1,14 +1,44 @@
-"""Folders that scripts fill with a model: new, empty, or filled by the same script before."""
+"""Folders that are filled with a model: new, empty, or filled by the same script before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rotq.disk.destination import check_replaceable, exists, resolve_output
-from rotq.disk.files import make_folder, whole_file
+from rotq.disk.files import make_folder, name_aside, remove, rename, whole_file
+from rotq.errors import RotqError
 
 MARK = "rotq_made_by"
 """File that says which script fills the folder; it is made first."""
+
+
+@contextmanager
+def new_folder(path: Path, *, named: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``path`` when the block ends without an exception.
+
+    Args:
+        path: From ``resolve_output``.
+        named: What messages call it.
+
+    Raises:
+        RotqError: there is something of that name that is no empty folder, or it cannot be written.
+    """
+    there = exists(path)
+    if there and not (path.is_dir() and not any(path.iterdir())):
+        raise RotqError(f"{named} exists; choose another output")
+    aside = name_aside(path)
+    make_folder(aside)
+    try:
+        yield aside
+        if there:
+            remove(path)
+        rename(aside, path)
+    except BaseException:
+        if aside.exists():
+            remove(aside)
+        raise
 
 
 def folder_to_fill(output: Path, script: str) -> Path:

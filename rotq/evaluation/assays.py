@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rotq.calibration.files import decode, decompress, read_stored
+from rotq.calibration.files import decode, decompress, read_given, unpacked_name
 from rotq.errors import RotqError
 
 MUTANT, SEQUENCE, SCORE = "mutant", "mutated_sequence", "DMS_score"
@@ -74,10 +74,10 @@ class Assay:
 
 
 def read_assay(path: Path, *, score: str = SCORE, wild_type: str | None = None) -> Assay:
-    """Read one assay; plain or gzip.
+    """Read one assay, packed or not.
 
     Args:
-        path: Of the CSV file.
+        path: Of the CSV file; ``-`` is standard input.
         score: The column of what was measured.
         wild_type: The protein, where the file does not have the sequences of its variants.
 
@@ -86,7 +86,7 @@ def read_assay(path: Path, *, score: str = SCORE, wild_type: str | None = None) 
             type, or rows disagree about it; names the row.
     """
     source = str(path)
-    content = decode(source, decompress(source, read_stored(path, f"cannot read {path}"))).content
+    content = decode(source, decompress(source, read_given(path, f"cannot read {path}"))).content
     reader = csv.DictReader(io.StringIO(content), strict=True)
     try:
         columns, rows = reader.fieldnames or [], list(reader)
@@ -104,7 +104,7 @@ def read_assay(path: Path, *, score: str = SCORE, wild_type: str | None = None) 
         wild_type = _wild_type(path, [row[SEQUENCE].upper() for row in whole], changes)
     _check(path, wild_type, changes)
     return Assay(
-        name=path.name.removesuffix(".gz").removesuffix(".csv"),
+        name=path.name[: len(unpacked_name(path.name))].removesuffix(".csv"),
         wild_type=wild_type,
         mutants=tuple(row[MUTANT] for row in whole),
         substitutions=tuple(changes),

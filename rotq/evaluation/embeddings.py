@@ -16,12 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rotq.calibration.batches import filled, padded
 from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
-from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.passes import batches_of_rows, run_rows
 from rotq.evaluation.representations import OriginalBasis
 
 Pooling = Literal["residue", "mean"]
@@ -93,12 +92,13 @@ def embed(
     """
     ids = [codec.encode(record.sequence) for record in records]
     first = len(codec.around[0])
-    for batch in filled(ids, protocol.batch_tokens):
-        given = padded([ids[index] for index in batch], codec.pad_id, frozenset())
-        states = run_batch(model, given, output_hidden_states=True).hidden_states
+    for batch in batches_of_rows([model], ids, protocol.batch_tokens):
+        rows = [ids[index] for index in batch]
+        passed = run_rows(model, rows, codec.pad_id, output_hidden_states=True)
+        hidden = passed.output.hidden_states[protocol.layer]
         for row, index in enumerate(batch):
             length = len(records[index].sequence)
-            hidden_LD = states[protocol.layer][row, first : first + length]
+            hidden_LD = passed.row(hidden, row)[first : first + length]
             found_LD = double(hidden_LD) if basis is None else basis.restore(hidden_LD)
             pooled = found_LD.mean(0) if protocol.pooling == "mean" else found_LD
             yield index, pooled.float().cpu()

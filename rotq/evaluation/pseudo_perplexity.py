@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq.calibration.batches import Batch, filled, padded
 from rotq.calibration.fasta import Record
 from rotq.calibration.limits import Limits
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.models.limits import embedding_device, limits_of, vocabulary_of
+from rotq.evaluation.passes import batches_of_rows, run_rows
+from rotq.models.limits import limits_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class PLLProtocol:
     positions: int = 0
     """Masked residues of a sequence, drawn at random; 0 takes all."""
     batch_tokens: int = 8192
-    """Of a forward pass, padding included; a single row may have more."""
+    """Of a forward pass, padding included where there is some; a single row may have more."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -170,8 +170,12 @@ def evaluate_pll(
     models = [model] if reference is None else [model, reference]
     sums = {kind: [_Sums() for _ in models] for kind in ("masked", "one pass")}
     divergence = Divergence()
-    passes = [("one pass", rows) for rows in _batches([r for r in whole if r.positions], protocol)]
-    passes += [("masked", rows) for rows in _batches(masked, protocol)]
+    seen = [row for row in whole if row.positions]
+    passes = [
+        (kind, batch)
+        for kind, rows in (("one pass", seen), ("masked", masked))
+        for batch in _batches(models, rows, protocol.batch_tokens)
+    ]
     for done, (kind, rows) in enumerate(passes):
         target_M = torch.tensor([target for row in rows for target in row.targets])
         found = [_scored_logits(each, rows, codec) for each in models]
@@ -198,31 +202,11 @@ def evaluate_pll(
     )
 
 
-def run_batch(model: Any, batch: Batch, **options: Any) -> Any:
-    """The output of a masked language model for a batch, padding masked.
-
-    Raises:
-        RotqError: a token id outside the embedding, or logits that are not finite.
-    """
-    num_embeddings = vocabulary_of(model)
-    if int(batch.ids_BT.max()) >= num_embeddings:
-        raise RotqError(
-            f"token id {int(batch.ids_BT.max())} is outside the model's {num_embeddings} "
-            "embeddings; is the tokenizer the model's own?"
-        )
-    device = embedding_device(model)
-    mask_BT = batch.mask_on(device)
-    output = model(input_ids=batch.ids_BT.to(device), attention_mask=mask_BT, **options)
-    if not bool(torch.isfinite(output.logits).all()):
-        raise RotqError("the model's logits are not finite")
-    return output
-
-
 def _scored_logits(model: Any, rows: Sequence[_Row], codec: ResidueCodec) -> Tensor:
     """(scored positions of all rows, V)."""
-    batch = padded([row.ids for row in rows], codec.pad_id, frozenset())
-    logits_BTV: Tensor = run_batch(model, batch).logits
-    return torch.cat([logits_BTV[b, row.positions] for b, row in enumerate(rows)])
+    done = run_rows(model, [row.ids for row in rows], codec.pad_id)
+    found = [done.logits(b)[row.positions] for b, row in enumerate(rows)]
+    return codec.by_residue(torch.cat(found))
 
 
 def _whole_row(sequence: str, codec: ResidueCodec) -> _Row:
@@ -244,7 +228,7 @@ def _masked_rows(
         yield _Row(ids=ids, positions=[place], targets=[row.ids[place]])
 
 
-def _batches(rows: Sequence[_Row], protocol: PLLProtocol) -> list[list[_Row]]:
-    """Rows of like length, as many as ``batch_tokens`` holds."""
-    batches = filled([row.ids for row in rows], protocol.batch_tokens)
+def _batches(models: Sequence[Any], rows: Sequence[_Row], tokens: int) -> list[list[_Row]]:
+    """Rows of like length, as many as ``tokens`` hold."""
+    batches = batches_of_rows(models, [row.ids for row in rows], tokens)
     return [[rows[index] for index in batch] for batch in batches]

@@ -24,12 +24,10 @@ from torch import Tensor
 from rotq.calibration.batches import padded
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
-from rotq.evaluation.pseudo_perplexity import run_batch
-from rotq.models.attention import dispatch
-from rotq.models.limits import embedding_device
-
-APART = 6
-"""Least distance along the chain of what counts as a contact."""
+from rotq.evaluation.contact_maps import contact_map
+from rotq.evaluation.contacts import APART, map_agreement
+from rotq.evaluation.passes import run_batch
+from rotq.models.families.esm import contact_regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def compare_representations(
         basis: Of the model's hidden states, where it is not the reference's.
 
     Raises:
-        RotqError: as ``pseudo_perplexity.run_batch``.
+        RotqError: as ``passes.run_batch``.
     """
     cosine, residues = 0.0, 0
     overlaps: list[float] = []
@@ -98,9 +96,9 @@ def compare_representations(
         restored_MD = double(ours_MD) if basis is None else basis.restore(ours_MD)
         cosine += float(F.cosine_similarity(restored_MD, double(theirs_MD), dim=-1).sum())
         residues += len(sequence)
-        if hasattr(model, "predict_contacts") and len(sequence) > APART + 1:
-            maps = [_contacts(each, batch.ids_BT) for each in (model, reference)]
-            overlap, correlation = _map_agreement(*maps)
+        if contact_regression(model) is not None and len(sequence) > APART + 1:
+            maps = [contact_map(each, codec, sequence, "head") for each in (model, reference)]
+            overlap, correlation = map_agreement(*maps)
             overlaps.append(overlap)
             correlations.append(correlation)
     return Agreement(
@@ -108,23 +106,3 @@ def compare_representations(
         contact_overlap=sum(overlaps) / len(overlaps) if overlaps else None,
         contact_correlation=sum(correlations) / len(correlations) if correlations else None,
     )
-
-
-def _contacts(model: Any, ids_BT: Tensor) -> Tensor:
-    """(L, L) probabilities; attention maps come from eager attention only."""
-    ids_BT = ids_BT.to(embedding_device(model))
-    with dispatch.used(model, "eager"):
-        found: Tensor = model.predict_contacts(ids_BT, torch.ones_like(ids_BT))[0]
-    return found.cpu().double()
-
-
-def _map_agreement(ours_LL: Tensor, theirs_LL: Tensor) -> tuple[float, float]:
-    length = len(ours_LL)
-    row, column = torch.triu_indices(length, length, offset=APART).unbind()
-    ours_N, theirs_N = ours_LL[row, column], theirs_LL[row, column]
-    count = min(length, len(ours_N))
-    tops = [set(side_N.topk(count).indices.tolist()) for side_N in (ours_N, theirs_N)]
-    overlap = len(tops[0] & tops[1]) / count
-    centred = [side_N - side_N.mean() for side_N in (ours_N, theirs_N)]
-    scale = (centred[0].norm() * centred[1].norm()).clamp(min=1e-300)
-    return overlap, float(centred[0] @ centred[1] / scale)

@@ -29,7 +29,7 @@ from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.evaluation.assays import Assay, Substitution
-from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.passes import run_batch
 from rotq.evaluation.window_passes import (
     MaskedRow,
     Progress,
@@ -125,8 +125,8 @@ def _wild_type_marginals(
         given = ids[start : start + protocol.window]
         logits_TV = run_batch(model, padded([given], codec.pad_id, frozenset())).logits[0]
         for position in positions:
-            log_p_V = double(logits_TV[position + before - start]).log_softmax(-1)
-            by_position[position] = log_p_V.cpu()
+            logits_V = codec.by_residue(double(logits_TV[position + before - start]))
+            by_position[position] = logits_V.log_softmax(-1).cpu()
         if progress is not None:
             progress(done, len(read))
     return [_marginal(codec, changes, by_position) for changes in assay.substitutions]

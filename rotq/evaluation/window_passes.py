@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rotq.calibration.batches import filled, padded
 from rotq.calibration.residues import ResidueCodec
 from rotq.devices import double
-from rotq.evaluation.pseudo_perplexity import run_batch
+from rotq.evaluation.passes import batches_of_rows, run_rows
 
 _AT_A_TIME = 256
 """Passes whose rows are sorted by length together."""
@@ -80,11 +79,11 @@ def read_rows(
     done = 0
     for some in _chunks(rows, _AT_A_TIME):
         found: dict[int, Tensor] = {}
-        for batch in filled([row.ids for row in some], batch_tokens):
-            ids = [some[index].ids for index in batch]
-            logits_BTV = run_batch(model, padded(ids, codec.pad_id, frozenset())).logits
+        for batch in batches_of_rows([model], [row.ids for row in some], batch_tokens):
+            passed = run_rows(model, [some[index].ids for index in batch], codec.pad_id)
             for b, index in enumerate(batch):
-                found[index] = double(logits_BTV[b, some[index].place]).log_softmax(-1).cpu()
+                logits_V = passed.logits(b)[some[index].place]
+                found[index] = codec.by_residue(double(logits_V)).log_softmax(-1).cpu()
             done += len(batch)
             if progress is not None:
                 progress(done, total)

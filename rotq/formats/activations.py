@@ -90,15 +90,30 @@ def _positive(reach: Tensor) -> Tensor:
     return torch.where(reach > 0, reach, torch.ones_like(reach))
 
 
+def token_codes(x: Tensor, grid: ActivationGrid) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of each token, int8, its scale and its zero point (..., 1), as in ``fake_quantize``.
+
+    Args:
+        x: (..., K), fp32.
+    """
+    q, scale, zero = _codes(x, grid)
+    return q.to(torch.int8), scale, zero
+
+
 def _round_trip(x: Tensor, grid: ActivationGrid) -> Tensor:
     """The definition above over the last axis."""
+    q, scale, zero = _codes(x, grid)
+    return q.mul_(scale) if zero is None else q.sub_(zero).mul_(scale)
+
+
+def _codes(x: Tensor, grid: ActivationGrid) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes in the dtype of ``x``, scales and zero points; the latter None on a symmetric grid."""
     low = x.amin(-1, keepdim=True).clamp(max=0)
     high = x.amax(-1, keepdim=True).clamp(min=0)
     reach = 2 * torch.maximum(high, -low) if grid.symmetric else high - low
     scale = reach / (grid.q_max - grid.q_min)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if grid.symmetric:
-        return (x / scale).clamp_(grid.q_min, grid.q_max).round_().mul_(scale)
+        return (x / scale).clamp_(grid.q_min, grid.q_max).round_(), scale, None
     zero = (grid.q_min - low / scale).round()
-    q = (x / scale).add_(zero).clamp_(grid.q_min, grid.q_max).round_()
-    return q.sub_(zero).mul_(scale)
+    return (x / scale).add_(zero).clamp_(grid.q_min, grid.q_max).round_(), scale, zero

@@ -56,8 +56,7 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
     Args:
         layer_index: Which of the basis' value matrices and scales are this block's.
     """
-    if adapter.layer_norm and basis.residual_DD is not None:
-        _fold_layer_norms(block, adapter, basis.residual_DD)
+    fold_norms(block, adapter, basis)
     parameters = dict(block.named_parameters())
     for name, tensor in fused_tensors(block, parameters, adapter, basis, layer_index):
         parameters[name].copy_(tensor)
@@ -68,11 +67,17 @@ def fuse_block(block: nn.Module, adapter: Adapter, basis: Basis, layer_index: in
         turn_ends(block, signs_D, first=layer_index == 0, last=is_last)
 
 
-def _fold_layer_norms(block: nn.Module, adapter: Adapter, R_DD: Tensor) -> None:
-    """Leave the block's LayerNorms with gain 1, in place; see ``layernorm``."""
+@torch.no_grad()
+def fold_norms(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
+    """Leave a block's LayerNorms with gain 1, in place, if R1 is to be fused; see ``layernorm``.
+
+    What it does depends on no matrix of the basis, so a training folds once for all its steps.
+    """
+    if not adapter.layer_norm or basis.residual_DD is None:
+        return
     for norm, readers in adapter.norms(block).items():
         linears = [cast(nn.Linear, block.get_submodule(path)) for path in readers]
-        fold_layer_norm(block.get_submodule(norm), linears, R_DD, offset=adapter.norm_offset)
+        fold_layer_norm(block.get_submodule(norm), linears, offset=adapter.norm_offset)
 
 
 @torch.no_grad()
@@ -103,7 +108,8 @@ def fused_tensors(
 
     Args:
         block: Its structure; its parameters may be on meta.
-        tensors: The original parameters by path inside the block; cast to the basis' dtype.
+        tensors: The original parameters by path inside the block, behind ``fold_norms``; cast to
+            the basis' dtype.
 
     Yields:
         Path and tensor of the basis' dtype.
@@ -116,6 +122,7 @@ def fused_tensors(
     scale_of = norm_scales(adapter, scales)
     for norm in adapter.norms(block):
         yield from _fused_norm(f"{norm}.weight", tensors, adapter, basis, scale_of.get(norm))
+        yield from _fused_norm_bias(f"{norm}.bias", tensors, basis, scale_of.get(norm))
     if adapter.query_norm and scales.query_key_HK is not None:
         for norm, factor_K in (
             (adapter.query_norm, 1 / scales.query_key_HK[0]),
@@ -153,6 +160,19 @@ def _fused_norm(
     if scale_D is not None:
         gain_D = gain_D / scale_D.to(gain_D.device)
     yield name, gain_D - adapter.norm_offset
+
+
+def _fused_norm_bias(
+    name: str, tensors: Mapping[str, Tensor], basis: Basis, scale_D: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """What a LayerNorm adds, in the new basis and divided by S."""
+    added_D, like = tensors.get(name), scale_D if basis.residual_DD is None else basis.residual_DD
+    if added_D is None or like is None:
+        return
+    added_D = added_D.to(like.device, like.dtype)
+    if basis.residual_DD is not None:
+        added_D = added_D @ basis.residual_DD
+    yield name, added_D if scale_D is None else added_D / scale_D.to(added_D.device)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ Gain g and bias c go into the readers before that, y = (norm(x) g + c) W^T + b:
     W <- W diag(g) R,   b <- b + c W^T,   g <- 1,   c <- 0
     c <- (c / g) R      where readers have no bias: what the norm adds stays in the norm
 
+Scalings S of what is read divide gain and what is added alike: g <- g / S, c <- c / S.
+
 So the model keeps its class. Replacing the norms by RMSNorms and centring what is written to the
 stream would be exact too, but no class of transformers could load the result.
 
@@ -43,16 +45,13 @@ def leave_ones_alone(R_DD: Tensor) -> Tensor:
     return R_DD - 2 * torch.outer(R_DD @ w_D, w_D)
 
 
-def fold_layer_norm(
-    norm: nn.Module, readers: Sequence[nn.Linear], R_DD: Tensor, *, offset: float = 0.0
-) -> None:
-    """Move gain and bias of a LayerNorm into its readers, in place; their inputs are not rotated.
+def fold_layer_norm(norm: nn.Module, readers: Sequence[nn.Linear], *, offset: float = 0.0) -> None:
+    """Move gain and bias of a LayerNorm into its readers, in place; nothing is rotated.
 
     Args:
-        norm: Left with gain 1, and bias 0 or what the readers could not take, in the new basis. It
-            may have no bias, and no gain.
+        norm: Left with gain 1, and bias 0 or what the readers could not take, c / g. It may have no
+            bias, and no gain.
         readers: All linear layers that read it, each once; routers too.
-        R_DD: Of the residual stream, fp64.
         offset: The gain is ``offset + weight``.
 
     Raises:
@@ -65,7 +64,7 @@ def fold_layer_norm(
     added_D = None if bias_D is None else bias_D.double()
     taken = [getattr(reader, "bias", None) is not None for reader in readers]
     if bias_D is not None and added_D is not None and not all(taken):
-        bias_D.copy_(kept_bias(gain_D, added_D, R_DD))
+        bias_D.copy_(kept_bias(gain_D, added_D))
     elif bias_D is not None and added_D is not None:
         for reader in readers:
             reader.bias.copy_(reader.bias.double() + reader.weight.double() @ added_D)
@@ -75,8 +74,8 @@ def fold_layer_norm(
     weight_D.fill_(1 - offset)
 
 
-def kept_bias(gain_D: Tensor, added_D: Tensor, R_DD: Tensor) -> Tensor:
-    """(c / g) R: what a norm must add when its gain has gone into readers without biases, fp64.
+def kept_bias(gain_D: Tensor, added_D: Tensor) -> Tensor:
+    """c / g: what a norm must add when its gain has gone into readers without biases, fp64.
 
     Raises:
         RotqError: a gain is zero.
@@ -86,7 +85,7 @@ def kept_bias(gain_D: Tensor, added_D: Tensor, R_DD: Tensor) -> Tensor:
             "a LayerNorm has a gain of zero, and its readers have no bias to take what it adds; "
             "set rotation.residual=none"
         )
-    return (added_D.double() / gain_D.double()) @ R_DD.to(added_D.device)
+    return added_D.double() / gain_D.double()
 
 
 def fold_final_bias(
@@ -105,7 +104,7 @@ def fold_final_bias(
     reader_bias_N = outer.get(f"{reader}.bias")
     if reader_bias_N is None:
         gain_D = offset + outer[f"{norm}.weight"].double()
-        kept_D = kept_bias(gain_D, added_D, R_DD)
+        kept_D = kept_bias(gain_D, added_D) @ R_DD.to(added_D.device)
         return {f"{norm}.bias": kept_D.to(added_D.dtype)}
     moved_N = outer[f"{reader}.weight"].double() @ added_D.double()
     return {

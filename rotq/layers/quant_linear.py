@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
+from rotq.layers.integer_product import can_multiply_integers, integer_linear
 from rotq.layers.online_linear import OnlineLinear, prepare_input
 from rotq.layers.packed_weight import PackedWeight
 
@@ -22,12 +23,15 @@ class QuantLinear(PackedWeight):
     """A linear layer that keeps its weight packed.
 
     On a CUDA device a kernel multiplies with the codes and no dense weight is ever made. Elsewhere,
-    and for fp64, which the kernel does not have, the weight is unpacked at each call. Gradients
+    and for fp64, which the kernel does not have, the weight is unpacked at each call, or codes are
+    multiplied as integers where ``multiply_integers`` said so. Gradients
     reach the input, through its rotation and rounding, and the bias; codes and scales have none.
     """
 
     input_signs: Tensor | None
     bias: nn.Parameter | None
+    in_integers = False
+    """Where possible, see ``integer_product``; results are not a dense layer's to the last bit."""
 
     def __init__(
         self,
@@ -116,6 +120,10 @@ class QuantLinear(PackedWeight):
         return prepare_input(x, self.input_signs, self.input_grid)
 
     def forward(self, input: Tensor) -> Tensor:
+        fast = self.in_integers and can_multiply_integers(input, self.grid, self.input_grid)
+        if fast and self.input_grid is not None:
+            rotated = prepare_input(input, self.input_signs, None)
+            return integer_linear(rotated, self.quantized(), self.bias, self.input_grid)
         return self.product(self.prepare_input(input), self.bias)
 
     def extra_repr(self) -> str:
@@ -123,3 +131,10 @@ class QuantLinear(PackedWeight):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}{inputs}"
         )
+
+
+def multiply_integers(model: nn.Module) -> None:
+    """Let a model's linear layers multiply codes as integers from now on, where they can."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.in_integers = True

@@ -65,6 +65,8 @@ class Adapter:
     query_norm: str = ""
     """In the block: the norm on the heads of q, if the family has one."""
     key_norm: str = ""
+    norms_all_heads: bool = False
+    """A norm over all heads together stands behind q, and one behind k."""
     mlp: str = "mlp"
     """The MLP, or the mixture of experts in its place; empty if its linears are the block's."""
     mlp_inputs: tuple[str, ...] = ("gate_proj", "up_proj")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.models.rotary import rotaries
-from rotq.models.sizes import head_dim
+from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 
 
@@ -56,7 +56,7 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
     rotary = rotaries(config)
     found = []
     hidden, width = int(config.hidden_size), head_dim(config)
-    num_heads = int(config.num_key_value_heads)
+    num_heads = num_value_heads(config)
     for index, block in enumerate(skeleton.blocks):
         layer = {
             "qkv": Scaling(shape=(hidden,)),
@@ -80,13 +80,15 @@ def scalings(skeleton: Skeleton, wanted: Sequence[str]) -> list[dict[str, Scalin
 
 def _obstacle(adapter: Adapter, name: str) -> str | None:
     """Why a family does not allow a scaling; None where it does."""
-    if not adapter.attention or adapter.layer_norm:
-        return "it needs a known family with RMSNorm"
+    if not adapter.attention:
+        return "it needs a known family"
+    if name == "query_key" and adapter.norms_all_heads:
+        return "a norm over all heads stands behind queries and keys"
     if name in ("qkv", "gate_up") and adapter.attention_norm == adapter.mlp_norm:
         return "attention and MLP do not have a norm each before them"
     if name in ("value", "query_key") and adapter.query == adapter.value:
         return "queries, keys and values are rows of one layer"
-    if name == "up" and not adapter.mlp_up:
+    if name == "up" and adapter.mlp_up not in adapter.mlp_inputs:
         return "no linear layer gives a factor of what the MLP's last one reads"
     return None
 

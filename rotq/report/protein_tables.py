@@ -1,8 +1,8 @@
-"""Tables of ``rotq eval pll`` and ``rotq eval dms``."""
+"""Tables of ``rotq eval pll``, ``dms``, ``contacts`` and ``decode``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rotq.report.columns import facts, make_table, render
@@ -59,3 +59,60 @@ def dms_table(report: Mapping[str, Any]) -> str:
 
 def _rho(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def contacts_table(report: Mapping[str, Any]) -> str:
+    """One row for each protein and model, and the means; agreement with the reference below."""
+    rows = [*report["proteins"].items(), ("mean", report["mean"])]
+    ranges = list(report["mean"].get("model", {}))
+    table = make_table("protein", "length", "model", *(f"{name} P@L, P@L/5" for name in ranges))
+    for name, row in rows:
+        for model in ("model", "reference"):
+            if model in row:
+                cells = [_pair(row[model][each]) for each in ranges]
+                table.add_row(name, str(row.get("length", "")), model, *cells)
+    agreements = (
+        (
+            name,
+            f"{row['agreement']['overlap']:.2%} of the reference's top L, correlation "
+            f"{row['agreement']['correlation']:.5f}",
+        )
+        for name, row in rows
+        if row.get("agreement")
+    )
+    facts_shown = facts([("readout", report["readout"]), *agreements])
+    return f"{render(table)}\n{facts_shown}" if ranges else facts_shown
+
+
+def decoding_table(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], paper: Mapping[str, float]
+) -> str:
+    """One row for each group and cache.
+
+    Args:
+        groups: Rows of ``DecodingEvaluation``, by group.
+        paper: TurboESM's own cosines, by group.
+    """
+    columns = ("cosine", "ppl ratio", "bytes", "bits", "paper")
+    table = make_table("group", "cache", *columns)
+    for name, rows in groups.items():
+        for row in rows:
+            known = row["cache"] == "turboesm" and name in paper
+            table.add_row(
+                name,
+                row["cache"],
+                f"{row['cosine']:.5f}",
+                f"{row['ratio']:.4f}",
+                f"{row['bytes']:,}",
+                f"{row['bits_per_element']:.3f}",
+                f"{paper[name]:.4f}" if known else "-",
+            )
+    notes = [
+        ("bits", "per key and value element, tokens that stay whole included"),
+        ("paper", "TurboESM's own cosine: ESM-2 650M, 4.5 bits, one protein of the kind"),
+    ]
+    return f"{render(table)}\n{facts(notes)}"
+
+
+def _pair(row: Mapping[str, float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.3f}" for value in row.values())

@@ -20,8 +20,14 @@ from rotq.numerics import inverse
 class Cayley:
     """Any rotation of the start that has no eigenvalue -1, or a batch of them."""
 
-    def __init__(self, start_nn: Tensor) -> None:
-        self.start_nn = start_nn.float()
+    def __init__(self, start_nn: Tensor, *, keeps_ones: bool = False) -> None:
+        """
+        Args:
+            start_nn: Orthogonal.
+            keeps_ones: 1 R = 1 holds for the start, and is to hold for all (see
+                ``fusion.layernorm``): A is projected, so that A 1 = 0.
+        """
+        self.start_nn, self.keeps_ones = start_nn.float(), keeps_ones
         self.free = torch.zeros_like(self.start_nn, requires_grad=True)
         """What is trained; fp32, a leaf."""
 
@@ -29,6 +35,9 @@ class Cayley:
         """(..., n, n) fp32, differentiable in ``free``."""
         n = self.free.shape[-1]
         half_nn = (self.free - self.free.mT) / (4 * n**0.5)
+        if self.keeps_ones:
+            half_nn = half_nn - half_nn.mean(-1, keepdim=True)
+            half_nn = half_nn - half_nn.mean(-2, keepdim=True)
         one_nn = torch.eye(n, device=half_nn.device)
         return self.start_nn @ (one_nn + half_nn) @ inverse(one_nn - half_nn)
 
@@ -55,6 +64,16 @@ def polish(R_nn: Tensor) -> Tensor:
             return X_nn
         X_nn = X_nn @ (1.5 * one_nn - 0.5 * gram_nn)
     raise ValueError("the matrix is not close enough to an orthogonal one to be made one")
+
+
+def with_ones_kept(R_nn: Tensor) -> Tensor:
+    """P R P + 1 1^T / n, fp64: what of an almost orthogonal matrix leaves the ones alone.
+
+    ``polish`` keeps it so: rows and columns sum to one at each of its steps.
+    """
+    R_nn = R_nn.double()
+    R_nn = R_nn - R_nn.mean(-1, keepdim=True)
+    return R_nn - R_nn.mean(-2, keepdim=True) + 1 / R_nn.shape[-1]
 
 
 def turned(start_nn: Tensor, R_nn: Tensor) -> float:

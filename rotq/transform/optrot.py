@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rotq.fusion.fuse import fused_tensors
+from rotq.fusion.fuse import fold_norms, fused_tensors
 from rotq.job.context import Job
 from rotq.transform.layer_loss import BLOCKS_PER_STEP, spaced
 from rotq.transform.parameters import Parameters
@@ -33,6 +33,7 @@ def backward(job: Job, parameters: Parameters, step: int) -> float:
     chosen = spaced(step, job.skeleton.num_blocks, BLOCKS_PER_STEP)
     for index in chosen:
         block = job.load_block(index, torch.float32)
+        fold_norms(block, job.skeleton.adapter, basis)
         stored = dict(block.named_parameters())
         fused = dict(fused_tensors(block, stored, job.skeleton.adapter, basis, index))
         flatness = [

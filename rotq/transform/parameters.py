@@ -13,7 +13,7 @@ from torch import Tensor
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.rotations.basis import Basis
-from rotq.rotations.orthogonal import Cayley, polish, turned
+from rotq.rotations.orthogonal import Cayley, polish, turned, with_ones_kept
 
 
 class Parameters:
@@ -42,7 +42,8 @@ class Parameters:
         self.residual: Cayley | None = None
         self.value: Cayley | None = None
         if start.residual_DD is not None:
-            self.residual = Cayley(start.residual_DD.to(device))
+            keeps_ones = skeleton.adapter.layer_norm
+            self.residual = Cayley(start.residual_DD.to(device), keeps_ones=keeps_ones)
         if start.value is not None:
             self.value = Cayley(torch.stack(start.value).to(device))
         self.logs = {
@@ -87,10 +88,12 @@ class Parameters:
 
     @torch.no_grad()
     def finished(self) -> Basis:
-        """The basis in fp64 on the CPU: matrices orthogonal to 1e-12."""
+        """The basis in fp64 on the CPU: matrices orthogonal to 1e-12, ones kept to 1e-12."""
         named = {}
         for name, tensor in self.basis().tensors().items():
             exact = tensor.double().cpu()
+            if name == "residual" and self.residual is not None and self.residual.keeps_ones:
+                exact = with_ones_kept(exact)
             named[name] = exact if ".scales." in name else polish(exact)
         return self.start.with_tensors(named)
 

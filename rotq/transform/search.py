@@ -17,6 +17,7 @@ from rotq.job.folder import JobFolder
 from rotq.job.part_names import TRANSFORM
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
+from rotq.models.task import is_masked
 from rotq.numerics import matmul_precision
 from rotq.recipe import Transform
 from rotq.rotations.basis import Basis
@@ -61,9 +62,7 @@ def check_transform(options: Transform, skeleton: Skeleton) -> None:
         return
     adapter = skeleton.adapter
     why = None
-    if adapter.layer_norm:
-        why = "their R1 has to leave the all-ones direction alone"
-    elif adapter.is_generic:
+    if adapter.is_generic:
         why = "nothing of their blocks is known but the residual stream"
     elif not adapter.attention_norm:
         why = "no norm lies before their branches"
@@ -72,7 +71,31 @@ def check_transform(options: Transform, skeleton: Skeleton) -> None:
             f"transform.method={options.method} is not possible for {adapter.family} models: "
             f"{why}; use method fixed without scalings"
         )
+    if options.objective == "cross_entropy" and is_masked(skeleton.config):
+        raise RotqError(
+            f"transform.objective=cross_entropy asks for next tokens, and {adapter.family} models "
+            "predict none; set transform.objective=kl_top"
+        )
+    if adapter.layer_norm:
+        _check_layer_norm(options, adapter.family)
     scalings(skeleton, options.scalings)
+
+
+def _check_layer_norm(options: Transform, family: str) -> None:
+    """Refuse what looks at the inputs of single layers as RMSNorm gives them.
+
+    Raises:
+        RotqError: names the key.
+    """
+    for key, wanted, instead in (
+        ("layer_steps", options.layer_steps, "0"),
+        ("balance", options.balance, "[]"),
+    ):
+        if wanted:
+            raise RotqError(
+                f"transform.{key} is not possible for {family} models: closed forms and losses of "
+                f"single layers know no LayerNorm; set transform.{key}={instead}"
+            )
 
 
 def _restored(folder: JobFolder, drawn: Basis) -> Basis:

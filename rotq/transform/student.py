@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
-from rotq.fusion.fuse import fused_tensors, rotate_online
+from rotq.fusion.fuse import fold_norms, fused_tensors, rotate_online
 from rotq.job.context import Job
 from rotq.rotations.basis import Basis
 
@@ -53,6 +53,7 @@ class Student:
         """A block that rounds as the finished model will, and the parameters to run it with."""
         job, skeleton = self.job, self.job.skeleton
         prefix, block = skeleton.block_name(index), job.load_block(index, job.dtype)
+        fold_norms(block, skeleton.adapter, basis)
         stored = dict(block.named_parameters())
         tensors = {
             name: tensor.to(job.dtype)

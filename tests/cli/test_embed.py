@@ -1,5 +1,6 @@
 """``rotq embed``: the original model's embeddings, also of rotated checkpoints; files; resuming."""
 
+import bz2
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,3 +222,11 @@ def test_what_is_refused(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["p.fasta"]
+
+
+def test_proteins_from_standard_input(model: Path, tmp_path: Path, fasta: Path) -> None:
+    packed = bz2.compress(fasta.read_bytes())
+    arguments = ["embed", model, "--fasta", "-", "-o", tmp_path / "o.npz"]
+    done = CliRunner().invoke(main, list(map(str, arguments)), input=packed)
+    assert done.exit_code == 0, done.output
+    assert list(arrays(tmp_path / "o.npz")) == [f"s{n}" for n in range(len(PROTEINS))]

@@ -124,7 +124,7 @@ def test_a_protein_model_wants_proteins(model: Path, tmp_path: Path) -> None:
     small = ["--set", "weights.group_size=16"]
     done = run("quantize", model, "-o", tmp_path / "out", "--calibration", "pydoc", *small)
     assert done.exit_code == 1
-    assert "the model reads proteins, so calibration.source must be a FASTA file" in done.stderr
+    assert "the model reads proteins, so calibration.source must be a file of them" in done.stderr
 
 
 def test_a_model_is_spread_as_eval_ppl_spreads_it(model: Path) -> None:

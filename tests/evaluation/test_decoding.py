@@ -5,23 +5,18 @@ import torch
 from tiny_models import tiny_model
 from tiny_proteins import esm_tokenizer, sequences
 
+from rotq.calibration.fasta import Record
 from rotq.calibration.residues import ResidueCodec
-from rotq.evaluation.decoding import baselines, evaluate_decoding
-from rotq.kv.cache.esm import EsmPackedCache
-from rotq.kv.calibration.calibrate import calibrate
+from rotq.evaluation.decoding import baselines, evaluate_decoding, packed_caches
+from rotq.evaluation.groups import grouped
 from rotq.kv.presets import preset
-from rotq.models.families.esm import as_decoder
 
 
 def test_rows(tmp_path):
     model = tiny_model("esm-wide", dtype=torch.float32)
     codec = ResidueCodec(esm_tokenizer(tmp_path))
     ids_BT = torch.randint(4, 24, (8, 48), generator=torch.Generator().manual_seed(1))
-    with as_decoder(model):
-        constants = {name: calibrate(model, ids_BT, preset(name)) for name in ("k3v3", "k8v3")}
-    caches = {
-        name: lambda found=found: EsmPackedCache(model, found) for name, found in constants.items()
-    }
+    caches = packed_caches(model, [preset("k3v3"), preset("k8v3")], ids_BT)
     found = sequences(2, shortest=20, longest=30)
     rows = evaluate_decoding(model, found, codec, caches | baselines(3))
     by_name = {row.cache: row for row in rows}
@@ -36,3 +31,13 @@ def test_rows(tmp_path):
     assert by_name["int8"].bits_per_element == pytest.approx(9)
     assert by_name["k3v3"].worst_cosine <= by_name["k3v3"].cosine < 0.9999
     assert by_name["k3v3"].ratio != 1
+
+
+def test_groups_are_named_in_headers():
+    headers = ("organism=x group=loops", "subgroup=no", "", "group=loops")
+    records = [Record(name=str(n), sequence="MK", description=d) for n, d in enumerate(headers)]
+    found = grouped(records, "f.fasta")
+    assert {group: [r.name for r in kept] for group, kept in found.items()} == {
+        "loops": ["0", "3"],
+        "f.fasta": ["1", "2"],
+    }

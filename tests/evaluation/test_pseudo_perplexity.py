@@ -49,7 +49,8 @@ def test_foreign_ids_and_positions_are_settled_before_the_first_pass(codec: Resi
         lambda _, __, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     found = records(["MKT" * 40, "MK"])
-    scored = evaluate_pll(bounded, found, codec, protocol=PLLProtocol(positions=1))
+    each = PLLProtocol(positions=1, batch_tokens=1)
+    scored = evaluate_pll(bounded, found, codec, protocol=each)
     assert max(passes) == 64
     assert "1 of them cut to 62 residues" in scored.protocol
     passes.clear()

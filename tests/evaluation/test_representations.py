@@ -8,11 +8,9 @@ from tiny_models import MemorySource, tiny_model
 from tiny_proteins import esm_tokenizer, sequences
 
 from rotq.calibration.residues import ResidueCodec
-from rotq.evaluation.representations import (
-    OriginalBasis,
-    _map_agreement,
-    compare_representations,
-)
+from rotq.evaluation.contact_maps import Readout, contact_map
+from rotq.evaluation.contacts import map_agreement
+from rotq.evaluation.representations import OriginalBasis, compare_representations
 from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block, fuse_outer
 from rotq.models.skeleton import Skeleton
@@ -54,6 +52,15 @@ def test_a_rotated_model_is_the_same_in_the_original_basis(codec: ResidueCodec) 
     assert compare_representations(model, original, FOUND, codec).embedding_cosine < 0.9
 
 
+@pytest.mark.parametrize("readout", ["head", "average"])
+def test_contacts_of_a_rotated_model_are_the_originals(
+    readout: Readout, codec: ResidueCodec
+) -> None:
+    original, model, _ = rotated()
+    maps = [contact_map(each, codec, FOUND[0], readout) for each in (original, model)]
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-9, atol=1e-11)
+
+
 def test_another_model_is_another(codec: ResidueCodec) -> None:
     found = compare_representations(tiny_model("esm", seed=1), tiny_model("esm"), FOUND, codec)
     assert abs(found.embedding_cosine) < 0.5
@@ -76,12 +83,12 @@ def test_map_agreement_by_hand() -> None:
         for i, j in pairs:
             maps[index, i, j] = 1
     # six pairs are at least 6 apart, all of them among the top 9
-    overlap, correlation = _map_agreement(maps[0], maps[1])
+    overlap, correlation = map_agreement(maps[0], maps[1])
     assert overlap == 1
     assert correlation == pytest.approx(1 / 3)
     near = maps.clone()
     near[:, 0, 5] = 99  # too near to be a contact
-    assert _map_agreement(near[0], near[1]) == (overlap, correlation)
+    assert map_agreement(near[0], near[1]) == (overlap, correlation)
 
 
 def test_the_contact_head_sees_eager_attention(codec: ResidueCodec, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from tiny_models import tiny_model
-from tiny_proteins import RESIDUES, esm_tokenizer, spaced_tokenizer
+from tiny_proteins import RESIDUES, esm_tokenizer, saprot_tokenizer, spaced_tokenizer
 
 from rotq.calibration.residues import ResidueCodec
 from rotq.errors import RotqError
@@ -177,3 +177,20 @@ def test_spearman_is_scipys(seed: int) -> None:
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0]], ids=["none", "one", "constant"])
 def test_there_is_no_order_without_different_values(values: list[float]) -> None:
     assert spearman(values, values) is None
+
+
+def test_saprot_scores_as_its_authors_do(tmp_path: Path) -> None:
+    """Structure unknown: the residue masked as ##, probabilities summed over its 21 tokens."""
+    model = tiny_model("esm", dtype=torch.float32, vocab_size=446, mask_token_id=4)
+    tokenizer = saprot_tokenizer(tmp_path)
+    given = assay(mutants=("M1A", "K2R", "Q22W"))
+    ours = score_variants(model, ResidueCodec(tokenizer), given, VariantProtocol())
+    vocabulary = tokenizer.get_vocab()
+    for variant, ((wild, position, mutant),) in enumerate(given.substitutions):
+        tokens = [f"{letter}#" for letter in WILD]
+        tokens[position] = "##"
+        ids_BT = torch.tensor([tokenizer(" ".join(tokens))["input_ids"]])
+        with torch.inference_mode():
+            p_V = model(ids_BT).logits[0, position + 1].double().softmax(-1)
+        sums = [float(p_V[vocabulary[f"{a}p"] :][:21].sum().log()) for a in (mutant, wild)]
+        assert ours["masked-marginals"][variant] == pytest.approx(sums[0] - sums[1], abs=1e-5)

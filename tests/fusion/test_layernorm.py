@@ -72,7 +72,8 @@ def test_folding_keeps_what_readers_compute(reader_bias):
     readers = [nn.Linear(D, 7, bias=reader_bias, dtype=torch.float64) for _ in range(2)]
     before = [reader(norm(x_ND)) for reader in readers]
     with torch.no_grad():
-        fold_layer_norm(norm, readers, R_DD)
+        fold_layer_norm(norm, readers)
+        norm.bias.copy_(norm.bias @ R_DD)
         for reader in readers:
             reader.weight.copy_(reader.weight @ R_DD)
     after = [reader(norm(x_ND @ R_DD)) for reader in readers]
@@ -86,9 +87,9 @@ def test_a_zero_gain_cannot_keep_what_the_norm_adds():
     norm = random_norm()
     norm.weight[3] = 0
     with pytest.raises(RotqError, match=r"gain of zero.*rotation\.residual=none"):
-        fold_layer_norm(norm, [nn.Linear(D, 7, bias=False, dtype=torch.float64)], basis())
+        fold_layer_norm(norm, [nn.Linear(D, 7, bias=False, dtype=torch.float64)])
     # with a bias to take it, a zero gain is as good as any
-    fold_layer_norm(norm, [nn.Linear(D, 7, dtype=torch.float64).requires_grad_(False)], basis())
+    fold_layer_norm(norm, [nn.Linear(D, 7, dtype=torch.float64).requires_grad_(False)])
 
 
 def test_final_norm_moves_into_a_bias_or_stays():

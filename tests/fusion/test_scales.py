@@ -10,14 +10,24 @@ from fused_models import fused_logits
 from random_rotations import random_orthogonal
 from tiny_models import CONFIGS, MemorySource, random_ids, tiny_model
 
+from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.fusion.fuse import fuse_block
+from rotq.fusion.layernorm import leave_ones_alone
 from rotq.models.scalings import scalings
+from rotq.models.sizes import head_dim, num_value_heads
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Rotation
 from rotq.rotations.basis import SCALINGS, Basis, Scales
 
 FAMILIES = ["llama-biases", "llama-tied", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe-mixed"]
+
+
+LAYER_NORM = {
+    "esm": ("qkv", "gate_up", "value", "query_key"),
+    "esmc": ("qkv", "gate_up", "value", "up"),
+}
+"""Families with LayerNorm, and the scalings that they allow."""
 
 
 def random_scales(skeleton, names, seed=0):
@@ -35,14 +45,17 @@ def random_scales(skeleton, names, seed=0):
 
 def random_rotations(skeleton):
     """R1 and R2 uniform over the orthogonal group; R4 a Hadamard."""
-    config, size = skeleton.config, skeleton.config.head_dim
+    config, size = skeleton.config, head_dim(skeleton.config)
     basis = build_basis(Rotation(down="hadamard", seed=3), skeleton.adapter, config)
+    heads = range(num_value_heads(config))
     named = {
-        f"value.{layer}": torch.stack([random_orthogonal(size, 2 * layer + h) for h in (0, 1)])
+        f"value.{layer}": torch.stack([random_orthogonal(size, 2 * layer + h) for h in heads])
         for layer in range(config.num_hidden_layers)
     }
     if skeleton.adapter.residual_rotation:
         named["residual"] = random_orthogonal(config.hidden_size, 9)
+    if skeleton.adapter.layer_norm:
+        named["residual"] = leave_ones_alone(named["residual"])
     return basis.with_tensors(named)
 
 
@@ -61,10 +74,33 @@ def test_each_scaling_alone_preserves_the_function(name, scaling):
     assert difference(name, lambda s: Basis(scales=random_scales(s, [scaling]))) < 1e-9
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [(name, scaling) for name, allowed in LAYER_NORM.items() for scaling in allowed],
+)
+def test_each_scaling_alone_preserves_the_function_of_layer_norms(name, scaling):
+    assert difference(name, lambda s: Basis(scales=random_scales(s, [scaling]))) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling", "why"),
+    [
+        ("esm", "up", "no linear layer gives a factor"),
+        ("esmc", "query_key", "a norm over all heads stands behind queries and keys"),
+        ("gpt2", "value", "queries, keys and values are rows of one layer"),
+        ("bert", "qkv", "do not have a norm each before them"),
+    ],
+)
+def test_what_a_family_does_not_allow_says_why(name, scaling, why):
+    skeleton = Skeleton.open(MemorySource(tiny_model(name)))
+    with pytest.raises(RotqError, match=why):
+        scalings(skeleton, [scaling])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *LAYER_NORM])
 def test_random_rotations_and_scales_preserve_the_function(name):
     def both(skeleton):
-        scales = random_scales(skeleton, SCALINGS)
+        scales = random_scales(skeleton, LAYER_NORM.get(name, SCALINGS))
         named = Basis(scales=scales).tensors() | random_rotations(skeleton).tensors()
         return random_rotations(skeleton).with_tensors(named)
 

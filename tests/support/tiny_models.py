@@ -103,11 +103,17 @@ POST_NORMS = ("gemma3", "bert")
 """Families whose residual stream cannot be rotated."""
 
 
-def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """A random model of ``CONFIGS``, in eval mode, with sdpa attention and plain experts."""
+def tiny_model(
+    name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **others: Any
+) -> Any:
+    """A random model of ``CONFIGS``, in eval mode, with sdpa attention and plain experts.
+
+    Args:
+        others: Settings of its configuration in place of those.
+    """
     config_class, changes = CONFIGS[name]
     shared = _LLAMA if "vocab_size" not in changes else {}
-    config = getattr(transformers, config_class)(**{**shared, **changes})
+    config = getattr(transformers, config_class)(**{**shared, **changes, **others})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _auto_class(name).from_config(

@@ -41,6 +41,15 @@ def esm_tokenizer(folder: Path) -> Any:
     return EsmTokenizer(str(file))
 
 
+def saprot_tokenizer(folder: Path) -> Any:
+    """SaProt's: a residue and a letter of structure in each token, 446 in all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [a + b for a in "ACDEFGHIKLMNPQRSTVWY#" for b in "pynwrqhgdlvtmfsaeikc#"]
+    special = ["<cls>", "<pad>", "<eos>", "<unk>", "<mask>"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *tokens]), encoding="utf-8")
+    return EsmTokenizer(str(folder / "vocab.txt"))
+
+
 def spaced_tokenizer() -> Any:
     """BERT's way: a space between residues, no X, [CLS] and [SEP] around."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES]

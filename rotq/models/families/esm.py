@@ -9,10 +9,12 @@ R1 cannot pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers.models.esm import modeling_esm
 
 from rotq.errors import RotqError
@@ -47,6 +49,57 @@ ADAPTER = Adapter(
 )
 
 
+def first_position(config: Any) -> int:
+    """Position of a sequence's first token: tables of positions begin behind the padding's."""
+    return 0 if config.position_embedding_type == "rotary" else int(config.pad_token_id) + 1
+
+
+def contact_regression(model: Any) -> nn.Linear | None:
+    """The contact head's regression on the maps of all heads; None in a model without one.
+
+    One that is all zeros was not in the checkpoint's source (``checkpoint.fair_esm``).
+    """
+    found = getattr(getattr(model.base_model, "contact_head", None), "regression", None)
+    return found if found is not None and bool(found.weight.any()) else None
+
+
+@contextmanager
+def packed_embeddings(model: Any, lengths: Sequence[int]) -> Iterator[None]:
+    """Embed sequences that stand behind each other in one row each by itself.
+
+    Token dropout scales what it embeds by the share of <mask> among it.
+
+    Args:
+        model: An ESM of transformers, called with ``position_ids`` and without a mask.
+        lengths: Tokens of each sequence.
+    """
+
+    def each(module: nn.Module, _: Any, given: dict[str, Any], __: Tensor) -> Tensor:
+        parts = (given[name].split(list(lengths), 1) for name in ("input_ids", "position_ids"))
+        # forward: a call would come back here
+        found = [
+            module.forward(input_ids=ids_1T, position_ids=position_1T)
+            for ids_1T, position_1T in zip(*parts, strict=True)
+        ]
+        return torch.cat(found, dim=1)
+
+    hook = model.base_model.embeddings.register_forward_hook(each, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_decodes(name: str, config: Any) -> None:
+    """Refuse what ``as_decoder`` cannot run.
+
+    Raises:
+        RotqError: the model is no ESM-2 with rotary positions.
+    """
+    if config.model_type != "esm" or config.position_embedding_type != "rotary":
+        raise RotqError(f"{name} is no ESM-2 with rotary positions")
+
+
 @contextmanager
 def as_decoder(model: Any) -> Iterator[None]:
     """Let an ESM-2 attend to the left only, and let its attention know its layer.
@@ -57,9 +110,7 @@ def as_decoder(model: Any) -> Iterator[None]:
     Raises:
         RotqError: the model is no ESM-2 with rotary positions.
     """
-    config = model.config
-    if config.model_type != "esm" or config.position_embedding_type != "rotary":
-        raise RotqError(f"{type(model).__name__} is no ESM-2 with rotary positions")
+    check_decodes(type(model).__name__, model.config)
     attentions = [m for m in model.modules() if isinstance(m, modeling_esm.EsmSelfAttention)]
     for index, attention in enumerate(attentions):
         attention.layer_idx, attention.is_causal = index, True

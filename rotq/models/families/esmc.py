@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     head="lm_head.decoder",
     head_reader="lm_head.dense",
     layer_norm=True,
+    norms_all_heads=True,
 )
