@@ -3,7 +3,7 @@ BIN := .venv/bin
 SMOLLM2 := models/smollm2
 ANTIBERTY := models/antiberty
 
-.PHONY: help setup fmt lint type test vllm regress compile demo demo-plm ci
+.PHONY: help setup fmt lint type test vllm regress compile gpu demo demo-plm ci
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ regress: setup  ## presets on small models, against the figures on record
 
 compile: setup  ## compile every kernel for every target, and compare with kernels/COMPILE.md
 	$(BIN)/python -m rotq_kernels.compile_check
+
+gpu: setup  ## everything that only a GPU can show, in nine minutes; needs one
+	$(BIN)/python scripts/gpu_check.py --json out/gpu.json
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

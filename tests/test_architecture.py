@@ -93,6 +93,16 @@ def test_kernels_know_nothing_of_rotq(file: Path) -> None:
     assert not [name for name, _ in imports(parse(file)) if name.split(".")[0] == "rotq"]
 
 
+@pytest.mark.parametrize("file", KERNELS, ids=identify)
+def test_kernels_are_launched_in_one_place(file: Path) -> None:
+    """``launching.launch`` has the device guard that Triton lacks."""
+    if file.name == "launching.py":
+        return
+    for node in ast.walk(parse(file)):
+        launched = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        assert not launched, f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("file", ENGINE, ids=identify)
 def test_engine_knows_nothing_of_http(file: Path) -> None:
     """It also runs without a server, and of ``rotq.serve`` it knows itself and the settings."""

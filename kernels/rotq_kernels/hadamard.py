@@ -4,7 +4,9 @@
 
 d: signs, C: (m, m) with entries +-1 and C C^T = m I, [[1]] where n is a power of two. A row is m
 runs of p elements. The first kernel transforms runs by butterflies in registers; where m > 1 it
-leaves them in fp32 for the second one, which multiplies by the core. All sums are fp32.
+leaves them in fp32 for the second one, which multiplies by the core. Of runs that are too long for
+a program, a part goes to the core: C kron S of order 2^i m, and S of order p / 2^i. All sums are
+fp32.
 
 Shape suffixes: R rows, K features (n), M order of the core, P length of a run.
 """
@@ -13,10 +15,10 @@ import math
 
 import torch
 
-from rotq_kernels.launching import next_power_of_two, require_triton
+from rotq_kernels.launching import launch, next_power_of_two, require_triton
 
-LONGEST_RUN = 32768
-"""Elements that one program of the first kernel can hold."""
+LONGEST_RUN = 8192
+"""Elements that one program of the first kernel holds: fp32, in 32 KiB of shared memory."""
 
 _LOG_BLOCK = 5
 """The reference multiplies by Sylvester matrices of at most 2 to this."""
@@ -114,16 +116,17 @@ def hadamard_triton(
 
     if x_RK.stride(1) != 1:
         x_RK = x_RK.contiguous()
-    (R, K), M = x_RK.shape, core_MM.shape[0]
-    P = K // M
-    if P > LONGEST_RUN:
-        raise ValueError(f"runs of {P} elements; the kernel holds {LONGEST_RUN}")
+    R, K = x_RK.shape
+    core_MM = _with_long_runs(core_MM, K)
+    M, P = core_MM.shape[0], K // core_MM.shape[0]
     y_RK = torch.empty((R, K), dtype=x_RK.dtype, device=x_RK.device)
     if not R:
         return y_RK
     z_RK = y_RK if M == 1 else torch.empty((R, K), dtype=torch.float32, device=x_RK.device)
     runs = max(1, min(2048 // P, next_power_of_two(R * M)))
-    sylvester_kernel[(-(-R * M // runs),)](
+    launch(
+        sylvester_kernel,
+        (-(-R * M // runs),),
         x_RK,
         x_RK if signs_K is None else signs_K,
         z_RK,
@@ -136,10 +139,17 @@ def hadamard_triton(
         P=P,
         RUNS=runs,
         num_warps=4 if P <= 4096 else 16,
+        on=x_RK,
     )
     if M > 1:
         _launch_core(z_RK, core_MM, y_RK)
     return y_RK
+
+
+def _with_long_runs(core_MM: torch.Tensor, K: int) -> torch.Tensor:
+    """The core, or what is one with runs of at most LONGEST_RUN."""
+    log = (K // core_MM.shape[0] // LONGEST_RUN).bit_length() - 1
+    return core_MM if log < 1 else torch.kron(core_MM, _sylvester(log, core_MM.device))
 
 
 def _launch_core(z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor) -> None:
@@ -151,7 +161,20 @@ def _launch_core(z_RK: torch.Tensor, core_MM: torch.Tensor, y_RK: torch.Tensor) 
     columns = R * K // M
     grid = (-(-columns // blocks["BLOCK_C"]), -(-M // blocks["BLOCK_M"]))
     core_MM, scale = core_MM.contiguous(), 1 / math.sqrt(K)
-    core_kernel[grid](z_RK, core_MM, y_RK, columns, M, K // M, scale, **blocks, num_warps=4)
+    launch(
+        core_kernel,
+        grid,
+        z_RK,
+        core_MM,
+        y_RK,
+        columns,
+        M,
+        K // M,
+        scale,
+        **blocks,
+        num_warps=4,
+        on=z_RK,
+    )
 
 
 def core_blocks(M: int) -> dict[str, int]:

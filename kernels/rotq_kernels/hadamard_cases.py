@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rotq_kernels.hadamard import core_blocks
+from rotq_kernels.hadamard import LONGEST_RUN, core_blocks
 from rotq_kernels.hadamard_kernels import core_kernel, sylvester_kernel
 
 
@@ -61,7 +61,8 @@ COMPILE_CASES = [
     _sylvester_case(32, "bf16", "fp32", signs=True),
     _sylvester_case(512, "bf16", "fp32", signs=True),
     _sylvester_case(4096, "bf16", "bf16", signs=True),
-    _sylvester_case(8192, "bf16", "bf16", signs=True),
+    _sylvester_case(LONGEST_RUN, "bf16", "bf16", signs=True),
+    _sylvester_case(LONGEST_RUN, "fp32", "fp32", signs=True),
     _core_case(12, 1024),
     _core_case(344, 32),
 ]

@@ -1,6 +1,10 @@
 """What launchers share. They import their kernels, and with them Triton, when they are called."""
 
 import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class TritonMissing(RuntimeError):  # noqa: N818
@@ -18,6 +22,30 @@ def require_triton() -> None:
             "rotq's kernels for GPUs need Triton, which is not installed: "
             "pip install triton (on Windows: pip install triton-windows)"
         )
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    on: Tensor,
+    **named: Any,
+) -> None:
+    """Launch a kernel on the device and stream of a tensor: the only way to.
+
+    Triton itself launches on the current device, wherever the arguments are. ``enable_fp_fusion``,
+    whether a product and a sum may become one instruction that rounds once, is always said: 3.9
+    warns where it is not, because 3.10 changes what that means.
+
+    Args:
+        kernel: Of Triton.
+        grid: Its programs.
+        *arguments: Its arguments, in order.
+        on: One of the tensors among them.
+        **named: Arguments by name, and Triton's options, ``enable_fp_fusion`` if it shall be False.
+    """
+    with torch.cuda.device_of(on):
+        kernel[grid](*arguments, **{"enable_fp_fusion": True} | named)
 
 
 def next_power_of_two(number: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rotq_kernels.launching import next_power_of_two, require_triton
+from rotq_kernels.launching import launch, next_power_of_two, require_triton
 from rotq_kernels.layout import packed_words, unpack
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -151,7 +151,9 @@ def packed_linear_triton(
     # an argument that is not read still needs a pointer
     zero_or_any = weight_packed_NW if zero_WG is None else zero_WG.contiguous()
     kernel, tile = gemv_kernel if M <= GEMV_ROWS else gemm_kernel, _tile(M, K, x_MK.dtype)
-    kernel[(-(-N // tile["BLOCK_N"]), -(-M // tile["BLOCK_M"]))](
+    launch(
+        kernel,
+        (-(-N // tile["BLOCK_N"]), -(-M // tile["BLOCK_M"])),
         x_MK,
         weight_packed_NW,
         weight_scale_NG.contiguous(),
@@ -170,6 +172,7 @@ def packed_linear_triton(
         HAS_ZERO=zero_WG is not None,
         HAS_BIAS=bias_N is not None,
         **tile,
+        on=x_MK,
     )
     return y_MN
 

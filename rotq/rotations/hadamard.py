@@ -91,7 +91,7 @@ def fast_hadamard(x: Tensor, n: int | None = None, signs_n: Tensor | None = None
     if x.shape[-1] % n:
         raise ValueError(f"{x.shape[-1]} features are not a multiple of the order {n}")
     signs_n = None if signs_n is None else signs_n.to(device=x.device, dtype=torch.int8)
-    return _transformed(x, n, paley_core(core_order(n)), signs_n)
+    return _transformed(x, n, core_on(core_order(n), x.device), signs_n)
 
 
 def inverse_hadamard(x: Tensor, signs_n: Tensor) -> Tensor:
@@ -109,12 +109,12 @@ def inverse_hadamard(x: Tensor, signs_n: Tensor) -> Tensor:
     """
     n = x.shape[-1]
     # kron(C, S)^T is kron(C^T, S): Sylvester's matrices are symmetric
-    core_mm = paley_core(core_order(n)).T.contiguous()
+    core_mm = core_on(core_order(n), x.device, transposed=True)
     return _transformed(x, n, core_mm, None) * signs_n.to(x)
 
 
 def _transformed(x: Tensor, n: int, core_mm: Tensor, signs_n: Tensor | None) -> Tensor:
-    rows, core_mm = x.reshape(x.numel() // n, n), core_mm.to(x.device)
+    rows = x.reshape(x.numel() // n, n)
     differentiated = x.requires_grad and torch.is_grad_enabled()
     has_kernel = x.device.type in ("cpu", "cuda")
     plain = x.dtype == torch.float64 or differentiated or not has_kernel
@@ -188,6 +188,13 @@ def paley_core(m: int) -> Tensor:
     zero = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
     one = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     return torch.kron(S, one) + torch.kron(torch.eye(q + 1, dtype=torch.int8), zero)
+
+
+@functools.cache
+def core_on(m: int, device: torch.device, *, transposed: bool = False) -> Tensor:
+    """``paley_core`` on a device, moved there once: a copy to a GPU waits for all it is doing."""
+    core_mm = paley_core(m)
+    return (core_mm.T.contiguous() if transposed else core_mm).to(device)
 
 
 def _paley_field(m: int) -> tuple[int, int] | None:

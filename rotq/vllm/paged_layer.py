@@ -19,8 +19,8 @@ from rotq.vllm.blocks import Blocks
 from rotq.vllm.passes import Request, batches
 
 _OUTGROWN = (
-    "a token's keys or values are hundreds of times larger than the first ones that were packed, "
-    "and than calibration has seen; the packed cache cannot hold their norms"
+    "a token's keys or values are not finite, or hundreds of times larger than the first ones that "
+    "were packed, and than calibration has seen; the packed cache cannot hold their norms"
 )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.rotations.hadamard import core_order, paley_core
 from rotq.rotations.hadamard import hadamard as dense_hadamard
@@ -152,10 +154,32 @@ def test_refusals(x: Tensor, core: Tensor, signs: Tensor | None, message: str) -
         hadamard(x, core, signs)
 
 
-def test_runs_that_no_program_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("K", [32, 64, 256, 384])
+def test_runs_that_no_program_holds(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of them becomes a part of the core."""
     monkeypatch.setattr(kernels, "LONGEST_RUN", 32)
-    with pytest.raises(ValueError, match="runs of 64 elements; the kernel holds 32"):
-        hadamard_triton(rows(1, 64, torch.float32), core_of(64))
+    x_RK = rows(3, K, torch.bfloat16)
+    assert_no_worse(hadamard_triton(x_RK, core_of(K), signs_of(K)), x_RK, signs_of(K))
+
+
+def test_fast_hadamard_copies_its_core_to_a_device_once() -> None:
+    """A copy from the host would wait for the device, and cannot be captured in a CUDA graph."""
+    from rotq.rotations.hadamard import fast_hadamard
+
+    signs_K, copies = torch.ones(14336, dtype=torch.int8, device="meta"), []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            tensors = [item for item in args if isinstance(item, Tensor)]
+            if any(item.device.type == "cpu" for item in tensors):
+                copies.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        copies.clear()
+        with Log():
+            fast_hadamard(torch.ones(1, 14336, device="meta"), None, signs_K)
+    assert not copies
 
 
 def test_fast_hadamard_takes_the_operator_without_gradient_only(

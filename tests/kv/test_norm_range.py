@@ -159,6 +159,19 @@ def test_a_norm_that_outgrows_its_reach_is_refused(name: str, steps: int) -> Non
     stepwise(model, cache)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("steps", [1, 30])
+@pytest.mark.parametrize("name", ["k3v3", "turboquant"])
+def test_what_is_not_finite_is_refused(name: str, steps: int, wrong: float) -> None:
+    """Whatever it was that overflowed upstream, no text is made of it."""
+    model = copy.deepcopy(MODEL)
+    cache = PackedCache(model, without_data(model, name))
+    stepwise(model, cache)
+    model.model.layers[1].self_attn.v_proj.weight[3, 2] = wrong
+    with pytest.raises(RotqError, match="are not finite"), torch.no_grad():
+        model(input_ids=IDS[:, :steps], past_key_values=cache)
+
+
 def test_the_largest_norm_there_is() -> None:
     there_BE = torch.tensor([[True, False]])
     for top, below in (

@@ -33,7 +33,10 @@ class _Call:
 
 
 def emulate_prmt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the interpreter run the one instruction; returns the list of those that it ran."""
+    """Let the interpreter run the one instruction; returns the list of those that it ran.
+
+    Where kernels run on a GPU nothing is emulated, and the list stays empty.
+    """
     ran: list[str] = []
 
     def create(

@@ -27,8 +27,10 @@ not measured. The tests fail where a figure gets worse.
   and store instructions pass (not what wgmma and tcgen05 read by themselves), for each packed
   element (key, value or weight); "-" where the loop is over something else
 - spills: instructions that move registers to or from local memory
-- modelled roofline: share of the memory bandwidth of A100-80, H100 SXM, B200 or MI300X that the
-  loop's instructions allow
+- shared KiB: of a block, and what one may have at most; the check fails above it. 99 KiB is what
+  sm_86, sm_89 and sm_120 have
+- modelled roofline: share of the memory bandwidth of A100-80, L40S, H100 SXM, B200, RTX 5090 or
+  MI300X that the loop's instructions allow
 
 """
 
@@ -37,7 +39,7 @@ COLUMNS = {
     "target": lambda row: "",
     "registers": lambda row: str(row["registers"]),
     "spills": lambda row: str(row["spills"]),
-    "shared KiB": lambda row: f"{row['shared'] / 1024:.1f}",
+    "shared KiB": lambda row: f"{row['shared'] / 1024:.1f} / {row['shared_limit'] // 1024}",
     "instr": lambda row: str(row["instructions"]),
     "loop": lambda row: str(row["loop_instructions"] or "-"),
     "instr/elem": lambda row: _figure(row, "instructions_per_element"),
@@ -92,12 +94,17 @@ def render(rows: dict[str, Row]) -> str:
 def regressions(record: dict[str, Row], rows: dict[str, Row]) -> list[str]:
     """What got worse: more spills, or more than TOLERANCE of registers or loop instructions.
 
-    A kernel that no SM could hold is always named.
+    A kernel that no SM could hold, or no block, is always named.
     """
     found = []
     for name, row in rows.items():
         if not row["modelled_occupancy"]:
             found.append(f"{name}: takes more registers or shared memory than there are")
+        if row["shared"] > row["shared_limit"]:
+            found.append(
+                f"{name}: a launch would fail, a block may have {row['shared_limit']} bytes of "
+                f"shared memory and this wants {row['shared']}"
+            )
         old = record.get(name)
         if old is None:
             found.append(f"{name}: not on record, run compile_check --update")

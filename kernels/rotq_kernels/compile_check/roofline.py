@@ -31,6 +31,8 @@ class Device:
     """Of an SM, in lanes."""
     shared_size: int
     """Bytes of an SM."""
+    block_shared: int
+    """Bytes that a block may have at most: a launch that wants more fails."""
     max_warps: int
     max_blocks: int = 32
 
@@ -51,7 +53,23 @@ DEVICES = {
         lanes=32,
         registers=65536,
         shared_size=164 * 1024,
+        block_shared=163 * 1024,
         max_warps=64,
+    ),
+    "sm_89": Device(
+        name="L40S",
+        bytes_per_second=0.864e12,
+        num_sm=142,
+        clock=2.52e9,
+        issue=128,
+        integer=64,
+        shared=128,
+        lanes=32,
+        registers=65536,
+        shared_size=100 * 1024,
+        block_shared=99 * 1024,
+        max_warps=48,
+        max_blocks=24,
     ),
     "sm_90": Device(
         name="H100 SXM",
@@ -64,6 +82,7 @@ DEVICES = {
         lanes=32,
         registers=65536,
         shared_size=228 * 1024,
+        block_shared=227 * 1024,
         max_warps=64,
     ),
     "sm_100": Device(
@@ -77,7 +96,23 @@ DEVICES = {
         lanes=32,
         registers=65536,
         shared_size=228 * 1024,
+        block_shared=227 * 1024,
         max_warps=64,
+    ),
+    "sm_120": Device(
+        name="RTX 5090",
+        bytes_per_second=1.79e12,
+        num_sm=170,
+        clock=2.41e9,
+        issue=128,
+        integer=64,
+        shared=128,
+        lanes=32,
+        registers=65536,
+        shared_size=100 * 1024,
+        block_shared=99 * 1024,
+        max_warps=48,
+        max_blocks=24,
     ),
     "gfx942": Device(
         name="MI300X",
@@ -90,6 +125,7 @@ DEVICES = {
         lanes=64,
         registers=4 * 512 * 64,
         shared_size=64 * 1024,
+        block_shared=64 * 1024,
         max_warps=32,
     ),
 }

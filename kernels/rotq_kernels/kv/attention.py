@@ -22,7 +22,7 @@ from rotq_kernels.kv.cpu.attention import packed_attention_cpu
 from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference
 from rotq_kernels.kv.format import KVHistory
-from rotq_kernels.kv.prefill.launch import packed_prefill
+from rotq_kernels.kv.prefill.launch import EXACT_WIDTH, packed_prefill
 
 DECODE_ROWS = 64
 """Up to here a chunk goes in decode steps, which split the history over the machine; more query
@@ -106,14 +106,16 @@ def packed_attention_triton(
 ) -> Tensor:
     """``packed_attention`` by the kernels, unchecked; CPU tensors need TRITON_INTERPRET=1.
 
-    More query rows than a decode tile holds are decode steps if they are few, else a prefill.
+    More query rows than a decode tile holds are decode steps if they are few, else a prefill; fp32
+    queries of heads wider than EXACT_WIDTH are decode steps however many there are.
     ``splits`` is the number of programs that share the packed tokens of a KV head in a single
     decode step; the machine's size gives it if it is left out.
     """
     group, T = q_BMTD.shape[1] // history.pages.k_codes.shape[1], q_BMTD.shape[2]
     if group * T <= MAX_ROWS:
         return packed_decode(q_BMTD, position_BT, history, scale=scale, splits=splits)
-    if group * T > DECODE_ROWS:
+    fits = q_BMTD.dtype != torch.float32 or q_BMTD.shape[3] <= EXACT_WIDTH
+    if group * T > DECODE_ROWS and fits:
         return packed_prefill(q_BMTD, position_BT, history, scale=scale)
     steps = [slice(t, t + MAX_ROWS // group) for t in range(0, T, MAX_ROWS // group)]
     parts = [

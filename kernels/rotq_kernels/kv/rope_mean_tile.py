@@ -28,8 +28,11 @@ def load_coefficients(
     N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Coefficients of query rows (R, J N) at a position, a token later for each j, and the cos and
-    sin (R, 1) of a step by a tile; R padded to a power of two.
+    """Coefficients of query rows (R, J N) at a position, a token later for each j, what 1 is worth
+    in them (J N), and the cos and sin (R, 1) of a step by a tile; R padded to a power of two.
+
+    Turned by whatever angle, coefficients stay within fp16: they are relative to a power of two
+    that is not below the largest of the row, and not below 2^-9, finer than which no score is.
 
     Args:
         cosine_ptr: fp32 (rows, R).
@@ -51,9 +54,13 @@ def load_coefficients(
     sine = tl.load(sine_ptr + spot, mask=there, other=0.0)
     frequency = tl.load(frequency_ptr + r, mask=r < R, other=0.0)
     cos, sin = cos_sin(position + column // N, frequency)
+    # the same for all j, as they have not been turned yet
+    largest = tl.max(tl.maximum(tl.abs(cosine), tl.abs(sine)), axis=0)
+    worth = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 2.0**-9))))
+    cosine, sine = cosine / worth[None, :], sine / worth[None, :]
     cosine, sine = turn(cosine, sine, tl.trans(cos), tl.trans(sin))
     cos, sin = cos_sin(tl.full([1], TILE, tl.int32), frequency)
-    return cosine, sine, tl.trans(cos), tl.trans(sin)
+    return cosine, sine, worth, tl.trans(cos), tl.trans(sin)
 
 
 @triton.jit

@@ -204,6 +204,7 @@ def check_norms(layers: Sequence[EncodedLayer]) -> None:
     flags = [layer.outgrown for layer in layers if layer.outgrown is not None]
     if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
         raise RotqError(
-            "a token's keys or values are hundreds of times larger than the first ones that were "
-            "packed, and than calibration has seen; the packed cache cannot hold their norms"
+            "a token's keys or values are not finite, or hundreds of times larger than the first "
+            "ones that were packed, and than calibration has seen; the packed cache cannot hold "
+            "their norms"
         )

@@ -25,6 +25,7 @@ ROW = {
     "registers": 100,
     "spills": 0,
     "shared": 2048,
+    "shared_limit": 99 * 1024,
     "instructions": 1000,
     "loop_instructions": 400,
     "loop_integer": 100,
@@ -65,6 +66,12 @@ def test_a_kernel_must_fit_the_device() -> None:
     assert regressions({"a": row}, {"a": row}) == [
         "a: takes more registers or shared memory than there are"
     ]
+
+
+def test_a_block_must_fit_the_device() -> None:
+    row = ROW | {"shared": 100 * 1024}
+    (found,) = regressions({"a": row}, {"a": row})
+    assert found.startswith("a: a launch would fail, a block may have 101376 bytes")
 
 
 def test_every_kernel_on_record_fits() -> None:
@@ -109,7 +116,8 @@ def test_table() -> None:
     lines = render({"m: k3 @ sm_90": ROW}).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == [
-        "m: k3", "sm_90", "100", "0", "2.0", "1000", "400", "4.00", "1.00", "1.60", "25 %", "90 %",
+        "m: k3", "sm_90", "100", "0", "2.0 / 99", "1000",
+        "400", "4.00", "1.00", "1.60", "25 %", "90 %",
     ]  # fmt: skip
 
 

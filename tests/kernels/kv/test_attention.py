@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_device import attend_by_kernel, on_device
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from rotq_kernels.kv.attention import (
     _on_cuda,
     packed_attention,
     packed_attention_reference,
-    packed_attention_triton,
 )
 from rotq_kernels.kv.encode.one_side import turned_mean
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
@@ -120,9 +120,10 @@ def test_operator() -> None:
 
 def test_what_a_gpu_s_tensors_run_on() -> None:
     given = arguments()
-    flat = flatten_history(given["history"])
-    found = _on_cuda(given["q_BMTD"], given["position_BT"], given["scale"], *flat)
-    assert torch.equal(found, packed_attention_triton(**given))
+    flat = flatten_history(on_device(given["history"]))
+    places = (on_device(given[name]) for name in ("q_BMTD", "position_BT"))
+    found = _on_cuda(*places, given["scale"], *flat)
+    assert torch.equal(found.cpu(), attend_by_kernel(**given))
 
 
 def test_flat_arguments_are_all_and_come_back() -> None:

@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_device import attend_by_kernel, encode_by_kernel
 from kv_cases import in_blocks, paged_slots, tokens_of, transform_of
 from torch import Tensor
 
 from rotq_kernels.kv.attention import (
     packed_attention,
     packed_attention_reference,
-    packed_attention_triton,
 )
-from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.encode.reference import encode_kv_reference
 from rotq_kernels.kv.encoding import encode_kv
 from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, KVPages
@@ -58,7 +57,7 @@ def asked(form: KVFormat, tokens: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("encode", [encode_kv_reference, encode_kv_triton, encode_kv])
+@pytest.mark.parametrize("encode", [encode_kv_reference, encode_by_kernel, encode_kv])
 @pytest.mark.parametrize("name", FORMATS)
 def test_tokens_are_written_into_blocks(name: str, encode: Encode) -> None:
     form = FORMATS[name]
@@ -76,7 +75,7 @@ def test_tokens_are_written_into_blocks(name: str, encode: Encode) -> None:
     assert bool(block_PC[:, :32].eq(0xA5).all() and block_PC[:, -32:].eq(0xA5).all())
 
 
-@pytest.mark.parametrize("attend", [packed_attention, packed_attention_triton])
+@pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("name", FORMATS)
 def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
@@ -90,7 +89,7 @@ def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("attend", [packed_attention, packed_attention_triton])
+@pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("hidden", [[0, 4], [17, 40]])
 def test_hidden_tokens_are_as_if_they_were_not_there(
@@ -130,7 +129,7 @@ def test_hidden_tokens_are_as_if_they_were_not_there(
         torch.testing.assert_close(found, answers[2], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("attend", [packed_attention, packed_attention_triton])
+@pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
 @pytest.mark.parametrize("window", [7])
 def test_a_window_and_hidden_tokens(window: int, attend: Attend) -> None:
     form = FORMATS["k3v3 width 64"]

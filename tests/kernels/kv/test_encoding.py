@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_device import encode_by_kernel, on_device
 from kv_cases import assert_same_pages, dirty_pages, paged_slots, tokens_of, transform_of
 
 from rotq_kernels.kv.encode.arguments import SideArguments, side_arguments
-from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.encode.reference import encode_kv_reference
 from rotq_kernels.kv.encoding import _on_cuda, _op, encode_kv
 from rotq_kernels.kv.format import KVFormat, KVPages
@@ -49,10 +49,11 @@ def test_what_a_gpu_s_tensors_run_on() -> None:
     slot_BT, _, num_pages = paged_slots([5], form.page_size)
     given = (*tokens_of(transform, 1, 5), torch.arange(5)[None], slot_BT, transform)
     pages, expected = dirty_pages(form, num_pages, 2), dirty_pages(form, num_pages, 2)
-    encode_kv_triton(*given, expected)
-    for side in side_arguments(*given, pages):
+    encode_by_kernel(*given, expected)
+    there = on_device(pages)
+    for side in side_arguments(*on_device(given), there):
         _on_cuda(*side.flat())
-    assert_same_pages(pages, expected)
+    assert_same_pages(there, on_device(expected))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ residual modes and widths of codes that the presets use. Elements are those of k
 from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.launch import MAX_ROWS, WARPS, tile_sizes
+from rotq_kernels.kv.decode.launch import MAX_ROWS, tile_sizes
 from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
 from rotq_kernels.kv.format import KVFormat
 
-NVIDIA = ("sm_80", "sm_90", "sm_100")
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+SMALL = ("sm_89",)
+"""Where shared memory is the least."""
 AMD = ("gfx942",)
 
 POINTERS = {
@@ -62,7 +64,7 @@ def _decode_case(
     if residual != "none":
         types |= RESIDUAL | (GAMMA if residual == "qjl" else {})
     has_ptx = targets != AMD
-    tile = tile_sizes(width, rows, has_ptx=has_ptx)
+    tile = tile_sizes(width, rows, has_ptx=has_ptx, exact=exact)
     constants = {
         **{argument: None for argument in decode_kernel.arg_names if argument.endswith("_ptr")},
         **dict.fromkeys(GAPS),
@@ -74,7 +76,6 @@ def _decode_case(
         "WINDOW": window,
         "LIMBS": 3 if exact else 2,
         "PTX": has_ptx,
-        "WARPS": WARPS,
         **tile,
     }
     return {
@@ -82,7 +83,7 @@ def _decode_case(
         "kernel": decode_kernel,
         "types": types,
         "constants": {key: value for key, value in constants.items() if key not in types},
-        "num_warps": WARPS,
+        "num_warps": tile["WARPS"],
         "num_stages": 1,
         "targets": targets,
         "divisible": GAPS if in_blocks else [],
@@ -135,7 +136,39 @@ COMPILE_CASES = [
     _decode_case("k3v3, width 64, in blocks, portable", width=64, in_blocks=True, targets=AMD),
     _decode_case("k3v3, width 128, static mean, 16 rows", mean="static", rows=16),
     _decode_case("k3v3, width 128, RoPE mean, 16 rows", rows=16),
-    _decode_case("k3v3, width 128, RoPE mean, fp32", exact=True),
+    _decode_case("k3v3, width 128, RoPE mean, fp32", exact=True, targets=("sm_90", *SMALL)),
+    _decode_case(
+        "k4v4, width 128, RoPE mean, qjl, 16 rows, fp32",
+        bits=(4, 4),
+        residual="qjl",
+        rows=16,
+        exact=True,
+        targets=SMALL,
+    ),
+    _decode_case("k3v3, width 256, RoPE mean, fp32", width=256, exact=True, targets=SMALL),
+    _decode_case(
+        "k3v3, width 256, RoPE mean, 16 rows, fp32",
+        width=256,
+        rows=16,
+        exact=True,
+        targets=("sm_80", *SMALL),
+    ),
+    _decode_case(
+        "k4v4, width 256, RoPE mean, qjl, fp32",
+        width=256,
+        bits=(4, 4),
+        residual="qjl",
+        exact=True,
+        targets=SMALL,
+    ),
+    _decode_case(
+        "k4v4, width 256, RoPE mean, qjl, 16 rows",
+        width=256,
+        bits=(4, 4),
+        residual="qjl",
+        rows=16,
+        targets=SMALL,
+    ),
     _decode_case("k4v3, width 128, RoPE mean", bits=(4, 3)),
     _decode_case("k4v2, width 128, RoPE mean", bits=(4, 2)),
     _decode_case("k8v3, width 128, RoPE mean", bits=(8, 3)),
@@ -144,6 +177,6 @@ COMPILE_CASES = [
     _decode_case("k3v3, width 64, RoPE mean", width=64, targets=NVIDIA),
     _decode_case("k3v3, width 80, RoPE mean", width=80),
     _decode_case("k3v3, width 96, RoPE mean", width=96),
-    _decode_case("k3v3, width 256, RoPE mean", width=256),
+    _decode_case("k3v3, width 256, RoPE mean", width=256, targets=("sm_90", *SMALL)),
     *_merge_cases(),
 ]

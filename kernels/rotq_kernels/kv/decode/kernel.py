@@ -7,9 +7,10 @@ A program takes one KV head of one sequence and a run of its tokens, a tile of t
     weights = exp2(scores - running maximum)
     sums   += values^T (weights s_t)
 
-Values meet the weights as 2^-24 of what they are above the lowest level, see ``unpack``. fp32
-queries get three limbs and weights in two halves. What each split leaves: its maximum, its sum of
-weights and its weighted sums of rotated values.
+Coefficients of a mean that turns are fp16 relative to their largest, and the rest of a score is
+counted in the same unit until all of it is there. Values meet the weights as 2^-24 of what they are
+above the lowest level, see ``unpack``. fp32 queries get three limbs and weights in two halves. What
+each split leaves: its maximum, its sum of weights and its weighted sums of rotated values.
 
 Page numbers are loaded a tile ahead, and words of values before the keys are treated; occupancy
 hides the rest.
@@ -142,7 +143,7 @@ def decode_kernel(
     held_first = J * held_lines(LINES, WARPS)[:, None]
     held_token = held_first + tl.arange(0, J)[None, :]
     if cosine_ptr is not None:
-        cosine, sine, cos_step, sin_step = load_coefficients(
+        cosine, sine, worth, cos_step, sin_step = load_coefficients(
             cosine_ptr + query_row * R,
             sine_ptr + query_row * R,
             frequency_ptr,
@@ -154,6 +155,9 @@ def decode_kernel(
             TILE,
         )
         cos_tile, sin_tile = load_angles(angle_ptr, J * held_lines(LINES, WARPS), R, TILE)
+        unit /= worth
+        if k_sign_ptr is not None:
+            r_unit /= worth
 
     page_table_ptr += b.to(tl.int64) * table_width
     peak = tl.full([N], _NOTHING, tl.float32)
@@ -210,6 +214,7 @@ def decode_kernel(
             # [I, PAIRS] @ [PAIRS, J N] -> [I, J N]
             score = tl.dot(cos_tile, cosine.to(kind), score, input_precision=PRECISION)
             score = tl.dot(sin_tile, sine.to(kind), score, input_precision=PRECISION)
+            score *= worth[None, :]
             cosine, sine = turn(cosine, sine, cos_step, sin_step)
 
         token_all = over_columns(token, N)

@@ -9,7 +9,7 @@ from torch import Tensor
 from rotq_kernels.kv.format import KVConstants, KVHistory, level_words
 from rotq_kernels.kv.query import TurnedQuery, turn_query
 from rotq_kernels.kv.rope_mean import angle_table
-from rotq_kernels.launching import next_power_of_two, require_triton
+from rotq_kernels.launching import launch, next_power_of_two, require_triton
 
 MAX_ROWS = 16
 """Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
@@ -19,8 +19,6 @@ SPLIT_TOKENS = 256
 
 PROGRAMS_PER_SM = 4
 """Of the decode kernel, all splits together."""
-
-WARPS = 4
 
 
 def packed_decode(
@@ -49,8 +47,11 @@ def packed_decode(
     sums = q_BMTD.new_empty((B * H, partials, rows, q_BMTD.shape[3]), dtype=torch.float32)
     peak = q_BMTD.new_empty((B * H, partials, rows), dtype=torch.float32)
     weight = torch.empty_like(peak)
-    decode_kernel[(B * H, splits)](
-        **_decode_arguments(q_BMTD, history, turned),
+    arguments = _decode_arguments(q_BMTD, history, turned)
+    launch(
+        decode_kernel,
+        (B * H, splits),
+        **arguments,
         page_table_ptr=history.page_table_BJ.contiguous(),
         length_ptr=history.length_B.contiguous(),
         start_ptr=history.start_B.contiguous(),
@@ -64,8 +65,9 @@ def packed_decode(
         T=T,
         table_width=table_width,
         partials=partials,
-        num_warps=WARPS,
+        num_warps=arguments["WARPS"],
         num_stages=1,
+        on=q_BMTD,
     )
     if history.dense is not None:
         _attend_dense(q_BMTD, position_BT, history, scale, (sums, peak, weight))
@@ -81,11 +83,20 @@ def _choose_splits(q_BMTD: Tensor, heads: int, tokens: int) -> int:
     return max(1, min(wanted, tokens // SPLIT_TOKENS, 128))
 
 
-def tile_sizes(D: int, rows: int, *, has_ptx: bool) -> dict[str, int]:
-    """Sizes of the decode kernel's tile: query rows N and tokens TILE."""
-    # 64 lines of codes; heads of one or two chunks put four or two tokens on a line
-    tokens = 64 * max(1, 4 // -(-D // 32))
-    return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens}
+def tile_sizes(D: int, rows: int, *, has_ptx: bool, exact: bool) -> dict[str, int]:
+    """Sizes of the decode kernel's tile: query rows N, tokens TILE, and WARPS.
+
+    Args:
+        D: Head width.
+        rows: Query rows of a KV head, at most MAX_ROWS.
+        has_ptx: Whether the GPU is NVIDIA's.
+        exact: fp32 queries, which of wide heads take so much shared memory that a small GPU holds
+            half of a tile.
+    """
+    warps = 2 if exact and D > 128 else 4
+    # 16 lines of codes a warp; heads of one or two chunks put four or two tokens on a line
+    tokens = 16 * warps * max(1, 4 // -(-D // 32))
+    return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens, "WARPS": warps}
 
 
 def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
     rows = turned.levels_BHND.shape[2]
     has_ptx = q_BMTD.is_cuda and torch.version.hip is None
     exact = q_BMTD.dtype == torch.float32
-    sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx)
+    sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx, exact=exact)
     turning, R, angles = turned.cosine_BHNR is not None, 1, None
     if constants.inv_freq_R is not None and turning:
         R = constants.inv_freq_R.shape[0]
@@ -127,7 +138,6 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
         "WINDOW": history.window,
         "LIMBS": 3 if exact else 2,
         "PTX": has_ptx,
-        "WARPS": WARPS,
         **sizes,
     }
 
@@ -145,7 +155,9 @@ def _attend_dense(
     assert dense is not None
     sums, peak, weight = partial
     k_BHND, v_BHND = dense.k_BHND, dense.v_BHND
-    dense_kernel[(sums.shape[0],)](
+    launch(
+        dense_kernel,
+        (sums.shape[0],),
         q_BMTD,
         k_BHND,
         v_BHND,
@@ -167,6 +179,7 @@ def _attend_dense(
         N=MAX_ROWS,
         TILE=32,
         PRECISION=_precision(q_BMTD.dtype == torch.float32),
+        on=q_BMTD,
     )
 
 
@@ -183,7 +196,9 @@ def _merge(
     heads, partials, rows, D = sums.shape
     out_BMTD = torch.empty_like(q_BMTD)
     block = 32
-    merge_kernel[(heads, -(-D // block))](
+    launch(
+        merge_kernel,
+        (heads, -(-D // block)),
         sums,
         peak,
         weight,
@@ -200,6 +215,7 @@ def _merge(
         P=next_power_of_two(partials),
         BLOCK=block,
         PRECISION=_precision(True),
+        on=q_BMTD,
     )
     return out_BMTD
 

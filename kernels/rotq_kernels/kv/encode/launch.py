@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rotq_kernels.kv.encode.arguments import WRITTEN, SideArguments, side_arguments
 from rotq_kernels.kv.format import KVConstants, KVPages, gap_of
-from rotq_kernels.launching import next_power_of_two, require_triton
+from rotq_kernels.launching import launch, next_power_of_two, require_triton
 
 READ = (
     *("position_BT", "slot_BT", "matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H"),
@@ -37,7 +37,9 @@ def encode_side_triton(given: SideArguments) -> None:
         x_BHTD = x_BHTD.contiguous()
     B, H, T, D = x_BHTD.shape
     shape = tile_sizes(D, B * T, given.search)
-    encode_kernel[(-(-B * T // shape["BLOCK_N"]), H)](
+    launch(
+        encode_kernel,
+        (-(-B * T // shape["BLOCK_N"]), H),
         x_BHTD,
         *(_contiguous(getattr(given, name)) for name in READ),
         given.codes_PHSW,
@@ -60,6 +62,7 @@ def encode_side_triton(given: SideArguments) -> None:
         PRECISION="ieee",
         enable_fp_fusion=False,
         **shape,
+        on=x_BHTD,
     )
 
 

@@ -4,7 +4,8 @@ A token's row x, its mean already removed, becomes (symbols as in ``kv.format``)
 
     y = A x,  u = y / rms(y),  q = number of thresholds below u,  s by ``SideConstants.gain``
 
-and comes back as A^-1 (s L[q] + residual). A row of zeros has u = 0 and the smallest norm there is.
+and comes back as A^-1 (s L[q] + residual). A row of zeros has u = 0 and the smallest norm there is,
+one with a NaN or an infinity the largest, which is what tells those who stored it.
 With ``norm="none"`` u is y itself and s is 2^base.
 
 Shape suffixes: B sequences, T tokens, H KV heads, D head width, L levels, R rotary pairs.
@@ -96,7 +97,9 @@ def quantize_side(
             scale_BHT = (y_BHTD * level_BHTD).sum(-1) / energy_BHT
         else:
             scale_BHT = (y_BHTD.square().sum(-1) / energy_BHT).sqrt()
-    return codes_BHTD, encode_norm(scale_BHT.clamp(min=0), side.base_H[:, None], NORM_DTYPES[norm])
+    # a row that is not finite gets the norm that nothing else has, so that it is noticed
+    scale_BHT = scale_BHT.clamp(min=0).where(rms_BHT.isfinite(), torch.inf)
+    return codes_BHTD, encode_norm(scale_BHT, side.base_H[:, None], NORM_DTYPES[norm])
 
 
 def _searched(

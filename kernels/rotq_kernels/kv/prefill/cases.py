@@ -1,10 +1,18 @@
-"""What ``compile_check`` compiles of ``prefill.kernels``: half-precision queries."""
+"""What ``compile_check`` compiles of ``prefill.kernels``.
+
+Every tile that ``prefill.launch`` takes, with the residual that takes the most shared memory.
+"""
 
 from typing import Any
 
+from rotq_kernels.kv.format import KVFormat
 from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel, packed_kernel
+from rotq_kernels.kv.prefill.launch import tile_sizes
 
 AMD = ("gfx942",)
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+SMALL = ("sm_89",)
+"""Where shared memory is the least."""
 
 GAPS = [name for name in packed_kernel.arg_names if name.startswith("gap_")]
 """Of pages in blocks."""
@@ -40,19 +48,24 @@ def _packed_case(
     *,
     mean: str = "rope",
     residual: str = "none",
-    N: int = 128,
-    TILE: int = 64,
     in_blocks: bool = False,
-    num_warps: int = 8,
-    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100"),
+    exact: bool = False,
+    targets: tuple[str, ...] = NVIDIA,
 ) -> dict[str, Any]:
     """Without ``elements``: with so many query rows it is not the memory that limits."""
+    form = KVFormat(head_dim=D, k_bits=bits, v_bits=bits, residual=residual)  # type: ignore[arg-type]
+    tile = tile_sizes(form, exact=exact)
+    num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
     types = _POINTERS | dict.fromkeys(("H", "rows", "T", "table_width", "tiles"), "i32")
     types["mean_scale"] = "fp32"
     types |= {"hidden_ptr": "*i32"} | dict.fromkeys(GAPS, "i32")
     left_out = ["residual_ptr", "k_sign_ptr", "k_gamma_ptr", "gamma_base_ptr"]
-    if residual == "qjl":
+    if exact:
+        types |= {"q_ptr": "*fp32", "angle_ptr": "*fp32"}
+    if residual != "none":
         types |= {"residual_ptr": "*fp32", "k_sign_ptr": "*i32"}
+        left_out = ["k_gamma_ptr", "gamma_base_ptr"]
+    if residual == "qjl":
         types |= {"k_gamma_ptr": "*u8", "gamma_base_ptr": "*fp32"}
         left_out = []
     if not in_blocks:
@@ -60,44 +73,62 @@ def _packed_case(
     if mean != "rope":
         left_out += ["mean_ptr", "angle_ptr", "origin_ptr"]
     constants = {"D": D, "R": D // 2, "K_BITS": bits, "V_BITS": bits, "PAGE": 64, "WINDOW": 0}
-    tile = {"N": N, "TILE": TILE, "EXACT": False, "PTX": targets != AMD}
+    shape = "x".join(str(size) for size in tile.values())
+    tile |= {"EXACT": exact, "PTX": targets != AMD}
     return {
         "kernel": packed_kernel,
-        "name": f"D={D} k{bits}v{bits} mean {mean}, residual {residual}, {N}x{TILE}"
+        "name": f"D={D} k{bits}v{bits} mean {mean}, residual {residual}, {shape}"
         + ", in blocks" * in_blocks
+        + ", fp32" * exact
         + ", no PTX" * (targets == AMD),
         "types": {name: kind for name, kind in types.items() if name not in left_out},
         "constants": constants | tile | dict.fromkeys(left_out),
         "num_warps": num_warps,
+        "num_stages": num_stages,
         "targets": targets,
         "divisible": GAPS if in_blocks else [],
     }
 
 
-def _dense_case(D: int) -> dict[str, Any]:
+def _dense_case(D: int, *, exact: bool = False) -> dict[str, Any]:
     pointers = ("sums_ptr", "peak_ptr", "weight_ptr", "position_ptr")
     strides = [f"stride_{side}{axis}" for side in "kv" for axis in "bhn"]
     types = {name: _POINTERS[name] for name in pointers} | {"k_position_ptr": "*i32"}
-    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16") | {"scale": "fp32"}
+    kind = "*fp32" if exact else "*bf16"
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), kind) | {"scale": "fp32"}
     types |= dict.fromkeys(("H", "rows", "T", "tokens", *strides), "i32")
+    tile = tile_sizes(KVFormat(head_dim=D, k_bits=3, v_bits=3), exact=exact)
+    num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
     return {
         "kernel": dense_chunk_kernel,
-        "name": f"dense chunk D={D}",
+        "name": f"dense chunk D={D}" + ", fp32" * exact,
         "types": types,
-        "constants": {"D": D, "WINDOW": 0, "N": 128, "TILE": 64, "PRECISION": "tf32x3"},
-        "num_warps": 8,
-        "targets": ("sm_80", "sm_90", "sm_100"),
+        "constants": {"D": D, "WINDOW": 0, "PRECISION": "tf32x3", **tile},
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "targets": NVIDIA if D == 128 and not exact else SMALL,
         "divisible": strides,
     }
 
 
 COMPILE_CASES = [
     _packed_case(128, 3),
-    _packed_case(128, 3, in_blocks=True),
-    _packed_case(128, 3, mean="none"),
+    _packed_case(128, 3, in_blocks=True, targets=("sm_90", *SMALL)),
+    _packed_case(128, 3, mean="none", targets=("sm_90", *SMALL)),
     _packed_case(128, 4, residual="qjl"),
-    _packed_case(64, 3, N=64, num_warps=4),
-    _packed_case(64, 3, N=64, num_warps=4, targets=AMD),
-    _packed_case(256, 3, N=64, TILE=32),
+    _packed_case(128, 3, residual="sign", targets=SMALL),
+    _packed_case(128, 8, targets=SMALL),
+    _packed_case(128, 3, exact=True, targets=("sm_90", *SMALL)),
+    _packed_case(128, 4, residual="qjl", exact=True, targets=SMALL),
+    _packed_case(64, 3),
+    _packed_case(64, 4, residual="qjl", targets=SMALL),
+    _packed_case(64, 4, residual="qjl", exact=True, targets=SMALL),
+    _packed_case(64, 3, targets=AMD),
+    _packed_case(96, 4, residual="qjl", targets=SMALL),
+    _packed_case(256, 3),
+    _packed_case(256, 4, residual="qjl", targets=SMALL),
+    _dense_case(64),
     _dense_case(128),
+    _dense_case(256),
+    _dense_case(128, exact=True),
 ]

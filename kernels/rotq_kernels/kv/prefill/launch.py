@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory, level_words
+from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, level_words
 from rotq_kernels.kv.query import turn_query
 from rotq_kernels.kv.rope_mean import angle_table
-from rotq_kernels.launching import require_triton
+from rotq_kernels.launching import launch, require_triton
+
+EXACT_WIDTH = 128
+"""Wider heads of fp32 queries would not fit; they are taken in decode steps."""
 
 
 def packed_prefill(
@@ -46,8 +49,10 @@ def packed_prefill(
     out_BMTD = torch.empty_like(q_BMTD)
     k_BHND, v_BHND, dense_position_BN = _dense_tensors(history.dense, q_BMTD, H)
     N, T = sums_BHND.shape[2], q_BMTD.shape[2]
-    tile = _tile(q_BMTD)
-    dense_chunk_kernel[(-(-N // tile["N"]), sums_BHND.shape[0] * H)](
+    tile = tile_sizes(history.pages.format, exact=q_BMTD.dtype == torch.float32)
+    launch(
+        dense_chunk_kernel,
+        (-(-N // tile["N"]), sums_BHND.shape[0] * H),
         q_BMTD,
         k_BHND,
         v_BHND,
@@ -68,6 +73,7 @@ def packed_prefill(
         WINDOW=history.window,
         PRECISION="ieee" if torch.version.hip is not None else "tf32x3",
         **tile,
+        on=q_BMTD,
     )
     return out_BMTD
 
@@ -86,7 +92,8 @@ def _attend_packed(
     peak_BHN = sums_BHND.new_empty(sums_BHND.shape[:3])
     weight_BHN = torch.empty_like(peak_BHN)
     B, H, N, D = sums_BHND.shape
-    tile, exact = _tile(q_BMTD), q_BMTD.dtype == torch.float32
+    exact = q_BMTD.dtype == torch.float32
+    tile = tile_sizes(form, exact=exact)
     turning = constants.mean == "rope"
     origins = angles = None
     if turning:
@@ -96,7 +103,9 @@ def _attend_packed(
         origins = _angles(constants.inv_freq_R, first_BQ)
         angle_dtype = torch.float32 if exact else torch.float16
         angles = angle_table(constants.inv_freq_R, tile["TILE"], angle_dtype)
-    packed_kernel[(-(-N // tile["N"]), B * H)](
+    launch(
+        packed_kernel,
+        (-(-N // tile["N"]), B * H),
         q_BMTD,
         turned.levels_BHND.contiguous(),
         _contiguous(turned.residual_BHND),
@@ -139,6 +148,7 @@ def _attend_packed(
         EXACT=exact,
         PTX=q_BMTD.is_cuda and torch.version.hip is None,
         **tile,
+        on=q_BMTD,
     )
     return sums_BHND, peak_BHN, weight_BHN
 
@@ -159,15 +169,23 @@ def _without_turning_mean(constants: KVConstants) -> KVConstants:
     return replace(constants, mean="static", key=replace(constants.key, mean_HD=mean_HD))
 
 
-def _tile(q_BMTD: Tensor) -> dict[str, int]:
-    """Query rows N and tokens TILE of a program, and its warps."""
-    if q_BMTD.dtype == torch.float32:
-        return {"N": 32, "TILE": 32, "num_warps": 4}
-    if q_BMTD.shape[3] <= 64:
-        return {"N": 64, "TILE": 64, "num_warps": 4}
-    if q_BMTD.shape[3] <= 128:
-        return {"N": 128, "TILE": 64, "num_warps": 8}
-    return {"N": 64, "TILE": 32, "num_warps": 8}
+def tile_sizes(form: KVFormat, *, exact: bool) -> dict[str, int]:
+    """Query rows N and tokens TILE of a program, its warps and stages.
+
+    What they take of shared memory fits the smallest GPUs, 99 KiB of sm_86, sm_89 and sm_120.
+
+    Args:
+        form: Of the pages.
+        exact: fp32 queries, of heads up to EXACT_WIDTH.
+    """
+    if exact:
+        return {"N": 16, "TILE": 32, "num_warps": 4, "num_stages": 1}
+    if form.head_dim <= 64:
+        return {"N": 64, "TILE": 64, "num_warps": 4, "num_stages": 2}
+    if form.head_dim <= 128:
+        tokens = 64 if form.residual == "none" else 32
+        return {"N": 64, "TILE": tokens, "num_warps": 8, "num_stages": 2}
+    return {"N": 32, "TILE": 32, "num_warps": 4, "num_stages": 2}
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_device import attend_by_kernel, is_interpreted
 from kv_cases import paged_slots, tokens_of, transform_of
 from prmt_emulation import emulate_prmt
 from torch import Tensor
 
-from rotq_kernels.kv.attention import packed_attention_reference, packed_attention_triton
+from rotq_kernels.kv.attention import packed_attention_reference
 from rotq_kernels.kv.decode import kernel
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
@@ -105,9 +106,7 @@ class Case:
             )
             for tensor in (history.dense.k_BHND, history.dense.v_BHND):
                 tensor.transpose(1, 2)[gone_BN] = float("nan")
-        return packed_attention_triton(
-            self.q_BMTD, self.position_BT, history, scale=self.scale, **more
-        )
+        return attend_by_kernel(self.q_BMTD, self.position_BT, history, scale=self.scale, **more)
 
     def oracle(self) -> Tensor:
         return packed_attention_reference(
@@ -263,6 +262,17 @@ def test_large_scores() -> None:
     assert_no_worse(case)
 
 
+@pytest.mark.parametrize("residual", ["none", "sign", "qjl"])
+def test_large_means_and_queries(residual: Any) -> None:
+    """Whose product fp16 does not hold."""
+    form = KVFormat(head_dim=64, k_bits=3, v_bits=3, residual=residual)
+    case = Case(form, lengths=[150], starts=[0])
+    case.transform.key.mean_HD *= 3000
+    case.q_BMTD *= 30
+    assert float(case.q_BMTD.abs().max() * case.transform.key.mean_HD.abs().max()) > 65504
+    assert_no_worse(case)
+
+
 @pytest.mark.parametrize("residual", ["none", "qjl"])
 def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What NVIDIA's GPUs run, the instruction emulated: bitwise the portable path's result."""
@@ -282,7 +292,14 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ran
     tile["PTX"] = True
     assert torch.equal(case.run(), portable)
-    assert ran
+    assert bool(ran) == is_interpreted()
+
+
+def test_long_chunk_of_wide_heads() -> None:
+    """fp32 queries of wide heads have no prefill kernel that fits a small GPU."""
+    form = KVFormat(head_dim=160, k_bits=3, v_bits=3)
+    dtype = torch.float32
+    assert_no_worse(Case(form, group=4, tokens=17, dtype=dtype, lengths=[70], starts=[5]))
 
 
 def test_long_chunk() -> None:

@@ -1,17 +1,13 @@
 """The encoding kernel against the reference; without a GPU it runs in Triton's interpreter."""
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
+from kernel_device import DEVICE, encode_by_kernel
 from kv_cases import assert_same_pages, dirty_pages, paged_slots, tokens_of, transform_of
 
-from rotq_kernels.kv.encode.launch import encode_kv_triton, tile_sizes
+from rotq_kernels.kv.encode.launch import tile_sizes
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages
 
 FORMATS = {
     "k3v3": KVFormat(head_dim=64, k_bits=3, v_bits=3, page_size=16),
@@ -33,34 +29,6 @@ def exact_transform(form: KVFormat, num_heads: int, mean: str = "static") -> KVC
     if transform.sketch_DD is not None:
         transform.sketch_DD = torch.eye(form.head_dim).flip(0)
     return transform
-
-
-def on_device(holder: Any) -> Any:
-    """A copy of a dataclass whose tensors lie where the kernel runs."""
-    moved = {}
-    for field in dataclasses.fields(holder):
-        value = getattr(holder, field.name)
-        if isinstance(value, torch.Tensor):
-            moved[field.name] = value.to(DEVICE)
-        elif isinstance(value, SideConstants):
-            moved[field.name] = on_device(value)
-    return dataclasses.replace(holder, **moved)
-
-
-def encode_by_kernel(
-    k_BHTD: torch.Tensor,
-    v_BHTD: torch.Tensor,
-    position_BT: torch.Tensor,
-    slot_BT: torch.Tensor,
-    transform: KVConstants,
-    pages: KVPages,
-) -> None:
-    """``encode_kv_triton`` where it runs; ``pages`` are modified where they are."""
-    tokens = (tensor.to(DEVICE) for tensor in (k_BHTD, v_BHTD, position_BT, slot_BT))
-    there = on_device(pages)
-    encode_kv_triton(*tokens, on_device(transform), there)
-    for own, result in zip(pages.tensors(), there.tensors(), strict=True):
-        own.copy_(result)
 
 
 EXACT = {
@@ -135,6 +103,37 @@ def test_kernel_on_any_input_but_for_ties(gain: str, mean: str) -> None:
     for one, whole in zip(back, (k_BHTD, v_BHTD), strict=True):
         error = (one[0] - whole[0]).norm() / whole[0].norm()
         assert error < 0.35
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("gain", ["lsq", "norm", "none"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["k3v3", "k8v2"])
+def test_rows_that_are_not_finite_get_the_largest_norm(name: str, wrong: float, gain: str) -> None:
+    """By the kernel and by the reference, and no other row changes."""
+    form = FORMATS[name]
+    transform = transform_of(form, 2, gain=gain)
+    tokens = [*tokens_of(transform, 1, 5)]
+    slot_BT, _, num_pages = paged_slots([5], form.page_size)
+    position_BT, found = torch.arange(5)[None], []
+    for encode in (encode_kv_reference, encode_by_kernel):
+        for poison in (False, True):
+            x_BHTD = [x.clone() for x in tokens]
+            if poison:
+                for x in x_BHTD:
+                    x[0, 1, 2, 7] = wrong
+            pages = KVPages.empty(form, num_pages, 2)
+            encode(*x_BHTD, position_BT, slot_BT, transform, pages)
+            found.append([pages.k_norm, pages.v_norm])
+    page, place = divmod(int(slot_BT[0, 2]), form.page_size)
+    for whole, broken in (found[:2], found[2:]):
+        for expected_PHS, norm_PHS in zip(whole, broken, strict=True):
+            assert expected_PHS is not None
+            assert norm_PHS is not None
+            top = 255 if norm_PHS.dtype == torch.uint8 else torch.inf
+            assert float(norm_PHS[page, 1, place]) == top
+            norm_PHS[page, 1, place] = expected_PHS[page, 1, place]
+            assert torch.equal(norm_PHS, expected_PHS)
 
 
 def layouts(x_BHTD: torch.Tensor) -> dict[str, torch.Tensor]:

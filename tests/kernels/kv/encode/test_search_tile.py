@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_device import encode_by_kernel
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
 from rotq_kernels.kv.encode.arguments import side_arguments
-from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.encoding import _op, encode_kv
 from rotq_kernels.kv.format import KVConstants, KVFormat, KVPages, SideConstants
@@ -55,7 +55,7 @@ def encoded(name: str) -> tuple[KVConstants, tuple[Tensor, Tensor], list[KVPages
     )
     found = []
     for run, constants in (
-        (encode_kv_triton, transform),
+        (encode_by_kernel, transform),
         (encode_kv_reference, transform),
         (encode_kv_reference, plain),
     ):

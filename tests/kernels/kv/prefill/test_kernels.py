@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from kernel_device import attend_by_kernel
 from kv_cases import paged_slots, tokens_of, transform_of
 from torch import Tensor
 
@@ -124,7 +125,8 @@ def plain_attention(case: Case) -> Tensor:
 
 
 def run(case: Case) -> Tensor:
-    return packed_prefill(case.q_BMTD, case.position_BT, case.history, scale=case.scale)
+    given = (case.q_BMTD, case.position_BT, case.history)
+    return attend_by_kernel(*given, by=packed_prefill, scale=case.scale)
 
 
 def check(case: Case) -> Tensor:
