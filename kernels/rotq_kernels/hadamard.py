@@ -16,6 +16,7 @@ import math
 import torch
 
 from rotq_kernels.launching import launch, next_power_of_two, require_triton
+from rotq_kernels.operators import register
 
 LONGEST_RUN = 8192
 """Elements that one program of the first kernel holds: fp32, in 32 KiB of shared memory."""
@@ -186,14 +187,16 @@ def core_blocks(M: int) -> dict[str, int]:
     }
 
 
-_op = torch.library.custom_op(
-    "rotq::hadamard", hadamard_triton, mutates_args=(), device_types="cuda"
-)
-_op.register_kernel("cpu")(hadamard_cpu)
-
-
-@_op.register_fake
-def _(
+def _fake(
     x_RK: torch.Tensor, core_MM: torch.Tensor, signs_K: torch.Tensor | None = None
 ) -> torch.Tensor:
     return x_RK.new_empty(x_RK.shape)
+
+
+_op = register(
+    "hadamard",
+    torch.library.infer_schema(hadamard_triton, mutates_args=()),
+    cuda=hadamard_triton,
+    cpu=hadamard_cpu,
+    fake=_fake,
+)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from rotq_kernels.launching import launch, next_power_of_two, require_triton
 from rotq_kernels.layout import packed_words, unpack
+from rotq_kernels.operators import register
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -230,14 +231,7 @@ def _check(
         raise ValueError(f"bias must be a float ({N},), got {bias_N.dtype} {tuple(bias_N.shape)}")
 
 
-_op = torch.library.custom_op(
-    "rotq::packed_linear", packed_linear_triton, mutates_args=(), device_types="cuda"
-)
-_op.register_kernel("cpu")(packed_linear_cpu)
-
-
-@_op.register_fake
-def _(
+def _fake(
     x_MK: Tensor,
     weight_packed_NW: Tensor,
     weight_scale_NG: Tensor,
@@ -269,4 +263,12 @@ def _backward(
     return grad_MK, None, None, None, grad_N, None
 
 
-_op.register_autograd(_backward, setup_context=_keep_weight)
+_op = register(
+    "packed_linear",
+    torch.library.infer_schema(packed_linear_triton, mutates_args=()),
+    cuda=packed_linear_triton,
+    cpu=packed_linear_cpu,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_keep_weight,
+)

@@ -16,12 +16,13 @@ from rotq_kernels.kv.format import (
 )
 
 SCHEMA = (
-    "(Tensor q_BMTD, Tensor position_BT, float scale, Tensor page_table_BJ, Tensor length_B, "
+    "(Tensor q_BMTD, Tensor position_BT, float scale, Tensor?[] tables, "
+    "Tensor page_table_BJ, Tensor length_B, "
     "Tensor start_B, Tensor? hidden_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, "
     "int k_bits, int v_bits, str norm, str residual, str mean, float rotary_scale, int window) "
     "-> Tensor"
 )
-"""Queries, their positions, the scale, and what ``flatten_history`` gives."""
+"""Queries, positions, scale, ``decode.tables`` (none on a CPU), what ``flatten_history`` gives."""
 
 PAGES = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
 SIDE = ("inverse_HDD", "matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")

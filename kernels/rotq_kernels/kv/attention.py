@@ -19,10 +19,12 @@ from torch import Tensor
 
 from rotq_kernels.kv.arguments import SCHEMA, flatten_history, restore_history
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
-from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode
+from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode, step_tables
+from rotq_kernels.kv.decode.tables import DecodeTables
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference
 from rotq_kernels.kv.format import KVHistory
 from rotq_kernels.kv.prefill.launch import EXACT_WIDTH, packed_prefill
+from rotq_kernels.operators import register
 
 DECODE_ROWS = 64
 """Up to here a chunk goes in decode steps, which split the history over the machine; more query
@@ -56,7 +58,8 @@ def packed_attention(
     _check_integers(q_BMTD, position_BT, history)
     if history.window < 0:
         raise ValueError(f"window must be 0 (none) or positive, got {history.window}")
-    return _op(q_BMTD, position_BT, scale, *flatten_history(history))
+    tables = step_tables(q_BMTD, history).flat() if q_BMTD.is_cuda else []
+    return _op(q_BMTD, position_BT, scale, tables, *flatten_history(history))
 
 
 def packed_attention_reference(
@@ -103,23 +106,26 @@ def packed_attention_triton(
     *,
     scale: float,
     splits: int | None = None,
+    tables: DecodeTables | None = None,
 ) -> Tensor:
     """``packed_attention`` by the kernels, unchecked; CPU tensors need TRITON_INTERPRET=1.
 
     More query rows than a decode tile holds are decode steps if they are few, else a prefill; fp32
     queries of heads wider than EXACT_WIDTH are decode steps however many there are.
     ``splits`` is the number of programs that share the packed tokens of a KV head in a single
-    decode step; the machine's size gives it if it is left out.
+    decode step; the machine's size gives it if it is left out. ``tables`` are those of
+    ``step_tables``, made if they are left out.
     """
     group, T = q_BMTD.shape[1] // history.pages.k_codes.shape[1], q_BMTD.shape[2]
     if group * T <= MAX_ROWS:
-        return packed_decode(q_BMTD, position_BT, history, scale=scale, splits=splits)
+        options: dict[str, Any] = {"scale": scale, "splits": splits, "tables": tables}
+        return packed_decode(q_BMTD, position_BT, history, **options)
     fits = q_BMTD.dtype != torch.float32 or q_BMTD.shape[3] <= EXACT_WIDTH
     if group * T > DECODE_ROWS and fits:
         return packed_prefill(q_BMTD, position_BT, history, scale=scale)
     steps = [slice(t, t + MAX_ROWS // group) for t in range(0, T, MAX_ROWS // group)]
     parts = [
-        packed_decode(q_BMTD[:, :, step], position_BT[:, step], history, scale=scale)
+        packed_decode(q_BMTD[:, :, step], position_BT[:, step], history, scale=scale, tables=tables)
         for step in steps
     ]
     return torch.cat(parts, dim=2)
@@ -167,20 +173,22 @@ def _check_integers(q_BMTD: Tensor, position_BT: Tensor, history: KVHistory) -> 
             )
 
 
-def _on_cuda(q_BMTD: Tensor, position_BT: Tensor, scale: float, *flat: Any) -> Tensor:
-    return packed_attention_triton(q_BMTD, position_BT, restore_history(*flat), scale=scale)
+def _on_cuda(
+    q_BMTD: Tensor, position_BT: Tensor, scale: float, tables: list[Tensor | None], *flat: Any
+) -> Tensor:
+    held = DecodeTables.restore(tables) if tables else None
+    history = restore_history(*flat)
+    return packed_attention_triton(q_BMTD, position_BT, history, scale=scale, tables=held)
 
 
-def _on_cpu(q_BMTD: Tensor, position_BT: Tensor, scale: float, *flat: Any) -> Tensor:
+def _on_cpu(
+    q_BMTD: Tensor, position_BT: Tensor, scale: float, tables: list[Tensor | None], *flat: Any
+) -> Tensor:
     return packed_attention_cpu(q_BMTD, position_BT, restore_history(*flat), scale=scale)
 
 
-_op = torch.library.custom_op(
-    "rotq::packed_attention", _on_cuda, mutates_args=(), device_types="cuda", schema=SCHEMA
-)
-_op.register_kernel("cpu")(_on_cpu)
-
-
-@_op.register_fake
-def _(q_BMTD: Tensor, *flat: Any) -> Tensor:
+def _fake(q_BMTD: Tensor, *flat: Any) -> Tensor:
     return torch.empty_like(q_BMTD, memory_format=torch.contiguous_format)
+
+
+_op = register("packed_attention", SCHEMA, cuda=_on_cuda, cpu=_on_cpu, fake=_fake)

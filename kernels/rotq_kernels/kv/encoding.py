@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.encode.arguments import SCHEMA, WRITTEN, SideArguments, side_arguments
+from rotq_kernels.kv.encode.arguments import SCHEMA, SideArguments, side_arguments
 from rotq_kernels.kv.encode.launch import encode_side_triton
 from rotq_kernels.kv.encode.reference import encode_side_reference
 from rotq_kernels.kv.format import TABLE_BITS, KVConstants, KVFormat, KVPages, SideConstants
+from rotq_kernels.operators import register
 
 
 def encode_kv(
@@ -107,8 +108,4 @@ def _on_cpu(*flat: Any) -> None:
     encode_side_reference(SideArguments(*flat))
 
 
-_op = torch.library.custom_op(
-    "rotq::encode_side", _on_cuda, mutates_args=WRITTEN, device_types="cuda", schema=SCHEMA
-)
-_op.register_kernel("cpu")(_on_cpu)
-_op.register_fake(lambda *flat: None)
+_op = register("encode_side", SCHEMA, cuda=_on_cuda, cpu=_on_cpu, fake=lambda *flat: None)

@@ -114,7 +114,7 @@ def test_operator() -> None:
     for q_BMTD, dense in ((given["q_BMTD"], history.dense), (wide_BMTD, None)):
         flat = flatten_history(replace(history, dense=dense))
         torch.library.opcheck(
-            torch.ops.rotq.packed_attention.default, (q_BMTD, given["position_BT"], 0.2, *flat)
+            torch.ops.rotq.packed_attention.default, (q_BMTD, given["position_BT"], 0.2, [], *flat)
         )
 
 
@@ -122,7 +122,7 @@ def test_what_a_gpu_s_tensors_run_on() -> None:
     given = arguments()
     flat = flatten_history(on_device(given["history"]))
     places = (on_device(given[name]) for name in ("q_BMTD", "position_BT"))
-    found = _on_cuda(*places, given["scale"], *flat)
+    found = _on_cuda(*places, given["scale"], [], *flat)
     assert torch.equal(found.cpu(), attend_by_kernel(**given))
 
 

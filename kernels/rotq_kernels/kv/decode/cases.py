@@ -7,8 +7,9 @@ residual modes and widths of codes that the presets use. Elements are those of k
 from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.launch import MAX_ROWS, tile_sizes
-from rotq_kernels.kv.decode.merge import dense_kernel, merge_kernel
+from rotq_kernels.kv.decode.launch import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes
+from rotq_kernels.kv.decode.merge import merge_kernel
+from rotq_kernels.kv.decode.turn import turn_kernel
 from rotq_kernels.kv.format import KVFormat
 
 NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -32,7 +33,9 @@ POINTERS = {
     "peak_ptr": "*fp32",
     "weight_ptr": "*fp32",
 }
-SIZES = dict.fromkeys(("H", "rows", "T", "table_width", "partials"), "i32")
+SIZES = dict.fromkeys(("H", "rows", "T", "table_width", "partials", "run"), "i32")
+PARTIALS = dict.fromkeys(("sums_ptr", "peak_ptr", "weight_ptr"), "*fp32")
+STRIDES = [f"stride_{side}{axis}" for side in "kv" for axis in "bhn"]
 GAPS = [name for name in decode_kernel.arg_names if name.startswith("gap_")]
 """Of pages in blocks."""
 RESIDUAL = {"residual_ptr": "*fp32", "k_sign_ptr": "*i32"}
@@ -93,36 +96,64 @@ def _decode_case(
     }
 
 
-def _merge_cases() -> list[dict[str, Any]]:
-    partials = dict.fromkeys(("sums_ptr", "peak_ptr", "weight_ptr"), "*fp32")
-    sizes = dict.fromkeys(("H", "rows", "partials"), "i32")
-    strides = [f"stride_{side}{axis}" for side in "kv" for axis in "bhn"]
-    dense = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16") | partials | sizes
-    dense |= dict.fromkeys(("k_position_ptr", "position_ptr"), "*i32") | {"scale": "fp32"}
-    dense |= dict.fromkeys(("T", "tokens", *strides), "i32")
-    merge = dict.fromkeys(("constant_ptr", "inverse_ptr", "mean_ptr"), "*fp32") | partials | sizes
-    merge |= {"out_ptr": "*bf16", "packed": "i32"}
-    cases = []
-    same = {"D": 128, "N": MAX_ROWS}
-    for targets, of_dense, of_merge in ((NVIDIA, "tf32", "tf32x3"), (AMD, "ieee", "ieee")):
-        cases += [
-            {
-                "name": f"dense bf16, width 128, {of_dense}",
-                "kernel": dense_kernel,
-                "types": dense,
-                "constants": same | {"WINDOW": 0, "TILE": 32, "PRECISION": of_dense},
-                "targets": targets,
-                "divisible": strides,
-            },
-            {
-                "name": f"merge, width 128, {of_merge}",
-                "kernel": merge_kernel,
-                "types": merge,
-                "constants": same | {"P": 32, "BLOCK": 32, "PRECISION": of_merge},
-                "targets": targets,
-            },
-        ]
-    return cases
+def _turn_case(
+    name: str,
+    *,
+    width: int = 128,
+    mean: str = "rope",
+    residual: str = "none",
+    exact: bool = False,
+    targets: tuple[str, ...] = NVIDIA,
+) -> dict[str, Any]:
+    kind = "*fp32" if exact else "*bf16"
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind) | PARTIALS
+    types |= dict.fromkeys(("inverse_ptr", "mean_ptr", "levels_ptr"), "*fp32")
+    types |= dict.fromkeys(("k_position_ptr", "position_ptr"), "*i32")
+    types |= dict.fromkeys(("H", "rows", "T", "tokens", "partials", *STRIDES), "i32")
+    types |= {"scale": "fp32", "rotary_scale": "fp32"}
+    if mean == "rope":
+        types |= dict.fromkeys(("cosine_ptr", "sine_ptr"), "*fp32")
+    else:
+        types |= {"constant_ptr": "*fp32"}
+    if residual == "qjl":
+        types |= dict.fromkeys(("residual_ptr", "residual_matrix_ptr"), "*fp32")
+    has_ptx = targets != AMD
+    constants = {
+        **{argument: None for argument in turn_kernel.arg_names if argument.endswith("_ptr")},
+        "D": width,
+        "R": width // 2 if mean == "rope" else 0,
+        "WINDOW": 0,
+        "N": MAX_ROWS,
+        "BLOCK": COLUMNS,
+        "TILE": 32,
+        "TURN": "tf32x3" if has_ptx else "ieee",
+        "DENSE": "ieee" if not has_ptx else "tf32x3" if exact else "tf32",
+    }
+    return {
+        "name": f"turn, {name}",
+        "kernel": turn_kernel,
+        "types": types,
+        "constants": {key: value for key, value in constants.items() if key not in types},
+        "targets": targets,
+        "divisible": STRIDES,
+    }
+
+
+def _merge_case(
+    width: int = 128, rows: int = 4, partials: int = 65, targets: tuple[str, ...] = NVIDIA
+) -> dict[str, Any]:
+    types = PARTIALS | dict.fromkeys(("inverse_ptr", "mean_ptr"), "*fp32")
+    types |= {"out_ptr": "*bf16"} | dict.fromkeys(("H", "rows", "packed", "partials"), "i32")
+    sizes = merge_sizes(width, rows, partials)
+    precision = "ieee" if targets == AMD else "tf32x3"
+    return {
+        "name": f"merge, width {width}, {rows} rows, {partials} parts, {precision}",
+        "kernel": merge_kernel,
+        "types": types,
+        "constants": sizes | {"D": width, "PRECISION": precision, "constant_ptr": None},
+        "num_warps": 8,
+        "targets": targets,
+    }
 
 
 COMPILE_CASES = [
@@ -178,5 +209,14 @@ COMPILE_CASES = [
     _decode_case("k3v3, width 80, RoPE mean", width=80),
     _decode_case("k3v3, width 96, RoPE mean", width=96),
     _decode_case("k3v3, width 256, RoPE mean", width=256, targets=("sm_90", *SMALL)),
-    *_merge_cases(),
+    _turn_case("width 128, RoPE mean, bf16"),
+    _turn_case("width 128, RoPE mean, bf16, portable", targets=AMD),
+    _turn_case(
+        "width 256, RoPE mean, qjl, fp32", width=256, residual="qjl", exact=True, targets=SMALL
+    ),
+    _turn_case("width 64, static mean, bf16", width=64, mean="static", targets=("sm_90",)),
+    _merge_case(),
+    _merge_case(targets=AMD),
+    _merge_case(rows=16, targets=("sm_90", *SMALL)),
+    _merge_case(width=256, rows=8, partials=129, targets=("sm_90", *SMALL)),
 ]

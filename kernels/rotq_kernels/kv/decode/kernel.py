@@ -51,7 +51,7 @@ _NOTHING = tl.constexpr(-1e30)
 """Running maximum before anything was seen; finite, so that no difference is undefined."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "table_width", "partials", "run"])
 def decode_kernel(
     levels_ptr,
     residual_ptr,
@@ -83,6 +83,7 @@ def decode_kernel(
     T,
     table_width,
     partials,
+    run,
     gap_k_codes,
     gap_k_norm,
     gap_k_sign,
@@ -111,17 +112,23 @@ def decode_kernel(
     b, head = bh // H, bh % H
     length, start = tl.load(length_ptr + b), tl.load(start_ptr + b)
 
-    # the tokens of this split, whole tiles of those that any query row sees
+    # the tokens of this split, whole tiles of those that any query row sees; beyond the last one
+    # there is nothing to do, and nothing is left but that
     hidden = load_hidden(hidden_ptr, b)
     seen_first, seen_end = seen_tokens(
         position_ptr + b * T, rows, T, start, hidden, length, WINDOW, N
     )
     end = tl.maximum(tl.max(seen_end, axis=0), 0)
     begin = tl.min(tl.where(seen_end > 0, seen_first, end), axis=0) // TILE * TILE
-    run = tl.cdiv(tl.cdiv(end - begin, TILE), tl.num_programs(1)) * TILE
     begin += split * run
     end = tl.minimum(begin + run, end)
     first, last = per_column(seen_first, J, N), per_column(seen_end, J, N)
+    if begin >= end:
+        n = tl.arange(0, N)
+        spot = (bh.to(tl.int64) * partials + split) * rows + n
+        tl.store(peak_ptr + spot, tl.full([N], _NOTHING, tl.float32), mask=n < rows)
+        tl.store(weight_ptr + spot, tl.zeros([N], tl.float32), mask=n < rows)
+        return
 
     query_row = bh.to(tl.int64) * rows
     unit, total, low, high = query_operand(levels_ptr + query_row * D, rows, D, K_BITS, J, N, LIMBS)

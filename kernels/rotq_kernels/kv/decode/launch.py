@@ -1,24 +1,41 @@
-"""Launches the kernels of a decode step: turn the query, split, dense tokens, merge."""
+"""Launches the three kernels of a decode step: turn the query, split, merge.
+
+The dense tokens are attended to beside the turning (``turn``), which is one launch then.
+"""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotq_kernels.kv.decode.splits import choose_run, run_of
+from rotq_kernels.kv.decode.tables import DecodeTables, decode_tables
 from rotq_kernels.kv.format import KVConstants, KVHistory, level_words
-from rotq_kernels.kv.query import TurnedQuery, turn_query
-from rotq_kernels.kv.rope_mean import angle_table
 from rotq_kernels.launching import launch, next_power_of_two, require_triton
 
 MAX_ROWS = 16
 """Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
 
-SPLIT_TOKENS = 256
-"""Fewer packed tokens are not worth a program of their own."""
+COLUMNS = 32
+"""Elements of the query, and of the output, that a program turns."""
 
-PROGRAMS_PER_SM = 4
-"""Of the decode kernel, all splits together."""
+
+@dataclass(kw_only=True)
+class _Step:
+    """What the kernels hand on to each other; fp32, scores in units of log2."""
+
+    levels: Tensor
+    residual: Tensor | None
+    cosine: Tensor | None
+    sine: Tensor | None
+    constant: Tensor | None
+    sums: Tensor
+    peak: Tensor
+    weight: Tensor
+    splits: int
+    run: int
 
 
 def packed_decode(
@@ -28,59 +45,30 @@ def packed_decode(
     *,
     scale: float,
     splits: int | None = None,
+    tables: DecodeTables | None = None,
 ) -> Tensor:
     """``packed_attention`` of at most MAX_ROWS query rows of each KV head, unchecked.
 
-    ``splits`` is the number of programs that share the packed tokens of a KV head. No size is
-    read back from the device, so that a step can be captured in a CUDA graph.
+    ``splits`` is the number of programs that share the packed tokens of a KV head, ``tables`` what
+    ``decode_tables`` gives. No size is read back from the device, so that a step can be captured in
+    a CUDA graph.
     """
     require_triton()
-    from rotq_kernels.kv.decode.kernel import decode_kernel
-
-    B, M, T, _ = q_BMTD.shape
-    H, table_width = history.pages.k_codes.shape[1], history.page_table_BJ.shape[1]
-    rows = M // H * T
-    splits = splits or _choose_splits(q_BMTD, B * H, table_width * history.pages.format.page_size)
     q_BMTD, position_BT = q_BMTD.contiguous(), position_BT.contiguous()
-    turned = turn_query(q_BMTD, history.constants, scale=scale)
-    partials = splits + (history.dense is not None)
-    sums = q_BMTD.new_empty((B * H, partials, rows, q_BMTD.shape[3]), dtype=torch.float32)
-    peak = q_BMTD.new_empty((B * H, partials, rows), dtype=torch.float32)
-    weight = torch.empty_like(peak)
-    arguments = _decode_arguments(q_BMTD, history, turned)
-    launch(
-        decode_kernel,
-        (B * H, splits),
-        **arguments,
-        page_table_ptr=history.page_table_BJ.contiguous(),
-        length_ptr=history.length_B.contiguous(),
-        start_ptr=history.start_B.contiguous(),
-        hidden_ptr=None if history.hidden_B is None else history.hidden_B.contiguous(),
-        position_ptr=position_BT,
-        sums_ptr=sums,
-        peak_ptr=peak,
-        weight_ptr=weight,
-        H=H,
-        rows=rows,
-        T=T,
-        table_width=table_width,
-        partials=partials,
-        num_warps=arguments["WARPS"],
-        num_stages=1,
-        on=q_BMTD,
-    )
-    if history.dense is not None:
-        _attend_dense(q_BMTD, position_BT, history, scale, (sums, peak, weight))
-    return _merge(q_BMTD, history.constants, turned, splits, (sums, peak, weight))
+    sizes = _sizes(q_BMTD, history)
+    tables = tables or step_tables(q_BMTD, history)
+    step = _allocate(q_BMTD, history, sizes, splits)
+    _turn(q_BMTD, position_BT, history, scale, step, tables)
+    _split(q_BMTD, position_BT, history, step, tables, sizes)
+    return _merge(q_BMTD, history.constants, step)
 
 
-def _choose_splits(q_BMTD: Tensor, heads: int, tokens: int) -> int:
-    """Enough programs for the machine, if there are tokens enough; from shapes only."""
-    if not q_BMTD.is_cuda:
-        return 2
-    machine = torch.cuda.get_device_properties(q_BMTD.device).multi_processor_count
-    wanted = -(-PROGRAMS_PER_SM * machine // heads)
-    return max(1, min(wanted, tokens // SPLIT_TOKENS, 128))
+def step_tables(q_BMTD: Tensor, history: KVHistory) -> DecodeTables:
+    """What the decode kernels keep of a layer, for queries like these."""
+    exact = q_BMTD.dtype == torch.float32
+    # the tile's tokens do not depend on the number of rows
+    tile = tile_sizes(q_BMTD.shape[3], 1, has_ptx=_has_ptx(q_BMTD), exact=exact)["TILE"]
+    return decode_tables(history.constants, tile, exact=exact)
 
 
 def tile_sizes(D: int, rows: int, *, has_ptx: bool, exact: bool) -> dict[str, int]:
@@ -99,25 +87,179 @@ def tile_sizes(D: int, rows: int, *, has_ptx: bool, exact: bool) -> dict[str, in
     return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens, "WARPS": warps}
 
 
-def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -> dict[str, Any]:
+def merge_sizes(D: int, rows: int, partials: int) -> dict[str, int]:
+    """Sizes of the merge's tile: N rows, PARTS partial results at a time, BLOCK elements."""
+    n = next_power_of_two(rows)
+    held = max(1, 16384 // (n * next_power_of_two(D)))
+    parts = min(held, next_power_of_two(partials))
+    return {"N": n, "P": max(16, next_power_of_two(partials)), "PARTS": parts, "BLOCK": COLUMNS}
+
+
+def _sizes(q_BMTD: Tensor, history: KVHistory) -> dict[str, int]:
+    _, M, T, D = q_BMTD.shape
+    rows = M // history.pages.k_codes.shape[1] * T
+    exact = q_BMTD.dtype == torch.float32
+    return tile_sizes(D, rows, has_ptx=_has_ptx(q_BMTD), exact=exact)
+
+
+def _has_ptx(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _allocate(
+    q_BMTD: Tensor, history: KVHistory, sizes: dict[str, int], splits: int | None
+) -> _Step:
+    """Memory for a step, and its run of tokens."""
+    (B, M, T, D), constants = q_BMTD.shape, history.constants
+    heads = B * history.pages.k_codes.shape[1]
+    rows, tile = B * M // heads * T, sizes["TILE"]
+    tokens = history.page_table_BJ.shape[1] * history.pages.format.page_size
+    if history.window:
+        tokens = min(tokens, history.window + T + 2 * tile)
+    if splits is not None or not q_BMTD.is_cuda:
+        run = run_of(tokens, splits or 2, tile)
+    else:
+        run = choose_run(tokens, heads, _num_sm(q_BMTD.device), sizes["N"], tile)
+    splits = max(1, -(-tokens // run))
+    partials = splits + (history.dense is not None)
+    turns = constants.mean == "rope"
+    has_constant = constants.mean == "static"
+    pairs = 0
+    if turns:
+        assert constants.inv_freq_R is not None
+        pairs = constants.inv_freq_R.shape[0]
+        has_constant = 2 * pairs < D
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q_BMTD.device)
+
+    return _Step(
+        levels=empty(heads, rows, D),
+        residual=empty(heads, rows, D) if constants.format.residual != "none" else None,
+        cosine=empty(heads, rows, pairs) if turns else None,
+        sine=empty(heads, rows, pairs) if turns else None,
+        constant=empty(heads, rows) if has_constant else None,
+        sums=empty(heads, partials, rows, D),
+        peak=empty(heads, partials, rows),
+        weight=empty(heads, partials, rows),
+        splits=splits,
+        run=run,
+    )
+
+
+def _num_sm(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _turn(
+    q_BMTD: Tensor,
+    position_BT: Tensor,
+    history: KVHistory,
+    scale: float,
+    step: _Step,
+    tables: DecodeTables,
+) -> None:
+    from rotq_kernels.kv.decode.turn import turn_kernel
+
+    constants, dense = history.constants, history.dense
+    key, D, (heads, rows, _) = constants.key, q_BMTD.shape[3], step.levels.shape
+    k_BHND, v_BHND, dense_position = (
+        (q_BMTD, q_BMTD, position_BT)
+        if dense is None
+        else (dense.k_BHND, dense.v_BHND, dense.position_BN.contiguous())
+    )
+    launch(
+        turn_kernel,
+        (heads, -(-D // COLUMNS) + (dense is not None)),
+        q_BMTD,
+        key.inverse_HDD.contiguous(),
+        tables.residual_HDD,
+        constants.residual_scale_H if constants.format.residual == "sign" else None,
+        key.mean_HD.contiguous() if constants.mean != "none" else None,
+        step.levels,
+        step.residual,
+        step.cosine,
+        step.sine,
+        step.constant,
+        k_BHND,
+        v_BHND,
+        dense_position,
+        position_BT,
+        step.sums,
+        step.peak,
+        step.weight,
+        key.mean_HD.shape[0],
+        rows,
+        q_BMTD.shape[2],
+        k_BHND.shape[2],
+        step.peak.shape[1],
+        scale * math.log2(math.e),
+        constants.rotary_scale,
+        *k_BHND.stride()[:3],
+        *v_BHND.stride()[:3],
+        D=D,
+        R=0 if step.cosine is None else step.cosine.shape[2],
+        WINDOW=history.window,
+        N=MAX_ROWS,
+        BLOCK=COLUMNS,
+        TILE=32,
+        TURN=_precision(True),
+        DENSE=_precision(q_BMTD.dtype == torch.float32),
+        on=q_BMTD,
+    )
+
+
+def _split(
+    q_BMTD: Tensor,
+    position_BT: Tensor,
+    history: KVHistory,
+    step: _Step,
+    tables: DecodeTables,
+    sizes: dict[str, int],
+) -> None:
+    from rotq_kernels.kv.decode.kernel import decode_kernel
+
+    heads, rows, _ = step.levels.shape
+    launch(
+        decode_kernel,
+        (heads, step.splits),
+        step.levels,
+        step.residual,
+        step.cosine,
+        step.sine,
+        tables.angle_2SR,
+        history.constants.inv_freq_R if step.cosine is not None else None,
+        **_page_arguments(history),
+        page_table_ptr=history.page_table_BJ.contiguous(),
+        length_ptr=history.length_B.contiguous(),
+        start_ptr=history.start_B.contiguous(),
+        hidden_ptr=None if history.hidden_B is None else history.hidden_B.contiguous(),
+        position_ptr=position_BT,
+        sums_ptr=step.sums,
+        peak_ptr=step.peak,
+        weight_ptr=step.weight,
+        H=history.pages.k_codes.shape[1],
+        rows=rows,
+        T=q_BMTD.shape[2],
+        table_width=history.page_table_BJ.shape[1],
+        partials=step.peak.shape[1],
+        run=step.run,
+        D=q_BMTD.shape[3],
+        R=1 if step.cosine is None else step.cosine.shape[2],
+        WINDOW=history.window,
+        LIMBS=3 if q_BMTD.dtype == torch.float32 else 2,
+        PTX=_has_ptx(q_BMTD),
+        **sizes,
+        num_warps=sizes["WARPS"],
+        num_stages=1,
+        on=q_BMTD,
+    )
+
+
+def _page_arguments(history: KVHistory) -> dict[str, Any]:
     pages, constants = history.pages, history.constants
     form, key, value = pages.format, constants.key, constants.value
-    rows = turned.levels_BHND.shape[2]
-    has_ptx = q_BMTD.is_cuda and torch.version.hip is None
-    exact = q_BMTD.dtype == torch.float32
-    sizes = tile_sizes(form.head_dim, rows, has_ptx=has_ptx, exact=exact)
-    turning, R, angles = turned.cosine_BHNR is not None, 1, None
-    if constants.inv_freq_R is not None and turning:
-        R = constants.inv_freq_R.shape[0]
-        angle_dtype = torch.float32 if exact else torch.float16
-        angles = angle_table(constants.inv_freq_R, sizes["TILE"], angle_dtype)
     return {
-        "levels_ptr": turned.levels_BHND,
-        "residual_ptr": turned.residual_BHND,
-        "cosine_ptr": turned.cosine_BHNR,
-        "sine_ptr": turned.sine_BHNR,
-        "angle_ptr": angles,
-        "frequency_ptr": constants.inv_freq_R if turning else None,
         "k_codes_ptr": pages.k_codes,
         "k_norm_ptr": pages.k_norm,
         "k_sign_ptr": pages.k_sign,
@@ -130,91 +272,35 @@ def _decode_arguments(q_BMTD: Tensor, history: KVHistory, turned: TurnedQuery) -
         "v_table_ptr": level_words(value.levels_HL, form.v_bits),
         "v_base_ptr": value.base_H.contiguous(),
         **{f"gap_{name}": gap for name, gap in pages.gaps.items()},
-        "D": form.head_dim,
-        "R": R,
         "K_BITS": form.k_bits,
         "V_BITS": form.v_bits,
         "PAGE": form.page_size,
-        "WINDOW": history.window,
-        "LIMBS": 3 if exact else 2,
-        "PTX": has_ptx,
-        **sizes,
     }
 
 
-def _attend_dense(
-    q_BMTD: Tensor,
-    position_BT: Tensor,
-    history: KVHistory,
-    scale: float,
-    partial: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    from rotq_kernels.kv.decode.merge import dense_kernel
-
-    dense = history.dense
-    assert dense is not None
-    sums, peak, weight = partial
-    k_BHND, v_BHND = dense.k_BHND, dense.v_BHND
-    launch(
-        dense_kernel,
-        (sums.shape[0],),
-        q_BMTD,
-        k_BHND,
-        v_BHND,
-        dense.position_BN.contiguous(),
-        position_BT,
-        sums,
-        peak,
-        weight,
-        k_BHND.shape[1],
-        sums.shape[2],
-        q_BMTD.shape[2],
-        k_BHND.shape[2],
-        sums.shape[1],
-        scale * math.log2(math.e),
-        *k_BHND.stride()[:3],
-        *v_BHND.stride()[:3],
-        D=q_BMTD.shape[3],
-        WINDOW=history.window,
-        N=MAX_ROWS,
-        TILE=32,
-        PRECISION=_precision(q_BMTD.dtype == torch.float32),
-        on=q_BMTD,
-    )
-
-
-def _merge(
-    q_BMTD: Tensor,
-    constants: KVConstants,
-    turned: TurnedQuery,
-    splits: int,
-    partial: tuple[Tensor, Tensor, Tensor],
-) -> Tensor:
+def _merge(q_BMTD: Tensor, constants: KVConstants, step: _Step) -> Tensor:
     from rotq_kernels.kv.decode.merge import merge_kernel
 
-    sums, peak, weight = partial
-    heads, partials, rows, D = sums.shape
+    heads, partials, rows, D = step.sums.shape
     out_BMTD = torch.empty_like(q_BMTD)
-    block = 32
     launch(
         merge_kernel,
-        (heads, -(-D // block)),
-        sums,
-        peak,
-        weight,
-        turned.constant_BHN,
+        (heads, -(-D // COLUMNS)),
+        step.sums,
+        step.peak,
+        step.weight,
+        step.constant,
         constants.value.inverse_HDD.contiguous(),
         constants.value.mean_HD.contiguous(),
         out_BMTD,
         constants.value.mean_HD.shape[0],
         rows,
-        splits,
+        step.splits,
         partials,
         D=D,
-        N=MAX_ROWS,
-        P=next_power_of_two(partials),
-        BLOCK=block,
+        **merge_sizes(D, rows, partials),
         PRECISION=_precision(True),
+        num_warps=8,
         on=q_BMTD,
     )
     return out_BMTD

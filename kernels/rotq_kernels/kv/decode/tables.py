@@ -1,0 +1,75 @@
+"""What a decode step needs of a layer beside its constants: made once, kept with them.
+
+Angles depend on the layer alone, and so does the matrix that a query meets the signs of a sketch
+with, c A^-1 S^T: one product instead of two for each query.
+
+Shape suffixes: H KV heads, D head width, R rotary pairs, S tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotq_kernels.kv.format import KVConstants
+from rotq_kernels.kv.rope_mean import angle_table
+
+_KEPT = "_decode_tables"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTables:
+    """Of one layer, for queries of fp32 or of 16 bits."""
+
+    angle_2SR: Tensor | None
+    """fp16, fp32 for fp32 queries; None unless the mean turns."""
+    residual_HDD: Tensor | None
+    """fp32 c A^-1 S^T; None without a sketch."""
+
+    def flat(self) -> list[Tensor | None]:
+        """In the order of the fields."""
+        return [self.angle_2SR, self.residual_HDD]
+
+    @classmethod
+    def restore(cls, flat: Sequence[Tensor | None]) -> DecodeTables:
+        """Undo ``flat``."""
+        angle_2SR, residual_HDD = flat
+        return cls(angle_2SR=angle_2SR, residual_HDD=residual_HDD)
+
+
+def decode_tables(constants: KVConstants, tokens: int, *, exact: bool) -> DecodeTables:
+    """The tables of a layer, kept on ``constants`` from the first call on.
+
+    Args:
+        constants: Of the layer; its tensors must not be changed in place afterwards.
+        tokens: S, of a tile of the decode kernel.
+        exact: For fp32 queries.
+    """
+    kept = vars(constants).setdefault(_KEPT, {})
+    if (tokens, exact) not in kept:
+        kept[tokens, exact] = _make(constants, tokens, exact)
+    found: DecodeTables = kept[tokens, exact]
+    return found
+
+
+def _make(constants: KVConstants, tokens: int, exact: bool) -> DecodeTables:
+    angle_2SR = residual_HDD = None
+    if constants.mean == "rope":
+        assert constants.inv_freq_R is not None
+        dtype = torch.float32 if exact else torch.float16
+        angle_2SR = angle_table(constants.inv_freq_R, tokens, dtype)
+    if constants.format.residual == "qjl":
+        assert constants.sketch_DD is not None
+        assert constants.residual_scale_H is not None
+        weight_H11 = constants.residual_scale_H[:, None, None]
+        if constants.format.norm == "none":
+            # the signs are multiplied by s_t, which is one number, as g_t is
+            assert constants.gamma_base_H is not None
+            ratio_H = torch.exp2(constants.gamma_base_H - constants.key.base_H)
+            weight_H11 = weight_H11 * ratio_H[:, None, None]
+        whole_HDD = constants.key.inverse_HDD.double() @ constants.sketch_DD.mT.double()
+        residual_HDD = (whole_HDD * weight_H11).float()
+    return DecodeTables(angle_2SR=angle_2SR, residual_HDD=residual_HDD)
