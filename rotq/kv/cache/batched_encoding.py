@@ -1,8 +1,9 @@
 """Code the few tokens of a decode step for all layers at once.
 
-Coding one token takes some sixty small operations, which on a CPU cost the same for one layer and
-for all. Layers of the same format and rotation are therefore coded as one with more heads, after
-the forward pass: until then no other token attends to its tokens.
+Coding one token takes some sixty small operations on a CPU, and two launches on a GPU, which cost
+the same for one layer and for all. Layers of the same format and rotation are therefore coded as
+one with more heads, after the forward pass: until then no other token attends to its tokens. On a
+GPU their pages are parts of one memory, so that one kernel writes to all of them.
 
 Shape suffixes: B sequences, E columns to be coded, H KV heads of all layers together, D width.
 """
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor
 
 from rotq.autocast import switched_off
-from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.cache.encoded_layer import EncodedLayer, stored_outgrown
+from rotq.kv.cache.layout import Layout
+from rotq.kv.cache.pages import JointPages
 from rotq.kv.calibration.device_constants import stacked
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.codec import KVCodec
 from rotq.kv.norm_range import outgrown
-from rotq.ops import KVConstants, SideConstants, pack_kv, write_tokens
+from rotq.ops import KVConstants, SideConstants, encode_kv, pack_kv, write_tokens
+
+JOINED = ("cuda",)
+"""Devices on which layers have their pages in one memory."""
 
 
 class BatchedEncoder:
@@ -38,6 +44,7 @@ class BatchedEncoder:
         self, layers: Sequence[EncodedLayer], codec: KVCodec | None, given: Sequence[KVConstants]
     ) -> None:
         self.layers, self.codec, self.given = layers, codec, given
+        self.joint: JointPages | None = None
 
     def encode(self) -> None:
         """Write tokens into the layers' pages, if there are any."""
@@ -55,9 +62,35 @@ class BatchedEncoder:
         if any(a.constants is not b for a, b in zip(self.layers, self.given, strict=True)):
             self.given = [layer.constants for layer in self.layers]
             self.codec = codec = KVCodec(stacked(self.given))
-        layout, form = visible.layout, codec.constants.format
+        layout = visible.layout
         k_BHED = torch.cat([k for k, _ in tokens], dim=1)
         v_BHED = torch.cat([v for _, v in tokens], dim=1)
+        write = self._write_joint if k_BHED.device.type in JOINED else self._write
+        flag = write(codec, layout, k_BHED, v_BHED)
+        for layer in self.layers:
+            layer.uncoded, layer.outgrown = None, flag
+
+    def join(self) -> JointPages:
+        """Put the pages of all layers into one memory, if they are not there."""
+        stores = [layer.store for layer in self.layers]
+        if self.joint is None or self.joint.stores != stores:
+            assert all(store is not None for store in stores)
+            self.joint = JointPages([store for store in stores if store is not None])
+        return self.joint
+
+    def _write_joint(
+        self, codec: KVCodec, layout: Layout, k_BHED: Tensor, v_BHED: Tensor
+    ) -> Tensor | None:
+        """Into the pages of all layers at once; whether a norm did not fit."""
+        pages, slot_BE = self.join().pages, layout.encode_slot_BE
+        encode_kv(k_BHED, v_BHED, layout.encode_position_BE, slot_BE, codec.constants, pages)
+        return stored_outgrown(pages, slot_BE)
+
+    def _write(
+        self, codec: KVCodec, layout: Layout, k_BHED: Tensor, v_BHED: Tensor
+    ) -> Tensor | None:
+        """Into the pages of each layer; whether a norm did not fit."""
+        form = codec.constants.format
         codes = codec.encode(k_BHED, v_BHED, layout.encode_position_BE)
         pages = [layer.pages for layer in self.layers]
         written = (
@@ -69,9 +102,7 @@ class BatchedEncoder:
         write_tokens(written, layout.encode_slot_BE, form.page_size)
         there_BE = layout.encode_slot_BE >= 0
         norms = [norm for norm in (codes.k_norm_BHT, codes.v_norm_BHT) if norm is not None]
-        flag = torch.stack([outgrown(norm, there_BE) for norm in norms]).any() if norms else None
-        for layer in self.layers:
-            layer.uncoded, layer.outgrown = None, flag
+        return torch.stack([outgrown(norm, there_BE) for norm in norms]).any() if norms else None
 
     def constant_bytes(self) -> int:
         """Bytes of the constants that are held once more, for all layers together."""

@@ -1,7 +1,7 @@
 """One layer whose tokens are codes in pages: what a cache's layer and a pool's have in common.
 
-What is kept whole beside the pages, and where, is theirs. On a CPU the few tokens of a decode step
-are not coded at once but left in ``uncoded``, for all layers together; see ``batched_encoding``.
+What is kept whole beside the pages, and where, is theirs. The few tokens of a decode step are not
+coded at once but left in ``uncoded``, for all layers together; see ``batched_encoding``.
 
 Shape suffixes: B sequences, T fresh columns, N tokens that are whole, E columns to be coded, H KV
 heads, D head width.
@@ -29,7 +29,10 @@ ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
 
 POSTPONED = 16
-"""Up to so many columns are left to be coded with those of other layers, on a CPU."""
+"""Up to so many columns are left to be coded with those of other layers."""
+
+BATCHED = ("cpu", "cuda")
+"""Devices on which they are."""
 
 
 class EncodedLayer(CacheLayerMixin):
@@ -130,7 +133,7 @@ class EncodedLayer(CacheLayerMixin):
         return Visible(history=history, layout=layout)
 
     def encode(self, layout: Layout, k_BHED: Tensor, v_BHED: Tensor) -> None:
-        """Write columns into their pages; a few, on a CPU, are left in ``uncoded``.
+        """Write columns into their pages; a few are left in ``uncoded``.
 
         The first ones decide how far the norms of their heads reach.
 
@@ -146,7 +149,7 @@ class EncodedLayer(CacheLayerMixin):
             layout.encode_position_BE[:, first],
             layout.encode_slot_BE[:, first] >= 0,
         )
-        if k_BHED.device.type == "cpu" and 0 < k_BHED.shape[2] <= POSTPONED:
+        if k_BHED.device.type in BATCHED and 0 < k_BHED.shape[2] <= POSTPONED:
             self.uncoded = k_BHED, v_BHED
             return
         self._encode_now(layout, k_BHED, v_BHED)
@@ -176,15 +179,7 @@ class EncodedLayer(CacheLayerMixin):
 
     def _look_at_norms(self, layout: Layout) -> None:
         """Whether a norm that has just been stored did not fit; on the device, without waiting."""
-        pages, slot_BE = self.pages, layout.encode_slot_BE
-        at_BE, size = slot_BE.clamp(min=0), pages.format.page_size
-        flags = [
-            # [B, E, H] -> [B, H, E]
-            outgrown(norm_PHS[at_BE // size, :, at_BE % size].transpose(1, 2), slot_BE >= 0)
-            for norm_PHS in (pages.k_norm, pages.v_norm, pages.k_gamma)
-            if norm_PHS is not None
-        ]
-        self.outgrown = torch.stack(flags).any() if flags else None
+        self.outgrown = stored_outgrown(self.pages, layout.encode_slot_BE)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a mask would have, and the first of them."""
@@ -195,13 +190,28 @@ class EncodedLayer(CacheLayerMixin):
         return -1
 
 
+def stored_outgrown(pages: KVPages, slot_BE: Tensor) -> Tensor | None:
+    """bool (): whether a norm that was stored in these slots did not fit; None without norms."""
+    at_BE, size = slot_BE.clamp(min=0), pages.format.page_size
+    flags = [
+        # [B, E, H] -> [B, H, E]
+        outgrown(norm_PHS[at_BE // size, :, at_BE % size].transpose(1, 2), slot_BE >= 0)
+        for norm_PHS in (pages.k_norm, pages.v_norm, pages.k_gamma)
+        if norm_PHS is not None
+    ]
+    return torch.stack(flags).any() if flags else None
+
+
 def check_norms(layers: Sequence[EncodedLayer]) -> None:
     """After a pass, before anything attends to what it has coded.
 
     Raises:
         RotqError: a norm did not fit.
     """
-    flags = [layer.outgrown for layer in layers if layer.outgrown is not None]
+    # layers that were coded together have one flag
+    flags = list(
+        {id(flag): flag for layer in layers if (flag := layer.outgrown) is not None}.values()
+    )
     if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
         raise RotqError(
             "a token's keys or values are not finite, or hundreds of times larger than the first "

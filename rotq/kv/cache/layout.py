@@ -6,11 +6,16 @@ sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+_ALIGNED = 16
+"""Bytes; a tensor of any dtype may begin at multiples of it."""
 
 NO_TOKEN = -1
 """Number, position and slot of padding."""
@@ -42,8 +47,28 @@ class Layout:
             return self
         if device not in self.elsewhere:
             held = {item.name: getattr(self, item.name) for item in fields(self)}
-            moved: dict[str, Any] = {
-                name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)
-            }
+            tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+            moved: dict[str, Any] = dict(
+                zip(tensors, together(tensors.values(), device), strict=True)
+            )
             self.elsewhere[device] = replace(self, **moved)
         return self.elsewhere[device]
+
+
+def together(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors on a device, by one copy that a GPU makes when it comes to it.
+
+    A copy of each would take a call, and wait for the device, each.
+    """
+    held = [tensor.contiguous() for tensor in tensors]
+    ends = list(accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in held))
+    pinned = device.type == "cuda"
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=pinned)
+    begins = [0, *ends]
+    for tensor, begin in zip(held, begins, strict=False):
+        buffer[begin : begin + tensor.nbytes] = tensor.view(-1).view(torch.uint8)
+    there = buffer.to(device, non_blocking=True)
+    return [
+        there[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, begin in zip(held, begins, strict=False)
+    ]

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
 
 from rotq.ops import KVFormat, KVPages
+
+_STORED = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
 
 GROWTH = 64
 """A store grows by at least 1 / GROWTH of what it holds, so that copying stays rare."""
@@ -91,24 +93,70 @@ class PageStore:
 
     def __init__(self, format: KVFormat, num_heads: int, device: torch.device) -> None:
         self.pages = KVPages.empty(format, 0, num_heads, device)
+        self.joint: JointPages | None = None
+        """What the pages are a part of, if they are."""
 
     def prepare(self, num_pages: int, copies: Sequence[tuple[int, int]]) -> None:
         """Have ``num_pages`` pages, then copy pages as ``PageTable.reserve`` asked for."""
         if num_pages > self.pages.k_codes.shape[0]:
-            self._grow(num_pages)
+            if self.joint is None:
+                _enlarge(self.pages, num_pages)
+            else:
+                self.joint.grow(num_pages)
         if copies:
             device = self.pages.k_codes.device
             source, target = torch.tensor(copies, device=device).unbind(1)
             for tensor in self.pages.tensors():
                 tensor[target] = tensor[source]
 
-    def _grow(self, num_pages: int) -> None:
-        """One tensor after the other, so that only one is held twice."""
-        before = self.pages
-        for name in ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma"):
-            old = getattr(before, name)
-            if old is None:
-                continue
-            new = old.new_zeros(num_pages, *old.shape[1:])
-            new[: old.shape[0]] = old
-            setattr(before, name, new)
+
+class JointPages:
+    """The pages of several layers in one memory, as those of one layer with all their heads.
+
+    So that one launch writes to all of them. Each layer's pages become slices of the joint ones,
+    each of them contiguous, with those of the other layers between one and the next.
+
+    Args:
+        stores: Of layers with the same format and page table; what they hold is moved.
+    """
+
+    def __init__(self, stores: Sequence[PageStore]) -> None:
+        self.stores = list(stores)
+        heads = [store.pages.k_codes.shape[1] for store in stores]
+        codes = stores[0].pages.k_codes
+        form = stores[0].pages.format
+        self.pages = KVPages.empty(form, codes.shape[0], sum(heads), codes.device)
+        self._ends = list(accumulate(heads))
+        held = [store.pages for store in stores]
+        self._hand_out()
+        for store, before in zip(stores, held, strict=True):
+            for new, old in zip(store.pages.tensors(), before.tensors(), strict=True):
+                new.copy_(old)
+            store.joint = self
+
+    def grow(self, num_pages: int) -> None:
+        """Have ``num_pages`` pages, for all layers."""
+        _enlarge(self.pages, num_pages)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        begin = 0
+        for store, end in zip(self.stores, self._ends, strict=True):
+            parts = {
+                name: None if whole is None else whole[:, begin:end]
+                for name in _STORED
+                for whole in (getattr(self.pages, name),)
+            }
+            store.pages = replace(self.pages, **parts)
+            begin = end
+
+
+def _enlarge(pages: KVPages, num_pages: int) -> None:
+    """One tensor after the other, so that only one is held twice."""
+    for name in _STORED:
+        old = getattr(pages, name)
+        if old is None:
+            continue
+        new = old.new_zeros(num_pages, *old.shape[1:])
+        new[: old.shape[0]] = old
+        setattr(pages, name, new)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
-from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
+from rotq.kv.cache.batched_encoding import JOINED, BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import EncodedLayer, check_norms
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_heads, check_served, windows
@@ -56,7 +56,6 @@ class PackedPool(Pool):
             layer = PooledLayer(
                 constants,
                 window,
-                num_pages=num_pages,
                 num_sinks=num_sinks,
                 sinks=calibration.sinks,
                 dtype=model.dtype,
@@ -65,6 +64,13 @@ class PackedPool(Pool):
         super().__init__(layers, sinks=calibration.sinks, table_width=table_width)
         self._constants = [layer.constants for layer in layers]
         self._encoders: list[BatchedEncoder] = batched_encoders(layers, calibration)
+        if model.device.type in JOINED:
+            # before there is memory to be moved
+            for encoder in self._encoders:
+                if encoder.codec is not None:
+                    encoder.join()
+        for layer in layers:
+            layer.allocate(num_pages)
         self.attach(model)
 
     def forget(self) -> None:
@@ -105,7 +111,6 @@ class PooledLayer(EncodedLayer):
     Args:
         constants: Of the layer, on the device where its memory shall be.
         window: Keys that a query sees, itself included; 0 for all.
-        num_pages: P.
         num_sinks: Sequences whose sinks can be held; one more place, of rows of padding, is never
             written.
         sinks: Of a sequence.
@@ -119,7 +124,6 @@ class PooledLayer(EncodedLayer):
         constants: KVConstants,
         window: int,
         *,
-        num_pages: int,
         num_sinks: int,
         sinks: int,
         dtype: torch.dtype,
@@ -127,13 +131,17 @@ class PooledLayer(EncodedLayer):
         super().__init__(constants, window)
         device = constants.key.base_H.device
         self.store = PageStore(constants.format, self.num_heads, device)
-        self.store.prepare(num_pages, [])
         shape = (num_sinks + 1, self.num_heads, sinks, constants.format.head_dim)
         self.sinks = (
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),
         )
         self.is_initialized = True
+
+    def allocate(self, num_pages: int) -> None:
+        """Take the memory of so many pages."""
+        assert self.store is not None
+        self.store.prepare(num_pages, [])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: all memory has been taken."""
