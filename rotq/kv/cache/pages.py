@@ -17,6 +17,7 @@ from itertools import accumulate, count
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rotq.ops import KVFormat, KVPages
 
@@ -28,13 +29,30 @@ GROWTH = 64
 
 @dataclass(kw_only=True)
 class PageTable:
-    """The pages of every sequence, in order of their tokens."""
+    """The pages of every sequence, in order of their tokens.
+
+    A step that needs no page costs the same however many there are: which are free, and the table
+    as a tensor, are kept from step to step.
+    """
 
     page_size: int
     rows: list[list[int]] = field(default_factory=list)
     """Physical pages of each sequence."""
     num_pages: int = 0
     """Physical pages that exist, used or free."""
+    _free: list[int] | None = field(default=None, repr=False)
+    """Pages in nobody's list; None where that has to be found out."""
+    _shared: bool = field(default=True, repr=False)
+    """Whether a page may be in two lists."""
+    _table: Tensor | None = field(default=None, repr=False)
+    """As ``tensor`` gave it, before what is in ``_changed``."""
+    _changed: list[tuple[int, int, int]] = field(default_factory=list, repr=False)
+    """Sequence, place in its list, page."""
+
+    def begin(self, batch: int) -> None:
+        """So many sequences without pages."""
+        self.rows = [[] for _ in range(batch)]
+        self._forget()
 
     def reserve(
         self, lengths: Sequence[int], wanted: Sequence[int], *, busy: Sequence[int] = ()
@@ -50,42 +68,86 @@ class PageTable:
             (source, target) pages whose content the stores must copy, after growing to
             ``num_pages``.
         """
-        held = Counter(page for row in self.rows for page in row)
-        taken = held.keys() | busy
-        free = [page for page in range(self.num_pages) if page not in taken]
-        fresh = count(self.num_pages)
-        copies = []
-        for row, length, want in zip(self.rows, lengths, wanted, strict=True):
+        asking = [
+            b
+            for b, (row, length, want) in enumerate(zip(self.rows, lengths, wanted, strict=True))
+            if len(row) * self.page_size < want
+            or (self._shared and want > length and length % self.page_size)
+        ]
+        if not asking:
+            return []
+        held: Counter[int] = Counter()
+        if self._shared or self._free is None:
+            held = Counter(page for row in self.rows for page in row)
+            self._shared = any(number > 1 for number in held.values())
+            taken = held.keys() | busy
+            self._free = [page for page in range(self.num_pages) if page not in taken]
+        free, fresh, copies = self._free, count(self.num_pages), []
+        for b in asking:
+            row, length, want = self.rows[b], lengths[b], wanted[b]
             if want > length and length % self.page_size and held[row[-1]] > 1:
                 held[row[-1]] -= 1
                 target = free.pop() if free else next(fresh)
                 copies.append((row[-1], target))
                 row[-1] = target
+                self._changed.append((b, len(row) - 1, target))
             while len(row) * self.page_size < want:
                 row.append(free.pop() if free else next(fresh))
+                self._changed.append((b, len(row) - 1, row[-1]))
         needed = next(fresh)
         if needed > self.num_pages:
             self.num_pages = max(needed, self.num_pages * (GROWTH + 1) // GROWTH)
+            free[:] = range(needed, self.num_pages)
+        if busy:
+            # they will be free at the next step
+            self._free = None
         return copies
+
+    def release(self, sequence: int) -> None:
+        """Release all pages of a sequence."""
+        self.rows[sequence] = []
+        self._forget()
 
     def drop_front(self, sequence: int, num_pages: int) -> None:
         """Release the first pages of a sequence."""
         del self.rows[sequence][:num_pages]
+        self._forget()
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Release the pages behind each sequence's first ``lengths`` tokens."""
         for row, length in zip(self.rows, lengths, strict=True):
             del row[-(-length // self.page_size) :]
+        self._forget()
 
     def select(self, indices: Sequence[int]) -> None:
         """Let sequence i be what sequence ``indices[i]`` was; pages are shared, not copied."""
         self.rows = [list(self.rows[index]) for index in indices]
+        self._forget()
+        self._shared = True
 
     def tensor(self) -> Tensor:
-        """int32 (B, J), J of the longest sequence; page 0 where a sequence has none."""
+        """int32 (B, J), J of the longest sequence; page 0 where a sequence has none.
+
+        A tensor that was given out is not changed afterwards.
+        """
         longest = max(map(len, self.rows), default=0)
-        padded = [row + [0] * (longest - len(row)) for row in self.rows]
-        return torch.tensor(padded, dtype=torch.int32).view(len(self.rows), longest)
+        if self._table is None:
+            padded = [row + [0] * (longest - len(row)) for row in self.rows]
+            self._table = torch.tensor(padded, dtype=torch.int32).view(len(self.rows), longest)
+        elif self._changed:
+            self._table = F.pad(self._table, (0, longest - self._table.shape[1]))
+            if self._table.numel():
+                sequence, place, page = torch.tensor(self._changed).unbind(1)
+                changed = self._table.clone()
+                changed[sequence, place] = page.int()
+                self._table = changed
+        self._changed.clear()
+        return self._table
+
+    def _forget(self) -> None:
+        """What is kept from step to step."""
+        self._free = self._table = None
+        self._changed.clear()
 
 
 class PageStore:

@@ -63,7 +63,7 @@ class Placement:
         sequences, batch = self.sequences, len(step.counts)
         if not self.dropped:
             self.dropped = [0] * batch
-            self.table.rows = [[] for _ in range(batch)]
+            self.table.begin(batch)
             self.recent_BN = torch.zeros(batch, 0, dtype=torch.int64)
         counts = sequences.counts or [0] * batch
         if not recording:
@@ -116,11 +116,12 @@ class Placement:
         self, counts: list[int], step: Step, recording: bool
     ) -> tuple[int, list[tuple[int, int]]]:
         """Pages for what is coded now; none for fresh tokens that no later token will see."""
-        size, busy = self.table.page_size, [page for row in self.table.rows for page in row]
+        size, busy = self.table.page_size, list[int]()
         packed, after = self.sequences.packed(counts), self.sequences.packed(step.counts)
         for b, hidden in enumerate(self._hidden(step.counts)):
             if not recording and hidden // size * size > packed[b]:
-                self.table.rows[b] = []
+                busy += self.table.rows[b]
+                self.table.release(b)
                 self.dropped[b] = hidden // size * size
         held = [max(0, length) for length in self._in_pages(packed)]
         copies = self.table.reserve(held, self._in_pages(after), busy=busy)
@@ -145,7 +146,7 @@ class Placement:
         at_BE = (number_BN[:, span] - sinks - dropped_B[:, None]).where(coded_BE, 0)
         if not columns:
             return span, at_BE
-        page_BE = self.table.tensor().long().gather(1, at_BE // size)
+        page_BE = self.table.tensor().gather(1, at_BE // size).long()
         return span, (page_BE * size + at_BE % size).where(coded_BE, NO_TOKEN)
 
     def _first_kept(self, number_BN: Tensor, counts: Sequence[int], recording: bool) -> int:

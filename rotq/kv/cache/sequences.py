@@ -50,6 +50,8 @@ class Sequences:
     firsts: list[int] = field(default_factory=list)
     there_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     """bool, of every column: a token, not padding."""
+    is_padded: bool = False
+    """Whether a column was padding, in any sequence that has been here."""
 
     @property
     def num_columns(self) -> int:
@@ -136,6 +138,9 @@ class Sequences:
                 f"a packed cache needs an attention mask of shape ({batch}, {before + length}), "
                 f"got {tuple(mask_BN.shape)}"
             )
+        if not self.is_padded and int(mask_BN.count_nonzero()) == mask_BN.numel():
+            # all that a device has to say
+            return torch.ones(batch, length, dtype=torch.bool)
         mask_BN = mask_BN.to("cpu", torch.bool)
         if before and not torch.equal(mask_BN[:, :before], self.there_BN):
             raise RotqError(
@@ -148,6 +153,7 @@ class Sequences:
         """Take over what a finished forward pass added."""
         before_BN = self.there_BN if self.counts else step.there_BT[:, :0]
         self.there_BN = torch.cat((before_BN, step.there_BT), dim=1)
+        self.is_padded |= not bool(step.there_BT.all())
         self.counts, self.firsts = step.counts, step.firsts
 
     def select(self, indices: list[int]) -> None:
@@ -169,4 +175,4 @@ class Sequences:
     def clear(self) -> None:
         """Forget all sequences."""
         self.counts, self.firsts = [], []
-        self.there_BN = self.there_BN.new_zeros(0, 0)
+        self.there_BN, self.is_padded = self.there_BN.new_zeros(0, 0), False

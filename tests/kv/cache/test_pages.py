@@ -1,5 +1,7 @@
 """Pages are found again, shared after a beam split, and nobody writes into another's."""
 
+import random
+
 import pytest
 import torch
 
@@ -117,3 +119,48 @@ def test_store_of_no_pages() -> None:
     assert store.pages.nbytes == 0
     store.prepare(3, [])
     assert store.pages.nbytes == 3 * 16 * 2 * FORMAT.bytes_per_token
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_table_keeps_is_what_its_rows_say(seed: int) -> None:
+    """After any calls: the tensor is that of the rows, and a page that is written has one owner."""
+    draw, batch = random.Random(seed), 3
+    table, lengths = PageTable(page_size=16), [0] * batch
+    table.begin(batch)
+    given_out: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _ in range(120):
+        act = draw.choice(["reserve", "reserve", "reserve", "drop", "crop", "select", "release"])
+        if act == "reserve":
+            wanted = [length + draw.choice([0, 1, 1, 20]) for length in lengths]
+            busy = list(table.rows[0]) if draw.random() < 0.2 else []
+            for source, target in table.reserve(lengths, wanted, busy=busy):
+                assert source != target
+                assert target not in busy
+            grown = [b for b in range(batch) if wanted[b] > lengths[b]]
+            lengths = wanted
+            for b in grown:
+                written = table.rows[b][-1]
+                assert sum(row.count(written) for row in table.rows) == 1
+            assert all(page < table.num_pages for row in table.rows for page in row)
+        elif act == "drop":
+            b = draw.randrange(batch)
+            pages = draw.randint(0, lengths[b] // 16)
+            table.drop_front(b, pages)
+            lengths[b] -= 16 * pages
+        elif act == "crop":
+            lengths = [draw.randint(0, length) for length in lengths]
+            table.crop(lengths)
+        elif act == "select":
+            indices = [draw.randrange(batch) for _ in range(batch)]
+            table.select(indices)
+            lengths = [lengths[index] for index in indices]
+        else:
+            b = draw.randrange(batch)
+            table.release(b)
+            lengths[b] = 0
+        found = table.tensor()
+        assert found.shape == (batch, max(map(len, table.rows)))
+        for b, row in enumerate(table.rows):
+            assert found[b, : len(row)].tolist() == row
+        given_out.append((found, found.clone()))
+    assert all(torch.equal(*pair) for pair in given_out)
