@@ -143,12 +143,13 @@ class EncodedLayer(CacheLayerMixin):
             v_BHED: As ``k_BHED``.
         """
         first = slice(0, ENCODED)
-        self.reach.settle(
-            k_BHED[:, :, first],
-            v_BHED[:, :, first],
-            layout.encode_position_BE[:, first],
-            layout.encode_slot_BE[:, first] >= 0,
-        )
+        if not self.reach.is_settled:
+            self.reach.settle(
+                k_BHED[:, :, first],
+                v_BHED[:, :, first],
+                layout.encode_position_BE[:, first],
+                layout.encode_slot_BE[:, first] >= 0,
+            )
         if k_BHED.device.type in BATCHED and 0 < k_BHED.shape[2] <= POSTPONED:
             self.uncoded = k_BHED, v_BHED
             return

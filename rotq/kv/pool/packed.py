@@ -154,6 +154,8 @@ class PooledLayer(EncodedLayer):
         k, v = (held[layout.sink_B].to(k_BHTD.dtype) for held in self.sinks)
         visible = self._see(layout, torch.cat((k, k_BHTD), dim=2), torch.cat((v, v_BHTD), dim=2))
         self.encode(layout, k_BHTD, v_BHTD)
+        if not layout.sink_BTS.shape[1]:
+            return visible
         row, column, sink = layout.sink_BTS
         for held, fresh in zip(self.sinks, (k_BHTD, v_BHTD), strict=True):
             held[layout.sink_B[row], :, sink] = fresh[row, :, column].to(held.dtype)
