@@ -58,8 +58,13 @@ def packed_attention(
     _check_integers(q_BMTD, position_BT, history)
     if history.window < 0:
         raise ValueError(f"window must be 0 (none) or positive, got {history.window}")
-    tables = step_tables(q_BMTD, history).flat() if q_BMTD.is_cuda else []
-    return _op(q_BMTD, position_BT, scale, tables, *flatten_history(history))
+    if not q_BMTD.is_cuda:
+        return _op(q_BMTD, position_BT, scale, [], *flatten_history(history))
+    tables = step_tables(q_BMTD, history)
+    if type(q_BMTD) is Tensor and not torch.compiler.is_compiling():
+        # what the operator would do, without taking the history apart and putting it together
+        return packed_attention_triton(q_BMTD, position_BT, history, scale=scale, tables=tables)
+    return _op(q_BMTD, position_BT, scale, tables.flat(), *flatten_history(history))
 
 
 def packed_attention_reference(

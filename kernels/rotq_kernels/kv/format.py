@@ -139,8 +139,14 @@ class KVPages:
     @property
     def gaps(self) -> dict[str, int | None]:
         """Elements between pages of each tensor, by its name; see ``gap_of``."""
-        names = ("k_codes", "k_norm", "k_sign", "k_gamma", "v_codes", "v_norm")
-        return {name: gap_of(getattr(self, name)) for name in names}
+        return {
+            "k_codes": gap_of(self.k_codes),
+            "k_norm": gap_of(self.k_norm),
+            "k_sign": gap_of(self.k_sign),
+            "k_gamma": gap_of(self.k_gamma),
+            "v_codes": gap_of(self.v_codes),
+            "v_norm": gap_of(self.v_norm),
+        }
 
     @property
     def has_whole_pages(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotq_kernels.kv.decode.splits import choose_run, run_of
 from rotq_kernels.kv.decode.tables import DecodeTables, decode_tables
-from rotq_kernels.kv.format import KVConstants, KVHistory, level_words
+from rotq_kernels.kv.format import KVConstants, KVHistory
 from rotq_kernels.launching import launch, next_power_of_two, require_triton
 
 MAX_ROWS = 16
@@ -229,7 +229,7 @@ def _split(
         step.sine,
         tables.angle_2SR,
         history.constants.inv_freq_R if step.cosine is not None else None,
-        **_page_arguments(history),
+        **_page_arguments(history, tables),
         page_table_ptr=history.page_table_BJ.contiguous(),
         length_ptr=history.length_B.contiguous(),
         start_ptr=history.start_B.contiguous(),
@@ -256,7 +256,7 @@ def _split(
     )
 
 
-def _page_arguments(history: KVHistory) -> dict[str, Any]:
+def _page_arguments(history: KVHistory, tables: DecodeTables) -> dict[str, Any]:
     pages, constants = history.pages, history.constants
     form, key, value = pages.format, constants.key, constants.value
     return {
@@ -264,12 +264,12 @@ def _page_arguments(history: KVHistory) -> dict[str, Any]:
         "k_norm_ptr": pages.k_norm,
         "k_sign_ptr": pages.k_sign,
         "k_gamma_ptr": pages.k_gamma,
-        "k_table_ptr": level_words(key.levels_HL, form.k_bits),
+        "k_table_ptr": tables.k_words,
         "k_base_ptr": key.base_H.contiguous(),
         "gamma_base_ptr": constants.gamma_base_H if pages.k_gamma is not None else None,
         "v_codes_ptr": pages.v_codes,
         "v_norm_ptr": pages.v_norm,
-        "v_table_ptr": level_words(value.levels_HL, form.v_bits),
+        "v_table_ptr": tables.v_words,
         "v_base_ptr": value.base_H.contiguous(),
         **{f"gap_{name}": gap for name, gap in pages.gaps.items()},
         "K_BITS": form.k_bits,

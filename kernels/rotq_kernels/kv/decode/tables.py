@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.format import KVConstants
+from rotq_kernels.kv.format import KVConstants, level_words
 from rotq_kernels.kv.rope_mean import angle_table
 
 _KEPT = "_decode_tables"
@@ -28,16 +28,19 @@ class DecodeTables:
     """fp16, fp32 for fp32 queries; None unless the mean turns."""
     residual_HDD: Tensor | None
     """fp32 c A^-1 S^T; None without a sketch."""
+    k_words: Tensor | None
+    """Levels of keys as kernels look them up; see ``level_words``."""
+    v_words: Tensor | None
 
     def flat(self) -> list[Tensor | None]:
         """In the order of the fields."""
-        return [self.angle_2SR, self.residual_HDD]
+        return [self.angle_2SR, self.residual_HDD, self.k_words, self.v_words]
 
     @classmethod
     def restore(cls, flat: Sequence[Tensor | None]) -> DecodeTables:
         """Undo ``flat``."""
-        angle_2SR, residual_HDD = flat
-        return cls(angle_2SR=angle_2SR, residual_HDD=residual_HDD)
+        angle_2SR, residual_HDD, k_words, v_words = flat
+        return cls(angle_2SR=angle_2SR, residual_HDD=residual_HDD, k_words=k_words, v_words=v_words)
 
 
 def decode_tables(constants: KVConstants, tokens: int, *, exact: bool) -> DecodeTables:
@@ -72,4 +75,10 @@ def _make(constants: KVConstants, tokens: int, exact: bool) -> DecodeTables:
             weight_H11 = weight_H11 * ratio_H[:, None, None]
         whole_HDD = constants.key.inverse_HDD.double() @ constants.sketch_DD.mT.double()
         residual_HDD = (whole_HDD * weight_H11).float()
-    return DecodeTables(angle_2SR=angle_2SR, residual_HDD=residual_HDD)
+    form = constants.format
+    return DecodeTables(
+        angle_2SR=angle_2SR,
+        residual_HDD=residual_HDD,
+        k_words=level_words(constants.key.levels_HL, form.k_bits),
+        v_words=level_words(constants.value.levels_HL, form.v_bits),
+    )
