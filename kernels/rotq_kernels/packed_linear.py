@@ -7,13 +7,16 @@ q and z are the codes of ``layout.pack``, q packed along K and z along N, as ``w
 
 Up to GEMV_ROWS rows are multiplied and summed in fp32. More go through the tensor cores, with the
 weight rounded to x's dtype after scaling, as the dense layer has it, and fp32 sums; for fp32 x the
-products are fp32, without TF32.
+products are fp32, without TF32. Where the rows of the weight are too few for the machine, its
+columns are shared out too, and the parts summed. From DENSE_ROWS rows on a dense weight is made
+after all, of one layer at a time, as writing it costs little beside the product.
 
 Shape suffixes: M rows (tokens), N out features, K in features, G groups of K, W int32 words.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +33,15 @@ CPU_TILE = 1 << 20
 
 GEMV_ROWS = 2
 """Up to here fp32 sums take fewer instructions than tensor cores do (counted, not timed)."""
+
+DENSE_ROWS = 128
+"""From here on the weight is made dense once, for the library's product."""
+
+PROGRAMS_PER_SM = 2
+"""Of the GEMM, whose columns are shared out until there are so many."""
+
+LEAST_RUN = 512
+"""Columns that are worth a program, and a part of the result, of their own."""
 
 
 def packed_linear(
@@ -141,41 +153,131 @@ def packed_linear_triton(
 ) -> Tensor:
     """Launch a kernel. On CPU tensors this needs TRITON_INTERPRET=1."""
     require_triton()
-    from rotq_kernels.packed_linear_kernels import MAGIC, gemm_kernel, gemv_kernel
-
-    (M, K), (N, G) = x_MK.shape, weight_scale_NG.shape
+    (M, K), N = x_MK.shape, weight_scale_NG.shape[0]
     y_MN = x_MK.new_empty((M, N))
     if not y_MN.numel():
         return y_MN
-    x_MK, weight_packed_NW = _unit_stride(x_MK), _unit_stride(weight_packed_NW)
-    zero_WG = weight_zero_point_WG
-    # an argument that is not read still needs a pointer
-    zero_or_any = weight_packed_NW if zero_WG is None else zero_WG.contiguous()
-    kernel, tile = gemv_kernel if M <= GEMV_ROWS else gemm_kernel, _tile(M, K, x_MK.dtype)
+    weight = _Weight.of(weight_packed_NW, weight_scale_NG, weight_zero_point_WG, K, bits)
+    if M >= DENSE_ROWS and x_MK.dtype != torch.float32:
+        bias_N = None if bias_N is None else bias_N.to(x_MK.dtype)
+        return F.linear(x_MK, _dequantize(weight, x_MK.dtype), bias_N)
+    tile = tile_sizes(M, K, x_MK.dtype)
+    run = _run_of(x_MK, N, tile)
+    if run >= K:
+        return _multiply(x_MK, weight, bias_N, y_MN, tile, K)
+    part_SMN = x_MK.new_empty((-(-K // run), M, N), dtype=torch.float32)
+    _multiply(x_MK, weight, None, part_SMN, tile, run)
+    sum_MN = part_SMN.sum(0)
+    return (sum_MN if bias_N is None else sum_MN + bias_N).to(x_MK.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """A packed weight as kernels read it."""
+
+    words_NW: Tensor
+    scale_NG: Tensor
+    zero_WG: Tensor | None
+    K: int
+    bits: int
+
+    @classmethod
+    def of(
+        cls, words_NW: Tensor, scale_NG: Tensor, zero_WG: Tensor | None, K: int, bits: int
+    ) -> Self:
+        zero_WG = None if zero_WG is None else zero_WG.contiguous()
+        words_NW = _unit_stride(words_NW)
+        return cls(
+            words_NW=words_NW, scale_NG=scale_NG.contiguous(), zero_WG=zero_WG, K=K, bits=bits
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, scales and zero points; an argument that is not read still needs a pointer."""
+        zero = self.words_NW if self.zero_WG is None else self.zero_WG
+        return self.words_NW, self.scale_NG, zero
+
+    def constants(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        has_zero = self.zero_WG is not None
+        return {"BITS": self.bits, "HAS_ZERO": has_zero, **_runs(self.K, self.scale_NG.shape[1])}
+
+
+def _multiply(
+    x_MK: Tensor,
+    weight: _Weight,
+    bias_N: Tensor | None,
+    y: Tensor,
+    tile: dict[str, int],
+    run: int,
+) -> Tensor:
+    """Products over runs of columns into ``y``, (M, N), or (S, M, N) where there are several."""
+    from rotq_kernels.packed_linear_kernels import MAGIC, gemm_kernel, gemv_kernel
+
+    x_MK = _unit_stride(x_MK)
+    (M, K), N = x_MK.shape, weight.scale_NG.shape[0]
+    is_gemm = M > GEMV_ROWS
     launch(
-        kernel,
-        (-(-N // tile["BLOCK_N"]), -(-M // tile["BLOCK_M"])),
+        gemm_kernel if is_gemm else gemv_kernel,
+        (-(-N // tile["BLOCK_N"]), -(-M // tile["BLOCK_M"]), -(-K // run)),
         x_MK,
-        weight_packed_NW,
-        weight_scale_NG.contiguous(),
-        zero_or_any,
-        y_MN if bias_N is None else bias_N.contiguous(),
-        y_MN,
+        *weight.tensors(),
+        y if bias_N is None else bias_N.contiguous(),
+        y,
         M=M,
         N=N,
         K=K,
         stride_xm=x_MK.stride(0),
-        stride_wn=weight_packed_NW.stride(0),
-        num_groups=G,
+        stride_wn=weight.words_NW.stride(0),
+        num_groups=weight.scale_NG.shape[1],
         magic=MAGIC,
-        BITS=bits,
-        **_runs(K, G),
-        HAS_ZERO=zero_WG is not None,
+        **({"run": run} if is_gemm else {}),
+        **weight.constants(),
         HAS_BIAS=bias_N is not None,
         **tile,
         on=x_MK,
     )
-    return y_MN
+    return y
+
+
+def _dequantize(weight: _Weight, dtype: torch.dtype) -> Tensor:
+    """(N, K) of ``dtype``, in the kernels' rounding."""
+    from rotq_kernels.packed_linear_kernels import MAGIC, dequantize_kernel
+
+    N, K = weight.scale_NG.shape[0], weight.K
+    dense_NK = torch.empty((N, K), dtype=dtype, device=weight.words_NW.device)
+    launch(
+        dequantize_kernel,
+        (-(-N // 32), -(-K // 128)),
+        *weight.tensors(),
+        dense_NK,
+        N,
+        K,
+        weight.words_NW.stride(0),
+        weight.scale_NG.shape[1],
+        MAGIC,
+        **weight.constants(),
+        BLOCK_N=32,
+        BLOCK_K=128,
+        num_warps=4,
+        on=dense_NK,
+    )
+    return dense_NK
+
+
+def _run_of(x_MK: Tensor, N: int, tile: dict[str, int]) -> int:
+    """Columns of the weight that a program of the GEMM takes, so that all SMs have work.
+
+    It does not depend on the number of rows, as long as they are one tile.
+    """
+    (M, K), block = x_MK.shape, tile["BLOCK_K"]
+    if M <= GEMV_ROWS or tile["BLOCK_M"] < M:
+        return K
+    programs = -(-N // tile["BLOCK_N"])
+    num_sm = 4
+    if x_MK.is_cuda:
+        num_sm = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
+    splits = max(1, min(PROGRAMS_PER_SM * num_sm // programs, K // LEAST_RUN))
+    return -(-K // (splits * block)) * block
 
 
 def _unit_stride(x_MK: Tensor) -> Tensor:
@@ -190,7 +292,7 @@ def _runs(K: int, G: int) -> dict[str, int]:
     return {"GROUP": K // G, "RUN": math.gcd(K // G, 32)}
 
 
-def _tile(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_sizes(M: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes and warps: of the GEMV up to GEMV_ROWS rows, else of the GEMM."""
     if M <= GEMV_ROWS:
         block_k = min(1024, max(32, next_power_of_two(K)))

@@ -150,7 +150,7 @@ def _load_rows(row_ptrs, k0, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.reshape(x, (BLOCK_M, BLOCK_K)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -214,7 +214,7 @@ def gemv_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "run"])
 def gemm_kernel(
     x_ptr,
     weight_ptr,
@@ -229,6 +229,7 @@ def gemm_kernel(
     stride_wn,
     num_groups,
     magic,
+    run,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -238,12 +239,16 @@ def gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of y^T = W x^T: weights are the left operand, so that 16 rows of x fill a tile."""
+    """A tile of y^T = W x^T: weights are the left operand, so that 16 rows of x fill a tile.
+
+    Of ``run`` columns of the weight from program_id(2) on; y has a part for each such run.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    begin = tl.program_id(2) * run
+    for k0 in range(begin, tl.minimum(begin + run, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x = tl.load(row_ptrs + k[None, :], mask=inside, other=0.0)
@@ -272,6 +277,53 @@ def gemm_kernel(
         acc = tl.dot(weight, x.T, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    m = m.to(tl.int64)
+    y_ptrs = y_ptr + (tl.program_id(2) * M + m)[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(y_ptrs, acc.T.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    weight_ptr,
+    scale_ptr,
+    zero_ptr,
+    dense_ptr,
+    N,
+    K,
+    stride_wn,
+    num_groups,
+    magic,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of the dense weight (N, K), as ``gemm_kernel`` multiplies with it."""
+    n, k0 = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
+    q, scale = _load_weight(
+        weight_ptr,
+        scale_ptr,
+        zero_ptr,
+        n,
+        k0,
+        N,
+        K,
+        stride_wn,
+        num_groups,
+        magic,
+        BITS,
+        GROUP,
+        RUN,
+        HAS_ZERO,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    unit = _power_of_two(-_place(tl.arange(0, BLOCK_K), BITS))
+    q *= scale * tl.reshape(unit, (1, BLOCK_K // RUN, RUN))
+    k = k0 + tl.arange(0, BLOCK_K)
+    dense_ptrs = dense_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    weight = tl.reshape(q, (BLOCK_N, BLOCK_K)).to(dense_ptr.dtype.element_ty)
+    tl.store(dense_ptrs, weight, mask=(n < N)[:, None] & (k < K)[None, :])

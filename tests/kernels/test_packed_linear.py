@@ -5,11 +5,15 @@ Without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rotq_kernels import launching
+from rotq_kernels import packed_linear as kernels
 from rotq_kernels.layout import pack
 from rotq_kernels.packed_linear import (
     _op,
@@ -135,6 +139,33 @@ def test_groups_of_any_size(M: int, K: int, G: int) -> None:
     """Groups that no power of two divides, and rows that end inside a word."""
     packed = random_packed(6, K, G, 5, scale_dtype=torch.float32)
     check(random_rows(M, K, torch.float32), packed, None, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("M", "K", "G"), [(3, 160, 5), (9, 224, 1), (16, 512, 4)])
+def test_columns_that_are_shared_out(
+    M: int, K: int, G: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of columns that need not divide their number, with zero points and a bias."""
+    grids: list[tuple[int, ...]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **named: Any) -> None:
+        grids.append(grid)
+        launching.launch(kernel, grid, *given, **named)
+
+    monkeypatch.setattr(kernels, "LEAST_RUN", 32)
+    monkeypatch.setattr(kernels, "launch", launch)
+    bias_N = torch.randn(40, device=DEVICE)
+    check(random_rows(M, K, dtype), random_packed(40, K, G, 3), bias_N, 3)
+    assert grids[0][2] > 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_many_rows_take_a_dense_weight(bits: int, symmetric: bool) -> None:
+    packed = random_packed(70, 96, 3, bits, symmetric=symmetric)
+    bias_N = torch.randn(70, device=DEVICE)
+    check(random_rows(kernels.DENSE_ROWS, 96, torch.float16), packed, bias_N, bits)
 
 
 def test_row_past_the_last_is_not_read() -> None:
