@@ -10,7 +10,6 @@ heads, D head width.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -201,21 +200,3 @@ def stored_outgrown(pages: KVPages, slot_BE: Tensor) -> Tensor | None:
         if norm_PHS is not None
     ]
     return torch.stack(flags).any() if flags else None
-
-
-def check_norms(layers: Sequence[EncodedLayer]) -> None:
-    """After a pass, before anything attends to what it has coded.
-
-    Raises:
-        RotqError: a norm did not fit.
-    """
-    # layers that were coded together have one flag
-    flags = list(
-        {id(flag): flag for layer in layers if (flag := layer.outgrown) is not None}.values()
-    )
-    if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
-        raise RotqError(
-            "a token's keys or values are not finite, or hundreds of times larger than the first "
-            "ones that were packed, and than calibration has seen; the packed cache cannot hold "
-            "their norms"
-        )

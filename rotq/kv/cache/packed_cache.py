@@ -28,10 +28,10 @@ from transformers import Cache
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import NAME
 from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
-from rotq.kv.cache.encoded_layer import check_norms
 from rotq.kv.cache.hooks import WatchingCache, attach, attention_name
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.masks import plain_mask
+from rotq.kv.cache.norm_watch import NormWatch
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.placement import Placement
 from rotq.kv.cache.report import CacheReport
@@ -65,6 +65,7 @@ class PackedCache(WatchingCache, Cache):
         self.sequences = Sequences(sinks=calibration.sinks, recent=calibration.recent)
         self.recording = False
         self._step: Step | None = None
+        self._watch, self._is_broken = NormWatch(), False
         self._encoders: list[BatchedEncoder] | None = None
         placements: dict[tuple[int, int], Placement] = {}
         layers = []
@@ -99,8 +100,9 @@ class PackedCache(WatchingCache, Cache):
         """
         if self._decoder() is not decoder:
             raise RotqError("this PackedCache was made for another model")
-        if self._step is not None:
+        if self._step is not None or self._is_broken:
             raise RotqError("a forward pass with this PackedCache failed halfway; call reset()")
+        self._settle()
         name = attention_name(decoder)
         if name != NAME:
             raise RotqError(f"the model's attention is now {name!r}; PackedCache needs {NAME!r}")
@@ -151,11 +153,19 @@ class PackedCache(WatchingCache, Cache):
             self._encoders = batched_encoders(self._packed_layers(), self.calibration)
         for encoder in self._encoders:
             encoder.encode()
-        check_norms(self._packed_layers())
+        self._watch.look(self._packed_layers())
         for layer in self._packed_layers():
             layer.layout = layer.visible = None
         self.sequences.advance(self._step)
         self._step = None
+
+    def _settle(self) -> None:
+        """What the last pass has stored is right, or nothing more is done with it."""
+        try:
+            self._watch.settle()
+        except RotqError:
+            self._is_broken = True
+            raise
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled, and to be copied but by ``deepcopy``.
@@ -170,6 +180,7 @@ class PackedCache(WatchingCache, Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
         """For the same model, with the same tokens."""
+        self._settle()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for name, value in vars(self).items():
@@ -181,6 +192,8 @@ class PackedCache(WatchingCache, Cache):
         super().reset()
         self.sequences.clear()
         self.recording, self._step = False, None
+        self._watch.forget()
+        self._is_broken = False
         for placement in self.placements:
             placement.clear()
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.batched_encoding import JOINED, BatchedEncoder, batched_encoders
-from rotq.kv.cache.encoded_layer import EncodedLayer, check_norms
+from rotq.kv.cache.encoded_layer import EncodedLayer
+from rotq.kv.cache.norm_watch import check_norms
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_heads, check_served, windows
 from rotq.kv.calibration.file import KVCalibration

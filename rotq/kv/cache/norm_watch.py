@@ -1,0 +1,85 @@
+"""Whether norms that were stored did not fit: refused before anything attends to them.
+
+On a GPU the answer is copied to the host when the device comes to it, and asked for before the next
+pass: what a pass gives is read by then, and so nothing waits twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rotq.errors import RotqError
+from rotq.kv.cache.encoded_layer import EncodedLayer
+
+
+class NormWatch:
+    """Of one cache."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def look(self, layers: Sequence[EncodedLayer]) -> None:
+        """After a pass.
+
+        Raises:
+            RotqError: a norm did not fit; on a GPU, ``settle`` raises it.
+        """
+        flag = _flag_of(layers)
+        if flag is None:
+            return
+        if flag.device.type != "cuda":
+            _refuse(flag)
+            return
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(flag.device))
+        self._pending = host, copied
+
+    def settle(self) -> None:
+        """Before a pass.
+
+        Raises:
+            RotqError: a norm of the last pass did not fit.
+        """
+        if self._pending is not None:
+            (host, copied), self._pending = self._pending, None
+            copied.synchronize()
+            _refuse(host)
+
+    def forget(self) -> None:
+        """What was seen is of nobody."""
+        self._pending = None
+
+
+def check_norms(layers: Sequence[EncodedLayer]) -> None:
+    """At once, after a pass.
+
+    Raises:
+        RotqError: a norm did not fit.
+    """
+    flag = _flag_of(layers)
+    if flag is not None:
+        _refuse(flag)
+
+
+def _flag_of(layers: Sequence[EncodedLayer]) -> Tensor | None:
+    # layers that were coded together have one flag
+    flags = list(
+        {id(flag): flag for layer in layers if (flag := layer.outgrown) is not None}.values()
+    )
+    if len(flags) < 2:
+        return flags[0] if flags else None
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+
+
+def _refuse(flag: Tensor) -> None:
+    if bool(flag):
+        raise RotqError(
+            "a token's keys or values are not finite, or hundreds of times larger than the first "
+            "ones that were packed, and than calibration has seen; the packed cache cannot hold "
+            "their norms"
+        )
