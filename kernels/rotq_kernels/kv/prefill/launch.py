@@ -9,6 +9,7 @@ order that unpacks each tile of codes once for many query rows:
     4.  the dense tokens, from there on, then division
 
 Nothing of the size of the history is written: between the steps are sums of the size of the query.
+Without pages, at the beginning of a text, torch's own attention does it (``dense``).
 
 Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N query rows of a KV head
 (its M / H heads by T tokens), D head width, Q tiles of a sequence's packed tokens, R rotary pairs.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, level_words
+from rotq_kernels.kv.prefill.dense import attend_dense
 from rotq_kernels.kv.query import turn_query
 from rotq_kernels.kv.rope_mean import angle_table
 from rotq_kernels.launching import launch, require_triton
@@ -38,6 +40,9 @@ def packed_prefill(
     Arguments and result are those of ``packed_attention``, which calls this and is what to call;
     its reference is ``packed_attention_reference``.
     """
+    if not history.page_table_BJ.shape[1] and history.dense is not None:
+        window = history.window
+        return attend_dense(q_BMTD, position_BT, history.dense, scale=scale, window=window)
     require_triton()
     from rotq_kernels.kv.prefill.kernels import dense_chunk_kernel
 

@@ -285,7 +285,7 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, int]) -> Any:
-            return lambda **arguments: decode[grid](**arguments | tile)
+            return lambda *given, **named: decode[grid](*given, **named | tile)
 
     monkeypatch.setattr(kernel, "decode_kernel", Launcher())
     portable = case.run()

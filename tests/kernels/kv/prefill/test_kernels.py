@@ -214,6 +214,19 @@ def test_no_packed_tokens() -> None:
     assert out[-1, :, -5:].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", [0, 9])
+def test_no_pages(window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of a text: no kernel is needed, in pieces of some queries."""
+    monkeypatch.setattr("rotq_kernels.kv.prefill.dense.MASK_ROWS", 11)
+    monkeypatch.setattr("rotq_kernels.kv.prefill.launch.launch", Mock(side_effect=AssertionError))
+    case = make_case(FORMATS["k3v3"], lengths=(0, 0), group=3, dtype=dtype, window=window)
+    table_BJ = case.history.page_table_BJ[:, :0]
+    out = check(case.with_history(page_table_BJ=table_BJ))
+    assert out.is_contiguous()
+    assert out[-1, :, -5:].eq(0).all()
+
+
 def test_queries_before_the_end_of_the_history() -> None:
     """Causal over packed tokens too: the chunk is in the middle of what is packed."""
     case = make_case(FORMATS["k3v3"], lengths=(100, 90), T=40)
