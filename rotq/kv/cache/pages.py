@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,7 +205,7 @@ class JointPages:
     def _hand_out(self) -> None:
         begin = 0
         for store, end in zip(self.stores, self._ends, strict=True):
-            parts = {
+            parts: dict[str, Any] = {
                 name: None if whole is None else whole[:, begin:end]
                 for name in _STORED
                 for whole in (getattr(self.pages, name),)
