@@ -230,7 +230,7 @@ def _multiply(
         stride_wn=weight.words_NW.stride(0),
         num_groups=weight.scale_NG.shape[1],
         magic=MAGIC,
-        **({"run": run} if is_gemm else {}),
+        **({"blocks": -(-run // tile["BLOCK_K"])} if is_gemm else {}),
         **weight.constants(),
         HAS_BIAS=bias_N is not None,
         **tile,

@@ -11,7 +11,7 @@ def _compile_case(
     """bf16, groups of 128."""
     block_m, block_n, block_k = block
     types = dict.fromkeys(
-        ("M", "N", "K", "stride_xm", "stride_wn", "num_groups", "magic", "run"), "i32"
+        ("M", "N", "K", "stride_xm", "stride_wn", "num_groups", "magic", "blocks"), "i32"
     )
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*i32", "scale_ptr": "*fp16", "zero_ptr": "*i32"}
     constants = {
@@ -25,7 +25,7 @@ def _compile_case(
         "BLOCK_K": block_k,
     }
     if kernel is gemv_kernel:
-        del types["run"]
+        del types["blocks"]
     return {
         "kernel": kernel,
         "name": f"{kernel.__name__} {bits} bits{' zero' * zero} {'x'.join(map(str, block))}",

@@ -214,7 +214,7 @@ def gemv_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "run"])
+@triton.jit(do_not_specialize=["M", "blocks"])
 def gemm_kernel(
     x_ptr,
     weight_ptr,
@@ -229,7 +229,7 @@ def gemm_kernel(
     stride_wn,
     num_groups,
     magic,
-    run,
+    blocks,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -241,14 +241,15 @@ def gemm_kernel(
 ):
     """A tile of y^T = W x^T: weights are the left operand, so that 16 rows of x fill a tile.
 
-    Of ``run`` columns of the weight from program_id(2) on; y has a part for each such run.
+    Of so many blocks of the weight's columns, a run; y has a part for each run, program_id(2).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    begin = tl.program_id(2) * run
-    for k0 in range(begin, tl.minimum(begin + run, K), BLOCK_K):
+    # as blocks, so that the compiler sees what divides k0
+    begin = tl.program_id(2) * blocks * BLOCK_K
+    for k0 in range(begin, tl.minimum(begin + blocks * BLOCK_K, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         inside = (m < M)[:, None] & (k < K)[None, :]
         x = tl.load(row_ptrs + k[None, :], mask=inside, other=0.0)

@@ -154,16 +154,17 @@ class PageTable:
 class PageStore:
     """The codes of one layer; page numbers come from a ``PageTable``."""
 
+    joint: JointPages | None = None
+    """What the pages are a part of, if they are."""
+
     def __init__(self, format: KVFormat, num_heads: int, device: torch.device) -> None:
         self.pages = KVPages.empty(format, 0, num_heads, device)
-        self.joint: JointPages | None = None
-        """What the pages are a part of, if they are."""
 
     def prepare(self, num_pages: int, copies: Sequence[tuple[int, int]]) -> None:
         """Have ``num_pages`` pages, then copy pages as ``PageTable.reserve`` asked for."""
         if num_pages > self.pages.k_codes.shape[0]:
             if self.joint is None:
-                _enlarge(self.pages, num_pages)
+                self._grow(num_pages)
             else:
                 self.joint.grow(num_pages)
         if copies:
@@ -171,6 +172,9 @@ class PageStore:
             source, target = torch.tensor(copies, device=device).unbind(1)
             for tensor in self.pages.tensors():
                 tensor[target] = tensor[source]
+
+    def _grow(self, num_pages: int) -> None:
+        _enlarge(self.pages, num_pages)
 
 
 class JointPages:

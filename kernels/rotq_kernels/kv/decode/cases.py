@@ -7,7 +7,7 @@ residual modes and widths of codes that the presets use. Elements are those of k
 from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.launch import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes
+from rotq_kernels.kv.decode.launch import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes, turn_sizes
 from rotq_kernels.kv.decode.merge import merge_kernel
 from rotq_kernels.kv.decode.turn import turn_kernel
 from rotq_kernels.kv.format import KVFormat
@@ -117,7 +117,7 @@ def _turn_case(
         types |= {"constant_ptr": "*fp32"}
     if residual == "qjl":
         types |= dict.fromkeys(("residual_ptr", "residual_matrix_ptr"), "*fp32")
-    has_ptx = targets != AMD
+    has_ptx, sizes = targets != AMD, turn_sizes(width, exact=exact)
     constants = {
         **{argument: None for argument in turn_kernel.arg_names if argument.endswith("_ptr")},
         "D": width,
@@ -125,7 +125,7 @@ def _turn_case(
         "WINDOW": 0,
         "N": MAX_ROWS,
         "BLOCK": COLUMNS,
-        "TILE": 32,
+        "TILE": sizes["TILE"],
         "TURN": "tf32x3" if has_ptx else "ieee",
         "DENSE": "ieee" if not has_ptx else "tf32x3" if exact else "tf32",
     }
@@ -134,6 +134,7 @@ def _turn_case(
         "kernel": turn_kernel,
         "types": types,
         "constants": {key: value for key, value in constants.items() if key not in types},
+        "num_stages": sizes["num_stages"],
         "targets": targets,
         "divisible": STRIDES,
     }

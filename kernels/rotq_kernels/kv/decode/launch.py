@@ -87,6 +87,11 @@ def tile_sizes(D: int, rows: int, *, has_ptx: bool, exact: bool) -> dict[str, in
     return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens, "WARPS": warps}
 
 
+def turn_sizes(D: int, *, exact: bool) -> dict[str, int]:
+    """Dense tokens at a time, and stages: of wide fp32 heads as many as a small GPU holds."""
+    return {"TILE": 16, "num_stages": 1} if exact and D > 128 else {"TILE": 32, "num_stages": 3}
+
+
 def merge_sizes(D: int, rows: int, partials: int) -> dict[str, int]:
     """Sizes of the merge's tile: N rows, PARTS partial results at a time, BLOCK elements."""
     n = next_power_of_two(rows)
@@ -202,7 +207,7 @@ def _turn(
         WINDOW=history.window,
         N=MAX_ROWS,
         BLOCK=COLUMNS,
-        TILE=32,
+        **turn_sizes(D, exact=q_BMTD.dtype == torch.float32),
         TURN=_precision(True),
         DENSE=_precision(q_BMTD.dtype == torch.float32),
         on=q_BMTD,

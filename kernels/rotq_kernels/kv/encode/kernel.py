@@ -144,8 +144,10 @@ def encode_kernel(
             )
         else:
             scale_N = tl.sqrt_rn(tl.div_rn(energy_N, tl.sum(level_ND * level_ND, axis=1)))
-        # as the reference: a row that is not finite gets the largest norm
-        scale_N = tl.where(rms_N < float("inf"), tl.maximum(scale_N, 0.0), float("inf"))
+        # as the reference: a row that is not finite gets the largest norm; asked of y, which is
+        # still held, as another number to hold would spill
+        is_finite_N = tl.sum(tl.abs(y_ND), axis=1) < float("inf")
+        scale_N = tl.where(is_finite_N, tl.maximum(scale_N, 0.0), float("inf"))
         kept_N = store_norm(
             past_gaps(norm_ptr, page_N, gap_norm), row_N, keep_N, scale_N, base, NORM
         )
