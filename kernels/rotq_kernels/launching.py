@@ -20,6 +20,11 @@ def require_triton() -> None:
         )
 
 
+def is_native() -> bool:
+    """Whether there is native code for CPUs: numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def next_power_of_two(number: int) -> int:
     """The least that is not below ``number``, which is positive."""
     return 1 << (number - 1).bit_length()
