@@ -32,6 +32,8 @@ class PackedWeight(nn.Module):
     Buffers have the names and dtypes that they have in the checkpoint.
     """
 
+    as_dense: bool = False
+    """On a CPU: products are those of the dense weight bit by bit, which paths are slower at."""
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor
@@ -146,7 +148,7 @@ class PackedWeight(nn.Module):
         # for the backward pass the operator keeps the codes, F.linear would keep the dense weight
         is_differentiated = x.requires_grad and torch.is_grad_enabled()
         # native code needs no dense weight, and states take more memory than codes
-        is_path = isinstance(self.grid, Trellis) and x.device.type == "cpu"
+        is_path = isinstance(self.grid, Trellis) and x.device.type == "cpu" and not self.as_dense
         if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated or in_tiles or is_path):
             return F.linear(x, self.dequantize(x.dtype), bias_N)
         if isinstance(self.grid, Trellis):
@@ -180,3 +182,10 @@ class PackedWeight(nn.Module):
         self, name: str, shape: tuple[int, int], device: torch.device | str | None
     ) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+
+
+def multiply_as_dense(model: nn.Module) -> None:
+    """Let all packed layers of a model compute on a CPU what dense ones would, bit by bit."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.as_dense = True
