@@ -32,10 +32,13 @@ from rotq_kernels.kv.format import (
     encode_norm,
     level_values,
 )
-from rotq_kernels.launching import TritonMissing
+from rotq_kernels.launching import TritonMissing, is_native
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import dequantize_reference as dequantize_weight
 from rotq_kernels.packed_linear import packed_linear
+from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
+from rotq_kernels.trellis.linear import packed_levels, trellis_linear
+from rotq_kernels.trellis.search import search_paths
 
 __all__ = [
     "STEPS_PER_OCTAVE",
@@ -47,6 +50,7 @@ __all__ = [
     "KVPages",
     "SideConstants",
     "TritonMissing",
+    "check_ring",
     "decode_norm",
     "dequantize_kv_reference",
     "dequantize_residual",
@@ -57,15 +61,21 @@ __all__ = [
     "encode_norm",
     "hadamard",
     "hadamard_reference",
+    "is_native",
     "key_mean",
     "level_values",
     "pack",
     "pack_kv",
     "packed_attention",
+    "packed_levels",
     "packed_linear",
     "packed_words",
+    "path_levels",
     "quantize_residual",
     "quantize_side",
+    "ring_rows",
+    "search_paths",
+    "trellis_linear",
     "turned_mean",
     "unpack",
     "unpack_kv",

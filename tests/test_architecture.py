@@ -18,8 +18,9 @@ ARROWS: list[set[str]] = [
     {"models"},
     {"layers"},
     {"rotations"},
-    {"solvers", "calibration", "report", "ops"},
+    {"solvers", "calibration", "report"},
     {"formats", "recipe", "numerics", "autocast", "memory", "devices", "disk", "patterns"},
+    {"ops"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""
 

@@ -59,7 +59,7 @@ def test_layer_overrides() -> None:
         ({"weigths": {}}, "unknown key weigths; did you mean weights?"),
         ({"solver": {"dampin": 1}}, "unknown key solver.dampin; did you mean solver.damping?"),
         ({"solver": {"zzz": 1}}, "unknown key solver.zzz; known: "),
-        ({"weights": {"bits": 9}}, "weights.bits: 9 is not 2 to 8"),
+        ({"weights": {"bits": 9}}, "weights.bits: 9 is not 1 to 8"),
         ({"weights": {"bits": True}}, "weights.bits: expected int, got True"),
         ({"weights": {"bits": "three"}}, "weights.bits: expected int, got 'three'"),
         ({"weights": {"group_size": 0}}, "weights.group_size: 0 is not positive or -1"),

@@ -24,6 +24,11 @@ def require_triton() -> None:
         )
 
 
+def is_native() -> bool:
+    """Whether there is native code for CPUs: numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

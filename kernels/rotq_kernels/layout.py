@@ -42,8 +42,8 @@ def pack(q_NK: Tensor, bits: int, *, dim: int = 1) -> Tensor:
 
     Args:
         q_NK: int8, in [-2^(bits-1), 2^(bits-1) - 1].
-        bits: 2 to 8.
-        dim: Dimension that shrinks: 1 for weights, 0 for zero points.
+        bits: 1 to 8; one bit is for symbols of a trellis.
+        dim: Dimension that shrinks: 1 for weights, 0 for zero points and paths of a trellis.
 
     Returns:
         int32, (N, ceil(K * bits / 32)), or (ceil(N * bits / 32), K) for ``dim`` 0; contiguous.
@@ -77,7 +77,7 @@ def unpack(packed_NW: Tensor, bits: int, num_codes: int, *, dim: int = 1) -> Ten
 
     Args:
         packed_NW: int32, the words of ``num_codes`` codes along ``dim``.
-        bits: 2 to 8.
+        bits: 1 to 8.
         num_codes: K for ``dim`` 1, N for ``dim`` 0.
         dim: Dimension that grows.
 
@@ -98,7 +98,7 @@ def unpack(packed_NW: Tensor, bits: int, num_codes: int, *, dim: int = 1) -> Ten
         )
     # flat first: a column of one word may have any stride, with which no bytes can be seen
     stream = packed_NW.contiguous().view(-1).view(torch.uint8).view(N, 4 * words)
-    if bits in (2, 4, 8):
+    if bits in (1, 2, 4, 8):
         return _unpack_bytes(stream, bits)[:, :num_codes].contiguous()
     eights = -(-num_codes // 8)
     stream = torch.nn.functional.pad(stream, (0, eights * bits - stream.shape[1]))
@@ -112,7 +112,7 @@ def unpack(packed_NW: Tensor, bits: int, num_codes: int, *, dim: int = 1) -> Ten
 
 
 def _unpack_bytes(stream: Tensor, bits: int) -> Tensor:
-    """Codes that never straddle a byte: 2, 4 and 8 bits."""
+    """Codes that never straddle a byte: 1, 2, 4 and 8 bits."""
     mask, half = 2**bits - 1, 2 ** (bits - 1)
     parts = [(stream >> shift) & mask for shift in range(0, 8, bits)]
     stored = torch.stack(parts, dim=-1).flatten(1)
@@ -122,8 +122,8 @@ def _unpack_bytes(stream: Tensor, bits: int) -> Tensor:
 def _check(tensor: Tensor, dtype: torch.dtype, bits: int, dim: int) -> None:
     if tensor.ndim != 2 or tensor.dtype != dtype:
         raise ValueError(f"expected 2-D {dtype}, got {tensor.ndim}-D {tensor.dtype}")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
     if dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim}")
 

@@ -123,6 +123,8 @@ def _describe(group: Mapping[str, Any], num_groups: int) -> str:
     weights = group["weights"]
     per = f"{weights['group_size']} columns" if weights["group_size"] else "output channel"
     kind = "symmetric" if weights["symmetric"] else "asymmetric"
+    if "state_bits" in weights:
+        kind = f"paths through a trellis of 2^{weights['state_bits']} states"
     number = len(group["targets"])
     where = "linear layers" if num_groups == 1 else f"{number} targets of config.json"
     return f"{where}: {weights['num_bits']} bits, {kind}, one scale per {per}"

@@ -18,6 +18,7 @@ from rotq.checkpoint.load import load_model
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.errors import CheckFailed
+from rotq.layers.packed_weight import multiply_as_dense
 
 
 def check_reload(
@@ -58,6 +59,7 @@ def compare(out_dir: Path, probe: Path, *, trust_remote_code: bool) -> dict[str,
     """What the fresh process finds: equal, num, num_different, max_difference."""
     expected = read_tensors(probe)
     model = load_model(out_dir, trust_remote_code=trust_remote_code)
+    multiply_as_dense(model)
     with torch.no_grad():
         logits_BTV = model(expected["ids_BT"], use_cache=False).logits
     wanted_BTV = expected["logits_BTV"]

@@ -1,7 +1,7 @@
 """Which layers of a checkpoint are quantized, and how: ``quantization_config`` as it is read.
 
 The fields are those of compressed-tensors 0.20 (``pack-quantized``); the rotq format has the same
-ones, and two for what heads and inputs go through at run time.
+ones, two for what heads and inputs go through at run time, and paths through a trellis.
 
     targets            "Linear" (every linear layer), "re:..." (matched from the start of the name),
                        or a full module name; full names win over patterns, patterns over "Linear"
@@ -11,6 +11,8 @@ ones, and two for what heads and inputs go through at run time.
                        and block_size, to the features of its diagonal blocks, where it has them;
                        residual, to the kind of R1 where it is applied in front of the first block
                        and taken back behind the last
+    weights            of type "trellis": the paths of rotq_kernels.trellis.code, in a group of the
+                       format "trellis", with code mul1 and state_bits
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
                        to, dynamic, per head and token
 """
@@ -25,15 +27,20 @@ from typing import Any
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.patterns import PatternTooSlow, search
 from rotq.rotations.hadamard import core_order
 
-ROTQ_VERSION = 6
-"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 6 for R1
-at run time, 5 for a packed embedding or head, 4 for R4 in blocks, 2 for what attention does. 3 was
-for R4 as a butterfly, but ``save_pretrained`` said 3 of any checkpoint; those without are read."""
+ROTQ_VERSION = 7
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 7 for
+weights on a trellis, 6 for R1 at run time, 5 for a packed embedding or head, 4 for R4 in blocks, 2
+for what attention does. 3 was for R4 as a butterfly, but ``save_pretrained`` said 3 of any
+checkpoint; those without are read."""
 METHODS = ("compressed-tensors", "rotq")
+
+TRELLIS, CODE = "trellis", "mul1"
+"""Type of weights that are paths, and what gives their states levels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +261,8 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
     if group.get("output_activations"):
         raise RotqError(f"{name} quantizes the outputs of layers, which rotq cannot run")
     stored = group.get("format") or format
+    if stored == TRELLIS:
+        return _read_trellis(name, weights)
     if stored != "pack-quantized" or weights.get("type") != "int":
         raise RotqError(
             f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int"
@@ -268,6 +277,20 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
             bits=weights["num_bits"],
             group_size=weights["group_size"] if strategy == "group" else -1,
             symmetric=weights["symmetric"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RotqError(f"{name} of quantization_config is not valid: {error}") from error
+
+
+def _read_trellis(name: str, weights: Mapping[str, Any]) -> Trellis:
+    found = (weights.get("type"), weights.get("code"))
+    if found != (TRELLIS, CODE):
+        raise RotqError(f"{name} is stored as {found[0]}, code {found[1]}; rotq reads {CODE}")
+    try:
+        return Trellis(
+            bits=weights["num_bits"],
+            group_size=weights["group_size"] if weights["strategy"] == "group" else -1,
+            state_bits=weights["state_bits"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RotqError(f"{name} of quantization_config is not valid: {error}") from error

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rotq.checkpoint.scheme import METHODS
+from rotq.checkpoint.scheme import CODE, METHODS, TRELLIS
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 
 CT_VERSION = "0.20.0"
@@ -60,8 +61,8 @@ def quantization_config(
 
     Raises:
         ValueError: no layers, unknown format, ``rotated`` or ``heads`` in a format that cannot
-            express it, or ``inputs`` where transformers would drop them: it leaves them out where
-            it makes weights dense while loading.
+            express it, a trellis in another than ``rotq``, or ``inputs`` where transformers would
+            drop them: it leaves them out where it makes weights dense while loading.
     """
     if format not in METHODS or not layers:
         raise ValueError(f"format must be one of {METHODS} and layers not empty, got {format!r}")
@@ -69,6 +70,8 @@ def quantization_config(
         raise ValueError(f"online rotations and rounded heads cannot be expressed in {format}")
     if inputs is not None and format != "rotq" and not all(g.symmetric for g in layers.values()):
         raise ValueError(f"{format}: rounded inputs are dropped where weights have zero points")
+    if format != "rotq" and any(isinstance(grid, Trellis) for grid in layers.values()):
+        raise ValueError(f"paths through a trellis cannot be expressed in {format}")
     outer = outer or {}
     both = _both_names(stored_name)
     layers, outer = (
@@ -93,6 +96,8 @@ def quantization_config(
         if turns_residual:
             fields["online"]["residual"] = "hadamard"
             fields["version"] = 6
+        if any(isinstance(grid, Trellis) for grid in layers.values()):
+            fields |= {"format": TRELLIS, "version": 7}
         return config | fields
     return config | _compressed_tensors_fields({*layers.values(), *outer.values()})
 
@@ -186,7 +191,7 @@ def _groups(
 
 
 def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dict[str, Any]:
-    weights = {
+    weights: dict[str, Any] = {
         "dynamic": False,
         "group_size": None if grid.group_size == -1 else grid.group_size,
         "num_bits": grid.bits,
@@ -194,8 +199,12 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
         "symmetric": grid.symmetric,
         "type": "int",
     }
+    stored = "pack-quantized"
+    if isinstance(grid, Trellis):
+        stored = TRELLIS
+        weights |= {"type": TRELLIS, "code": CODE, "state_bits": grid.state_bits}
     return {
-        "format": "pack-quantized",
+        "format": stored,
         "input_activations": _dynamic(inputs),
         "output_activations": None,
         "targets": targets,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.checkpoint.files import read_json
 from rotq.errors import RotqError
 from rotq.evaluation.representations import OriginalBasis
 from rotq.fusion.draw import build_basis
@@ -23,8 +24,7 @@ def is_rotated(checkpoint: Path) -> bool:
     Raises:
         RotqError: its recipe cannot be read, or that basis was trained: it stands nowhere.
     """
-    rotation = _rotation(checkpoint)
-    return rotation is not None and rotation.turns_outer
+    return _rotation(checkpoint) is not None and not _turns_at_run_time(checkpoint)
 
 
 def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | None:
@@ -39,7 +39,7 @@ def basis_of(checkpoint: Path, model: Any, reference: Any) -> OriginalBasis | No
         RotqError: as ``is_rotated``.
     """
     rotation = _rotation(checkpoint)
-    if rotation is None or not rotation.turns_outer:
+    if rotation is None or _turns_at_run_time(checkpoint):
         return None
     R_DD = _residual(rotation, model)
     path = adapter_for(model).final_norm
@@ -60,7 +60,7 @@ def inner_basis_of(checkpoint: Path, model: Any, layer: int) -> OriginalBasis | 
     blocks = model.config.get_text_config().num_hidden_layers
     # transformers records what blocks are given, the first one's once it is turned
     is_turned = layer % (blocks + 1) < blocks
-    if rotation is None or not (rotation.turns_outer or is_turned):
+    if rotation is None or (_turns_at_run_time(checkpoint) and not is_turned):
         return None
     R_DD = _residual(rotation, model)
     return OriginalBasis(R_DD=R_DD, gain_D=torch.ones(len(R_DD)), added_D=None)
@@ -70,6 +70,12 @@ def _residual(rotation: Rotation, model: Any) -> Tensor:
     R_DD = build_basis(rotation, adapter_for(model), model.config).residual_DD
     assert R_DD is not None, "the recipe has a rotation of the residual stream"
     return R_DD
+
+
+def _turns_at_run_time(checkpoint: Path) -> bool:
+    """Whether its first block turns the residual stream, and its last one turns it back."""
+    declared = read_json(checkpoint / "config.json").get("quantization_config") or {}
+    return "residual" in (declared.get("online") or {})
 
 
 def _rotation(checkpoint: Path) -> Rotation | None:

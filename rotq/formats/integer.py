@@ -68,6 +68,10 @@ class Grid(Codes):
             )
         return self.group_size
 
+    def levels(self, q_NK: Tensor) -> Tensor:
+        """fp32 (N, K): what codes stand for, before zero points and scales."""
+        return q_NK.to(torch.float32)
+
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Stored bits per weight, codes, scales and zero points counted."""
         per_group = scale_bits + (0 if self.symmetric else self.bits)
@@ -91,10 +95,13 @@ class Quantized:
     """int8, in [q_min, q_max]; None on a symmetric grid."""
     grid: Grid
 
+    def levels(self) -> Tensor:
+        """fp32 (N, G, columns of a group): the weight in units of its scales."""
+        level_NGg = self.grid.levels(self.q_NK).unflatten(1, (self.scale_NG.shape[1], -1))
+        if self.zero_NG is not None:
+            level_NGg.sub_(self.zero_NG.to(torch.float32)[..., None])
+        return level_NGg
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) weight; computed in fp32, then cast to ``dtype``."""
-        N, K = self.q_NK.shape
-        q_NGg = self.q_NK.to(torch.float32).view(N, self.scale_NG.shape[1], -1)
-        if self.zero_NG is not None:
-            q_NGg.sub_(self.zero_NG.to(torch.float32)[..., None])
-        return q_NGg.mul_(self.scale_NG.to(torch.float32)[..., None]).view(N, K).to(dtype)
+        return self.levels().mul_(self.scale_NG.to(torch.float32)[..., None]).flatten(1).to(dtype)

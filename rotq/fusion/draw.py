@@ -40,7 +40,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         if adapter.layer_norm:
             residual = leave_ones_alone(residual)
             description["residual"] += ", all-ones direction kept"
-    if rotation.residual_ends == "online":
+    if residual is not None and not adapter.turns_outer(rotation, config):
         signs_D = random_signs(config.hidden_size, rotation.seed)
         ends = Ends(signs_D=signs_D, last_block=config.num_hidden_layers - 1)
         description["residual"] += ", at run time in front of the blocks and back behind them"
@@ -90,14 +90,8 @@ def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
 
 
 def _check_ends(rotation: Rotation, adapter: Adapter) -> None:
-    if rotation.residual_ends == "fused":
-        return
-    obstacle = None
-    if adapter.layer_norm:
-        obstacle = "their R1 has to leave the all-ones direction alone"
-    elif adapter.part:
-        obstacle = "features of images may be written between the blocks"
-    if obstacle is not None:
+    obstacle = adapter.ends_obstacle()
+    if rotation.residual_ends == "online" and obstacle is not None:
         raise RotqError(
             f"rotation.residual_ends=online is not possible for {adapter.family} models: "
             f"{obstacle}; set rotation.residual_ends=fused"

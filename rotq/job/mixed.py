@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from rotq.formats.integer import Grid
+from rotq.formats.trellis import Trellis
 from rotq.models.experts import UnfusedExperts
 from rotq.recipe import Override
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (-1, 128, 64, 32)
-"""What ``weights.average_bits`` chooses from; groups where they divide a layer's columns."""
+"""What ``weights.average_bits`` chooses from; groups where they divide a layer's columns, and none
+on a trellis."""
 
 Shapes = Mapping[str, tuple[int, int]]
 """Out features, in features by full name of the layer."""
@@ -49,7 +51,8 @@ def choices(smallest: Grid, in_features: int, override: Override | None) -> list
         override: The one that serves the layer.
     """
     bits = (smallest.bits,) if override is not None and override.bits else BITS
-    sizes = _dividing(in_features)
+    # finer scales gain nothing where rotations have made rows alike
+    sizes = [-1] if isinstance(smallest, Trellis) else _dividing(in_features)
     if override is not None and override.group_size:
         sizes = [smallest.group_size]
     return [replace(smallest, bits=each, group_size=size) for each in bits for size in sizes]

@@ -10,14 +10,15 @@ limits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from rotq.formats.integer import Grid, legal_group_sizes
+from rotq.formats.integer import Grid
+from rotq.job.layer_grids import fitted_grid
 from rotq.layers.quant_embedding import embedding_obstacle
 from rotq.models.skeleton import Skeleton
-from rotq.recipe import Recipe, Weights
+from rotq.recipe import Recipe
 
 FEW_ROWS = 64
 """Up to here there is nothing to save: alphabets of proteins."""
@@ -62,26 +63,6 @@ def plan_outer(skeleton: Skeleton, recipe: Recipe, *, has_experts: bool) -> Oute
     return OuterPlan(grids=grids, shapes=shapes, notes=tuple(notes))
 
 
-def fitted_grid(name: str, columns: int, grid: Grid, weights: Weights) -> Grid:
-    """The grid, with the largest legal group size below its own where the recipe allows it.
-
-    Args:
-        name: For the message.
-
-    Raises:
-        ValueError: the group size does not divide the columns, and no fallback is allowed.
-    """
-    size = grid.group_size
-    if size != -1 and columns % size and weights.group_fallback == "auto":
-        smaller = [legal for legal in legal_group_sizes(columns) if legal < size]
-        return replace(grid, group_size=max(smaller, default=-1))
-    try:
-        grid.columns_per_group(columns)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; or set weights.group_fallback=auto") from None
-    return grid
-
-
 def _wanted(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> dict[str, int]:
     """Bits by full name of what is to be packed.
 
@@ -90,7 +71,7 @@ def _wanted(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> dict[str, i
     """
     may_stay = recipe.weights.outer_fallback == "dense"
     adapter, weights, wanted = skeleton.adapter, recipe.weights, {}
-    shared = skeleton.tied and not recipe.rotation.turns_outer
+    shared = skeleton.tied and not adapter.turns_outer(recipe.rotation, skeleton.config)
     if weights.embedding != 16:
         found = embedding_obstacle(skeleton.model.get_submodule(adapter.embedding))
         if found is None:

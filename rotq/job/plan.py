@@ -11,6 +11,7 @@ from torch import nn
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.job.layer_grids import check_rows, layer_grid
 from rotq.job.mixed import (
     BITS,
     GROUP_SIZES,
@@ -21,13 +22,14 @@ from rotq.job.mixed import (
     make_units,
     together,
 )
-from rotq.job.outer_plan import fitted_grid, plan_outer
+from rotq.job.outer_plan import plan_outer
 from rotq.job.overrides import choose_overrides, idle_overrides
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.adapter import Adapter
 from rotq.models.attention.online import heads_of, set_heads
 from rotq.models.skeleton import Skeleton
-from rotq.recipe import Activations, KVCache, Override, Recipe, Weights
+from rotq.ops import is_native
+from rotq.recipe import Activations, KVCache, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,7 @@ def make_plan(
     weights = recipe.weights
     if recipe.is_mixed:
         weights = replace(weights, bits=BITS[0], group_size=GROUP_SIZES[0])
+    rounder = recipe.solver.rounder
     grids: dict[str, Grid] = {}
     to_choose: dict[str, list[Grid]] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -136,7 +139,8 @@ def make_plan(
     for site in sites:
         for name, linear in site.items():
             override = overrides.get(name)
-            grid = layer_grid(name, linear.in_features, weights, override)
+            grid = layer_grid(name, linear.in_features, weights, override, rounder)
+            check_rows(name, linear.out_features, grid)
             if grid is not None:
                 grids[name], shapes[name] = grid, (linear.out_features, linear.in_features)
                 to_choose[name] = choices(grid, linear.in_features, override)
@@ -164,6 +168,7 @@ def make_plan(
             *idle_overrides(recipe.weights.overrides, overrides),
             *_kept_notes(skeleton),
             *_loader_notes(recipe, dtype, scale_dtype),
+            *_search_notes(recipe),
         ),
         inputs=activation_grid(recipe.activations),
         kv=activation_grid(recipe.kv_cache),
@@ -247,6 +252,15 @@ def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) 
         )
 
 
+def _search_notes(recipe: Recipe) -> Iterator[str]:
+    """What makes a job slow."""
+    if recipe.solver.rounder == "trellis" and not is_native():
+        yield (
+            "numba is not installed: paths are searched for in plain PyTorch, which on a CPU takes "
+            "a hundred times as long; pip install rotq[trellis]"
+        )
+
+
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -254,25 +268,3 @@ def _named(dtype: torch.dtype) -> str:
 def has_experts(skeleton: Skeleton) -> bool:
     """Whether any block is a mixture of experts."""
     return any(skeleton.adapter.has_experts(block) for block in skeleton.blocks)
-
-
-def layer_grid(
-    name: str, in_features: int, weights: Weights, override: Override | None = None
-) -> Grid | None:
-    """The recipe's grid for one layer; None if it is kept.
-
-    Args:
-        name, in_features: Of the layer.
-        weights: Of the recipe.
-        override: The one that serves the layer, see ``choose_overrides``.
-
-    Raises:
-        ValueError: the group size does not divide ``in_features``, and no fallback is allowed.
-    """
-    bits, group_size = weights.bits, weights.group_size
-    if override is not None:
-        if override.keep:
-            return None
-        bits, group_size = override.bits or bits, override.group_size or group_size
-    grid = Grid(bits=bits, group_size=group_size, symmetric=weights.symmetric)
-    return fitted_grid(name, in_features, grid, weights)

@@ -1,6 +1,8 @@
 """A weight as its codes, scales and zero points, in buffers that are those of the checkpoint.
 
-    W = (q - z) * s
+    W = (q - z) * s,    or    W = level(path) * s
+
+Codes are packed along the columns, symbols of paths along the rows.
 
 Shape suffixes: N rows, K columns, G groups of K.
 """
@@ -16,7 +18,8 @@ from torch.nn import functional as F
 
 from rotq.autocast import lowered
 from rotq.formats.integer import Grid, Quantized
-from rotq.ops import pack, packed_linear, packed_words, unpack
+from rotq.formats.trellis import Trellis
+from rotq.ops import pack, packed_levels, packed_linear, packed_words, trellis_linear, unpack
 
 ROWS_AT_ONCE = 4096
 """Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
@@ -29,6 +32,8 @@ class PackedWeight(nn.Module):
     Buffers have the names and dtypes that they have in the checkpoint.
     """
 
+    as_dense: bool = False
+    """On a CPU: products are those of the dense weight bit by bit, which paths are slower at."""
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor
@@ -51,14 +56,18 @@ class PackedWeight(nn.Module):
             dtype: Of ``weight``; None is fp32.
 
         Raises:
-            ValueError: the group size does not divide K.
+            ValueError: the group size does not divide K, or rows are too few for a path.
         """
         super().__init__()
         self.shape, self.grid = shape, grid
         self.dtype = dtype or torch.float32
         N, K = shape
         groups = K // grid.columns_per_group(K)
-        self._allocate("weight_packed", (N, packed_words(K, grid.bits)), device)
+        if isinstance(grid, Trellis):
+            grid.ring_rows(N)
+            self._allocate("weight_packed", (packed_words(N, grid.bits), K), device)
+        else:
+            self._allocate("weight_packed", (N, packed_words(K, grid.bits)), device)
         scale_NG = torch.ones(N, groups, dtype=scale_dtype, device=device)
         self.register_buffer("weight_scale", scale_NG)
         stored_shape = torch.tensor(shape, dtype=torch.int64, device=device)
@@ -71,8 +80,11 @@ class PackedWeight(nn.Module):
     def pack(self, quantized: Quantized) -> Self:
         """Take codes, scales and zero points, in place of the buffers that were allocated."""
         bits, device = quantized.grid.bits, quantized.q_NK.device
-        parts = [pack(part_NK, bits) for part_NK in quantized.q_NK.split(ROWS_AT_ONCE)]
-        self.weight_packed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if isinstance(quantized.grid, Trellis):
+            self.weight_packed = pack(quantized.q_NK, bits, dim=0)
+        else:
+            parts = [pack(part_NK, bits) for part_NK in quantized.q_NK.split(ROWS_AT_ONCE)]
+            self.weight_packed = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.weight_scale = quantized.scale_NG.contiguous()
         self.weight_shape = torch.tensor(quantized.q_NK.shape, dtype=torch.int64, device=device)
         if quantized.zero_NG is not None:
@@ -81,11 +93,24 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> Quantized:
         """Codes, scales and zero points, unpacked."""
-        return self._unpacked(slice(None))
+        if not isinstance(self.grid, Trellis):
+            return self._unpacked(slice(None))
+        q_NK = unpack(self.weight_packed, self.grid.bits, self.shape[0], dim=0)
+        return Quantized(q_NK=q_NK, scale_NG=self.weight_scale, zero_NG=None, grid=self.grid)
+
+    def levels(self) -> Tensor:
+        """fp32 (N, G, columns of a group): the weight in units of its scales."""
+        grid = self.grid
+        if not isinstance(grid, Trellis):
+            return self.quantized().levels()
+        level_NK = packed_levels(self.weight_packed, self.shape[0], grid.bits, grid.state_bits)
+        return level_NK.unflatten(1, (self.weight_scale.shape[1], -1))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) dense weight, computed in fp32 some rows at a time, then cast to ``dtype``."""
         N = self.shape[0]
+        if isinstance(self.grid, Trellis):
+            return (self.levels() * self.weight_scale.float()[..., None]).flatten(1).to(dtype)
         if N <= ROWS_AT_ONCE:
             return self.quantized().dequantize(dtype)
         weight_NK = torch.empty(self.shape, dtype=dtype, device=self.weight_packed.device)
@@ -122,8 +147,19 @@ class PackedWeight(nn.Module):
         """
         # for the backward pass the operator keeps the codes, F.linear would keep the dense weight
         is_differentiated = x.requires_grad and torch.is_grad_enabled()
-        if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated or in_tiles):
+        # native code needs no dense weight, and states take more memory than codes
+        is_path = isinstance(self.grid, Trellis) and x.device.type == "cpu" and not self.as_dense
+        if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated or in_tiles or is_path):
             return F.linear(x, self.dequantize(x.dtype), bias_N)
+        if isinstance(self.grid, Trellis):
+            return trellis_linear(
+                lowered(x),
+                self.weight_packed,
+                self.weight_scale,
+                bias_N,
+                bits=self.grid.bits,
+                state_bits=self.grid.state_bits,
+            )
         return packed_linear(
             lowered(x),
             self.weight_packed,
@@ -146,3 +182,10 @@ class PackedWeight(nn.Module):
         self, name: str, shape: tuple[int, int], device: torch.device | str | None
     ) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+
+
+def multiply_as_dense(model: nn.Module) -> None:
+    """Let all packed layers of a model compute on a CPU what dense ones would, bit by bit."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.as_dense = True

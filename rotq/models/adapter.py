@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from rotq.recipe import Rotation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -128,6 +130,19 @@ class Adapter:
             if (getattr(config, key, None) or False) != wanted:
                 return f"it needs {key}={wanted}, the model has {getattr(config, key, None)}"
         return None
+
+    def ends_obstacle(self) -> str | None:
+        """Why R1 cannot begin and end at run time, at the blocks; None where it can."""
+        if self.layer_norm:
+            return "their R1 has to leave the all-ones direction alone"
+        return "features of images may be written between the blocks" if self.part else None
+
+    def turns_outer(self, rotation: Rotation, config: Any) -> bool:
+        """Whether embedding and head get into R1's basis."""
+        if rotation.residual == "none" or rotation.residual_ends == "online":
+            return False
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        return rotation.residual_ends == "fused" or not tied or self.ends_obstacle() is not None
 
     def is_beside(self, name: str) -> bool:
         """Whether a tensor is one of the parts beside the text decoder and its head."""

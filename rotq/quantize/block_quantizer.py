@@ -16,6 +16,7 @@ from torch import nn
 
 from rotq.calibration.streams import Streams
 from rotq.formats.integer import Grid, Quantized
+from rotq.formats.trellis import Trellis
 from rotq.job.context import Job
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
@@ -171,12 +172,16 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 def _stacks(
     names: Sequence[str], grids: Mapping[str, Grid], block: nn.Module
 ) -> Iterator[list[str]]:
-    """Runs of layers with one grid, each of at most ROWS_PER_SOLVE rows or a single layer."""
+    """Runs of layers with one grid, each of at most ROWS_PER_SOLVE rows or a single layer.
+
+    On a trellis layers are alone: where paths begin depends on a layer's rows.
+    """
     stack: list[str] = []
     rows = 0
     for name in names:
         size = _linear(block, name).out_features
-        if stack and (grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
+        alone = isinstance(grids[name], Trellis)
+        if stack and (alone or grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
             yield stack
             stack, rows = [], 0
         stack.append(name)

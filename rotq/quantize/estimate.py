@@ -12,6 +12,7 @@ from rotq.checkpoint.location import ModelName
 from rotq.formats.integer import Grid
 from rotq.job.plan import Plan, make_plan
 from rotq.models.skeleton import Skeleton
+from rotq.ops import is_native
 from rotq.quantize.own_text import writing_memory
 from rotq.quantize.setup import settle_described
 from rotq.recipe import Recipe
@@ -23,6 +24,9 @@ from rotq.tuning.tunable import TUNED_POSITIONS
 
 IMPORTED_BYTES = 400_000_000
 """Resident memory of a process that has imported torch and transformers, as measured."""
+
+COMPILER_BYTES = 190_000_000
+"""What numba and its compiler add, as measured."""
 
 
 def estimate(
@@ -132,7 +136,10 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
         need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
     )
     writing = writing_memory(skeleton, recipe.calibration, dtype)
-    return IMPORTED_BYTES + max(block_needs, outer, tuning, transform, writing)
+    imported = IMPORTED_BYTES
+    if recipe.solver.rounder == "trellis" and is_native():
+        imported += COMPILER_BYTES
+    return imported + max(block_needs, outer, tuning, transform, writing)
 
 
 def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -187,8 +194,8 @@ def _stored_parameters(skeleton: Skeleton) -> int:
 
 def _untied_head(skeleton: Skeleton, recipe: Recipe) -> int:
     """Parameters that untying adds: a rotated residual stream needs its own head."""
-    tied = skeleton.tied and recipe.rotation.turns_outer
-    return _embedding_numel(skeleton) if tied else 0
+    turned = skeleton.adapter.turns_outer(recipe.rotation, skeleton.config)
+    return _embedding_numel(skeleton) if skeleton.tied and turned else 0
 
 
 def _embedding_numel(skeleton: Skeleton) -> int:

@@ -27,7 +27,7 @@ from rotq.job.mixed import Unit
 from rotq.job.part_names import SENSITIVITIES
 from rotq.models.adapter import Site
 from rotq.solvers.budget import spend
-from rotq.solvers.solve import trial_losses
+from rotq.solvers.trial import trial_losses
 
 TRIED_ROWS, TRIED_ROWS_OF_UNIT = 64, 1024
 """Of a layer, and of all layers of a unit together, at most."""

@@ -87,7 +87,7 @@ def settle(
     rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
     plan = make_plan(skeleton, recipe, wanted, rest)
     check_room(skeleton, recipe.calibration, wanted, usable)
-    kept = find_kept(source, skeleton, rotated=recipe.rotation.turns_outer)
+    kept = find_kept(source, skeleton, rotated=drawn.turns_outer)
     return Settled(
         source=source,
         skeleton=skeleton,

@@ -40,7 +40,7 @@ class Override:
     match: str
     """Regular expression, searched in the full module name."""
     bits: int = 0
-    """Bits per code, 2 to 8; 0 keeps the recipe's."""
+    """Bits per code, 2 to 8, on a trellis 1 to 8; 0 keeps the recipe's."""
     group_size: int = 0
     """Columns per scale, -1 per channel; 0 keeps the recipe's."""
     keep: bool = False
@@ -55,7 +55,7 @@ class Override:
             raise ValueError(f"match is not a regular expression: {error}") from None
         except RecursionError:
             raise ValueError("match is nested too deep for a regular expression") from None
-        check("bits", self.bits, self.bits == 0 or 2 <= self.bits <= 8, "2 to 8, or 0")
+        check("bits", self.bits, 0 <= self.bits <= 8, "1 to 8, or 0")
         check("group_size", self.group_size, -1 <= self.group_size <= 10**6, "-1 to 1000000")
 
 
@@ -64,7 +64,10 @@ class Weights:
     """The grid that weights are rounded to."""
 
     bits: int = 4
-    """Bits per code, 2 to 8."""
+    """Bits per code, 2 to 8; with solver.rounder=trellis 1 to 8."""
+    state_bits: int = 12
+    """Of solver.rounder=trellis: L, 8 to 16. A weight is one of 2^L levels; the search takes twice
+    the time for each more."""
     average_bits: float = 0.0
     """In place of ``bits`` and ``group_size``: 2, 3 or 4 bits and groups for each layer, so that
     the quantized layers have this many bits per weight together, scales and zero points counted,
@@ -90,7 +93,8 @@ class Weights:
     """Mixed precision: the first match wins."""
 
     def __post_init__(self) -> None:
-        check("bits", self.bits, 2 <= self.bits <= 8, "2 to 8")
+        check("bits", self.bits, 1 <= self.bits <= 8, "1 to 8")
+        check("state_bits", self.state_bits, 8 <= self.state_bits <= 16, "8 to 16")
         check("embedding", self.embedding, codes_or_off(self.embedding), "2 to 8, or 16")
         check("head", self.head, codes_or_off(self.head), "2 to 8, or 16")
         average = self.average_bits
@@ -108,10 +112,10 @@ class Rotation:
 
     residual: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R1: one basis for the residual stream."""
-    residual_ends: Literal["fused", "online"] = "fused"
+    residual_ends: Literal["fused", "online", "auto"] = "fused"
     """Where R1 begins and ends: fused into embedding and head, or applied at run time before the
     first block and taken back behind the last, which leaves a tied head tied. ``online`` is for
-    R1 hadamard, RMSNorm and the rotq format."""
+    R1 hadamard, RMSNorm and the rotq format; ``auto`` takes it there where the head is tied."""
     value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
     down: Literal["none", "hadamard"] = "none"
@@ -132,16 +136,11 @@ class Rotation:
             raise ValueError(
                 "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
             )
-        if self.residual_ends == "online" and self.residual != "hadamard":
+        if self.residual_ends != "fused" and self.residual != "hadamard":
             raise ValueError(
-                "residual_ends=online applies a Hadamard matrix at run time; set "
+                f"residual_ends={self.residual_ends} applies a Hadamard matrix at run time; set "
                 "rotation.residual=hadamard, or leave it out"
             )
-
-    @property
-    def turns_outer(self) -> bool:
-        """Whether embedding and head are in R1's basis."""
-        return self.residual != "none" and self.residual_ends == "fused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +175,9 @@ class Solver:
 
     method: Literal["rtn", "gptq"] = "gptq"
     """Round to nearest, or GPTQ (arXiv 2210.17323)."""
+    rounder: Literal["scalar", "trellis"] = "scalar"
+    """Each weight to the nearest of 2^bits levels, or each column to the best path through a
+    trellis (QTIP, arXiv 2406.11235), for weights that rotations have made near to normal."""
     order: Literal["natural", "activation"] = "activation"
     """Columns as stored, or by falling Hessian diagonal with fixed scales (static act-order)."""
     damping: float = 0.01

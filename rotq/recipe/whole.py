@@ -39,13 +39,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check("name", self.name, len(self.name) <= 100, "at most 100 characters long")
+        if self.solver.rounder == "trellis":
+            self._check_trellis()
+        else:
+            bits = (self.weights.bits, *(each.bits for each in self.weights.overrides))
+            check("weights.bits", 1, 1 not in bits, "2 to 8, or 1 to 8 with solver.rounder=trellis")
         if self.output.format != "rotq":
             self._check_expressible()
         fixed = self.transform.method == "fixed" and not self.transform.scalings
-        if self.rotation.residual_ends == "online" and not fixed:
+        ends = self.rotation.residual_ends
+        if ends != "fused" and not fixed:
             raise ValueError(
-                "rotation.residual_ends=online applies the R1 that is drawn; transform.method must "
-                "be fixed, without scalings"
+                f"rotation.residual_ends={ends} applies the R1 that is drawn; transform.method "
+                "must be fixed, without scalings"
+            )
+
+    def _check_trellis(self) -> None:
+        """What is of scalar codes, and what no file but rotq's holds."""
+        for key, value, wanted in (
+            ("output.format", self.output.format, "rotq"),
+            ("solver.method", self.solver.method, "gptq"),
+            ("importance.groups", self.importance.groups, 1),
+            ("tuning.code_steps", self.tuning.code_steps, 0),
+        ):
+            if value != wanted:
+                raise ValueError(f"solver.rounder=trellis needs {key}={wanted}, got {value}")
+        if self.transform.method == "learned":
+            raise ValueError(
+                "solver.rounder=trellis: transform.method=learned expects the error of scalar "
+                "codes; set transform.method to fixed or optrot"
             )
 
     def _check_expressible(self) -> None:
@@ -53,7 +75,7 @@ class Recipe:
         for key, wanted in (
             ("rotation.down", self.rotation.down != "none"),
             ("rotation.attention", self.rotation.attention != "none"),
-            ("rotation.residual_ends", self.rotation.residual_ends == "online"),
+            ("rotation.residual_ends", self.rotation.residual_ends != "fused"),
             ("kv_cache.bits", self.kv_cache.bits != 16),
         ):
             if wanted:

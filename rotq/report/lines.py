@@ -29,6 +29,7 @@ def recipe_line(recipe: dict[str, Any]) -> str:
             if recipe.get(key, {}).get("bits", 16) != 16
         ),
         recipe["solver"]["method"],
+        *(["trellis"] if recipe["solver"].get("rounder") == "trellis" else []),
         *(
             f"{name} {weights[name]} bits"
             for name in ("embedding", "head")

@@ -6,6 +6,7 @@ Work is done on the transposed weight, where a column is one contiguous row.
 Shape suffixes: N out features, K in features, B columns of one block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,24 +104,48 @@ def round_columns(
     Returns:
         q_NK: fp32 integers in [q_min, q_max].
     """
-    (N, K), factor_KK, visit_K = weight_NK.shape, elimination.factor_KK, elimination.visit_K
+    K, visit_K = weight_NK.shape[1], elimination.visit_K
     group_K = visit_K // (K // scale_NG.shape[1])
-    w_KN = weight_NK.T[visit_K].contiguous()
     scale_KN, zero_KN = scale_NG.T[group_K], zero_NG.T[group_K]
     q_min: Any = grid.q_min
     q_max: Any = grid.q_max
-    q_KN = torch.empty_like(w_KN)
+    q_KN = torch.empty(K, len(weight_NK), device=weight_NK.device)
+
+    def nearest(k: int, w_N: Tensor) -> Tensor:
+        q_N = torch.div(w_N, scale_KN[k]).add_(zero_KN[k]).round_()
+        q_KN[k] = q_N.clamp_(q_min, q_max)
+        return q_N.sub_(zero_KN[k]).mul_(scale_KN[k])
+
+    feed_back(weight_NK, elimination, nearest)
+    return in_place_of(q_KN, visit_K)
+
+
+def feed_back(
+    weight_NK: Tensor, elimination: Elimination, rounded: Callable[[int, Tensor], Tensor]
+) -> None:
+    """The column loop itself, whatever a column is rounded to.
+
+    Args:
+        weight_NK: Target weights, fp32, not modified.
+        elimination: Of the layer's damped Hessian.
+        rounded: From a place in the order of visits, and the column as it is then (N), to what it
+            is rounded to (N); called once for each place, in this order.
+    """
+    (N, K), factor_KK = weight_NK.shape, elimination.factor_KK
+    w_KN = weight_NK.T[elimination.visit_K].contiguous()
     for start in range(0, K, BLOCK):
         end = min(start + BLOCK, K)
         error_BN = torch.empty(end - start, N, device=w_KN.device)
         for k in range(start, end):
-            q_N = torch.div(w_KN[k], scale_KN[k]).add_(zero_KN[k]).round_()
-            q_KN[k] = q_N.clamp_(q_min, q_max)
-            error_N = (w_KN[k] - q_N.sub_(zero_KN[k]).mul_(scale_KN[k])).div_(factor_KK[k, k])
+            error_N = (w_KN[k] - rounded(k, w_KN[k])).div_(factor_KK[k, k])
             error_BN[k - start] = error_N
             w_KN[k + 1 : end].addr_(factor_KK[k, k + 1 : end], error_N, alpha=-1)
         w_KN[end:].addmm_(factor_KK[start:end, end:].T, error_BN, alpha=-1)
-    return torch.empty_like(q_KN).index_copy_(0, visit_K, q_KN).T.contiguous()
+
+
+def in_place_of(visited_KN: Tensor, visit_K: Tensor) -> Tensor:
+    """(N, K) in the order of columns, from rows in the order of visits."""
+    return torch.empty_like(visited_KN).index_copy_(0, visit_K, visited_KN).T.contiguous()
 
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:

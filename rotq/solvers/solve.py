@@ -3,7 +3,7 @@
 Shape suffixes: N out features, K in features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid, Quantized
+from rotq.formats.trellis import Trellis
 from rotq.numerics import side_by_side
 from rotq.recipe import Solver
-from rotq.solvers.gptq import Elimination, RowBounds, damp, eliminate, round_columns
+from rotq.solvers.gptq import Elimination, damp, eliminate, round_columns
+from rotq.solvers.paths import code_columns, path_scales, refine_all
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
 from rotq.solvers.statistics import Moments, corrected_target
@@ -45,10 +47,12 @@ def solve(
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
+    On a trellis one whole weight alone: where paths begin and end depends on its rows.
+
     Args:
         weight_NK: fp32, not modified.
         moments: Statistics of the inputs; None (round to nearest only) stands for H = I.
-        grid: Bits, group size, symmetry.
+        grid: Bits, group size, symmetry; or a trellis.
         options: The recipe's; ``passes`` is not looked at.
         scale_dtype: Storage type of the scales.
 
@@ -56,7 +60,8 @@ def solve(
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
 
     Raises:
-        ValueError: the group size does not divide K, an unknown choice, or GPTQ without moments.
+        ValueError: the group size does not divide K, an unknown choice, GPTQ without moments, a
+            trellis without GPTQ, or one that is longer than the weight's columns.
         RotqError: the Hessian is not finite or cannot be made positive definite.
     """
     K = weight_NK.shape[1]
@@ -67,6 +72,8 @@ def solve(
     else:
         hessian_KK, cross_KK = moments.hessian_KK(), moments.cross_KK()
     if options.method == "rtn":
+        if isinstance(grid, Trellis):
+            raise ValueError("paths through a trellis are found by GPTQ")
         return _round_to_nearest(weight_NK, hessian_KK, grid, options, scale_dtype)
     damped_KK, damping = damp(hessian_KK, options.damping)
     target_NK = weight_NK
@@ -77,78 +84,25 @@ def solve(
     target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
     elimination = eliminate(damped_KK, options.order)
 
+    rows = grid.ring_rows(len(weight_NK)) if isinstance(grid, Trellis) else 1
+
     def descend(part_NK: Tensor) -> Quantized:
+        if isinstance(grid, Trellis):
+            return _find_paths(part_NK, damped_KK, elimination, grid, rows, options, scale_dtype)
         return _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
 
-    quantized = _joined(_each_part(descend, target_NK))
+    quantized = _joined(_each_part(descend, target_NK, rows))
     return _solution(quantized, target_NK, hessian_KK, damping)
 
 
-def trial_losses(
-    weight_NK: Tensor,
-    hessian_KK: Tensor,
-    grids: Sequence[Grid],
-    options: Solver,
-    *,
-    scale_dtype: torch.dtype,
-) -> Tensor:
-    """What rows would lose on each of several grids, (C, N), in one run of the solver.
-
-    L counts the rows once for each grid.
-
-    Args:
-        weight_NK: fp32, not modified.
-        hessian_KK: Mean of x x^T over tokens; not damped.
-        grids, options, scale_dtype: As for ``solve``; targets are not corrected.
-
-    Raises:
-        RotqError: the Hessian is not finite or cannot be made positive definite.
-    """
-    hessian_KK = (hessian_KK + hessian_KK.T).div_(2)
-    damped_KK, target_NK = hessian_KK, weight_NK
-    if options.method != "rtn":
-        damped_KK, _ = damp(hessian_KK, options.damping)
-        target_NK = weight_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
-    searched = [_searched(target_NK, damped_KK, grid, options, scale_dtype) for grid in grids]
-    # all grids side by side: the loop over columns is run once
-    target_LK = target_NK.repeat(len(grids), 1)
-    scale_LK, zero_LK = (torch.cat(parts) for parts in zip(*searched, strict=True))
-    bounds = RowBounds(
-        q_min=_of_rows(target_NK, [grid.q_min for grid in grids]),
-        q_max=_of_rows(target_NK, [grid.q_max for grid in grids]),
-    )
-    if options.method == "rtn":
-        q_LK = (target_LK / scale_LK + zero_LK).round_()
-        q_LK = torch.clamp(q_LK, bounds.q_min[:, None], bounds.q_max[:, None])
-    else:
-        elimination = eliminate(damped_KK, options.order)
-        q_LK = round_columns(target_LK, elimination, scale_LK, zero_LK, bounds)
-    error_LK = q_LK.sub_(zero_LK).mul_(scale_LK).sub_(target_LK)
-    return (error_LK @ hessian_KK).mul_(error_LK).sum(-1).view(len(grids), -1)
-
-
-def _searched(
-    target_NK: Tensor, damped_KK: Tensor, grid: Grid, options: Solver, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every column, (N, K) each."""
-    found = search_scales(
-        target_NK, damped_KK, grid, judge=options.scale_search, scale_dtype=scale_dtype
-    )
-    width = grid.columns_per_group(target_NK.shape[1])
-    scale_NK, zero_NK = (each_NG.repeat_interleave(width, dim=1) for each_NG in found)
-    return scale_NK, zero_NK
-
-
-def _of_rows(target_NK: Tensor, limits: Sequence[int]) -> Tensor:
-    """A limit for each row of one copy of the target after the other, fp32."""
-    return torch.tensor(limits, device=target_NK.device).float().repeat_interleave(len(target_NK))
-
-
-def _each_part(descend: Callable[[Tensor], Quantized], target_NK: Tensor) -> list[Quantized]:
-    """Rows do not know of each other: parts of equal size, on a CPU side by side."""
+def _each_part(
+    descend: Callable[[Tensor], Quantized], target_NK: Tensor, rows: int
+) -> list[Quantized]:
+    """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side."""
     on_cpu = target_NK.device.type == "cpu"
     count = ceil(target_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
-    parts = target_NK.tensor_split(count)
+    runs = target_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(target_NK) // rows))
+    parts = [part.flatten(0, 1) for part in runs]
     return side_by_side(descend, parts) if on_cpu else [descend(part_NK) for part_NK in parts]
 
 
@@ -174,6 +128,33 @@ def _descend(
         scale_dtype=scale_dtype,
     )
     return _quantized((q_NK, scale_NG, zero_NG), grid, scale_dtype)
+
+
+def _find_paths(
+    target_NK: Tensor,
+    damped_KK: Tensor,
+    elimination: Elimination,
+    grid: Trellis,
+    rows: int,
+    options: Solver,
+    scale_dtype: torch.dtype,
+) -> Quantized:
+    """Scales, paths by GPTQ, then both in turn."""
+    scale_NG = path_scales(target_NK, grid, scale_dtype)
+    paths = code_columns(target_NK, elimination, scale_NG, grid, rows)
+    paths, scale_NG = refine_all(
+        target_NK,
+        damped_KK,
+        paths,
+        scale_NG,
+        grid,
+        rows,
+        sweeps=options.refine_sweeps,
+        scale_dtype=scale_dtype,
+    )
+    return Quantized(
+        q_NK=paths.symbol_NK, scale_NG=scale_NG.to(scale_dtype), zero_NG=None, grid=grid
+    )
 
 
 def _joined(parts: list[Quantized]) -> Quantized:

@@ -2,6 +2,8 @@
 
     W^ = (q - z) s e^u,     v^ = v + rms(v) u,      u = 0 before training
 
+and the level of a path in place of q - z where weights are on a trellis.
+
 Parts are read from the disk at each use, so that one block's weights are in memory at a time.
 Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, N out features,
 G groups, g columns of a group, V vocabulary.
@@ -110,21 +112,12 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale_NG: Tensor, layer: QuantLinear, dtype: torch.dtype) -> Tensor:
         ctx.layer = layer
-        return (_levels(layer).mul_(scale_NG[..., None])).flatten(1).to(dtype)
+        return (layer.levels().mul_(scale_NG[..., None])).flatten(1).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        levels_NGg = _levels(ctx.layer)
+        levels_NGg = ctx.layer.levels()
         return levels_NGg.mul_(slopes[0].view_as(levels_NGg)).sum(-1), None, None
-
-
-def _levels(layer: QuantLinear) -> Tensor:
-    """q - z, fp32 (N, G, columns of a group)."""
-    quantized = layer.quantized()
-    levels_NGg = quantized.q_NK.float().unflatten(1, (quantized.scale_NG.shape[1], -1))
-    if quantized.zero_NG is not None:
-        levels_NGg -= quantized.zero_NG.float()[..., None]
-    return levels_NGg
 
 
 class TunableOuter:

@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
+from rotq.formats.trellis import Trellis
 from rotq.layers.online_linear import prepare_input
 from rotq.vllm.targets import in_vllm
 
@@ -52,6 +53,8 @@ class RotqConfig(CompressedTensorsConfig):
             RotqError: it says something that is not run here.
         """
         scheme = read_scheme(config)
+        if any(isinstance(group.grid, Trellis) for group in scheme.groups):
+            raise RotqError("weights on a trellis are not run in vLLM yet; transformers runs them")
         if scheme.turns_residual:
             raise RotqError(
                 "the checkpoint turns its residual stream at run time (rotation.residual_ends="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
@@ -11,8 +12,10 @@ from tiny_checkpoints import W3_CHANNEL, W4, W4_SYMMETRIC, W8
 
 from rotq.checkpoint.scheme import read_scheme
 from rotq.checkpoint.scheme_writing import quantization_config, transformers_obstacle
+from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid
+from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import OnlineHeads
 
 LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
@@ -176,3 +179,21 @@ def test_obstacles() -> None:
     assert not obstacle(W4_SYMMETRIC, has_experts=True)
     assert obstacle(W4, has_experts=True)
     assert obstacle(W4_SYMMETRIC, W8, has_experts=True)
+
+
+def test_paths_are_read_back_and_are_of_the_rotq_format() -> None:
+    paths = Trellis(bits=3, group_size=-1, state_bits=12)
+    layers = dict.fromkeys(LAYERS, paths) | {LAYERS[0]: replace(paths, bits=2, group_size=16)}
+    outer = {"model.embed_tokens": W8}
+    config = json.loads(json.dumps(quantization_config(layers, [], "rotq", outer=outer)))
+    scheme = read_scheme(config)
+    assert {name: scheme.grid(name) for name in layers | outer} == layers | outer
+    assert (config["version"], config["format"]) == (7, "trellis")
+    with pytest.raises(ValueError, match="cannot be expressed in compressed-tensors"):
+        quantization_config(layers, [], "compressed-tensors")
+    config["config_groups"]["group_0"]["weights"]["code"] = "3inst"
+    with pytest.raises(RotqError, match="code 3inst; rotq reads mul1"):
+        read_scheme(config)
+    config["config_groups"]["group_0"]["weights"] |= {"code": "mul1", "state_bits": 30}
+    with pytest.raises(RotqError, match="state_bits must be 8 to 16, got 30"):
+        read_scheme(config)

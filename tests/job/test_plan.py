@@ -5,8 +5,9 @@ import torch
 from tiny_models import MemorySource, tiny_model
 
 from rotq.formats.activations import ActivationGrid
+from rotq.job.layer_grids import layer_grid
 from rotq.job.overrides import choose_overrides
-from rotq.job.plan import layer_grid, make_plan
+from rotq.job.plan import make_plan
 from rotq.layers.online_linear import OnlineLinear
 from rotq.models.skeleton import Skeleton
 from rotq.recipe import Weights, load_recipe

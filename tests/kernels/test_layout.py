@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rotq.ops import pack, packed_words, unpack
 
-ALL_BITS = range(2, 9)
+ALL_BITS = range(1, 9)
 
 
 def random_codes(N: int, K: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -92,8 +92,8 @@ def test_size_of_a_real_layer(bits: int) -> None:
     [
         (torch.zeros(4, dtype=torch.int8), 4, 1, "2-D"),
         (torch.zeros(4, 4, dtype=torch.int32), 4, 1, "int8"),
-        (torch.zeros(4, 4, dtype=torch.int8), 1, 1, "2 to 8"),
-        (torch.zeros(4, 4, dtype=torch.int8), 9, 1, "2 to 8"),
+        (torch.zeros(4, 4, dtype=torch.int8), 0, 1, "1 to 8"),
+        (torch.zeros(4, 4, dtype=torch.int8), 9, 1, "1 to 8"),
         (torch.zeros(4, 4, dtype=torch.int8), 4, 2, "dim"),
         (torch.full((4, 4), 8, dtype=torch.int8), 4, 1, "outside"),
         (torch.full((4, 4), -9, dtype=torch.int8), 4, 1, "outside"),

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
 from rotq.formats.integer import Grid
+from rotq.formats.trellis import Trellis
 from rotq.layers.online_linear import OnlineLinear, rotate_input
 from rotq.layers.packed_weight import ROWS_AT_ONCE
 from rotq.layers.quant_linear import QuantLinear
@@ -26,6 +27,8 @@ GRIDS = [
     W3_CHANNEL,
     *(Grid(bits=bits, group_size=8, symmetric=bits % 2 == 0) for bits in (2, 5, 6, 7, 8)),
 ]
+
+PATHS = Trellis(bits=3, group_size=8, state_bits=12)
 
 
 def random_input(K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,7 +47,7 @@ def test_equals_the_dense_layer(grid: Grid, dtype: torch.dtype) -> None:
     assert torch.equal(layer.dense(dtype)(x), expected)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS, PATHS], ids=str)
 def test_unpacks_to_what_was_packed(grid: Grid) -> None:
     quantized = random_quantized(20, 40, grid)
     again = QuantLinear.from_quantized(quantized).quantized()
@@ -60,7 +63,7 @@ def test_unpacks_to_what_was_packed(grid: Grid) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS, PATHS], ids=str)
 def test_allocated_and_packed_layers_have_one_state(grid: Grid, rotated: bool, bias: bool) -> None:
     packed = QuantLinear.from_quantized(
         random_quantized(20, 40, grid),
@@ -212,6 +215,16 @@ def test_autocast_is_as_for_the_dense_layer(learns: bool) -> None:
         y = layer(x)
         assert y.dtype == torch.bfloat16
         assert torch.equal(y, layer.dense(torch.float32)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_paths_on_a_cpu_need_no_dense_weight(dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_quantized(random_quantized(20, 40, PATHS), torch.ones(20).to(dtype))
+    x = random_input(40, dtype)
+    with Calls() as calls:
+        y = layer(x)
+    assert ("rotq::trellis_linear" in calls.names) == (dtype != torch.float64)
+    torch.testing.assert_close(y, layer.dense(dtype)(x))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 import rotq.quantize.publish
 import rotq.quantize.setup
+from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
@@ -85,7 +86,7 @@ def test_a_tied_head_stays_tied(changes: dict[str, Any], tmp_path: Path) -> None
     report = run(model, tmp_path / "out", {**ENDS, **changes})
     loaded, tensors = load_model(tmp_path / "out"), stored(tmp_path / "out")
     assert not any(name.startswith("lm_head") for name in tensors)
-    assert loaded.config.quantization_config.version == 6
+    assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["version"] == 6
     assert [name for name in tensors if name.endswith("residual_signs")] == [
         "model.layers.0.residual_signs",
         "model.layers.1.residual_signs",
@@ -193,3 +194,16 @@ def test_layer_norm_families_are_refused(tmp_path: Path) -> None:
     model = write_model("gpt2", tmp_path / "model")
     with pytest.raises(RotqError, match=r"residual_ends=online is not possible for GPT-2 models"):
         estimate(model, recipe(model, ENDS))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_online"),
+    [("llama-tied", True), ("llama", False), ("gpt2", False), ("qwen3", False)],
+)
+def test_auto_is_online_where_a_head_is_tied_and_the_family_allows_it(
+    name: str, is_online: bool, tmp_path: Path
+) -> None:
+    model = write_model(name, tmp_path / "model")
+    run(model, tmp_path / "out", {**ENDS, "rotation.residual_ends": "auto", "tuning.steps": 0})
+    assert any(key.endswith("residual_signs") for key in stored(tmp_path / "out")) == is_online
+    assert is_rotated(tmp_path / "out") == (not is_online)

@@ -15,7 +15,7 @@ from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.gradients import GradientPass
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import Sensitivities, choose_grids, predicted
-from rotq.solvers.solve import trial_losses
+from rotq.solvers.trial import trial_losses
 
 CHOICES = {
     "weights.average_bits": 3.0,

@@ -10,9 +10,10 @@ from torch import Tensor
 from rotq.formats.integer import Grid
 from rotq.recipe import Solver
 from rotq.solvers.scales import search_scales
-from rotq.solvers.solve import Solution, split_rows, trial_losses
+from rotq.solvers.solve import Solution, split_rows
 from rotq.solvers.solve import solve as solve_for
 from rotq.solvers.statistics import Moments
+from rotq.solvers.trial import trial_losses
 
 OPTIONS = Solver(
     method="gptq",
