@@ -4,7 +4,8 @@ from typing import Any
 
 from rotq_kernels.trellis.linear_kernels import gemm_kernel, gemv_kernel
 
-NVIDIA, AMD = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"), ("gfx942",)
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx942",)
 
 
 def _compile_case(
