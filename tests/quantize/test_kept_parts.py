@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from tiny_families import byte_tokenizer, tiny_family
 
 import rotq.quantize.publish
-from rotq.checkpoint.load import load_model
 from rotq.errors import Stopped
 from rotq.quantize.estimate import estimate
 from rotq.quantize.job_report import FEW_TOKENS, few_tokens
@@ -33,13 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(folder: Path, ids_BT: Any, logits_BTV: Any, **_: Any) -> None:
-        with torch.no_grad():
-            assert torch.equal(load_model(folder)(ids_BT, use_cache=False).logits, logits_BTV)
-
-    monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
+pytestmark = pytest.mark.usefixtures("reloaded_here")
 
 
 def recipe_of(checkpoint: Path, preset: str, **changes: Any) -> Recipe:

@@ -43,13 +43,7 @@ def made(name: str, folder: Path, **changes: Any) -> Any:
     return name, folder, model, image_inputs(model)
 
 
-@pytest.fixture(autouse=True)
-def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(folder: Path, ids_BT: Any, logits_BTV: Any, **_: Any) -> None:
-        with torch.no_grad():
-            assert torch.equal(load_model(folder)(ids_BT, use_cache=False).logits, logits_BTV)
-
-    monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
+pytestmark = pytest.mark.usefixtures("reloaded_here")
 
 
 def recipe_of(folder: Path, preset: str, **changes: Any) -> Recipe:

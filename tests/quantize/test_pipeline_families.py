@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from numbered_words import word_tokenizer, write_model
+from numbered_words import write_model
 from tiny_models import CONFIGS, POST_NORMS
 from torch import Tensor
 
@@ -48,10 +48,7 @@ def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
 
 
-@pytest.fixture(autouse=True)
-def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = word_tokenizer()
-    monkeypatch.setattr(rotq.quantize.setup, "load_tokenizer", lambda *_, **__: fast)
+pytestmark = pytest.mark.usefixtures("numbered_words")
 
 
 def make_jais2(folder: Path) -> Path:

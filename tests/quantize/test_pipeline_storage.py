@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbered_words import word_tokenizer, write_model
+from numbered_words import write_model
 from torch import Tensor
 
 import rotq.quantize.pipeline
@@ -43,19 +43,7 @@ PACKED = {"weights.embedding": 6, "output.format": "rotq"}
 HADAMARD = {"rotation.residual": "hadamard"}
 
 
-@pytest.fixture(autouse=True)
-def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(folder: Path, ids_BT: Tensor, logits_BTV: Tensor, **_: Any) -> None:
-        with torch.no_grad():
-            assert torch.equal(load_model(folder)(ids_BT, use_cache=False).logits, logits_BTV)
-
-    monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
-
-
-@pytest.fixture(autouse=True)
-def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = word_tokenizer()
-    monkeypatch.setattr(rotq.quantize.setup, "load_tokenizer", lambda *_, **__: fast)
+pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
 
 
 def recipe(model: Path, changes: dict[str, Any]) -> Recipe:

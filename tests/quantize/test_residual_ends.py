@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from numbered_words import word_tokenizer, write_model
+from numbered_words import write_model
 from torch import Tensor
 from transformers import AutoModel
 
-import rotq.quantize.publish
-import rotq.quantize.setup
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.load import load_model
 from rotq.checkpoint.safetensors import read_entries
@@ -41,19 +39,7 @@ ENDS = {**PLAIN, "rotation.residual_ends": "online"}
 EIGHT_BITS = {"weights.bits": 8, "weights.group_size": 8, "tuning.steps": 0}
 
 
-@pytest.fixture(autouse=True)
-def _reload_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(folder: Path, ids_BT: Tensor, logits_BTV: Tensor, **_: Any) -> None:
-        with torch.no_grad():
-            assert torch.equal(load_model(folder)(ids_BT, use_cache=False).logits, logits_BTV)
-
-    monkeypatch.setattr(rotq.quantize.publish, "check_reload", check)
-
-
-@pytest.fixture(autouse=True)
-def _numbered_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = word_tokenizer()
-    monkeypatch.setattr(rotq.quantize.setup, "load_tokenizer", lambda *_, **__: fast)
+pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
 
 
 def recipe(model: Path, changes: dict[str, Any]) -> Recipe:
