@@ -67,7 +67,7 @@ def contact_map(model: Any, codec: ResidueCodec, sequence: str, readout: Readout
         feature_HLL = _corrected(double(map_1HTT[0, :, inside, inside]))
         after = heads_seen + len(feature_HLL)
         if readout == "head" and regression is not None:
-            weight_H = double(regression.weight[0, heads_seen:after]).to(feature_HLL.device)
+            weight_H = double(regression.weight.cpu())[0, heads_seen:after].to(feature_HLL.device)
             feature_HLL = feature_HLL * weight_H[:, None, None]
         total_LL += feature_HLL.sum(0).cpu()
         heads_seen = after

@@ -151,7 +151,7 @@ def test_preset_by_bare_name_from_any_folder(
         (["-c", "w33"], "no recipe w33: neither a file nor a preset; presets: "),
         (["-c", "configs/none.yaml"], "no recipe configs/none.yaml"),
         (["--set", "solver.dampin=1"], "unknown key solver.dampin; did you mean solver.damping?"),
-        (["--set", "weights.bits=9"], "weights.bits: 9 is not 2 to 8"),
+        (["--set", "weights.bits=9"], "weights.bits: 9 is not 1 to 8"),
         (["--set", "weights.bits"], "--set weights.bits: expected KEY=VALUE"),
         (["--set", "kv_cache.bits=4"], "kv_cache.bits is applied at run time, which only output."),
         (["--set", "kv_cache.bits=12"], "kv_cache.bits: 12 is not 2 to 8, or 16"),

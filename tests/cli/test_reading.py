@@ -233,7 +233,7 @@ def test_fasta_by_another_name_calibrates_a_protein_model(tmp_path: Path) -> Non
     job = ["quantize", model, "-c", "rtn", *FEW, "--calibration", text, "-o", tmp_path / "out"]
     done = run(*job)
     assert done.exit_code == 0, done.output
-    assert f"{text}, read as FASTA: 2 sequences, 40 residues" in done.stderr
+    assert f"{text}, read as proteins: 2 sequences, 40 residues" in done.stderr
 
 
 def test_the_saved_tokenizer_is_the_models_own(tmp_path: Path) -> None:

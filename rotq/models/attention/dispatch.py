@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from rotq.errors import RotqError
 
 ONLINE, OBSERVED, REPLACED = "rotq_online", "rotq_observed", "rotq_replaced"
-PACKED, MAPS = "rotq_packed", "rotq_maps"
+ROWS, MAPS = "rotq_rows", "rotq_maps"
 POOLED = "rotq_pooled"
 """Of a server's pages; the others are of this package."""
 

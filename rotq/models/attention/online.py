@@ -19,7 +19,7 @@ from rotq.models.multimodal import text_model
 
 ATTRIBUTE = "online_heads"
 
-_ROUNDING = (dispatch.ONLINE, dispatch.OBSERVED, dispatch.PACKED, dispatch.MAPS, dispatch.POOLED)
+_ROUNDING = (dispatch.ONLINE, dispatch.OBSERVED, dispatch.ROWS, dispatch.MAPS, dispatch.POOLED)
 """Attentions that do what ``heads_of`` says."""
 
 

@@ -61,9 +61,9 @@ def packed_rows(model: Any, lengths: Sequence[int]) -> Iterator[None]:
         heads = heads_of(module).apply(query, key, value)
         return _by_rows(module, heads, lengths, kw), None
 
-    dispatch.register(dispatch.PACKED, attention, mask=_no_mask)
+    dispatch.register(dispatch.ROWS, attention, mask=_no_mask)
     with ExitStack() as stack:
-        stack.enter_context(dispatch.used(model, dispatch.PACKED))
+        stack.enter_context(dispatch.used(model, dispatch.ROWS))
         if model.config.model_type == "esm":
             stack.enter_context(packed_embeddings(model, lengths))
         yield

@@ -11,7 +11,7 @@ import pytest
 import triton
 
 from rotq_kernels.compile_check import report as compile_report
-from rotq_kernels.compile_check.check import cases, row_names
+from rotq_kernels.compile_check.check import TARGETS, cases, row_names
 from rotq_kernels.compile_check.report import (
     TABLE,
     read_report,
@@ -121,9 +121,11 @@ def test_table() -> None:
     ]  # fmt: skip
 
 
-def test_names_are_unique() -> None:
-    repeated = [name for name, number in Counter(name for name, _ in cases()).items() if number > 1]
-    assert not repeated
+def test_names_are_unique_on_each_target() -> None:
+    rows = Counter(
+        (name, target) for name, case in cases() for target in case.get("targets", TARGETS)
+    )
+    assert [row for row, number in rows.items() if number > 1] == []
 
 
 def test_every_case_is_on_record() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid, fake_quantize
+from rotq.kv.cache.attention import NAME as PACKED_CACHE
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
+from rotq.models.attention import dispatch
 from rotq.models.attention.observed import observed_attention
 from rotq.models.attention.online import heads_of, set_heads, use_online_attention
 from rotq.models.attention.replaced import AttentionCall, attend, replaced_attention, visible
@@ -126,6 +128,13 @@ def test_another_attention_would_lose_the_rounding(other: str) -> None:
     model.config._attn_implementation = other
     with pytest.raises(RotqError, match=rf"rounds its keys and values .*which {other} attention"):
         logits(model, random_ids(1, 4))
+
+
+def test_no_two_attentions_have_one_name() -> None:
+    """The later registration would run in the place of the earlier."""
+    names = [name for name in vars(dispatch).values() if isinstance(name, str)]
+    names = [name for name in names if name.startswith("rotq_")]
+    assert len({*names, PACKED_CACHE}) == len(names) + 1
 
 
 def test_another_attention_may_leave_out_the_rotation() -> None:
