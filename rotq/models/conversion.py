@@ -23,7 +23,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -123,7 +122,7 @@ class Conversion:
 
     def renamed(self, stored: str) -> str:
         """The name by which a converting rule knows a stored tensor."""
-        return apply_renamings(stored, self._renamings)  # type: ignore[no-any-return]
+        return rename_source_key(stored, self._renamings, [])[0]  # type: ignore[no-any-return]
 
     def makings(self, stored: Iterable[str]) -> dict[str, Making]:
         """How the model's tensors are made, by name, as far as ``stored`` has what they need."""
