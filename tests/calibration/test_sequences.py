@@ -236,6 +236,7 @@ def test_what_is_no_pir(data: bytes, message: str) -> None:
         ("a.csv.gz", gzip.compress(b'x;seq;NAME\n"1;2";MKT;p one\n3;GG;p/2\n')),
         ("a.tsv", b"Entry\tLength\tSequence\r\np one\t3\tMKT\r\np/2\t2\tGG\r\n"),
     ],
+    ids=["csv", "zipped", "tsv"],  # gzip has the time in it
 )
 def test_tables_by_their_columns(name: str, data: bytes) -> None:
     found = parse_proteins(name, data).records
