@@ -88,14 +88,15 @@ def embed_command(
     from rotq.checkpoint.configuration import load_config
     from rotq.evaluation.basis import is_rotated
     from rotq.evaluation.embedding_files import Gathering, output_file
-    from rotq.evaluation.embeddings import EmbeddingProtocol
+    from rotq.evaluation.embeddings import EmbeddingProtocol, check_layer
 
     choose(device)
     records = _records(fasta)
     places = [find(name) for name in (checkpoint, reference) if name is not None]
     config = load_config(places[0].path, trust_remote_code=trust_remote_code)
-    if layer == config.get_text_config().num_hidden_layers:
-        layer = -1  # counted from the other end
+    blocks = config.get_text_config().num_hidden_layers
+    check_layer(layer, blocks)
+    layer = -1 if layer == blocks else layer  # the same one, counted from the other end
     if is_rotated(places[0].path) and layer == -1 and reference is None:
         raise RotqError(
             f"{checkpoint} is rotated, and the gain of its final norm is in the head: the last "
@@ -104,7 +105,7 @@ def embed_command(
     file = output_file(output, {"the model": places[0].path, "the proteins": fasta})
     protocol = EmbeddingProtocol(layer=layer, pooling=pooling)
     gathering = Gathering(file, _key(places, records, protocol, dtype))
-    _check(places, records, protocol, trust_remote_code=trust_remote_code)
+    _check(places, records, trust_remote_code=trust_remote_code)
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     _embed(places, records, protocol, gathering, options)
     facts = {
@@ -148,19 +149,15 @@ def _key(
 def _check(
     places: Sequence[Location],
     records: Sequence[Record],
-    protocol: EmbeddingProtocol,
     *,
     trust_remote_code: bool,
 ) -> None:
     """Refuse what no model of these can do, before one is loaded."""
     from rotq.calibration.residues import ResidueCodec
-    from rotq.checkpoint.configuration import load_config
     from rotq.checkpoint.limits import read_limits
     from rotq.checkpoint.load import load_tokenizer
-    from rotq.evaluation.embeddings import check_layer, check_lengths
+    from rotq.evaluation.embeddings import check_lengths
 
-    config = load_config(places[0].path, trust_remote_code=trust_remote_code)
-    check_layer(protocol.layer, config.get_text_config().num_hidden_layers)
     limits = read_limits(places[0], trust_remote_code=trust_remote_code)
     codec = ResidueCodec(load_tokenizer(places[0], trust_remote_code=trust_remote_code))
     check_lengths(records, limits.positions, codec.num_special)

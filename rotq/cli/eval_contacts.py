@@ -93,6 +93,10 @@ def eval_contacts(
         raise click.UsageError("give --structure or --contacts, or --fasta with --reference")
     if contacts is not None and structures:
         raise click.UsageError("give either --structure or --contacts")
+    if structures and fasta is not None:
+        raise click.UsageError("--structure has its sequence; --fasta is for --contacts, or alone")
+    if chain is not None and not structures:
+        raise click.UsageError("--chain is of a --structure")
     choose(device)
     proteins = _proteins(structures, chain, contacts, fasta)
     places = [find(name) for name in (checkpoint, reference) if name is not None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def run_rows(model: Any, rows: Sequence[Sequence[int]], pad_id: int, **options: 
     position_1N = row_positions(model, lengths).to(embedding_device(model))
     with packed_rows(model, lengths):
         output = run_batch(model, Batch(ids_BT=ids_1N), position_ids=position_1N, **options)
-    starts = tuple(sum(lengths[:number]) for number in range(len(lengths)))
+    starts = tuple(accumulate(lengths[:-1], initial=0))
     return RowPass(output=output, starts=starts, lengths=lengths)
 
 

@@ -193,9 +193,9 @@ def fuse_outer(
         the same tensors.
     """
     fused = dict(outer)
-    if basis.residual_DD is None or not basis.turns_outer:
-        return fused
     R_DD = basis.residual_DD
+    if R_DD is None or basis.ends is not None:
+        return fused
     reader_path = adapter.head_reader or adapter.head
     embedding, head, norm, reader = (
         f"{path}.weight"

@@ -102,12 +102,12 @@ def test_embeddings_are_the_models_own(
         np.testing.assert_allclose(mean[name], array.mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("layer", [-1, -2, 0, 2])
 def test_a_rotated_checkpoint_gives_the_original_basis(
     model: Path, rotated: Path, fasta: Path, tmp_path: Path, layer: int
 ) -> None:
     out = tmp_path / "out.npz"
-    reference = ["--reference", model] if layer == -1 else []
+    reference = ["--reference", model] if layer in (-1, 2) else []  # of two blocks
     embed(rotated, "--fasta", fasta, "-o", out, "--layer", str(layer), *reference)
     found = arrays(out)
     for name, array in plain(model, layer).items():

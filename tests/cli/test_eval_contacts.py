@@ -112,6 +112,8 @@ def test_long_proteins_are_left_out_by_name(esm: Path, fasta: Path) -> None:
         ([], "give --structure or --contacts, or --fasta with --reference", 2),
         (["--fasta", "p.fasta"], "give --structure or --contacts", 2),
         (["--structure", "a.pdb", "--contacts", "b"], "give either --structure or --contacts", 2),
+        (["--structure", "a.pdb", "--fasta", "b.fasta"], "--structure has its sequence", 2),
+        (["--contacts", "b", "--fasta", "b.fasta", "--chain", "A"], "--chain is of a --stru", 2),
         (["--structure", "none.pdb"], "cannot read none.pdb", 1),
     ],
 )
