@@ -22,7 +22,9 @@ PACKED = (
     "weight_scale",
     "weight_shape",
     "weight_zero_point",
+    "weight_global_scale",
     "input_signs",
+    "input_global_scale",
 )
 """Last parts of the names that stand for a layer's ``weight``."""
 

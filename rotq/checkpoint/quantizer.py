@@ -24,6 +24,7 @@ from rotq.checkpoint.packed_embedding import check_shapes, put_quant_embeddings
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
+from rotq.formats.floats import stored_as
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_residual import turn_ends
 from rotq.layers.packed_weight import PackedWeight
@@ -108,6 +109,9 @@ class RotqHfQuantizer(HfQuantizer):
             put_online_residual(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.restore_dtypes()
         model.num_parameters = functools.partial(num_parameters, model)
         return model
 
@@ -166,7 +170,7 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
                 bias=linear.bias is not None,
                 rotation_size=scheme.rotation_size(name, linear.in_features, prefix),
                 input_grid=group.input_grid,
-                scale_dtype=torch_dtype(scale.dtype),
+                scale_dtype=stored_as(group.grid) or torch_dtype(scale.dtype),
                 dtype=linear.weight.dtype,
                 device="meta",
             )

@@ -6,11 +6,14 @@ ones, two for what heads and inputs go through at run time, and paths through a 
     targets            "Linear" (every linear layer), "re:..." (matched from the start of the name),
                        or a full module name; full names win over patterns, patterns over "Linear"
     ignore             the same, taken out
-    input_activations  what the layers' inputs are rounded to: dynamic, per token
+    input_activations  what the layers' inputs are rounded to: dynamic, integers per token, or the
+                       floats that the weights have
     online             hadamard, to the targets whose input is rotated by it, before it is rounded,
                        and block_size, to the features of its diagonal blocks, where it has them;
                        residual, to the kind of R1 where it is applied in front of the first block
                        and taken back behind the last
+    format             of a group: pack-quantized for integers, nvfp4-pack-quantized and
+                       mxfp4-pack-quantized for floats of 4 bits
     weights            of type "trellis": the paths of rotq_kernels.trellis.code, in a group of the
                        format "trellis", with code mul1 and state_bits
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
@@ -26,21 +29,40 @@ from typing import Any
 
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
+from rotq.formats.float_inputs import FloatInputs, float_inputs
+from rotq.formats.floats import FloatGrid, float_grid
 from rotq.formats.integer import Grid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.patterns import PatternTooSlow, search
 from rotq.rotations.hadamard import core_order
 
-ROTQ_VERSION = 7
-"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 7 for
+ROTQ_VERSION = 8
+"""Newest version of the rotq format; a checkpoint says the oldest that has what it needs: 8 for
+weights that are floats, 7 for
 weights on a trellis, 6 for R1 at run time, 5 for a packed embedding or head, 4 for R4 in blocks, 2
 for what attention does. 3 was for R4 as a butterfly, but ``save_pretrained`` said 3 of any
 checkpoint; those without are read."""
 METHODS = ("compressed-tensors", "rotq")
 
+FLOATS = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+"""Formats of a group whose weights are floats."""
+
 TRELLIS, CODE = "trellis", "mul1"
 """Type of weights that are paths, and what gives their states levels."""
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    kind: {
+        "group_size": float_grid(kind).group_size,
+        "num_bits": float_grid(kind).bits,
+        "strategy": "tensor_group" if float_grid(kind).has_global_scale else "group",
+        "symmetric": True,
+        "type": "float",
+    }
+    for kind in FLOATS
+}
+"""What compressed-tensors says of weights and inputs of each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +254,26 @@ def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
 
 
 def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Group:
+    grid = _read_grid(name, group, format)
+    inputs, where = group.get("input_activations"), f"{name}.input_activations"
+    is_float = isinstance(grid, FloatGrid)
     return Group(
         targets=_read_targets(f"{name}.targets", group.get("targets")),
-        grid=_read_grid(name, group, format),
-        input_grid=_read_dynamic(f"{name}.input_activations", group.get("input_activations")),
+        grid=grid,
+        input_grid=_read_floats(where, inputs, grid) if is_float else _read_dynamic(where, inputs),
     )
+
+
+def _read_floats(name: str, value: Any, grid: FloatGrid) -> FloatInputs | None:
+    """The floats that inputs are rounded to: those of the weights, with scales found per group."""
+    args = _mapping(name, value)
+    if not args:
+        return None
+    found = {key: args.get(key) for key in FIELDS[grid.kind]}
+    dynamic = args.get("dynamic")
+    if found != FIELDS[grid.kind] or dynamic != ("local" if grid.has_global_scale else True):
+        raise RotqError(f"{name} is not {grid.kind} with scales found at run time, as the weights")
+    return float_inputs(grid.kind)
 
 
 def _read_dynamic(name: str, value: Any) -> ActivationGrid | None:
@@ -263,9 +300,12 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
     stored = group.get("format") or format
     if stored == TRELLIS:
         return _read_trellis(name, weights)
+    if stored in FLOATS.values():
+        return _read_float(name, stored, weights)
     if stored != "pack-quantized" or weights.get("type") != "int":
         raise RotqError(
-            f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int"
+            f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int, "
+            "nvfp4 and mxfp4"
         )
     strategy, actorder = weights.get("strategy"), weights.get("actorder")
     if strategy not in ("group", "channel"):
@@ -280,6 +320,14 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RotqError(f"{name} of quantization_config is not valid: {error}") from error
+
+
+def _read_float(name: str, stored: str, weights: Mapping[str, Any]) -> FloatGrid:
+    (kind,) = (kind for kind, format in FLOATS.items() if format == stored)
+    found = {key: weights.get(key) for key in FIELDS[kind]}
+    if found != FIELDS[kind]:
+        raise RotqError(f"{name} is stored as {stored}, but its weights are not: {dict(weights)}")
+    return float_grid(kind)
 
 
 def _read_trellis(name: str, weights: Mapping[str, Any]) -> Trellis:

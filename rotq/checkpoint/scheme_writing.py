@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rotq.checkpoint.scheme import CODE, METHODS, TRELLIS
+from rotq.checkpoint.scheme import CODE, FIELDS, FLOATS, METHODS, TRELLIS
 from rotq.formats.activations import ActivationGrid
+from rotq.formats.float_inputs import FloatInputs
+from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
@@ -96,9 +98,13 @@ def quantization_config(
         if turns_residual:
             fields["online"]["residual"] = "hadamard"
             fields["version"] = 6
+        if any(isinstance(grid, FloatGrid) for grid in layers.values()):
+            fields["version"] = 8
         if any(isinstance(grid, Trellis) for grid in layers.values()):
             fields |= {"format": TRELLIS, "version": 7}
         return config | fields
+    (stored,) = {group["format"] for group in config["config_groups"].values()}
+    config["format"] = stored
     return config | _compressed_tensors_fields({*layers.values(), *outer.values()})
 
 
@@ -164,6 +170,10 @@ def _attention(heads: OnlineHeads) -> dict[str, Any]:
 def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
     if grid is None:
         return None
+    if isinstance(grid, FloatInputs):
+        dynamic = "local" if grid.has_global_scale else True
+        fields = {**FIELDS[grid.kind], **_float_scales(grid.grid), "dynamic": dynamic}
+        return fields | ({"observer": "static_minmax"} if grid.has_global_scale else {})
     return {
         "dynamic": True,
         "group_size": None,
@@ -200,6 +210,9 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
         "type": "int",
     }
     stored = "pack-quantized"
+    if isinstance(grid, FloatGrid):
+        stored = FLOATS[grid.kind]
+        weights = {**FIELDS[grid.kind], **_float_scales(grid), "dynamic": False}
     if isinstance(grid, Trellis):
         stored = TRELLIS
         weights |= {"type": TRELLIS, "code": CODE, "state_bits": grid.state_bits}
@@ -210,6 +223,12 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
         "targets": targets,
         "weights": weights,
     }
+
+
+def _float_scales(grid: FloatGrid) -> dict[str, Any]:
+    """How compressed-tensors names the dtypes of scales; a power of two is the byte of it."""
+    dtype = "torch.float8_e4m3fn" if grid.has_global_scale else "torch.uint8"
+    return {"scale_dtype": dtype, "zp_dtype": dtype}
 
 
 def _targets(names: Iterable[str], everything: Iterable[str], prefix: str) -> list[str]:

@@ -99,6 +99,7 @@ def _tensor_part(name: str, tensor: Tensor) -> Part:
         torch.int16: "I16",
         torch.int8: "I8",
         torch.uint8: "U8",
+        torch.float8_e4m3fn: "F8_E4M3",
         torch.bool: "BOOL",
     }
     if tensor.dtype not in dtypes:

@@ -68,6 +68,14 @@ class Grid(Codes):
             )
         return self.group_size
 
+    def nearest_(self, x: Tensor) -> Tensor:
+        """Round fp32, in units of scales and with zero points added, to levels, in place."""
+        return x.round_().clamp_(self.q_min, self.q_max)
+
+    def codes(self, level: Tensor) -> Tensor:
+        """int8 codes of levels as ``nearest_`` gives them."""
+        return level.to(torch.int8)
+
     def levels(self, q_NK: Tensor) -> Tensor:
         """fp32 (N, K): what codes stand for, before zero points and scales."""
         return q_NK.to(torch.float32)
@@ -94,6 +102,12 @@ class Quantized:
     zero_NG: Tensor | None
     """int8, in [q_min, q_max]; None on a symmetric grid."""
     grid: Grid
+    global_scale: Tensor | None = None
+    """(1) fp32, what stored scales are divided by; None on grids that have none."""
+
+    def steps(self) -> Tensor:
+        """fp32 (N, G): the scales, the global one counted."""
+        return true_scales(self.scale_NG, self.global_scale)
 
     def levels(self) -> Tensor:
         """fp32 (N, G, columns of a group): the weight in units of its scales."""
@@ -104,4 +118,10 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) weight; computed in fp32, then cast to ``dtype``."""
-        return self.levels().mul_(self.scale_NG.to(torch.float32)[..., None]).flatten(1).to(dtype)
+        return self.levels().mul_(self.steps()[..., None]).flatten(1).to(dtype)
+
+
+def true_scales(scale_NG: Tensor, global_scale: Tensor | None) -> Tensor:
+    """fp32 scales from stored ones, and the global one where there is one."""
+    scale_NG = scale_NG.to(torch.float32)
+    return scale_NG if global_scale is None else scale_NG / global_scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rotq.formats.floats import FloatGrid, float_grid
 from rotq.formats.integer import Grid, legal_group_sizes
 from rotq.formats.trellis import Trellis
 from rotq.recipe import Override, Weights
@@ -34,6 +35,8 @@ def layer_grid(
         bits, group_size = override.bits or bits, override.group_size or group_size
     if rounder == "trellis":
         grid: Grid = Trellis(bits=bits, group_size=group_size, state_bits=weights.state_bits)
+    elif weights.format != "int":
+        grid = float_grid(weights.format)
     else:
         grid = Grid(bits=bits, group_size=group_size, symmetric=weights.symmetric)
     return fitted_grid(name, in_features, grid, weights)
@@ -62,6 +65,13 @@ def fitted_grid(name: str, columns: int, grid: Grid, weights: Weights) -> Grid:
         ValueError: the group size does not divide the columns, and no fallback is allowed.
     """
     size = grid.group_size
+    if isinstance(grid, FloatGrid):
+        if columns % grid.columns_per_group(grid.group_size):
+            raise ValueError(
+                f"{name}: groups of {size}, which {grid.kind} has, do not divide {columns} "
+                "columns; an override with keep leaves it dense"
+            )
+        return grid
     if size != -1 and columns % size and weights.group_fallback == "auto":
         smaller = [legal for legal in legal_group_sizes(columns) if legal < size]
         return replace(grid, group_size=max(smaller, default=-1))

@@ -10,6 +10,8 @@ from torch import nn
 
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
+from rotq.formats.float_inputs import float_inputs
+from rotq.formats.floats import stored_as
 from rotq.formats.integer import Grid
 from rotq.job.layer_grids import check_rows, layer_grid
 from rotq.job.mixed import (
@@ -107,6 +109,13 @@ def activation_grid(section: Activations | KVCache) -> ActivationGrid | None:
     return ActivationGrid(bits=section.bits, symmetric=section.symmetric)
 
 
+def input_grid(recipe: Recipe) -> ActivationGrid | None:
+    """What the recipe's layers round their inputs to; None where they do not."""
+    if recipe.weights.format != "int" and recipe.activations.bits != 16:
+        return float_inputs(recipe.weights.format)
+    return activation_grid(recipe.activations)
+
+
 def make_plan(
     skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype, rest_dtype: torch.dtype | None = None
 ) -> Plan:
@@ -122,7 +131,7 @@ def make_plan(
             is left to quantize, ``average_bits`` is out of what the layers can have, or the output
             format cannot hold the family, what is rounded at run time, or a packed embedding.
     """
-    _check_format(skeleton, recipe)
+    _check_format(skeleton, recipe, dtype)
     weights = recipe.weights
     if recipe.is_mixed:
         weights = replace(weights, bits=BITS[0], group_size=GROUP_SIZES[0])
@@ -143,15 +152,17 @@ def make_plan(
             check_rows(name, linear.out_features, grid)
             if grid is not None:
                 grids[name], shapes[name] = grid, (linear.out_features, linear.in_features)
-                to_choose[name] = choices(grid, linear.in_features, override)
+                if recipe.is_mixed:
+                    to_choose[name] = choices(grid, linear.in_features, override)
         if len({grids.get(name) for name in site}) > 1:
             notes.append(f"{next(iter(site))} and its siblings have several grids: vLLM fuses them")
     if not grids:
         raise ValueError("nothing to quantize: the recipe keeps every linear layer the model has")
-    scale_dtype = stored_scale_dtype(
+    first = next(iter(grids.values()))
+    scale_dtype = stored_as(first) or stored_scale_dtype(
         getattr(torch, recipe.weights.scale_dtype),
         dtype,
-        next(iter(grids.values())),
+        first,
         recipe.output.format,
         has_experts=has_experts(skeleton),
     )
@@ -170,7 +181,7 @@ def make_plan(
             *_loader_notes(recipe, dtype, scale_dtype),
             *_search_notes(recipe),
         ),
-        inputs=activation_grid(recipe.activations),
+        inputs=input_grid(recipe),
         kv=activation_grid(recipe.kv_cache),
     )
     if not recipe.is_mixed:
@@ -190,7 +201,7 @@ def _fused(skeleton: Skeleton) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _check_format(skeleton: Skeleton, recipe: Recipe) -> None:
+def _check_format(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> None:
     """Refuse what compressed-tensors cannot hold."""
     if recipe.output.format == "rotq":
         return
@@ -200,6 +211,18 @@ def _check_format(skeleton: Skeleton, recipe: Recipe) -> None:
         raise ValueError(
             f"{name}'s layers are Conv1D, for which compressed-tensors has no "
             "name; set output.format=rotq"
+        )
+    kind = recipe.weights.format
+    if kind != "int" and dtype != torch.bfloat16:
+        raise ValueError(
+            f"weights.format={kind}: transformers makes such weights bfloat16 in a model of any "
+            f"dtype, and cannot run this one in {_named(dtype)}; set --dtype bfloat16 or "
+            "output.format=rotq"
+        )
+    if kind != "int" and has_experts(skeleton):
+        raise ValueError(
+            f"weights.format={kind}: experts of compressed-tensors are not written in it; set "
+            "output.format=rotq"
         )
     if activation_grid(recipe.activations) is not None and has_experts(skeleton):
         raise ValueError(
@@ -237,7 +260,8 @@ def _kept_notes(skeleton: Skeleton) -> Iterator[str]:
 
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:
     """What other loaders of the output need, or make of it."""
-    if scale_dtype != getattr(torch, recipe.weights.scale_dtype):
+    wanted = getattr(torch, recipe.weights.scale_dtype)
+    if recipe.weights.format == "int" and scale_dtype != wanted:
         yield f"scales are stored as {_named(scale_dtype)}: other loaders need them so"
     if recipe.is_mixed and recipe.output.format != "rotq" and not recipe.weights.symmetric:
         yield (

@@ -1,8 +1,10 @@
 """A weight as its codes, scales and zero points, in buffers that are those of the checkpoint.
 
-    W = (q - z) * s,    or    W = level(path) * s
+    W = (q - z) * s,    or    W = level(path) * s,    or    W = level(q) * s / global
 
-Codes are packed along the columns, symbols of paths along the rows.
+Codes are packed along the columns, symbols of paths along the rows. Floats of 4 bits are stored as
+compressed-tensors has them (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): two in a byte, and
+scales that are powers of two as the byte of their exponent.
 
 Shape suffixes: N rows, K columns, G groups of K.
 """
@@ -17,13 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotq.autocast import lowered
-from rotq.formats.integer import Grid, Quantized
+from rotq.formats.floats import FloatGrid, pack_nibbles, unpack_nibbles
+from rotq.formats.integer import Grid, Quantized, true_scales
 from rotq.formats.trellis import Trellis
 from rotq.ops import pack, packed_levels, packed_linear, packed_words, trellis_linear, unpack
 
 ROWS_AT_ONCE = 4096
 """Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
 large."""
+
+KEPT_DTYPES = ("weight_scale", "weight_global_scale", "input_global_scale")
+"""Buffers that another dtype would make others of."""
 
 
 class PackedWeight(nn.Module):
@@ -36,8 +42,9 @@ class PackedWeight(nn.Module):
     """On a CPU: products are those of the dense weight bit by bit, which paths are slower at."""
     weight_packed: Tensor
     weight_scale: Tensor
-    weight_shape: Tensor
+    weight_shape: Tensor | None
     weight_zero_point: Tensor | None
+    weight_global_scale: Tensor | None
 
     def __init__(
         self,
@@ -63,15 +70,23 @@ class PackedWeight(nn.Module):
         self.dtype = dtype or torch.float32
         N, K = shape
         groups = K // grid.columns_per_group(K)
-        if isinstance(grid, Trellis):
-            grid.ring_rows(N)
-            self._allocate("weight_packed", (packed_words(N, grid.bits), K), device)
+        scale_NG = torch.ones(N, groups, device=device).to(scale_dtype)
+        self.register_buffer("weight_scale", _stored(scale_NG))
+        stored_shape, global_scale = None, None
+        if isinstance(grid, FloatGrid):
+            packed = torch.zeros(N, K // 2, dtype=torch.uint8, device=device)
+            self.register_buffer("weight_packed", packed)
+            if grid.has_global_scale:
+                global_scale = torch.ones(1, device=device)
         else:
-            self._allocate("weight_packed", (N, packed_words(K, grid.bits)), device)
-        scale_NG = torch.ones(N, groups, dtype=scale_dtype, device=device)
-        self.register_buffer("weight_scale", scale_NG)
-        stored_shape = torch.tensor(shape, dtype=torch.int64, device=device)
+            stored_shape = torch.tensor(shape, dtype=torch.int64, device=device)
+            if isinstance(grid, Trellis):
+                grid.ring_rows(N)
+                self._allocate("weight_packed", (packed_words(N, grid.bits), K), device)
+            else:
+                self._allocate("weight_packed", (N, packed_words(K, grid.bits)), device)
         self.register_buffer("weight_shape", stored_shape)
+        self.register_buffer("weight_global_scale", global_scale)
         if grid.symmetric:
             self.register_buffer("weight_zero_point", None)
         else:
@@ -80,12 +95,16 @@ class PackedWeight(nn.Module):
     def pack(self, quantized: Quantized) -> Self:
         """Take codes, scales and zero points, in place of the buffers that were allocated."""
         bits, device = quantized.grid.bits, quantized.q_NK.device
+        self.weight_scale = _stored(quantized.scale_NG.contiguous())
+        if isinstance(quantized.grid, FloatGrid):
+            self.weight_packed = pack_nibbles(quantized.q_NK)
+            self.weight_global_scale = quantized.global_scale
+            return self
         if isinstance(quantized.grid, Trellis):
             self.weight_packed = pack(quantized.q_NK, bits, dim=0)
         else:
             parts = [pack(part_NK, bits) for part_NK in quantized.q_NK.split(ROWS_AT_ONCE)]
             self.weight_packed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self.weight_scale = quantized.scale_NG.contiguous()
         self.weight_shape = torch.tensor(quantized.q_NK.shape, dtype=torch.int64, device=device)
         if quantized.zero_NG is not None:
             self.weight_zero_point = pack(quantized.zero_NG, bits, dim=0)
@@ -106,11 +125,15 @@ class PackedWeight(nn.Module):
         level_NK = packed_levels(self.weight_packed, self.shape[0], grid.bits, grid.state_bits)
         return level_NK.unflatten(1, (self.weight_scale.shape[1], -1))
 
+    def steps(self) -> Tensor:
+        """fp32 (N, G): the scales, the global one counted."""
+        return true_scales(self._scales(), self.weight_global_scale)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) dense weight, computed in fp32 some rows at a time, then cast to ``dtype``."""
         N = self.shape[0]
         if isinstance(self.grid, Trellis):
-            return (self.levels() * self.weight_scale.float()[..., None]).flatten(1).to(dtype)
+            return (self.levels() * self.steps()[..., None]).flatten(1).to(dtype)
         if N <= ROWS_AT_ONCE:
             return self.quantized().dequantize(dtype)
         weight_NK = torch.empty(self.shape, dtype=dtype, device=self.weight_packed.device)
@@ -121,12 +144,24 @@ class PackedWeight(nn.Module):
 
     def _unpacked(self, rows: slice) -> Quantized:
         N, K = self.shape
-        zero_NG = None
+        scale_NG, zero_NG = self._scales()[rows], None
+        if isinstance(self.grid, FloatGrid):
+            return Quantized(
+                q_NK=unpack_nibbles(self.weight_packed[rows]),
+                scale_NG=scale_NG,
+                zero_NG=None,
+                grid=self.grid,
+                global_scale=self.weight_global_scale,
+            )
         if self.weight_zero_point is not None:
             zero_NG = unpack(self.weight_zero_point, self.grid.bits, N, dim=0)[rows]
         q_NK = unpack(self.weight_packed[rows], self.grid.bits, K)
-        scale_NG = self.weight_scale[rows]
         return Quantized(q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid)
+
+    def _scales(self) -> Tensor:
+        """(N, G) as they are meant: of powers of two the exponents are stored."""
+        is_power = self.weight_scale.dtype == torch.uint8
+        return self.weight_scale.view(torch.float8_e8m0fnu) if is_power else self.weight_scale
 
     @property
     def weight(self) -> Tensor:
@@ -149,6 +184,8 @@ class PackedWeight(nn.Module):
         is_differentiated = x.requires_grad and torch.is_grad_enabled()
         # native code needs no dense weight, and states take more memory than codes
         is_path = isinstance(self.grid, Trellis) and x.device.type == "cpu" and not self.as_dense
+        if isinstance(self.grid, FloatGrid):  # no kernel multiplies with these codes
+            return F.linear(x, self.dequantize(x.dtype), bias_N)
         if x.dtype == torch.float64 or not (x.is_cuda or is_differentiated or in_tiles or is_path):
             return F.linear(x, self.dequantize(x.dtype), bias_N)
         if isinstance(self.grid, Trellis):
@@ -171,17 +208,29 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Scales keep the dtype that they are stored in: another would be another weight."""
-        scale_NG = self.weight_scale
+        kept = {
+            name: tensor
+            for name in KEPT_DTYPES
+            if (tensor := getattr(self, name, None)) is not None
+        }
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale_NG.dtype:
-            self.weight_scale = scale_NG.to(self.weight_scale.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale_NG.device)).dtype
+        for name, tensor in kept.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        device = self.weight_packed.device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
 
     def _allocate(
         self, name: str, shape: tuple[int, int], device: torch.device | str | None
     ) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+
+
+def _stored(scale_NG: Tensor) -> Tensor:
+    """Scales as a buffer: powers of two as the byte of their exponent."""
+    is_power = scale_NG.dtype == torch.float8_e8m0fnu
+    return scale_NG.view(torch.uint8) if is_power else scale_NG
 
 
 def multiply_as_dense(model: nn.Module) -> None:

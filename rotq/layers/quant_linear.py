@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.layers.integer_product import can_multiply_integers, integer_linear
-from rotq.layers.online_linear import OnlineLinear, prepare_input
+from rotq.layers.online_linear import OnlineLinear, prepare_input, unit_scale
 from rotq.layers.packed_weight import PackedWeight
 
 
@@ -29,6 +29,7 @@ class QuantLinear(PackedWeight):
     """
 
     input_signs: Tensor | None
+    input_global_scale: Tensor | None
     bias: nn.Parameter | None
     in_integers = False
     """Where possible, see ``integer_product``; results are not a dense layer's to the last bit."""
@@ -68,6 +69,7 @@ class QuantLinear(PackedWeight):
         if rotation_size is not None:
             signs_R = torch.ones(rotation_size, dtype=torch.int8, device=device)
         self.register_buffer("input_signs", signs_R)
+        self.register_buffer("input_global_scale", unit_scale(input_grid, device))
         self.bias = None
         if bias:
             bias_N = torch.zeros(out_features, dtype=dtype, device=device)
@@ -113,18 +115,26 @@ class QuantLinear(PackedWeight):
             linear.bias = self.bias
         if self.input_signs is None and self.input_grid is None:
             return linear
-        return OnlineLinear.wrap(linear, signs_R=self.input_signs, input_grid=self.input_grid)
+        online = OnlineLinear.wrap(linear, signs_R=self.input_signs, input_grid=self.input_grid)
+        online.input_global_scale = self.input_global_scale
+        return online
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with; in x's dtype."""
-        return prepare_input(x, self.input_signs, self.input_grid)
+        return prepare_input(x, self.input_signs, self.input_grid, self.input_global_scale)
 
     def forward(self, input: Tensor) -> Tensor:
         fast = self.in_integers and can_multiply_integers(input, self.grid, self.input_grid)
         if fast and self.input_grid is not None:
-            rotated = prepare_input(input, self.input_signs, None)
+            rotated = prepare_input(input, self.input_signs)
             return integer_linear(rotated, self.quantized(), self.bias, self.input_grid)
         return self.product(self.prepare_input(input), self.bias)
+
+    def restore_dtypes(self) -> None:
+        """Global scales as they are stored, fp32; transformers loads them in the model's dtype."""
+        for name in ("weight_global_scale", "input_global_scale"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).float())
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_grid is None else f", inputs {self.input_grid}"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rotq.calibration.streams import Streams
 from rotq.formats.integer import Grid, Quantized
@@ -22,6 +22,7 @@ from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
+from rotq.quantize.global_scales import set_input_scales, weight_scales
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
@@ -50,6 +51,8 @@ class BlockQuantizer:
         """
         job, working = self.job, copy.deepcopy(original)
         job.plan.round_online(working, job.skeleton.block_name(index), job.skeleton.adapter)
+        global_scales = weight_scales(job, index, original)
+        set_input_scales(self.runner, index, working, streams)
         weights = None if streams is None else token_weights(job, index, working, streams)
         quantized: dict[str, Quantized] = {}
         layers: list[LayerResult] = []
@@ -64,7 +67,9 @@ class BlockQuantizer:
                 )
                 routed |= routed_tokens(working)
             for site in stage:
-                solutions, results = self._round(index, site, (original, working), moments)
+                solutions, results = self._round(
+                    index, site, (original, working), moments, global_scales
+                )
                 quantized |= solutions
                 layers += results
                 # what a solver has freed would add to what the next one needs
@@ -89,6 +94,7 @@ class BlockQuantizer:
         site: Site,
         blocks: tuple[nn.Module, nn.Module],
         moments: dict[str, list[Moments]],
+        global_scales: Mapping[str, Tensor],
     ) -> tuple[dict[str, Quantized], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
@@ -98,7 +104,8 @@ class BlockQuantizer:
         original, working = blocks
         grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
         with large_blocks_mapped():
-            solutions = dict(self._solve(site, grids, original, moments.pop(site.name, [None])))
+            of_site = moments.pop(site.name, [None])
+            solutions = dict(self._solve(site, grids, original, of_site, global_scales))
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():
@@ -138,13 +145,15 @@ class BlockQuantizer:
         grids: dict[str, Grid],
         original: nn.Module,
         moments: Sequence[Moments | None],
+        global_scales: Mapping[str, Tensor],
     ) -> Iterator[tuple[str, Solution]]:
         """Solve linears of one grid together: rows are independent.
 
         Args:
             moments: Of each group of their rows; one entry: they share the Hessian.
+            global_scales: Of layers whose grid has one.
         """
-        for names in _stacks(site.linears, grids, original):
+        for names in _stacks(site.linears, grids, original, global_scales):
             weights = [_linear(original, name).weight for name in names]
             stacked_NK = torch.cat([weight.float() for weight in weights])
             solutions = [
@@ -154,6 +163,7 @@ class BlockQuantizer:
                     grids[names[0]],
                     self.job.recipe.solver,
                     scale_dtype=self.job.plan.scale_dtype,
+                    global_scale=global_scales.get(names[0]),
                 )
                 for part_NK, of_part in zip(
                     stacked_NK.tensor_split(len(moments)), moments, strict=True
@@ -170,9 +180,14 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 def _stacks(
-    names: Sequence[str], grids: Mapping[str, Grid], block: nn.Module
+    names: Sequence[str],
+    grids: Mapping[str, Grid],
+    block: nn.Module,
+    global_scales: Mapping[str, Tensor],
 ) -> Iterator[list[str]]:
     """Runs of layers with one grid, each of at most ROWS_PER_SOLVE rows or a single layer.
+
+    Those of a run have a global scale in common, where they have one.
 
     On a trellis layers are alone: where paths begin depends on a layer's rows.
     """
@@ -180,7 +195,9 @@ def _stacks(
     rows = 0
     for name in names:
         size = _linear(block, name).out_features
-        alone = isinstance(grids[name], Trellis)
+        alone = isinstance(grids[name], Trellis) or (
+            bool(stack) and global_scales.get(name) is not global_scales.get(stack[0])
+        )
         if stack and (alone or grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
             yield stack
             stack, rows = [], 0

@@ -5,7 +5,8 @@ Shape suffixes: B windows, T positions, D hidden size, K in features, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,35 @@ class BlockRunner:
                 with self._replayed(block, stream, batch):
                     stream.hidden[batch] = run_block(block, hidden_BTD, kwargs)
         stream.forget()
+
+    def input_ranges(
+        self, index: int, block: nn.Module, layers: Mapping[str, nn.Module], stream: Stream
+    ) -> dict[str, Tensor]:
+        """Largest magnitude of what each layer's weight multiplies, over all batches.
+
+        Args:
+            layers: Of the block, by path.
+
+        Returns:
+            () fp32 by path; 0 for a layer that was given nothing, as experts may be.
+        """
+        tops = {path: torch.zeros((), device=self.job.device) for path in layers}
+
+        def see(path: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].numel():
+                top = prepared_input(layer, args[0]).abs().amax().float()
+                tops[path] = torch.maximum(tops[path], top)
+
+        hooks = [
+            layer.register_forward_pre_hook(functools.partial(see, path))
+            for path, layer in layers.items()
+        ]
+        with matmul_precision(self.job.recipe.calibration.precision), calibrating(block):
+            for batch in range(len(stream.batches)):
+                run_block(block, *self._given(index, stream, batch))
+        for hook in hooks:
+            hook.remove()
+        return tops
 
     def collect(
         self,

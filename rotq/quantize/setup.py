@@ -84,6 +84,8 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
+    if dtype == AUTO and recipe.weights.format != "int" and recipe.output.format != "rotq":
+        wanted = torch.bfloat16  # whatever the model's, transformers makes such weights bfloat16
     rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
     plan = make_plan(skeleton, recipe, wanted, rest)
     check_room(skeleton, recipe.calibration, wanted, usable)

@@ -10,6 +10,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32)}
+"""Bits and group size of weights that are no integers."""
+
 
 def check(name: str, value: object, holds: bool, allowed: str) -> None:
     """Raise ValueError, in one line, if a field's value is out of its range."""
@@ -63,6 +66,9 @@ class Override:
 class Weights:
     """The grid that weights are rounded to."""
 
+    format: Literal["int", "nvfp4", "mxfp4"] = "int"
+    """Integers, or floats of 4 bits: nvfp4 has groups of 16 with scales in E4M3 and one factor for
+    each weight, mxfp4 groups of 32 with powers of two. Both are symmetric."""
     bits: int = 4
     """Bits per code, 2 to 8; with solver.rounder=trellis 1 to 8."""
     state_bits: int = 12
@@ -145,10 +151,11 @@ class Rotation:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What the quantized linear layers read, rounded at run time with a scale per token."""
+    """What the quantized linear layers read, rounded at run time with a scale per token, or as
+    weights.format has them where that is none of integers."""
 
     bits: int = 16
-    """Bits per code, 2 to 8; 16 leaves activations as they are."""
+    """Bits per code, 2 to 8; 16 leaves activations as they are. Floats have the weights' 4."""
     symmetric: bool = False
     """Scales alone; otherwise a zero point goes with every scale."""
 

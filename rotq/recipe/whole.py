@@ -9,6 +9,7 @@ from typing import Any
 
 from rotq.recipe.calibration import Calibration, Importance
 from rotq.recipe.sections import (
+    FLOATS,
     Activations,
     KVCache,
     Output,
@@ -44,6 +45,8 @@ class Recipe:
         else:
             bits = (self.weights.bits, *(each.bits for each in self.weights.overrides))
             check("weights.bits", 1, 1 not in bits, "2 to 8, or 1 to 8 with solver.rounder=trellis")
+        if self.weights.format != "int":
+            self._check_floats()
         if self.output.format != "rotq":
             self._check_expressible()
         fixed = self.transform.method == "fixed" and not self.transform.scalings
@@ -52,6 +55,38 @@ class Recipe:
             raise ValueError(
                 f"rotation.residual_ends={ends} applies the R1 that is drawn; transform.method "
                 "must be fixed, without scalings"
+            )
+
+    def _check_floats(self) -> None:
+        """What the format of the weights settles, and what is of integers alone."""
+        weights, kind = self.weights, self.weights.format
+        bits, group_size = FLOATS[kind]
+        for key, value, wanted in (
+            ("weights.bits", weights.bits, bits),
+            ("weights.group_size", weights.group_size, group_size),
+            ("weights.symmetric", weights.symmetric, True),
+            ("weights.average_bits", weights.average_bits, 0),
+            ("weights.embedding", weights.embedding, 16),
+            ("weights.head", weights.head, 16),
+            ("solver.rounder", self.solver.rounder, "scalar"),
+            ("tuning.code_steps", self.tuning.code_steps, 0),
+        ):
+            if value != wanted:
+                shown = str(wanted).lower() if isinstance(wanted, bool) else wanted
+                raise ValueError(f"weights.format={kind} needs {key}={shown}, got {value}")
+        if any(each.bits or each.group_size for each in weights.overrides):
+            raise ValueError(f"weights.format={kind}: overrides can keep layers, and nothing else")
+        if self.activations.bits not in (bits, 16):
+            raise ValueError(
+                f"weights.format={kind} rounds activations to the same floats; set "
+                f"activations.bits={bits}, or 16"
+            )
+        if self.activations.bits != 16 and not self.activations.symmetric:
+            raise ValueError(f"weights.format={kind} needs activations.symmetric=true")
+        if self.transform.method == "learned":
+            raise ValueError(
+                f"weights.format={kind}: transform.method=learned expects the error of integers; "
+                "set transform.method to fixed or optrot"
             )
 
     def _check_trellis(self) -> None:
@@ -94,7 +129,8 @@ class Recipe:
         """Whether anything looks at activations."""
         searched = self.solver.scale_search in ("diagonal", "hessian")
         trained = self.tuning.steps > 0 or self.tuning.code_steps > 0
-        return self.solver.method != "rtn" or searched or trained or self.is_mixed
+        ranged = self.weights.format == "nvfp4" and self.activations.bits != 16
+        return self.solver.method != "rtn" or searched or trained or self.is_mixed or ranged
 
     @property
     def is_mixed(self) -> bool:

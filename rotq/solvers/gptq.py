@@ -8,7 +8,6 @@ Shape suffixes: N out features, K in features, B columns of one block.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +64,10 @@ class RowBounds:
     q_min: Tensor
     q_max: Tensor
 
+    def nearest_(self, x_N: Tensor) -> Tensor:
+        """Round to codes, in place."""
+        return x_N.round_().clamp_(self.q_min, self.q_max)
+
 
 def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     """Order the columns and factor once for all rows.
@@ -102,18 +105,16 @@ def round_columns(
         grid: Bits and symmetry; or bounds for rows that are on several grids.
 
     Returns:
-        q_NK: fp32 integers in [q_min, q_max].
+        q_NK: fp32 levels of the grid.
     """
     K, visit_K = weight_NK.shape[1], elimination.visit_K
     group_K = visit_K // (K // scale_NG.shape[1])
     scale_KN, zero_KN = scale_NG.T[group_K], zero_NG.T[group_K]
-    q_min: Any = grid.q_min
-    q_max: Any = grid.q_max
     q_KN = torch.empty(K, len(weight_NK), device=weight_NK.device)
 
     def nearest(k: int, w_N: Tensor) -> Tensor:
-        q_N = torch.div(w_N, scale_KN[k]).add_(zero_KN[k]).round_()
-        q_KN[k] = q_N.clamp_(q_min, q_max)
+        q_N = grid.nearest_(torch.div(w_N, scale_KN[k]).add_(zero_KN[k]))
+        q_KN[k] = q_N
         return q_N.sub_(zero_KN[k]).mul_(scale_KN[k])
 
     feed_back(weight_NK, elimination, nearest)

@@ -81,7 +81,7 @@ def refine_scales(
 def refine_codes(
     target_NK: Tensor, hessian_KK: Tensor, codes: tuple[Tensor, Tensor, Tensor], grid: Grid
 ) -> Tensor:
-    """One sweep over the columns; each takes its best code. Returns q_NK, fp32 integers."""
+    """One sweep over the columns; each takes its best code. Returns q_NK, fp32 levels."""
     q_NK, scale_NG, zero_NG = codes
     (N, K), G = q_NK.shape, scale_NG.shape[1]
     error_NK = ((q_NK.view(N, G, -1) - zero_NG[..., None]) * scale_NG[..., None]).view(N, K)
@@ -94,8 +94,8 @@ def refine_codes(
         change_BN = torch.empty(end - start, N, device=q_KN.device)
         for k in range(start, end):
             step_N = gradient_KN[k] * step_GN[k // per_group]
-            best_N = torch.add(q_KN[k], step_N, alpha=-1.0 / diagonal[k]).round_()
-            best_N.clamp_(grid.q_min, grid.q_max)
+            best_N = torch.add(q_KN[k], step_N, alpha=-1.0 / diagonal[k])
+            grid.nearest_(best_N)
             change_N = torch.sub(best_N, q_KN[k]).mul_(scale_GN[k // per_group])
             q_KN[k] = best_N
             change_BN[k - start] = change_N

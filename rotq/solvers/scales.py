@@ -3,7 +3,8 @@
     s = p (hi - lo) / (2^bits - 1),    z in {floor, ceil}(q_min - p lo / s)        asymmetric
     s = p max|w| / (2^(bits-1) - 1/2), z = 0                                       symmetric
 
-For each group of each row the candidate with the least error e = w - dequantize(quantize(w)) wins:
+or, on grids of floats with scales of 8 bits, over the neighbours of the closed form. For each group
+of each row the candidate with the least error e = w - dequantize(quantize(w)) wins:
 
     mse        sum |e|^2.4                          (GPTQ's released code)
     diagonal   e diag(H_gg) e^T
@@ -17,10 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from rotq.formats.floats import LARGEST_E4M3, FloatGrid
 from rotq.formats.integer import Grid
 
 SHRINK_FACTORS, SMALLEST_SHRINK = 24, 0.5
 """Tried by all judges but ``minmax``: evenly spaced from 1 down to the smallest."""
+
+NEIGHBOURS = {torch.float8_e4m3fn: 6, torch.float8_e8m0fnu: 1}
+"""Scales that are tried on each side of the closed form: from about 0.6 to 1.6 times it."""
 
 LARGEST_BLOCK = 256
 """Above this many columns per group, ``hessian`` is judged by the diagonal: the block costs g^2."""
@@ -55,7 +60,11 @@ def search_scales(
     N, K = weight_NK.shape
     w_NGg = weight_NK.view(N, -1, grid.columns_per_group(K))
     measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
-    candidates = _candidates(w_NGg, grid, 1 if judge == "minmax" else SHRINK_FACTORS, scale_dtype)
+    if isinstance(grid, FloatGrid):
+        candidates = _float_candidates(w_NGg, grid, judge != "minmax", scale_dtype)
+    else:
+        steps = 1 if judge == "minmax" else SHRINK_FACTORS
+        candidates = _candidates(w_NGg, grid, steps, scale_dtype)
     best_scale_NG, best_zero_NG = next(candidates)
     least_NG = measure(round_to_grid(w_NGg, best_scale_NG, best_zero_NG, grid) - w_NGg)
     for scale_NG, zero_NG in candidates:
@@ -70,14 +79,15 @@ def search_scales(
 def round_to_grid(w_NGg: Tensor, scale_NG: Tensor, zero_NG: Tensor, grid: Grid) -> Tensor:
     """The nearest grid points, (N, G, g) fp32."""
     zero_NG1, scale_NG1 = zero_NG[..., None], scale_NG[..., None]
-    q_NGg = (w_NGg / scale_NG1).add_(zero_NG1).round_().clamp_(grid.q_min, grid.q_max)
+    q_NGg = grid.nearest_((w_NGg / scale_NG1).add_(zero_NG1))
     return q_NGg.sub_(zero_NG1).mul_(scale_NG1)
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round scales to their storage dtype, at least its smallest normal number; fp32."""
     limits = torch.finfo(dtype)
-    return scale.clamp(limits.tiny, limits.max).to(dtype).float()
+    least = max(limits.tiny, torch.finfo(torch.float32).tiny)
+    return scale.clamp(least, limits.max).to(dtype).float()
 
 
 def _candidates(
@@ -99,6 +109,23 @@ def _candidates(
             continue
         for rounded_NG in (zero_NG.floor(), zero_NG.ceil()):
             yield scale_NG, rounded_NG.clamp_(grid.q_min, grid.q_max)
+
+
+def _float_candidates(
+    w_NGg: Tensor, grid: FloatGrid, searched: bool, scale_dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The closed form, and where scales have few bits those below and above it."""
+    scale_NG = storable(grid.scales(w_NGg.abs().amax(-1)), scale_dtype)
+    zero_NG = torch.zeros_like(scale_NG)
+    yield scale_NG, zero_NG
+    reach = NEIGHBOURS.get(scale_dtype, 0) if searched else 0
+    if not reach:
+        return
+    # codes of positive floats are in the order of their values
+    code_NG = scale_NG.to(scale_dtype).view(torch.uint8).int()
+    for offset in (*range(-reach, 0), *range(1, reach + 1)):
+        moved_NG = (code_NG + offset).clamp_(1, 254).to(torch.uint8).view(scale_dtype).float()
+        yield storable(moved_NG.nan_to_num(LARGEST_E4M3), scale_dtype), zero_NG
 
 
 def _measure(judge: str, hessian_KK: Tensor, g: int) -> ErrorMeasure:

@@ -3,8 +3,10 @@
 Shape suffixes: N out features, K in features.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -36,6 +38,15 @@ class Solution:
     damping: float
     """Share of the mean diagonal that made H positive definite."""
 
+    def divided(self, global_scale: Tensor) -> Solution:
+        """The solution for the weight, from that for the weight times a global scale."""
+        return Solution(
+            quantized=replace(self.quantized, global_scale=global_scale),
+            loss_N=self.loss_N / global_scale.square(),
+            energy_N=self.energy_N / global_scale.square(),
+            damping=self.damping,
+        )
+
 
 def solve(
     weight_NK: Tensor,
@@ -44,6 +55,7 @@ def solve(
     options: Solver,
     *,
     scale_dtype: torch.dtype,
+    global_scale: Tensor | None = None,
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
@@ -55,6 +67,8 @@ def solve(
         grid: Bits, group size, symmetry; or a trellis.
         options: The recipe's; ``passes`` is not looked at.
         scale_dtype: Storage type of the scales.
+        global_scale: (1) fp32, for grids that have one; local scales are those of the weight
+            times it.
 
     Returns:
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
@@ -64,6 +78,10 @@ def solve(
             trellis without GPTQ, or one that is longer than the weight's columns.
         RotqError: the Hessian is not finite or cannot be made positive definite.
     """
+    if global_scale is not None:
+        scaled_NK = weight_NK * global_scale
+        solution = solve(scaled_NK, moments, grid, options, scale_dtype=scale_dtype)
+        return solution.divided(global_scale)
     K = weight_NK.shape[1]
     if moments is None:
         if options.method != "rtn":
@@ -165,6 +183,7 @@ def _joined(parts: list[Quantized]) -> Quantized:
         scale_NG=torch.cat([part.scale_NG for part in parts]),
         zero_NG=torch.cat(zeros) if zeros else None,
         grid=parts[0].grid,
+        global_scale=parts[0].global_scale,
     )
 
 
@@ -191,7 +210,7 @@ def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
     )
     return [
         Solution(
-            quantized=Quantized(q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=quantized.grid),
+            quantized=replace(quantized, q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG),
             loss_N=loss_N,
             energy_N=energy_N,
             damping=solution.damping,
@@ -208,7 +227,7 @@ def _round_to_nearest(
     )
     step_NG1 = scale_NG[..., None]
     w_NGg = weight_NK.view(weight_NK.shape[0], scale_NG.shape[1], -1)
-    q_NGg = (w_NGg / step_NG1 + zero_NG[..., None]).round_().clamp_(grid.q_min, grid.q_max)
+    q_NGg = grid.nearest_(w_NGg / step_NG1 + zero_NG[..., None])
     quantized = _quantized((q_NGg.view_as(weight_NK), scale_NG, zero_NG), grid, scale_dtype)
     return _solution(quantized, weight_NK, hessian_KK, 0.0)
 
@@ -218,7 +237,7 @@ def _quantized(
 ) -> Quantized:
     q_NK, scale_NG, zero_NG = codes
     return Quantized(
-        q_NK=q_NK.to(torch.int8),
+        q_NK=grid.codes(q_NK),
         scale_NG=scale_NG.to(scale_dtype),
         zero_NG=None if grid.symmetric else zero_NG.to(torch.int8),
         grid=grid,

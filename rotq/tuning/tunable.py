@@ -2,7 +2,8 @@
 
     W^ = (q - z) s e^u,     v^ = v + rms(v) u,      u = 0 before training
 
-and the level of a path in place of q - z where weights are on a trellis.
+and the level of a path in place of q - z where weights are on a trellis. Scales of floats are kept:
+with 8 bits their steps are larger than what is trained.
 
 Parts are read from the disk at each use, so that one block's weights are in memory at a time.
 Shape suffixes: B windows, T positions, C positions of a chunk, D hidden size, N out features,
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rotq.checkpoint.source import read_tensors
+from rotq.formats.floats import FloatGrid
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER, block_part
 from rotq.job.parts import dense_tensors, packed_layers
 from rotq.job.rest import rest_in
 from rotq.layers.quant_linear import QuantLinear
 from rotq.models.streaming import through_head
+
+GLOBAL = "_global_scale"
+"""Of weights and inputs: kept, as layers that engines fuse have it in common."""
 
 TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
@@ -37,7 +42,7 @@ class Vectors:
         self.stored = {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.ndim == 1 and tensor.is_floating_point()
+            if tensor.ndim == 1 and tensor.is_floating_point() and not name.endswith(GLOBAL)
         }
         self.changes = {name: _change(tensor) for name, tensor in self.stored.items()}
 
@@ -65,6 +70,7 @@ class TunableBlock:
         self.scale_changes = {
             name: _change(layer.weight_scale)
             for name, layer in packed_layers(job.plan, stored).items()
+            if not isinstance(layer.grid, FloatGrid)
         }
 
     def changes(self) -> Iterator[Tensor]:
@@ -98,8 +104,11 @@ class TunableBlock:
         for name, layer in packed_layers(self.job.plan, stored).items():
             for key in layer.state_dict():
                 del stored[f"{name}.{key}"]
-            scale_NG = layer.weight_scale.float() * self.scale_changes[name].exp()
-            weights[f"{name}.weight"] = _Weight.apply(scale_NG, layer, dtype)
+            if name in self.scale_changes:
+                scale_NG = layer.steps() * self.scale_changes[name].exp()
+                weights[f"{name}.weight"] = _Weight.apply(scale_NG, layer, dtype)
+            else:
+                weights[f"{name}.weight"] = layer.dequantize(dtype)
         return rest_in(stored, dtype) | self.vectors.current() | weights
 
     def _stored(self) -> dict[str, Tensor]:

@@ -18,9 +18,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The model, and a text of numbered words, text.txt."""
-    tiny_model(name, dtype=dtype).save_pretrained(folder)
+def write_model(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: int
+) -> Path:
+    """The model, with changes of its configuration, and a text of numbered words, text.txt."""
+    tiny_model(name, dtype=dtype, **changes).save_pretrained(folder)
     ids = torch.randint(1, VOCAB, (400,), generator=torch.Generator().manual_seed(0))
     (folder / "text.txt").write_text(" ".join(f"w{number}" for number in ids.tolist()))
     return folder

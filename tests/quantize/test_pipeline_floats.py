@@ -1,0 +1,163 @@
+"""Whole jobs whose weights, and activations, are floats of 4 bits."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numbered_words import VOCAB, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rotq.checkpoint.load import load_model
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.source import read_tensor
+from rotq.layers.quant_linear import QuantLinear
+from rotq.quantize.pipeline import quantize_model
+from rotq.recipe import load_recipe
+from rotq.report import JobReport
+
+SMALL = {
+    "calibration.num_samples": 3,
+    "calibration.seq_len": 24,
+    "calibration.batch_size": 2,
+    "weights.symmetric": True,
+    "solver.target_correction": 0.5,
+    "solver.refine_sweeps": 1,
+}
+KINDS = {
+    "nvfp4": {"weights.format": "nvfp4", "weights.group_size": 16},
+    "mxfp4": {"weights.format": "mxfp4", "weights.group_size": 32},
+}
+ROUNDED = {"activations.bits": 4, "activations.symmetric": True}
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
+
+
+def run(kind: str, tmp_path: Path, dtype: str = "auto", **changes: Any) -> tuple[Path, JobReport]:
+    model = write_model("llama", tmp_path / "model", **WIDE)
+    source = {"calibration.source": str(model / "text.txt")}
+    recipe = load_recipe(None, {**SMALL, **KINDS[kind], **source, **changes})
+    return tmp_path / "out", quantize_model(model, recipe, tmp_path / "out", dtype=dtype)
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    return {entry.name: read_tensor(entry) for entry in read_entries(path / "model.safetensors")}
+
+
+def ids() -> Tensor:
+    return torch.randint(1, VOCAB, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_tensors_unpacks_the_weights_that_rotq_runs(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    compressors = importlib.import_module("compressed_tensors.compressors")
+    schemes = importlib.import_module("compressed_tensors.quantization")
+    out, report = run(kind, tmp_path)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == f"{kind}-pack-quantized"
+    tensors = stored(out)
+    compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    layers = {n: m for n, m in load_model(out).named_modules() if isinstance(m, QuantLinear)}
+    assert len(layers) == len(report.layers) == 14
+    (group,) = config["config_groups"].values()
+    scheme = schemes.QuantizationScheme(**group)
+    for name, layer in layers.items():
+        parts = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(name)}
+        dense_NK = compressor.decompress(parts, scheme)["weight"]
+        assert torch.equal(dense_NK, layer.dequantize(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_alone_computes_the_same_logits(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    out, _ = run(kind, tmp_path)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(ids()).logits
+        ours = load_model(out, packed=False)(ids()).logits
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_rounds_activations_as_rotq_does(kind: str, tmp_path: Path) -> None:
+    """Not bit by bit: it finds their scales in bfloat16."""
+    pytest.importorskip("compressed_tensors")
+    out, report = run(kind, tmp_path, **ROUNDED)
+    assert any("scales of activations" in note for note in report.notes)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(ids()).logits.float()
+        ours = load_model(out)(ids()).logits.float()
+        model = load_model(out, packed=False)
+        for module in model.modules():
+            if hasattr(module, "input_grid"):
+                module.input_grid = None  # type: ignore[assignment]
+        unrounded = model(ids()).logits.float()
+    assert (theirs - ours).norm() < 0.35 * (unrounded - ours).norm()
+
+
+def test_layers_that_engines_fuse_share_their_global_scales(tmp_path: Path) -> None:
+    out, _ = run("nvfp4", tmp_path, **ROUNDED)
+    tensors = stored(out)
+    for which in ("weight_global_scale", "input_global_scale"):
+        for site in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            of_site = {
+                tensor.item()
+                for name, tensor in tensors.items()
+                if name.endswith(which) and name.split(".")[-2] in site and ".0." in name
+            }
+            assert len(of_site) == 1
+
+
+def test_ranges_of_inputs_are_those_of_the_calibration_text(tmp_path: Path) -> None:
+    """The first layer reads what no rounding came before."""
+    out, _ = run("nvfp4", tmp_path, **ROUNDED)
+    seen: list[float] = []
+    dense = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    dense.get_submodule("model.layers.0.self_attn.q_proj").register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].abs().max().item())
+    )
+    words = (tmp_path / "model" / "text.txt").read_text().split()
+    with torch.no_grad():
+        dense(torch.tensor([[int(word[1:]) for word in words]]))
+    scale = stored(out)["model.layers.0.self_attn.q_proj.input_global_scale"].item()
+    assert 1 <= scale / (448 * 6 / seen[0]) < 3
+
+
+def test_tuning_trains_gains_and_keeps_scales(tmp_path: Path) -> None:
+    out, _ = run("nvfp4", tmp_path / "a", **ROUNDED)
+    tuned, _ = run("nvfp4", tmp_path / "b", **ROUNDED, **{"tuning.steps": 2, "tuning.learning_rate": 0.05})
+    before, after = stored(out), stored(tuned)
+    changed = {name for name in before if not same(before[name], after[name])}
+    assert changed
+    assert all("norm" in name for name in changed)
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def test_a_dtype_that_its_loaders_cannot_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--dtype bfloat16 or output.format=rotq"):
+        run("nvfp4", tmp_path, dtype="float32")
+
+
+def test_the_rotq_format_runs_floats_in_any_dtype(tmp_path: Path) -> None:
+    down = {"rotation.down": "hadamard", "rotation.down_block_size": 16}
+    changes = {"output.format": "rotq", **down, **ROUNDED}
+    out, _ = run("nvfp4", tmp_path, dtype="float32", **changes)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 8
+    assert load_model(out).dtype == torch.float32
+
+
+def test_columns_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+    recipe = load_recipe(None, {**SMALL, **KINDS["mxfp4"]})
+    with pytest.raises(ValueError, match="groups of 32, which mxfp4 has, do not divide 48"):
+        quantize_model(model, recipe, tmp_path / "out")
