@@ -16,6 +16,7 @@ from rotq.cli.eval_decode import eval_decode
 from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
+from rotq.cli.export import export
 from rotq.cli.groups import Commands
 from rotq.cli.inspect import inspect
 from rotq.cli.push import push
@@ -43,6 +44,7 @@ main.add_command(eval_group)
 main.add_command(compare)
 main.add_command(convert)
 main.add_command(embed_command)
+main.add_command(export)
 main.add_command(inspect)
 main.add_command(push)
 main.add_command(calibrate_kv)
