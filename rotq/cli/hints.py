@@ -52,6 +52,7 @@ COMMANDS = {
     "eval ppl": ("perplexity", "evaluate"),
     "inspect": ("info", "show", "verify"),
     "push": ("upload", "publish", "push-to-hub"),
+    "export": ("to-gguf", "gguf", "gptq"),
     "serve-kv": ("serve", "server", "run", "chat", "generate"),
     "bench serve": ("benchmark",),
     "calibrate-kv": ("calibrate",),

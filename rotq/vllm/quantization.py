@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
+from rotq.formats.floats import FloatGrid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_linear import prepare_input
 from rotq.vllm.targets import in_vllm
@@ -55,6 +56,11 @@ class RotqConfig(CompressedTensorsConfig):
         scheme = read_scheme(config)
         if any(isinstance(group.grid, Trellis) for group in scheme.groups):
             raise RotqError("weights on a trellis are not run in vLLM yet; transformers runs them")
+        if any(isinstance(group.grid, FloatGrid) for group in scheme.groups):
+            raise RotqError(
+                "floats of 4 bits in the rotq format are not run in vLLM; quantize with "
+                "output.format=compressed-tensors, which vLLM runs itself"
+            )
         if scheme.turns_residual:
             raise RotqError(
                 "the checkpoint turns its residual stream at run time (rotation.residual_ends="

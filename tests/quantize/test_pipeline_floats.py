@@ -86,19 +86,30 @@ def test_transformers_alone_computes_the_same_logits(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_rounds_activations_as_rotq_does(kind: str, tmp_path: Path) -> None:
-    """Not bit by bit: it finds their scales in bfloat16."""
+    """Not bit by bit: it finds their scales in bfloat16, and some go to a neighbour."""
     pytest.importorskip("compressed_tensors")
     out, report = run(kind, tmp_path, **ROUNDED)
     assert any("scales of activations" in note for note in report.notes)
+    theirs = first_queries(AutoModelForCausalLM.from_pretrained(out))
+    model = load_model(out)
+    ours = first_queries(model)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.input_grid = None
+    unrounded = first_queries(model)
+    assert (theirs - ours).norm() < 0.6 * (unrounded - ours).norm()
+    assert (theirs - unrounded).norm() > 0.8 * (unrounded - ours).norm()
+
+
+def first_queries(model: Any) -> Tensor:
+    """What the first layer puts out."""
+    seen: list[Tensor] = []
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    hook = layer.register_forward_hook(lambda _, __, output: seen.append(output.float()))
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(out)(ids()).logits.float()
-        ours = load_model(out)(ids()).logits.float()
-        model = load_model(out, packed=False)
-        for module in model.modules():
-            if hasattr(module, "input_grid"):
-                module.input_grid = None  # type: ignore[assignment]
-        unrounded = model(ids()).logits.float()
-    assert (theirs - ours).norm() < 0.35 * (unrounded - ours).norm()
+        model(ids())
+    hook.remove()
+    return seen[0]
 
 
 def test_layers_that_engines_fuse_share_their_global_scales(tmp_path: Path) -> None:
