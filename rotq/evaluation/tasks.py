@@ -91,10 +91,8 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> list[Any]:
         ValueError: no such task; says the nearest.
         RotqError: a file is not in the form of one, or rows cannot be fetched.
     """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if folder is None else str(folder))
     files = {} if folder is None else {file.stem: file for file in folder.glob(f"*{FILE_SUFFIX}")}
+    manager = _manager(folder, [name for name in names if name not in files])
     found: list[Any] = []
     for name in names:
         if name not in files and name not in manager.all_tasks:
@@ -106,6 +104,17 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> list[Any]:
             loaded = manager.load([spec])
         found += [*loaded["groups"].values()] or [*loaded["tasks"].values()]
     return found
+
+
+def _manager(folder: Path | None, names: Sequence[str]) -> Any:
+    """What knows the definitions of a folder, and the harness's thousands where one is needed."""
+    from lm_eval.tasks import TaskManager
+
+    own = None if folder is None else str(folder)
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if all(name in manager.all_tasks for name in names):
+        return manager
+    return TaskManager(include_path=own)
 
 
 def definition(name: str, file: Path) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     # the harness would start a process on each core for a bootstrap
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     monkeypatch.setattr("rotq.evaluation.tasks.BOOTSTRAP", DRAWS)
+    # it asks pip and the machine for a page of facts that nothing here reads
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda *_: None)
 
 
 def by_hand(folder: Path, name: str, limit: int | None) -> dict[str, Any]:
