@@ -7,9 +7,9 @@
 
 Recipes are configs/papers/*.yaml, what papers print is scripts/papers.yaml. Perplexities of other
 models do not compare; what does is the order of the rows, and the share of the gap between the
-worst row and the original that each closes, in logarithms. --num-samples and --calibration-seq-len make a
-run smaller than the paper's, and the table says so. A run that was stopped goes on: rows are kept
-in --work.
+worst row and the original that each closes, in logarithms. --num-samples and --calibration-seq-len
+make a run smaller than the paper's, and the table says so. A run that was stopped goes on: rows are
+kept in --work.
 """
 
 import argparse

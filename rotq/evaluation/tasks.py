@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -25,6 +26,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from rotq.errors import RotqError, told
 from rotq.evaluation.quantized_history import QuantizedHistory
 from rotq.kv.calibration.file import KVCalibration
@@ -33,6 +37,7 @@ from rotq.models.attention.replaced import replaced_attention
 FILE_SUFFIX = ".jsonl"
 BOOTSTRAP = 100_000
 """Draws behind the standard error of a perplexity: the harness's own number."""
+_SEED = 1234
 _CHOICES = {"query", "choices", "gold"}
 _CONTINUATION = {"context", "continuation"}
 
@@ -193,15 +198,19 @@ def score_tasks(
     Raises:
         RotqError: the harness cannot score the model.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
 
     served = _served(model, tokenizer, batch_size, history, calibration)
     with told("lm-eval"), _quiet():
-        found = simple_evaluate(
-            model=served,
-            tasks=list(tasks),
+        wanted = TaskManager(include_defaults=False).load(list(tasks))
+        for task in wanted["tasks"].values():
+            _set_shots(task, shots)
+        _seed()
+        found = evaluate(
+            lm=served,
+            task_dict=wanted,
             limit=limit,
-            num_fewshot=shots,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
         )
@@ -215,6 +224,23 @@ def score_tasks(
         )
         for name, values in found["results"].items()
     ]
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As the harness does: a task whose definition says 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    if shots is not None and own != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEED)
+
+
+def _seed() -> None:
+    """The generators that the harness seeds, with its own seeds."""
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
 
 
 def _served(

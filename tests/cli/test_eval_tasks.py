@@ -31,7 +31,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "endings": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
+        "doc_to_target": "{{' ' + continuation}}",
         "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
     },
 }
@@ -85,7 +85,7 @@ def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     # the harness would start a process on each core for a bootstrap
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     monkeypatch.setattr("rotq.evaluation.tasks.BOOTSTRAP", DRAWS)
-    # it asks pip and the machine for a page of facts that nothing here reads
+    # by hand it asks pip and the machine for a page of facts that nothing here reads
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda *_: None)
 
 
@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_harness_by_hand(folder: Path, name: str, limit
     chosen = [] if limit is None else ["--limit", str(limit)]
     ours = scores("model", "--tasks", name, *FILES, *chosen)[name]
     theirs = by_hand(folder, name, limit)
-    assert ours.pop("rows") == limit or len(CHOICES)
+    assert ours.pop("rows") == (limit or len(CHOICES))
     assert {f"{metric},none" for metric in ours} <= theirs.keys()
     for metric, found in ours.items():
         assert found["value"] == theirs[f"{metric},none"]
