@@ -54,7 +54,7 @@ gpu: setup  ## everything that only a GPU can show, in nine minutes; needs one
 
 docs: .venv/docs  ## build the site into out/site; a link to nothing fails
 	$(BIN)/python scripts/cli_docs.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

@@ -78,19 +78,23 @@ class PackedKV:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """The scheme, what a token takes, and the errors of each layer's attention, for JSON."""
+        """The scheme, what a token takes, and the errors of each layer's attention, for JSON.
+
+        There are none where all that was run has generated: that reads the cache itself.
+        """
         from rotq.evaluation.quantized_history import scheme_of
 
         assert self.calibration is not None
         assert self.history is not None
         scheme = scheme_of(self.calibration)
+        was_read = any(self.history.calls.values())
         return {
             "preset": self.spec.name,
             "bits_per_packed_element": scheme.stored_bits,
             "bytes_per_packed_token": scheme.stored_bits * scheme.elements / 8,
             "sinks": scheme.sinks,
             "recent": scheme.recent,
-            "attention_error": self.history.attention_error,
+            "attention_error": self.history.attention_error if was_read else [],
         }
 
 

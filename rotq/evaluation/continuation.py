@@ -20,8 +20,7 @@ def continuation(model: Any, tokenizer: Any, prompt_T: Tensor, *, tokens: int) -
         prompt_T: int64 ids.
         tokens: At most; fewer where the model ends its text.
     """
-    device, _ = embedding_device(model)
-    ids_1T = prompt_T[None].to(device)
+    ids_1T = prompt_T[None].to(embedding_device(model))
     written_1T = model.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),

@@ -13,6 +13,7 @@ from rotq.cli.main import main
 from rotq.evaluation.tasks import load_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.tasks")
 
 CHOICES = [
     {"query": f"Question: what is {n} and {n}?\n", "choices": [str(n), str(2 * n)], "gold": n % 2}
@@ -180,7 +181,16 @@ def test_a_file_stands_for_the_harness_task_of_its_name(tmp_path: Path) -> None:
         (["model", "--tasks", "broken", *FILES], 1, "no JSON lines"),
     ],
 )
-def test_wrong_use(folder: Path, arguments: list[str], code: int, message: str) -> None:
+def test_wrong_use(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    # reading all of the harness's definitions takes ten seconds
+    own = lm_eval.tasks.TaskManager(include_path=str(folder / "files"), include_defaults=False)
+    monkeypatch.setattr("rotq.evaluation.tasks._manager", lambda *_: own)
     (folder / "files/odd.jsonl").write_text('{"text": "a"}\n')
     (folder / "files/broken.jsonl").write_text("{")
     done = run(*arguments)
