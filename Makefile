@@ -3,7 +3,7 @@ BIN := .venv/bin
 SMOLLM2 := models/smollm2
 ANTIBERTY := models/antiberty
 
-.PHONY: help setup fmt lint type test vllm regress compile gpu demo demo-plm ci
+.PHONY: help setup fmt lint type test vllm regress compile gpu docs demo demo-plm ci
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,14 @@ compile: setup  ## compile every kernel for every target, and compare with kerne
 
 gpu: setup  ## everything that only a GPU can show, in nine minutes; needs one
 	$(BIN)/python scripts/gpu_check.py --json out/gpu.json
+
+.venv/docs: .venv/done
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/docs  ## build the site into out/site; a link to nothing fails
+	$(BIN)/python scripts/cli_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: setup  ## quantize SmolLM2-135M to 3 bits and show what it cost
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import click
 
-from rotq.cli.eval import scored_tokens
-from rotq.cli.loading import choose, device_map, find, say_device, show
+from rotq.cli.compared import Loading, Text, check_once, compare_all
+from rotq.cli.loading import find
 from rotq.cli.options import (
+    FilePath,
     ModelName,
     Seed,
     bos_option,
@@ -19,9 +20,7 @@ from rotq.cli.options import (
     text_option,
     window_options,
 )
-
-if TYPE_CHECKING:
-    from rotq.checkpoint.location import Location
+from rotq.cli.pages import page_to_write, write_page
 
 
 @click.command()
@@ -32,6 +31,12 @@ if TYPE_CHECKING:
 @bos_option("auto")
 @click.option(
     "--seed", type=Seed(), default=0, show_default=True, help="Of the draws behind intervals."
+)
+@click.option(
+    "--html",
+    type=FilePath(dir_okay=False),
+    metavar="FILE",
+    help="Also write the table and its figures as one page; replaces a page of rotq's alone.",
 )
 @device_option
 @model_options
@@ -44,6 +49,7 @@ def compare(
     seq_len: int,
     bos: str,
     seed: int,
+    html: Path | None,
     device: str,
     dtype: str,
     trust_remote_code: bool,
@@ -57,83 +63,33 @@ def compare(
 
     \b
     rotq compare out/w3 out/w4 --reference models/llama --text test.txt
+    rotq compare out/w3 out/w4 --reference models/llama --text test.txt --html w3-w4.html
     """
-    from rotq.checkpoint.load import load_model
-    from rotq.evaluation.comparison import compare_scores
-    from rotq.evaluation.perplexity import Protocol, score_windows
+    from rotq.evaluation.perplexity import Protocol
 
-    twice = sorted({name for name in checkpoints if checkpoints.count(name) > 1})
-    if twice:
-        raise click.UsageError(f"{twice[0]} is given twice")
-    chosen = choose(device)
-    places = [find(name) for name in checkpoints]
-    original = find(reference)
-    ids_N, protocol = scored_tokens(
-        [original, *places],
-        text,
-        Protocol(windows=windows, seq_len=seq_len),
-        bos=bos,
-        trust_remote_code=trust_remote_code,
+    check_once(checkpoints)
+    page = None if html is None else page_to_write(html, [*checkpoints, reference], text)
+    found = compare_all(
+        checkpoints,
+        [find(name) for name in checkpoints],
+        (reference, find(reference)),
+        Text(
+            source=text,
+            protocol=Protocol(windows=windows, seq_len=seq_len),
+            bos=bos,
+            seed=seed,
+        ),
+        Loading(device=device, dtype=dtype, trust_remote_code=trust_remote_code),
     )
-    say_device(device, chosen)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": device_map(chosen),
-        "trust_remote_code": trust_remote_code,
-    }
-    theirs = load_model(original, **options)
-    scores, costs = [], []
-    for place in places:
-        # one at a time: only its scores are kept
-        model = load_model(place, **options)
-        costs.append(_cost(place, model))
-        score, described = score_windows(
-            model,
-            ids_N,
-            protocol=protocol,
-            reference=theirs,
-            on_window=show(f"{place}: window"),
-        )
-        scores.append(score)
-    compared = compare_scores(scores, described, seed=seed)
-    report = {
-        "reference": reference,
-        "text": text,
-        "checkpoints": [
-            {"name": name, **cost, **one.to_dict()}
-            for name, cost, one in zip(checkpoints, costs, compared, strict=True)
-        ],
-    }
+    if page is not None:
+        from rotq.report.page import Page
+
+        title = f"{len(checkpoints)} checkpoints of {reference}"
+        write_page(page, Page(title=title, comparison=found.report, positions=found.positions))
+        click.echo(f"wrote {html}", err=True)
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(json.dumps(found.report))
         return
     from rotq.report.compare_tables import compare_table
 
-    click.echo(compare_table(report), nl=False)
-
-
-def _cost(place: Location, model: Any) -> dict[str, Any]:
-    """Bytes of the weights, and bits and seconds where a job's report has them."""
-    from rotq.checkpoint.gguf import find_gguf
-    from rotq.checkpoint.inspection import read_checkpoint
-
-    gguf = find_gguf(place.path)
-    report = None if gguf is not None else read_checkpoint(place).report
-    if report is None:
-        stored = gguf.stat().st_size if gguf is not None else _stored(place, model)
-        return {"bytes": stored, "bits_all_in": None, "bits": None, "seconds": None}
-    return {
-        "bytes": report.bytes,
-        "bits_all_in": report.bits_per_weight_all_in,
-        "bits": report.bits_per_weight,
-        "seconds": report.seconds,
-    }
-
-
-def _stored(place: Location, model: Any) -> int:
-    """Bytes of a dense checkpoint's tensors; of a pickled one as they are loaded."""
-    from rotq.checkpoint.weight_files import find_entries, leading_name
-
-    if leading_name(place.path, {file.name for file in place.path.iterdir()}) is None:
-        return int(model.get_memory_footprint())
-    return sum(entry.num_bytes for entry in find_entries(place.path))
+    click.echo(compare_table(found.report), nl=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rotq.cli.groups import Group
+from rotq.cli.kv_scheme import PackedKV, kv_options, named_scheme
 from rotq.cli.loading import (
     check_causal,
     device_map,
@@ -58,6 +60,7 @@ def eval_group() -> None:
 )
 @bos_option("auto")
 @click.option("--reference", type=ModelName(), help="Original model, for KL and top-1.")
+@kv_options
 @device_option
 @device_map_option
 @model_options
@@ -70,6 +73,8 @@ def ppl(
     stride: int,
     bos: str,
     reference: str | None,
+    kv: str | None,
+    kv_calibration: Path | None,
     device: str,
     placed: str | None,
     dtype: str,
@@ -78,12 +83,17 @@ def ppl(
 ) -> None:
     """Perplexity of CHECKPOINT on a text: dense, compressed-tensors, rotq or GGUF.
 
+    With --kv, keys and values are packed too: every earlier token is read from its codes, as in
+    rotq eval kv. --reference keeps its cache whole, so that KL is of weights and cache at once.
+
     \b
     rotq eval ppl out/llama-w3 --text test.txt --reference models/llama
     rotq eval ppl out/llama-w3 --text test.txt --windows 0 --seq-len 2048 --stride 512
+    rotq eval ppl out/llama-w3 --kv k3v3 --text test.txt --reference models/llama
     """
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
+    packed = named_scheme(kv, kv_calibration)
     chosen = placed_on(device, placed)
     from rotq.evaluation.perplexity import Protocol
 
@@ -93,17 +103,19 @@ def ppl(
         Protocol(windows=windows, seq_len=seq_len, stride=stride),
         bos=bos,
         reference=None if reference is None else find(reference),
+        packed=packed,
         device_map=device_map(chosen),
         before=lambda: say_device(device if placed is None else placed, chosen),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    values = found.to_dict() | ({} if packed is None else {"kv": packed.facts()})
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        click.echo(json.dumps(values))
         return
     from rotq.report.tables import evaluation_table
 
-    click.echo(evaluation_table(found.to_dict()), nl=False)
+    click.echo(evaluation_table(values), nl=False)
 
 
 def scored_tokens(
@@ -139,6 +151,7 @@ def measure(
     *,
     bos: str = "auto",
     reference: Named | None,
+    packed: PackedKV | None = None,
     device_map: str | None,
     dtype: str,
     trust_remote_code: bool,
@@ -148,13 +161,14 @@ def measure(
 
     Args:
         bos: What windows begin with: "auto", "yes" or "no".
+        packed: The checkpoint's keys and values are, where it is given; not the reference's.
         device_map: As for ``load_model``.
         before: Called when nothing is left to refuse.
 
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
-    from rotq.checkpoint.load import load_model
+    from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.checkpoint.location import locate
     from rotq.evaluation.perplexity import evaluate
 
@@ -168,11 +182,16 @@ def measure(
         load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         for model in found
     ]
+    attention = None
+    if packed is not None:
+        tokenizer = load_tokenizer(found[0], trust_remote_code=trust_remote_code)
+        attention = packed.attention(models[0], tokenizer)
     return evaluate(
         models[0],
         ids_N,
         protocol=within,
         reference=models[1] if reference is not None else None,
+        attention=attention,
         on_window=show("window"),
     )
 

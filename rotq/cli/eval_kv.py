@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import calibrate_all, calibration_options, named_specs
+from rotq.cli.calibrate_kv import calibration_options, named_specs
 from rotq.cli.eval import checked_protocol
+from rotq.cli.kv_scheme import find_calibrations
 from rotq.cli.loading import find, load, placed_on, show
 from rotq.cli.options import (
     FilePath,
@@ -25,7 +26,6 @@ from rotq.cli.options import (
 
 if TYPE_CHECKING:
     from rotq.evaluation.kv import KVEvaluation
-    from rotq.kv.calibration.file import KVCalibration
     from rotq.kv.presets import KVSpec
 
 
@@ -95,7 +95,7 @@ def eval_kv(
     first = first_tokens(content, tokenizer, options["bos"])
     asked = Protocol(windows=windows, seq_len=seq_len, first=first)
     protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
-    calibrations = _find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
+    calibrations = find_calibrations(loaded, tokenizer, specs, kv_calibration, **options)
     found = evaluate_kv(
         loaded,
         ids_N,
@@ -104,30 +104,6 @@ def eval_kv(
         on_window=show("window"),
     )
     _print(found, as_json)
-
-
-def _find_calibrations(
-    model: Any, tokenizer: Any, specs: list[KVSpec], file: Path | None, **options: Any
-) -> list[KVCalibration]:
-    """From the file where it serves a scheme, else calibrated now, and said so."""
-    from rotq.kv.calibration.calibrate import data_oblivious
-    from rotq.kv.calibration.file import load_calibration
-
-    found: dict[str, KVCalibration] = {}
-    held = load_calibration(file, model.config) if file is not None else None
-    for spec in specs:
-        if not spec.needs_calibration:
-            found[spec.name] = data_oblivious(model.config, spec)
-        elif held is not None and held.serves(spec):
-            found[spec.name] = held.under(spec)
-    missing = [spec for spec in specs if spec.name not in found]
-    if missing:
-        names = ", ".join(spec.name for spec in missing)
-        reason = f"not served by {file}, " if file is not None else ""
-        click.echo(f"{names}: {reason}calibrated on {options['calibration']}", err=True)
-        for calibration in calibrate_all(model, tokenizer, missing, **options):
-            found[calibration.spec.name] = calibration
-    return [found[spec.name] for spec in specs]
 
 
 def _with_window(spec: KVSpec, sinks: int | None, recent: int | None) -> KVSpec:

@@ -17,10 +17,12 @@ from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
 from rotq.cli.export import export
+from rotq.cli.eval_tasks import eval_tasks
 from rotq.cli.groups import Commands
 from rotq.cli.inspect import inspect
 from rotq.cli.push import push
 from rotq.cli.quantize import quantize
+from rotq.cli.report import report_command
 from rotq.cli.serve_kv import serve_kv
 
 
@@ -40,6 +42,7 @@ eval_group.add_command(eval_decode)
 eval_group.add_command(eval_dms)
 eval_group.add_command(eval_kv)
 eval_group.add_command(eval_pll)
+eval_group.add_command(eval_tasks)
 main.add_command(eval_group)
 main.add_command(compare)
 main.add_command(convert)
@@ -47,6 +50,7 @@ main.add_command(embed_command)
 main.add_command(export)
 main.add_command(inspect)
 main.add_command(push)
+main.add_command(report_command)
 main.add_command(calibrate_kv)
 main.add_command(serve_kv)
 main.add_command(bench_group)

@@ -126,7 +126,7 @@ def _assigned(assignment: str) -> Given:
 
 
 def find_recipe(config: str) -> Path:
-    """The file of a recipe: a path, or the bare name of a preset.
+    """The file of a recipe: a path, or the bare name of a preset; ``papers/NAME`` is one too.
 
     Raises:
         click.UsageError: neither; lists the presets.
@@ -135,7 +135,7 @@ def find_recipe(config: str) -> Path:
     if os.path.isfile(path):
         return path
     folders = preset_folders()
-    if path.name == config and not path.suffix:
+    if config in (path.name, f"papers/{path.name}") and not path.suffix:
         for folder in folders:
             if os.path.isfile(folder / f"{config}.yaml"):
                 return folder / f"{config}.yaml"

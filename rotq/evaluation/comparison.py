@@ -72,6 +72,19 @@ def compare_scores(scores: Sequence[WindowScores], protocol: str, *, seed: int) 
     return found
 
 
+def kl_by_position(scores: WindowScores) -> list[float]:
+    """Mean KL over windows of the first scored position, the second, ...; nats.
+
+    Raises:
+        ValueError: windows differ in length.
+    """
+    lengths = set(scores.tokens)
+    if len(lengths) != 1:
+        raise ValueError("positions of windows that differ in length do not compare")
+    means_T = scores.divergence.kl_N.view(-1, lengths.pop()).mean(0)
+    return [float(value) for value in means_T]
+
+
 def paired_interval(
     nll_W: Sequence[float], other_W: Sequence[float], tokens_W: Sequence[int], *, seed: int
 ) -> Interval:

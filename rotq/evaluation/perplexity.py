@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from rotq.calibration.tokenized import begun
 from rotq.errors import RotqError
 from rotq.evaluation.divergence import PERCENTILES, Divergence, compare
 from rotq.evaluation.logits import CHUNK, summed_nll, window_logits
+from rotq.models.attention.replaced import Attention, replaced_attention
 from rotq.models.limits import limits_of
 
 
@@ -151,11 +153,17 @@ def evaluate(
     *,
     protocol: Protocol,
     reference: Any = None,
+    attention: Attention | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a text; arguments and errors as ``score_windows``."""
     scores, described = score_windows(
-        model, ids_N, protocol=protocol, reference=reference, on_window=on_window
+        model,
+        ids_N,
+        protocol=protocol,
+        reference=reference,
+        attention=attention,
+        on_window=on_window,
     )
     return summary(scores, described)
 
@@ -182,6 +190,7 @@ def score_windows(
     *,
     protocol: Protocol,
     reference: Any = None,
+    attention: Attention | None = None,
     on_window: Callable[[int, int], None] | None = None,
 ) -> tuple[WindowScores, str]:
     """Score a text, window by window; one window's logits are held at a time.
@@ -192,6 +201,7 @@ def score_windows(
         model: A causal language model of transformers, on any device.
         ids_N: int64 token ids of the whole text.
         reference: The model to compare with; same vocabulary.
+        attention: In place of the model's own, as ``QuantizedHistory``; not the reference's.
         on_window: Called with windows done and windows in all.
 
     Returns:
@@ -210,7 +220,8 @@ def score_windows(
     scores = WindowScores()
     for window, ids_T in enumerate(ids_BT):
         first = protocol.first_scored(window)
-        logits_TV = window_logits(model, ids_T)[first - 1 : -1]
+        with _attending(model, attention):
+            logits_TV = window_logits(model, ids_T)[first - 1 : -1]
         target_T = ids_T[first:].to(logits_TV.device)
         scores.tokens.append(target_T.numel())
         scores.nll.append(summed_nll(logits_TV, target_T))
@@ -221,6 +232,10 @@ def score_windows(
         if on_window is not None:
             on_window(window + 1, len(ids_BT))
     return scores, protocol.describe(len(ids_BT))
+
+
+def _attending(model: Any, attention: Attention | None) -> AbstractContextManager[None]:
+    return nullcontext() if attention is None else replaced_attention(model, attention)
 
 
 def _exp_mean(nll: float, tokens: int) -> float:

@@ -25,7 +25,7 @@ _FILES = re.compile(
 _FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")
 _ASSEMBLED = re.compile(
     rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|model\.safetensors\.index\.json|{ASIDE}"
-    rf"|config\.json|README\.md|{REPORT}|{RECIPE}|{PROVENANCE}"
+    rf"|config\.json|README\.md|rotq_[a-z]+\.svg|{REPORT}|{RECIPE}|{PROVENANCE}"
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rotq.checkpoint.card_figures import add_figures
 from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
@@ -71,6 +72,7 @@ def publish(
     experts = routed_tokens(job)
     notes = (*job.plan.notes, *_new_notes(job, obstacle, experts, weights))
     report = make_report(job, check, weights, experts, notes, seconds)
+    add_figures(folder, report)
     write_json(folder / REPORT, report.to_dict())
     write_json(folder / PROVENANCE, _provenance(job, folder))
     job.folder.publish()

@@ -13,20 +13,25 @@ def compare_table(report: Mapping[str, Any]) -> str:
     """Sizes and figures, then what they were measured on."""
     found: Sequence[Mapping[str, Any]] = report["checkpoints"]
     table = make_table("", *(one["name"] for one in found))
-    for label, cells in _rows(found):
+    for label, cells in compare_rows(found):
         if any(cells):
             table.add_row(label, *(cell or "-" for cell in cells))
-    first = found[0]["evaluation"]
-    notes = [
+    return f"{render(table)}\n{facts(comparison_notes(report))}"
+
+
+def comparison_notes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the figures were measured on, as label and text."""
+    first = report["checkpoints"][0]["evaluation"]
+    return [
         ("reference", f"{report['reference']}, perplexity {first['reference_ppl']:.4f}"),
         ("intervals", "95 %, windows drawn again in pairs"),
         ("protocol", f"{first['protocol']}; {first['tokens']} tokens scored"),
         ("text", str(report["text"])),
     ]
-    return f"{render(table)}\n{facts(notes)}"
 
 
-def _rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def compare_rows(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Each figure's label, and a cell for each checkpoint; empty where it has none."""
     figures = (
         ("perplexity", "ppl", "{:.4f}"),
         ("KL", "kl", "{:.5f}"),

@@ -93,9 +93,20 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
             figures = ", ".join(f"{evaluation[key]:.4g}" for key in ("kl_p50", "kl_p99", "kl_p999"))
             rows.append(("50, 99, 99.9 % of KL", figures))
         rows.append(("top-1 agreement", f"{evaluation['top1']:.1%}"))
+    if "kv" in evaluation:
+        rows.append(("keys and values", _packed_line(evaluation["kv"])))
     if "text" in evaluation:
         rows.append(("on", str(evaluation["text"])))
     return [*rows, ("protocol", f"{evaluation['protocol']}; {evaluation['tokens']} tokens scored")]
+
+
+def _packed_line(kv: dict[str, Any]) -> str:
+    errors = kv["attention_error"]
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    return (
+        f"{kv['preset']}, {kv['bits_per_packed_element']:.3f} bits per packed element; "
+        f"worst attention in layer {worst}, relative error {errors[worst]:.2g}"
+    )
 
 
 def estimate_table(estimate: Estimate) -> str:

@@ -91,9 +91,12 @@ def test_a_table_has_a_column_for_each() -> None:
         (["w3", "none", *SMALL], 1, "none does not exist"),
         (["w3", "--text", "p.fasta"], 2, "Missing option '--reference'"),
         (["w3", *SMALL, "--windows", "900"], 1, "text is too short"),
+        (["w3", *SMALL, "--html", "p.fasta"], 1, "p.fasta is the text p.fasta"),
+        (["w3", *SMALL, "--html", "mine.html"], 1, "exists and is no page of rotq's"),
     ],
 )
 def test_wrong_use(arguments: list[str], code: int, message: str) -> None:
+    Path("mine.html").write_text("<title>mine</title>")
     done = run("compare", *arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
@@ -111,3 +114,59 @@ def test_a_pickled_checkpoint_has_a_size_too(folder: Path) -> None:
     first, second = json.loads(done.stdout)["checkpoints"]
     assert first["evaluation"] == second["evaluation"]
     assert first["bytes"] > 0.9 * second["bytes"]
+
+
+def test_a_page_has_the_table_and_its_figures() -> None:
+    done = run("compare", "w3", "w8", *SMALL, "--html", "page.html")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == run("compare", "w3", "w8", *SMALL).stdout
+    page = Path("page.html").read_text()
+    report = json.loads(run("compare", "w3", "w8", *SMALL, "--json").stdout)
+    for one in report["checkpoints"]:
+        assert f"<td>{one['evaluation']['kl']:.5f}</td>" in page
+    assert page.count("<svg") == 3
+    again = run("compare", "w3", "w8", *SMALL, "--html", "page.html")
+    assert again.exit_code == 0, again.output
+    assert Path("page.html").read_text() == page
+
+
+def test_a_report_needs_no_model() -> None:
+    done = run("report", "w3", "w8", "-o", "own.html", "--json")
+    assert done.exit_code == 0, done.output
+    page = Path("own.html").read_text()
+    assert json.loads(done.stdout)["bytes"] == len(page.encode())
+    assert page.count("What was done: ") == 2
+    assert "block 1, mlp.down_proj: " in page
+    assert "Not measured: give --reference MODEL" in page
+
+
+def test_a_report_measures_what_it_is_asked_for(folder: Path) -> None:
+    kv = ["--kv", "turboquant", "--new-tokens", "4"]
+    done = run("report", "w3", "w8", "-o", "whole.html", *SMALL, *kv)
+    assert done.exit_code == 0, done.output
+    page = Path("whole.html").read_text()
+    for title in ("Size against KL", "How sure", "KL over positions", "Packed keys and values"):
+        assert f"<h2>{title}</h2>" in page
+    measured = ["eval", "kv", "dense", "--kv", "turboquant", *SMALL[2:], "--json"]
+    [row] = [json.loads(run(*measured).stdout)]
+    assert f"dense, layer 1: {row['attention_error'][1]:.2%}" in page
+    assert page.count('<span class="prompt">') == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["w3"], 2, "Missing option '-o'"),
+        (["w3", "-o", "x.html", "--reference", "dense"], 2, "--reference and --text go together"),
+        (["w3", "-o", "x.html", "--kv", "k3v3"], 2, "--kv needs --reference and --text"),
+        (["w3", "w3", "-o", "x.html"], 2, "w3 is given twice"),
+        (["none", "-o", "x.html"], 1, "none does not exist"),
+        (["w3", "-o", "w3/x.html"], 1, "w3/x.html lies inside the checkpoint w3"),
+        (["w3", "-o", "no/x.html"], 1, "is not a folder"),
+    ],
+)
+def test_wrong_use_of_report(arguments: list[str], code: int, message: str) -> None:
+    done = run("report", *arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

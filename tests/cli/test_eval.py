@@ -11,6 +11,8 @@ from tiny_models import VOCAB, tiny_model
 
 from rotq.checkpoint.location import Location
 from rotq.cli.main import main
+from rotq.kv.calibration.calibrate import data_oblivious
+from rotq.kv.presets import preset
 
 KEYS = {"ppl", "kl", "top1", "tokens", "protocol"}
 
@@ -105,3 +107,48 @@ def test_errors(text: str, arguments: list[str], exit_code: int, message: str) -
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_with_a_packed_cache_it_is_eval_kv_s_figure(text: str) -> None:
+    whole = json.loads(run("a", *small(text), "--json").stdout)
+    packed = json.loads(
+        run("a", *small(text), "--kv", "turboquant", "--reference", "a", "--json").stdout
+    )
+    arguments = ["eval", "kv", "a", *small(text), "--kv", "turboquant", "--json"]
+    alone = json.loads(CliRunner().invoke(main, arguments).stdout)
+    assert "kv" not in whole
+    assert packed["ppl"] == pytest.approx(alone["ppl"])
+    assert packed["kl"] == pytest.approx(alone["kl"])
+    assert packed["reference_ppl"] == whole["ppl"] != packed["ppl"]
+    assert packed["kv"]["attention_error"] == pytest.approx(alone["attention_error"])
+    assert packed["kv"]["bytes_per_packed_token"] == alone["bytes_per_token"]
+
+
+def test_a_packed_cache_is_named_in_the_table(text: str) -> None:
+    found = run("a", *small(text), "--kv", "turboquant")
+    assert "keys and values  turboquant, " in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--kv", "k9"], 2, "no KV preset 'k9'"),
+        (["--kv", "k3v3,k4v3"], 2, "give one preset; rotq eval kv takes several"),
+        (["--kv-calibration", "x"], 2, "--kv-calibration without --kv"),
+        (["--kv", "k3v3", "--kv-calibration", "none"], 1, "none"),
+    ],
+)
+def test_a_cache_that_cannot_be_packed(
+    text: str, arguments: list[str], code: int, message: str
+) -> None:
+    done = run("a", *small(text), *arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+
+
+def test_a_calibration_of_another_scheme_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "kv.safetensors"
+    data_oblivious(tiny_model("llama", dtype=torch.float32).config, preset("turboquant")).save(file)
+    done = run("a", *small(text), "--kv", "k3v3", "--kv-calibration", str(file))
+    assert done.exit_code == 1
+    assert "is for turboquant and does not serve k3v3" in done.stderr
