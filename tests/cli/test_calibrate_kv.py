@@ -165,14 +165,17 @@ def test_a_file_serves_other_bits_and_the_rest_is_calibrated_aloud(
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert [values["preset"] for values in found] == names.split(",")
     assert found[0]["kl"] > found[1]["kl"]
-    assert result.stderr == f"turboesm: not served by {output}, calibrated on {text}\n"
+    said = result.stderr.splitlines()
+    assert said[0] == f"turboesm: not served by {output}"
+    assert said[1].startswith(f"turboesm: calibrated on {text}, 2 windows of 64 tokens; kept as ")
+    assert len(said) == 2
 
 
 def test_file_and_calibration_now_agree(tmp_path: Path, text: str) -> None:
     output = calibrated(tmp_path, text)
     held = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output, "--json")
     now = evaluate(text, "llama", "--kv", "k3v3", "--calibration", text, *SMALL, "--json")
-    assert now.stderr == f"k3v3: calibrated on {text}\n"
+    assert now.stderr.startswith(f"k3v3: calibrated on {text}, 2 windows of 64 tokens; kept as ")
     assert json.loads(held.stdout)["kl"] == pytest.approx(json.loads(now.stdout)["kl"], rel=1e-6)
 
 
@@ -201,7 +204,8 @@ def test_table(text: str) -> None:
         (["mamba", "--kv", "turboquant"], 1, "mamba: not a decoder with a KV cache"),
         (["narrow", "--kv", "turboquant"], 1, "width that is a multiple of 8"),
         (["nan", "--kv", "turboquant"], 1, "logits are not finite"),
-        (["llama", "--kv", "k3v3", "--kv-calibration", "none"], 1, "none: no such file"),
+        (["llama", "--kv", "k3v3", "--kv-calibration", "./gone"], 1, "gone: no such file"),
+        (["llama", "--kv", "turboesm", "--kv-calibration", "none"], 1, "does not exist without"),
         (["llama", "--kv", "k3v3", "--windows", "999"], 1, "windows of 32 asked for"),
     ],
 )
@@ -242,7 +246,7 @@ def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -
     assert result.stderr.count("\n") == 1
     # servers and rotq bench serve
     with pytest.raises(RotqError, match=r"1\.value\.levels_HL"):
-        find_calibration(tiny_model("llama"), "k3v3", Path(output))
+        find_calibration(tiny_model("llama"), Letters(), "k3v3", Path(output))
 
 
 @pytest.mark.parametrize(
