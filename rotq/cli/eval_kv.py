@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import NONE, calibration_options, calibrator, named_specs
+from rotq.cli.calibrate_kv import calibration_options, calibrator
 from rotq.cli.eval import checked_protocol
-from rotq.cli.loading import find, load, placed_on, say, show
+from rotq.cli.kv_schemes import NamedSchemes
+from rotq.cli.loading import find, load, placed_on, show
 from rotq.cli.options import (
     FilePath,
     ModelName,
@@ -25,10 +26,13 @@ from rotq.cli.options import (
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
-    from rotq.evaluation.kv import KVEvaluation
-    from rotq.kv.calibration.automatic import Calibrator
-    from rotq.kv.calibration.file import KVCalibration
-    from rotq.kv.presets import KVSpec
+    from torch import Tensor
+
+    from rotq.evaluation.perplexity import Protocol
+    from rotq.evaluation.quantized_history import KVScheme
+
+TEXT = "text"
+"""The task of scoring a text."""
 
 
 @click.command("kv")
@@ -59,6 +63,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of a forward pass, which see each other whole; 1 is decoding.",
 )
+@click.option(
+    "--task",
+    type=click.Choice([TEXT, "passkey", "needle", "drift"]),
+    default=TEXT,
+    show_default=True,
+    help="Score the text; or find five digits or a sentence in it, with --windows prompts of "
+    "--seq-len tokens at each of 5 depths; or write on behind --windows prompts of half of "
+    "--seq-len, and count the tokens before the first that differs.",
+)
 @calibration_options(num_samples=4, seq_len=512)
 @device_option
 @device_map_option
@@ -79,6 +92,7 @@ def eval_kv(
     sinks: int | None,
     recent: int | None,
     chunk: int,
+    task: str,
     **options: Any,
 ) -> None:
     """What a packed KV cache costs MODEL on a text: one line of figures for each scheme.
@@ -88,19 +102,16 @@ def eval_kv(
 
     \b
     rotq eval kv models/llama --kv k3v3 --kv-calibration llama-kv.safetensors --text test.txt
-    rotq eval kv models/llama --kv k3v3,k4v3,turboquant --text test.txt --windows 4
+    rotq eval kv models/llama --kv k3v3,kvarn-k3v3,turboquant --text test.txt --windows 4
+    rotq eval kv models/llama --kv k3v3 --text test.txt --task passkey --seq-len 8192 --windows 1
     """
     from rotq.calibration.texts import read_text
     from rotq.calibration.tokenized import first_tokens, tokenize
     from rotq.evaluation.kv import evaluate_kv
-    from rotq.evaluation.peers import PEERS, scheme_of_peer
     from rotq.evaluation.perplexity import Protocol
-    from rotq.evaluation.quantized_history import scheme_of
-    from rotq.kv.presets import preset
     from rotq.models.limits import limits_of
 
-    peers = {name: PEERS[name] for name in map(str.strip, names.split(",")) if name in PEERS}
-    specs = _named(names, peers, sinks, recent)
+    named = NamedSchemes.parse(names, sinks, recent)
     placed_on(device, placed)
     content = read_text(text, split="test")
     loaded, tokenizer = load(
@@ -114,86 +125,72 @@ def eval_kv(
     # what is refused or cut is so before calibration
     first = first_tokens(content, tokenizer, options["bos"])
     asked = Protocol(windows=windows, seq_len=seq_len, first=first)
-    protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
     fitting = calibrator(loaded, tokenizer, **options)
-    calibrations = _find_calibrations(loaded, specs, kv_calibration, fitting)
-    schemes = {scheme.name: scheme for scheme in map(scheme_of, calibrations)}
-    whole = _with_window(preset("k3v3"), sinks, recent)
-    for name, peer in peers.items():
-        statistics = fitting.statistics(whole.sinks) if peer.calibrated else []
-        schemes[name] = scheme_of_peer(
-            peer, loaded, statistics, sinks=whole.sinks, recent=whole.recent
-        )
-    found = evaluate_kv(
-        loaded,
-        ids_N,
-        [schemes[name.strip()] for name in names.split(",")],
-        protocol=protocol,
-        chunk=chunk,
-        on_window=show("window"),
-    )
+    if task != TEXT:
+        trial = _Trial(task=task, tokenizer=tokenizer, ids_N=ids_N, asked=asked, chunk=chunk)
+        trial.check(loaded)
+        _print(trial.run(loaded, named.find(loaded, kv_calibration, fitting)), as_json)
+        return
+    protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
+    schemes = named.find(loaded, kv_calibration, fitting)
+    on_window = show("window")
+    found = evaluate_kv(loaded, ids_N, schemes, protocol=protocol, chunk=chunk, on_window=on_window)
     _print(found, as_json)
 
 
-def _find_calibrations(
-    model: Any, specs: list[KVSpec], file: Path | None, fitting: Calibrator
-) -> list[KVCalibration]:
-    """From the file where it serves a scheme, else calibrated now, and said so."""
-    from rotq.kv.calibration.file import load_calibration
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A task that is no scoring of a text."""
 
-    found: dict[str, KVCalibration] = {}
-    without = str(file) == NONE
-    held = None if file is None or without else load_calibration(file, model.config)
-    for spec in specs:
-        if without or not spec.needs_calibration:
-            found[spec.name] = _oblivious(model, spec)
-        elif held is not None and held.serves(spec):
-            found[spec.name] = held.under(spec)
-    missing = [spec for spec in specs if spec.name not in found]
-    if held is not None:
-        say(f"{spec.name}: not served by {file}" for spec in missing)
-    if missing:
-        for calibration in fitting.kept(missing):
-            found[calibration.spec.name] = calibration
-    return [found[spec.name] for spec in specs]
+    task: str
+    tokenizer: Any
+    ids_N: Tensor
+    asked: Protocol
+    """Windows are prompts, at each depth for what is to be found."""
+    chunk: int
 
+    def check(self, model: Any) -> None:
+        """Refuse what cannot be done, before calibration."""
+        from rotq.models.limits import limits_of
 
-def _named(
-    names: str, peers: dict[str, Any], sinks: int | None, recent: int | None
-) -> list[KVSpec]:
-    """Presets by name, those left out that are of others."""
-    listed = [name.strip() for name in names.split(",")]
-    if len(set(listed)) < len(listed):
-        raise click.UsageError(f"--kv {names}: a preset is named twice")
-    own = ",".join(name for name in listed if name not in peers)
-    return [_with_window(spec, sinks, recent) for spec in (named_specs(own) if own else [])]
+        if self.chunk != 1:
+            raise click.UsageError(f"--task {self.task} is decoding; --chunk is for --task text")
+        if not self.asked.windows:
+            raise click.UsageError(f"--task {self.task}: --windows 0 is no number of prompts")
+        if limits_of(model).cut(self.asked.seq_len, least=2) < self.asked.seq_len:
+            raise RotqError(f"the model has fewer positions than --seq-len {self.asked.seq_len}")
+        self._prompts()
 
+    def _prompts(self) -> Any:
+        from rotq.evaluation.kv_tasks import DRIFT, make_prompts
 
-def _oblivious(model: Any, spec: KVSpec) -> KVCalibration:
-    from rotq.kv.calibration.calibrate import data_oblivious
+        number, length = self.asked.windows, self.asked.seq_len
+        if self.task == DRIFT:
+            half = replace(self.asked, seq_len=max(2, length // 2))
+            return half.cut(self.ids_N)
+        return make_prompts(self.task, self.tokenizer, self.ids_N, seq_len=length, number=number)
 
-    try:
-        return data_oblivious(model.config, spec)
-    except ValueError as error:
-        raise RotqError(f"{error}; leave out --kv-calibration none") from None
+    def run(self, model: Any, schemes: list[KVScheme]) -> list[Any]:
+        """A row for each cache."""
+        from rotq.evaluation.kv_tasks import DRIFT, find_answers, measure_drift
 
-
-def _with_window(spec: KVSpec, sinks: int | None, recent: int | None) -> KVSpec:
-    try:
-        return replace(
-            spec,
-            sinks=spec.sinks if sinks is None else sinks,
-            recent=spec.recent if recent is None else recent,
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        if self.task == DRIFT:
+            new_tokens = self.asked.seq_len - max(2, self.asked.seq_len // 2)
+            prompts_BT, on_prompt = self._prompts(), show("prompt")
+            return measure_drift(
+                model, prompts_BT, schemes, new_tokens=new_tokens, on_prompt=on_prompt
+            )
+        prompts = self._prompts()
+        return find_answers(model, prompts, schemes, task=self.task, on_prompt=show("prompt"))
 
 
-def _print(found: list[KVEvaluation], as_json: bool) -> None:
+def _print(found: list[Any], as_json: bool) -> None:
+    rows = [evaluation.to_dict() for evaluation in found]
     if as_json:
-        for evaluation in found:
-            click.echo(json.dumps(evaluation.to_dict()))
+        for row in rows:
+            click.echo(json.dumps(row))
         return
-    from rotq.report.kv_tables import evaluation_table
+    from rotq.report.kv_tables import evaluation_table, task_table
 
-    click.echo(evaluation_table([evaluation.to_dict() for evaluation in found]), nl=False)
+    table = task_table(rows) if "task" in rows[0] else evaluation_table(rows)
+    click.echo(table, nl=False)

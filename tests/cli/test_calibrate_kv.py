@@ -188,6 +188,39 @@ def test_sinks_and_recent(text: str) -> None:
     assert found["bits_per_element"] == 32
 
 
+def test_schemes_of_others_come_in_the_order_of_their_names(tmp_path: Path, text: str) -> None:
+    names = "kivi-2,turboquant,oscar-int2,k3v3"
+    result = evaluate(
+        text, "llama", "--kv", names, "--calibration", text, *SMALL, "--json", "--chunk", "4"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [values["preset"] for values in found] == names.split(",")
+    assert {values["chunk"] for values in found} == {4}
+    assert all(values["kl"] > 0 for values in found)
+
+
+def test_constants_that_need_no_data_are_asked_for_by_name(text: str) -> None:
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", "none", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["preset"] == "k3v3-oblivious"
+
+
+@pytest.mark.parametrize("task", ["passkey", "needle", "drift"])
+def test_tasks(text: str, task: str) -> None:
+    command = ["eval", "kv", "llama", "--kv", "kivi-2,turboquant", "--text", text]
+    small = ["--task", task, "--windows", "1", "--seq-len", "256"]
+    result = run(*command, *small, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    reference = [] if task == "drift" else ["unquantized"]
+    assert [row["preset"] for row in found] == [*reference, "kivi-2", "turboquant"]
+    assert {row["task"] for row in found} == {task}
+    table = run(*command, *small).stdout
+    assert "turboquant" in table
+    assert ("unchanged" in table) == (task == "drift")
+
+
 def test_table(text: str) -> None:
     result = evaluate(text, "llama", "--kv", "turboquant")
     for label in ("scheme", "bytes/token", "worst layer", "unquantized ppl", "stepwise cache"):
@@ -206,6 +239,9 @@ def test_table(text: str) -> None:
         (["nan", "--kv", "turboquant"], 1, "logits are not finite"),
         (["llama", "--kv", "k3v3", "--kv-calibration", "./gone"], 1, "gone: no such file"),
         (["llama", "--kv", "turboesm", "--kv-calibration", "none"], 1, "does not exist without"),
+        (["llama", "--kv", "kivi-2", "--task", "passkey", "--chunk", "2"], 2, "is decoding"),
+        (["llama", "--kv", "kivi-2", "--task", "drift", "--windows", "0"], 2, "no number of"),
+        (["llama", "--kv", "kivi-2", "--task", "passkey"], 1, "32 tokens leave -"),
         (["llama", "--kv", "k3v3", "--windows", "999"], 1, "windows of 32 asked for"),
     ],
 )
