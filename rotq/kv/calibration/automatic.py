@@ -39,6 +39,9 @@ from rotq.recipe import Calibration
 BRIEF = Calibration(source="pydoc", num_samples=4, seq_len=512)
 """Text and windows where nobody names any."""
 
+_SAMPLES = 4096
+"""Tokens that constants are fitted to, at most; half of them all where these are fewer."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -127,7 +130,14 @@ class Calibrator:
                 f"windows of {ids_BT.shape[1]} tokens hold nothing behind {sinks} sinks"
             )
         on_window, seed = self.progress("calibration window"), self.calibration.seed
-        found = collect(self.model, ids_BT, sinks=sinks, seed=seed, on_window=on_window)
+        found = collect(
+            self.model,
+            ids_BT,
+            sinks=sinks,
+            num_samples=min(_SAMPLES, ids_BT.numel() // 2),
+            seed=seed,
+            on_window=on_window,
+        )
         self._collected[sinks] = found
         return found
 
