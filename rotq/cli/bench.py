@@ -92,7 +92,8 @@ def bench_serve(
     from rotq.serve.settings import DENSE
 
     caches = [
-        find_calibration(loaded, name, kv_calibration if name != DENSE else None) for name in chosen
+        find_calibration(loaded, tokenizer, name, kv_calibration if name != DENSE else None)
+        for name in chosen
     ]
     load = Load(
         requests=requests,

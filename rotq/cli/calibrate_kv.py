@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,47 +22,63 @@ from rotq.cli.options import (
     model_options,
     output_options,
 )
-from rotq.errors import RotqError
 from rotq.recipe import Calibration
 from rotq.recipe.calibration import BOS
 
 if TYPE_CHECKING:
-    from rotq.calibration.data import Windows
-    from rotq.kv.calibration.file import KVCalibration
+    from rotq.kv.calibration.automatic import Calibrator
     from rotq.kv.presets import KVSpec
 
 
-def calibration_options(command: Command) -> Command:
-    """``--calibration``, ``--num-samples``, ``--calibration-seq-len`` and ``--seed``, checked."""
+_OPTIONS = ("calibration", "num_samples", "calibration_seq_len", "seed", "bos")
+"""Names that ``calibration_options`` gives to a command."""
 
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            Calibration(
-                source=options["calibration"],
-                num_samples=options["num_samples"],
-                seq_len=options["calibration_seq_len"],
-                seed=options["seed"],
-            )
-        except ValueError as error:
-            raise click.UsageError(str(error)) from None
-        command(*args, **options)
+NONE = "none"
+"""In place of a file: constants that need no data."""
 
-    wrapped: Command = run
-    for option in (
+
+def calibration_options(*, num_samples: int, seq_len: int) -> Callable[[Command], Command]:
+    """``--calibration``, ``--num-samples``, ``--calibration-seq-len`` and ``--seed``, checked.
+
+    Args:
+        num_samples: Windows if the option is left out.
+        seq_len: Tokens of each, as well.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(*args: Any, **options: Any) -> None:
+            try:
+                _calibration(**{name: options[name] for name in _OPTIONS})
+            except ValueError as error:
+                raise click.UsageError(str(error)) from None
+            command(*args, **options)
+
+        wrapped: Command = run
+        for option in _calibration_options(num_samples, seq_len):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def _calibration_options(
+    num_samples: int, seq_len: int
+) -> tuple[Callable[[Command], Command], ...]:
+    return (
         bos_option("auto"),
         click.option("--seed", type=Seed(), default=0, show_default=True, help="Of the draw."),
         click.option(
             "--calibration-seq-len",
             type=click.IntRange(min=64),
-            default=1024,
+            default=seq_len,
             show_default=True,
             help="Tokens per calibration window; no more than the model has positions.",
         ),
         click.option(
             "--num-samples",
             type=click.IntRange(min=1),
-            default=16,
+            default=num_samples,
             show_default=True,
             help="Calibration windows.",
         ),
@@ -73,9 +90,7 @@ def calibration_options(command: Command) -> Command:
             show_default=True,
             help="Calibration text, as rotq quantize takes it; self is written by the model.",
         ),
-    ):
-        wrapped = option(wrapped)
-    return wrapped
+    )
 
 
 @click.command("calibrate-kv")
@@ -90,7 +105,7 @@ def calibration_options(command: Command) -> Command:
 @click.option(
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )
-@calibration_options
+@calibration_options(num_samples=16, seq_len=1024)
 @device_option
 @model_options
 @output_options
@@ -119,7 +134,8 @@ def calibrate_kv(
     place = find(model)
     path = _writable(output, place.path, options["calibration"])
     loaded = load(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    found = calibrate_all(*loaded, [spec], **options)[0]
+    found = calibrator(*loaded, **options).fit([spec])[0]
+    say(f"warning: {note}" for note in found.source["notes"])
     found.save(path)
     facts = {"output": str(output), "bytes": path.stat().st_size, "preset": spec.name}
     facts |= {"model_hash": found.model_hash, **found.source}
@@ -131,62 +147,30 @@ def calibrate_kv(
     click.echo(calibration_table(facts), nl=False)
 
 
-def calibrate_all(
-    model: Any,
-    tokenizer: Any,
-    specs: list[KVSpec],
-    *,
-    calibration: str,
-    num_samples: int,
-    calibration_seq_len: int,
-    seed: int,
-    bos: BOS,
-) -> list[KVCalibration]:
-    """Fit schemes to one draw of calibration windows.
+def calibrator(model: Any, tokenizer: Any, **options: Any) -> Calibrator:
+    """What fits schemes to a model: on the text that ``calibration_options`` name, or the brief."""
+    from rotq.kv.calibration.automatic import BRIEF, Calibrator
 
-    Raises:
-        RotqError: the text or the model is not as it must be.
-    """
-    from rotq.calibration.data import load_windows
-    from rotq.calibration.sampled import writer
-    from rotq.kv.calibration.calibrate import calibrate
-    from rotq.kv.calibration.statistics import collect
-    from rotq.models.limits import limits_of
+    return Calibrator(
+        model=model,
+        tokenizer=tokenizer,
+        calibration=_calibration(**options) if options else BRIEF,
+        say=lambda line: say([line]),
+        progress=show,
+    )
 
-    drawn: Windows = load_windows(
-        Calibration(
-            source=calibration,
-            num_samples=num_samples,
-            seq_len=calibration_seq_len,
-            seed=seed,
-            bos=bos,
-        ),
-        tokenizer,
-        limits_of(model),
-        write=writer(model, on_batch=show("calibration window written")),
+
+def _calibration(
+    *, calibration: str, num_samples: int, calibration_seq_len: int, seed: int, bos: BOS
+) -> Calibration:
+    """Raise ValueError unless the options can be."""
+    return Calibration(
+        source=calibration,
+        num_samples=num_samples,
+        seq_len=calibration_seq_len,
+        seed=seed,
+        bos=bos,
     )
-    say(drawn.notes)
-    source = {"text": drawn.source, "sha256": drawn.sha256, "seed": seed}
-    sinks, length = max(spec.sinks for spec in specs), drawn.first_BT.shape[1]
-    if sinks >= length:
-        raise RotqError(f"windows of {length} tokens hold nothing behind {sinks} sinks")
-    statistics = collect(
-        model, drawn.ids_BT, sinks=sinks, seed=seed, on_window=show("calibration window")
-    )
-    notes: list[str] = []
-    found = [
-        calibrate(
-            model,
-            drawn.ids_BT,
-            spec,
-            source=source,
-            statistics=statistics,
-            on_note=notes.append,
-        )
-        for spec in specs
-    ]
-    say(f"warning: {note}" for note in dict.fromkeys(notes))
-    return found
 
 
 def named_specs(names: str) -> list[KVSpec]:

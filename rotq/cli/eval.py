@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rotq.cli.groups import Group
-from rotq.cli.kv_scheme import PackedKV, kv_options, named_scheme
+from rotq.cli.kv_option import PackedKV, kv_options, named_scheme
 from rotq.cli.loading import (
     check_causal,
     device_map,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rotq.cli.kv_scheme import kv_options, named_scheme
+from rotq.cli.kv_option import kv_options, named_scheme
 from rotq.cli.loading import check_causal, find, load, placed_on
 from rotq.cli.options import (
     FilePath,

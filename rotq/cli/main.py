@@ -16,8 +16,8 @@ from rotq.cli.eval_decode import eval_decode
 from rotq.cli.eval_dms import eval_dms
 from rotq.cli.eval_kv import eval_kv
 from rotq.cli.eval_pll import eval_pll
-from rotq.cli.export import export
 from rotq.cli.eval_tasks import eval_tasks
+from rotq.cli.export import export
 from rotq.cli.groups import Commands
 from rotq.cli.inspect import inspect
 from rotq.cli.push import push

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.compared import Comparison, Loading, Text, check_once, compare_all
-from rotq.cli.kv_scheme import PackedKV, kv_options, named_scheme
+from rotq.cli.kv_option import PackedKV, kv_options, named_scheme
 from rotq.cli.loading import find
 from rotq.cli.options import (
     FilePath,

@@ -108,7 +108,7 @@ def serve_kv(
     place, loaded, tokenizer = load_to_serve(
         model, [name], device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    calibration = find_calibration(loaded, name, kv_calibration)
+    calibration = find_calibration(loaded, tokenizer, name, kv_calibration)
 
     from rotq.serve.run import build_server, run
 

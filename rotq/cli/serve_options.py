@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import named_specs
+from rotq.cli.calibrate_kv import NONE, calibrator, named_specs
+from rotq.cli.loading import say
 from rotq.cli.options import Command, FilePath, device_option
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.kv.calibration.file import KVCalibration
+    from rotq.kv.presets import KVSpec
     from rotq.serve.settings import Settings
 
 
@@ -38,20 +40,30 @@ def serving_options(command: Command) -> Command:
         click.option(
             "--kv-calibration",
             type=FilePath(),
-            help="File of rotq calibrate-kv; without it, constants that need no data.",
+            metavar="FILE|none",
+            help="File of rotq calibrate-kv, or none for constants that need no data; without it, "
+            "the cache is calibrated in seconds on a built-in text, and the result is kept in the "
+            "user's cache folder.",
         ),
     ):
         command = option(command)
     return command
 
 
-def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration | None:
-    """Constants of a scheme for a model, and a line where they are not calibrated; None for dense.
+def find_calibration(
+    model: Any, tokenizer: Any, name: str, file: Path | None
+) -> KVCalibration | None:
+    """Constants of a scheme for a model; None for dense.
+
+    Args:
+        model: That is to be served.
+        tokenizer: Its.
+        name: As ``--kv`` has it.
+        file: As ``--kv-calibration`` has it.
 
     Raises:
         RotqError: the file does not serve the scheme, or the model has nothing to pack.
     """
-    from rotq.kv.calibration.calibrate import data_oblivious
     from rotq.kv.calibration.file import load_calibration
     from rotq.models.attention.online import rounds_heads
     from rotq.serve.settings import DENSE
@@ -69,24 +81,36 @@ def find_calibration(model: Any, name: str, file: Path | None) -> KVCalibration 
     spec, *others = named_specs(name)
     if others:
         raise click.UsageError(f"--kv {name}: a server has one scheme")
-    if file is not None:
-        held = load_calibration(file, model.config)
-        if not held.serves(spec):
-            raise RotqError(f"{file} was fitted for {held.spec.name} and does not serve {name}")
-        return held.under(spec)
+    if file is None or str(file) == NONE:
+        return _without_file(model, tokenizer, spec, calibrate=file is None)
+    held = load_calibration(file, model.config)
+    if not held.serves(spec):
+        raise RotqError(f"{file} was fitted for {held.spec.name} and does not serve {name}")
+    return held.under(spec)
+
+
+def _without_file(model: Any, tokenizer: Any, spec: KVSpec, *, calibrate: bool) -> KVCalibration:
+    """Calibrated, now or before; without data where that is asked for, or nothing else works."""
+    from rotq.kv.calibration.calibrate import data_oblivious
+    from rotq.models.rotary import kv_shapes
+
     try:
-        found = data_oblivious(model.config, spec)
-    except ValueError as error:
-        raise RotqError(f"{error}; give --kv-calibration") from None
+        kv_shapes(model.config)
     except RotqError as error:
         advice = "; --kv dense serves it unpacked" if _serves_dense(model) else ""
         raise RotqError(f"{error}{advice}") from None
-    if spec.needs_calibration and not rounds_heads(model):
-        click.echo(
-            f"{name}: no --kv-calibration, so constants that need no data ({found.spec.name}); "
-            "rotq calibrate-kv makes better ones",
-            err=True,
-        )
+    reason = ""
+    if calibrate and spec.needs_calibration:
+        try:
+            return calibrator(model, tokenizer).kept([spec])[0]
+        except RotqError as error:
+            reason = f"cannot be calibrated: {error}"
+    try:
+        found = data_oblivious(model.config, spec)
+    except ValueError as error:
+        raise RotqError(f"{error}; {reason or 'leave out --kv-calibration none'}") from None
+    if reason:
+        say([f"{spec.name}: {reason}; served with constants that need no data ({found.spec.name})"])
     return found
 
 

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from rotq.devices import double
 from rotq.evaluation.divergence import Divergence, compare
-from rotq.evaluation.logits import CHUNK, summed_nll, window_logits
+from rotq.evaluation.logits import CHUNK, summed_nll
 from rotq.evaluation.perplexity import Protocol
 from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
+from rotq.evaluation.streamed_logits import StreamedLogits
 from rotq.models.attention.replaced import replaced_attention
 from rotq.models.limits import limits_of
+
+PARTS = 8
+"""Of a window, whose KL is told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,12 @@ class KVEvaluation:
     """Half of the positions have no more, as the next two: 99 %, 99.9 %."""
     kl_p99: float
     kl_p999: float
+    kl_by_position: list[float]
+    """Mean KL of each eighth of a window's scored positions, from its start."""
     top1: float
     """Share of positions where both most likely tokens are the same."""
+    flips: float
+    """Share of positions where they differ."""
     cosine: float
     bits_per_element: float
     """All in at the window's length: codes, norms, residuals, and what is kept whole."""
@@ -57,6 +65,8 @@ class KVEvaluation:
     """Positions that were scored, over all windows."""
     sinks: int
     recent: int
+    chunk: int
+    """Tokens of a forward pass, which see each other whole; 1 is decoding."""
     protocol: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +91,17 @@ class _Sums:
     cosine: float = 0.0
     divergence: Divergence = field(default_factory=Divergence)
 
+    def add(self, reference_CV: Tensor, logits_CV: Tensor, target_C: Tensor) -> None:
+        """Some positions of a window."""
+        self.nll += summed_nll(logits_CV, target_C)
+        self.cosine += _summed_cosine(reference_CV, logits_CV)
+        self.divergence += compare(reference_CV, logits_CV, chunk=CHUNK)
+
+    def by_position(self, num_windows: int) -> list[float]:
+        """Mean KL of parts of the windows, first positions first."""
+        kl_BT = self.divergence.kl_N.view(num_windows, -1)
+        return [float(part.mean()) for part in kl_BT.tensor_split(PARTS, dim=1) if part.numel()]
+
 
 @torch.inference_mode()
 def evaluate_kv(
@@ -89,6 +110,7 @@ def evaluate_kv(
     schemes: Sequence[KVScheme],
     *,
     protocol: Protocol,
+    chunk: int = 1,
     on_window: Callable[[int, int], None] | None = None,
 ) -> list[KVEvaluation]:
     """Score a text with each scheme, and with an unquantized cache; windows do not overlap.
@@ -100,6 +122,7 @@ def evaluate_kv(
         ids_N: int64 token ids of the whole text.
         schemes: Each with its constants for this model.
         protocol: Without stride.
+        chunk: Tokens of a forward pass, which see each other whole; 1 is decoding.
         on_window: Called with windows done and windows in all.
 
     Raises:
@@ -112,17 +135,24 @@ def evaluate_kv(
     limits.check(ids_BT)
     reference_nll, first = 0.0, protocol.first_scored(0)
     sums = [_Sums() for _ in schemes]
-    histories = [QuantizedHistory(scheme) for scheme in schemes]
+    histories = [QuantizedHistory(scheme, step=chunk) for scheme in schemes]
     for window, ids_T in enumerate(ids_BT):
-        reference_TV = window_logits(model, ids_T)[first - 1 : -1]
-        target_T = ids_T[first:].to(reference_TV.device)
-        reference_nll += summed_nll(reference_TV, target_T)
+        reference = StreamedLogits(model, ids_T)
+        scored = [
+            slice(at, min(at + CHUNK, len(ids_T) - 1))
+            for at in range(first - 1, len(ids_T) - 1, CHUNK)
+        ]
+        for part in scored:
+            reference_CV = reference[part]
+            target_C = ids_T[part.start + 1 : part.stop + 1].to(reference_CV.device)
+            reference_nll += summed_nll(reference_CV, target_C)
         for total, history in zip(sums, histories, strict=True):
             with replaced_attention(model, history):
-                logits_TV = window_logits(model, ids_T)[first - 1 : -1]
-            total.nll += summed_nll(logits_TV, target_T)
-            total.cosine += _summed_cosine(reference_TV, logits_TV)
-            total.divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
+                found = StreamedLogits(model, ids_T)
+            for part in scored:
+                logits_CV = found[part]
+                target_C = ids_T[part.start + 1 : part.stop + 1].to(logits_CV.device)
+                total.add(reference[part], logits_CV, target_C)
         if on_window is not None:
             on_window(window + 1, len(ids_BT))
     tokens = ids_BT.numel() - first * len(ids_BT)
@@ -133,7 +163,9 @@ def evaluate_kv(
             ppl_ratio=math.exp((total.nll - reference_nll) / tokens),
             kl=total.divergence.kl,
             **total.divergence.percentiles(),
+            kl_by_position=total.by_position(len(ids_BT)),
             top1=total.divergence.top1,
+            flips=1 - total.divergence.top1,
             cosine=total.cosine / tokens,
             bits_per_element=bits_per_element(scheme, protocol.seq_len, model.dtype),
             bytes_per_token=scheme.stored_bits * scheme.elements / 8,
@@ -142,10 +174,15 @@ def evaluate_kv(
             tokens=tokens,
             sinks=scheme.sinks,
             recent=scheme.recent,
-            protocol=f"stepwise cache; {protocol.describe(len(ids_BT))}",
+            chunk=chunk,
+            protocol=f"{_passes(chunk)}; {protocol.describe(len(ids_BT))}",
         )
         for scheme, total, history in zip(schemes, sums, histories, strict=True)
     ]
+
+
+def _passes(chunk: int) -> str:
+    return "stepwise cache" if chunk == 1 else f"cache in passes of {chunk} tokens"
 
 
 def _summed_cosine(reference_TV: Tensor, logits_TV: Tensor) -> float:

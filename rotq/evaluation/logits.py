@@ -19,8 +19,13 @@ CHUNK = 256
 """Positions whose log-probabilities are held in fp32 at a time."""
 
 
-def window_logits(model: Any, ids_T: Tensor) -> Tensor:
+def window_logits(model: Any, ids_T: Tensor, **options: Any) -> Tensor:
     """(T, V) logits of one window, on the device the model answers on.
+
+    Args:
+        model: A causal language model of transformers.
+        ids_T: int64 token ids, on any device.
+        options: Of the model's forward.
 
     Raises:
         RotqError: a token id outside the embedding, or logits that are not finite.
@@ -31,7 +36,9 @@ def window_logits(model: Any, ids_T: Tensor) -> Tensor:
             f"token id {int(ids_T.max())} is outside the model's {num_embeddings} embeddings; "
             "is the tokenizer the model's own?"
         )
-    logits_TV: Tensor = model(input_ids=ids_T[None].to(device), use_cache=False).logits[0]
+    logits_TV: Tensor = model(input_ids=ids_T[None].to(device), use_cache=False, **options).logits[
+        0
+    ]
     if not bool(torch.isfinite(logits_TV).all()):
         raise RotqError("the model's logits are not finite")
     return logits_TV

@@ -1,7 +1,8 @@
 """Attention over a packed history as stepwise decoding sees it, on whole windows.
 
 Every earlier token is decoded from its codes, except the sinks and the ``recent`` last ones; the
-query's own token is exact, as it is when tokens are generated one by one.
+query's own token is exact, as it is when tokens are generated one by one; or all tokens of its
+pass, as where a text is run through a cache in chunks.
 
     attention error of a layer = sum |o' - o|^2 / sum |o|^2, o' and o with the same inputs
 
@@ -81,12 +82,13 @@ class QuantizedHistory:
 
     Args:
         scheme: For the model.
+        step: Tokens of a forward pass, which see each other whole; 1 is decoding.
         chunk: Queries whose scores are held at a time.
     """
 
-    def __init__(self, scheme: KVScheme, *, chunk: int = 256) -> None:
+    def __init__(self, scheme: KVScheme, *, step: int = 1, chunk: int = 256) -> None:
         self.sinks, self.recent = scheme.sinks, scheme.recent
-        self.coders = scheme.coders
+        self.coders, self.step = scheme.coders, step
         self.chunk = chunk
         self.error_energy = dict.fromkeys(self.coders, 0.0)
         self.energy = dict.fromkeys(self.coders, 0.0)
@@ -123,7 +125,8 @@ class QuantizedHistory:
             end = visible_QS.shape[1]
             exact = (k_BHSD[:, :, :end], v_BHSD[:, :, :end])
             hat = (coded[0][:, :, :end], coded[1][:, :, :end])
-            outputs.append(mixed_attention(q_BHGQD, hat, exact, visible_QS, recent=self.recent))
+            whole = {"recent": self.recent, "step": self.step}
+            outputs.append(mixed_attention(q_BHGQD, hat, exact, visible_QS, **whole))
             self._compare(call.layer, outputs[-1], attend(q_BHGQD, *exact, visible_QS))
         return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
@@ -140,19 +143,25 @@ def mixed_attention(
     visible_QS: Tensor,
     *,
     recent: int,
+    step: int = 1,
 ) -> Tensor:
-    """As ``attend``, with a query's own key and value and the ``recent`` before it exact.
+    """As ``attend``, with the keys and values of a query's own pass, up to its own, exact.
+
+    So are the ``recent`` before them. A pass has ``step`` tokens, the first one begins at key 0.
 
     Args:
         q_BHGQD: Scaled; the last query belongs to the last key.
         hat: Decoded keys and values, (B, H, S, D) each.
         exact: The same before coding.
         visible_QS: As ``visible`` gives it.
-        recent: Keys before the query's own.
+        recent: Keys before the pass.
+        step: Tokens of a pass.
     """
     num_queries, num_keys = visible_QS.shape
-    low = max(0, num_keys - num_queries - recent)
-    near_QN = torch.ones_like(visible_QS[:, low:]).triu(num_keys - num_queries - low - recent)
+    position_Q = torch.arange(num_keys - num_queries, num_keys, device=visible_QS.device)
+    start_Q = position_Q // step * step - recent
+    low = max(0, int(start_Q[0]))
+    near_QN = torch.arange(low, num_keys, device=visible_QS.device) >= start_Q[:, None]
     k_BHSD, v_BHSD = (side[:, :, None] for side in hat)
     k_BHND, v_BHND = (side[:, :, None, low:] for side in exact)
     score_BHGQS = q_BHGQD @ k_BHSD.mT

@@ -36,6 +36,40 @@ def calibration_table(found: dict[str, Any]) -> str:
     return facts(rows)
 
 
+def task_table(found: list[dict[str, Any]]) -> str:
+    """A line for each cache, then what it was asked."""
+    first = found[0]
+    if first["task"] == "drift":
+        rows = [["scheme", "median", "mean", "unchanged"]]
+        for values in found:
+            counts = [f"{values[name]:.1f}" for name in ("median", "mean")]
+            rows.append([values["preset"], *counts, f"{values['unchanged']:.1%}"])
+        asked = (
+            f"{first['prompts']} prompts of {first['prompt_tokens']} tokens; tokens before the "
+            f"first that differs, of {first['new_tokens']}"
+        )
+    else:
+        rows = [["scheme", "found", *(f"at {depth:.0%}" for depth in first["depths"])]]
+        for values in found:
+            shares = [values["found"], *values["by_depth"]]
+            rows.append([values["preset"], *(f"{share:.0%}" for share in shares)])
+        asked = f"{first['prompts']} prompts of {first['seq_len']} tokens, by depth of the answer"
+    return _columns(rows) + "\n" + facts([(first["task"], asked)])
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def evaluation_table(found: list[dict[str, Any]]) -> str:
     """A line for each scheme, then what was measured."""
     rows = [[label for label, _, _ in _COLUMNS]]
@@ -44,14 +78,6 @@ def evaluation_table(found: list[dict[str, Any]]) -> str:
         worst = max(range(len(errors)), key=errors.__getitem__)
         shown = {**values, "worst": f"{worst} ({errors[worst]:.2g})"}
         rows.append([pattern.format(shown[key]) for _, key, pattern in _COLUMNS])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     first = found[0]
     kept = f"{first['sinks']} first and {first['recent']} last tokens kept whole"
     notes = facts(
@@ -61,4 +87,4 @@ def evaluation_table(found: list[dict[str, Any]]) -> str:
             ("protocol", f"{first['protocol']}; {first['tokens']} tokens scored"),
         ]
     )
-    return "\n".join(lines) + "\n\n" + notes
+    return _columns(rows) + "\n" + notes

@@ -30,7 +30,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from rotq.errors import RotqError
-from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.ops import KVFormat
 from rotq.vllm.blocks import BlockLayout, Blocks
 from rotq.vllm.heads import heads_of_rank

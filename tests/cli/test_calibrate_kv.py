@@ -165,14 +165,17 @@ def test_a_file_serves_other_bits_and_the_rest_is_calibrated_aloud(
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert [values["preset"] for values in found] == names.split(",")
     assert found[0]["kl"] > found[1]["kl"]
-    assert result.stderr == f"turboesm: not served by {output}, calibrated on {text}\n"
+    said = result.stderr.splitlines()
+    assert said[0] == f"turboesm: not served by {output}"
+    assert said[1].startswith(f"turboesm: calibrated on {text}, 2 windows of 64 tokens; kept as ")
+    assert len(said) == 2
 
 
 def test_file_and_calibration_now_agree(tmp_path: Path, text: str) -> None:
     output = calibrated(tmp_path, text)
     held = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", output, "--json")
     now = evaluate(text, "llama", "--kv", "k3v3", "--calibration", text, *SMALL, "--json")
-    assert now.stderr == f"k3v3: calibrated on {text}\n"
+    assert now.stderr.startswith(f"k3v3: calibrated on {text}, 2 windows of 64 tokens; kept as ")
     assert json.loads(held.stdout)["kl"] == pytest.approx(json.loads(now.stdout)["kl"], rel=1e-6)
 
 
@@ -183,6 +186,39 @@ def test_sinks_and_recent(text: str) -> None:
     found = json.loads(result.stdout)
     assert (found["sinks"], found["recent"], found["top1"]) == (3, 32, 1.0)
     assert found["bits_per_element"] == 32
+
+
+def test_schemes_of_others_come_in_the_order_of_their_names(tmp_path: Path, text: str) -> None:
+    names = "kivi-2,turboquant,oscar-int2,k3v3"
+    result = evaluate(
+        text, "llama", "--kv", names, "--calibration", text, *SMALL, "--json", "--chunk", "4"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [values["preset"] for values in found] == names.split(",")
+    assert {values["chunk"] for values in found} == {4}
+    assert all(values["kl"] > 0 for values in found)
+
+
+def test_constants_that_need_no_data_are_asked_for_by_name(text: str) -> None:
+    result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", "none", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["preset"] == "k3v3-oblivious"
+
+
+@pytest.mark.parametrize("task", ["passkey", "needle", "drift"])
+def test_tasks(text: str, task: str) -> None:
+    command = ["eval", "kv", "llama", "--kv", "kivi-2,turboquant", "--text", text]
+    small = ["--task", task, "--windows", "1", "--seq-len", "256"]
+    result = run(*command, *small, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    reference = [] if task == "drift" else ["unquantized"]
+    assert [row["preset"] for row in found] == [*reference, "kivi-2", "turboquant"]
+    assert {row["task"] for row in found} == {task}
+    table = run(*command, *small).stdout
+    assert "turboquant" in table
+    assert ("unchanged" in table) == (task == "drift")
 
 
 def test_table(text: str) -> None:
@@ -201,7 +237,11 @@ def test_table(text: str) -> None:
         (["mamba", "--kv", "turboquant"], 1, "mamba: not a decoder with a KV cache"),
         (["narrow", "--kv", "turboquant"], 1, "width that is a multiple of 8"),
         (["nan", "--kv", "turboquant"], 1, "logits are not finite"),
-        (["llama", "--kv", "k3v3", "--kv-calibration", "none"], 1, "none: no such file"),
+        (["llama", "--kv", "k3v3", "--kv-calibration", "./gone"], 1, "gone: no such file"),
+        (["llama", "--kv", "turboesm", "--kv-calibration", "none"], 1, "does not exist without"),
+        (["llama", "--kv", "kivi-2", "--task", "passkey", "--chunk", "2"], 2, "is decoding"),
+        (["llama", "--kv", "kivi-2", "--task", "drift", "--windows", "0"], 2, "no number of"),
+        (["llama", "--kv", "kivi-2", "--task", "passkey"], 1, "32 tokens leave -"),
         (["llama", "--kv", "k3v3", "--windows", "999"], 1, "windows of 32 asked for"),
     ],
 )
@@ -242,7 +282,7 @@ def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -
     assert result.stderr.count("\n") == 1
     # servers and rotq bench serve
     with pytest.raises(RotqError, match=r"1\.value\.levels_HL"):
-        find_calibration(tiny_model("llama"), "k3v3", Path(output))
+        find_calibration(tiny_model("llama"), Letters(), "k3v3", Path(output))
 
 
 @pytest.mark.parametrize(

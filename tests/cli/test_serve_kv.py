@@ -105,7 +105,7 @@ def test_it_serves_and_drains(folder: Path) -> None:
     with serving(folder, "--model-name", "other", ROTQ_API_KEY="right") as server:
         assert server.url.startswith("http://127.0.0.1:")
         assert server.facts["model"] == "other"
-        assert server.facts["kv"] == "k3v3-oblivious"
+        assert server.facts["kv"] == "k3v3"
         assert server.ask().status_code == 401
         key = {"authorization": "Bearer right"}
         assert server.ask(key, max_tokens=3).is_success
@@ -119,7 +119,7 @@ def test_it_serves_and_drains(folder: Path) -> None:
         thread.join()
         assert code == 0
         assert found[0].json()["usage"]["completion_tokens"] == 400
-        assert "constants that need no data" in said
+        assert server.facts["calibrated"]
         assert "Traceback" not in said
 
 
@@ -270,7 +270,11 @@ def test_packed_checkpoints(tmp_path: Path, format: str) -> None:
         (["--kv-memory", "much"], 2, ["much"]),
         (["--kv-memory", "1KiB"], 1, ["hold no page"]),
         (["--max-length", "9999"], 1, ["9999", "640"]),
-        (["--kv", "turboesm"], 1, ["--kv-calibration"]),
+        (
+            ["--kv", "turboesm", "--kv-calibration", "none"],
+            1,
+            ["does not exist without calibration"],
+        ),
         (["--kv", "dense", "--kv-calibration", "x"], 2, ["no calibration"]),
         (["--kv-calibration", "missing"], 1, ["missing"]),
         (["--host", "300.1.1.1", "--port", "0"], 1, ["300.1.1.1"]),
@@ -328,7 +332,7 @@ def test_bench(folder: Path) -> None:
     result = run("bench", "serve", folder, *load, "--kv-memory", "1MiB", "--json")
     assert result.exit_code == 0, result.stderr
     packed, dense = (json.loads(line) for line in result.stdout.splitlines())
-    assert (packed["kv"], dense["kv"]) == ("k3v3-oblivious", "dense")
+    assert (packed["kv"], dense["kv"]) == ("k3v3", "dense")
     assert packed["load"]["requests"] == 3
     assert packed["capacity_tokens"] > dense["capacity_tokens"]
     result = run("bench", "serve", folder, *load, "--kv", "dense", "--kv-memory", "1MiB")

@@ -46,6 +46,27 @@ def test_reference_is_that_of_eval_ppl() -> None:
     assert "stepwise cache; windowed: first 3" in found.protocol
 
 
+def test_kl_by_position_and_flips_are_parts_of_the_whole() -> None:
+    protocol = Protocol(windows=3, seq_len=25)
+    found = evaluate_kv(MODEL, IDS_N, [scheme()], protocol=protocol)[0]
+    assert len(found.kl_by_position) == 8
+    assert sum(found.kl_by_position) / 8 == pytest.approx(found.kl)
+    assert found.flips == pytest.approx(1 - found.top1)
+    assert found.kl_p50 < found.kl_p99 <= found.kl_p999
+    # the first positions see sinks only
+    assert found.kl_by_position[0] < found.kl
+
+
+def test_passes_of_several_tokens_cost_less_than_decoding() -> None:
+    found = [
+        evaluate_kv(MODEL, IDS_N, [scheme()], protocol=PROTOCOL, chunk=chunk)[0]
+        for chunk in (1, 5, 20)
+    ]
+    assert found[0].kl > found[1].kl > found[2].kl == pytest.approx(0, abs=1e-6)
+    assert [row.chunk for row in found] == [1, 5, 20]
+    assert "cache in passes of 5 tokens" in found[1].protocol
+
+
 def test_schemes_do_not_touch_each_other() -> None:
     seen = []
     both = evaluate_kv(

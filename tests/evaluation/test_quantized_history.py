@@ -36,6 +36,23 @@ def test_equals_decoding_step_by_step(family: str, recent: int) -> None:
     assert all(0 < error < 1 for error in history.attention_error)
 
 
+def test_passes_of_several_tokens_equal_a_cache_that_is_run_in_chunks() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    ids_BT = random_ids(1, 22)
+    found, expected = [], []
+    for recent in (0, 5):
+        calibration = calibration_of(model, sinks=2, recent=recent)
+        history = QuantizedHistory(scheme_of(calibration), step=6, chunk=5)
+        with torch.inference_mode(), replaced_attention(model, history):
+            found.append(model(ids_BT, use_cache=False).logits[0])
+        cache = oracle_cache(calibration)
+        with torch.inference_mode():
+            parts = [model(part, past_key_values=cache).logits[0] for part in ids_BT.split(6, 1)]
+        expected.append(torch.cat(parts))
+        torch.testing.assert_close(found[-1], expected[-1], rtol=0, atol=2e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
 def test_chunks_do_not_matter() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     scheme = scheme_of(calibration_of(model, sinks=1))

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.kv.codec import KVCodec
 from rotq.kv.presets import preset
 from rotq.models.rotary import kv_shapes, rotaries

@@ -1,6 +1,6 @@
 """``PackedCache``: transformers' cache with packed keys and values.
 
-    cache = PackedCache(model, "llama-kv.safetensors")
+    cache = PackedCache(model)  # or PackedCache(model, "llama-kv.safetensors")
     model.generate(**inputs, past_key_values=cache)
 
 ``Cache.update`` is told neither positions nor which tokens are padding, so a hook in front of the
@@ -38,7 +38,9 @@ from rotq.kv.cache.report import CacheReport
 from rotq.kv.cache.sequences import Sequences, Step
 from rotq.kv.cache.support import check_served, windows
 from rotq.kv.cache.trial import try_out
+from rotq.kv.calibration.automatic import calibrated, tokenizer_of
 from rotq.kv.calibration.file import KVCalibration, load_calibration
+from rotq.kv.presets import preset
 from rotq.models.rotary import POSITIONS_FROM_MASK
 from rotq.models.task import is_multimodal
 
@@ -51,14 +53,19 @@ class PackedCache(WatchingCache, Cache):
 
     Args:
         model: A causal language model of transformers with rotary positions.
-        calibration: Made for this model, or the path of a file of ``rotq calibrate-kv``.
+        calibration: Made for this model, or the path of a file of ``rotq calibrate-kv``. Left out,
+            ``k3v3`` is calibrated with the tokenizer of the folder that the model was loaded from,
+            in seconds and once: see ``automatic``. For several caches of a model, call
+            ``automatic.calibrated`` and hand its result to each.
 
     Raises:
         RotqError: the model or the calibration cannot be served, or the file cannot be read.
     """
 
-    def __init__(self, model: Any, calibration: KVCalibration | Path | str) -> None:
-        if not isinstance(calibration, KVCalibration):
+    def __init__(self, model: Any, calibration: KVCalibration | Path | str | None = None) -> None:
+        if calibration is None:
+            calibration = calibrated(model, tokenizer_of(model), preset("k3v3"))
+        elif not isinstance(calibration, KVCalibration):
             calibration = load_calibration(Path(calibration), model.config)
         check_served(model, calibration)
         self.calibration = calibration

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rotq.errors import RotqError
-from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.models.rotary import kv_shapes, rotaries
 
 

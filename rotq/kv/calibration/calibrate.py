@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rotq.kv.calibration.codebook import gaussian_codebook
-from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.calibration.fit import fit_layer
 from rotq.kv.calibration.layer_constants import (
     centred_base,
@@ -20,6 +20,7 @@ from rotq.kv.calibration.layer_constants import (
     side_constants,
     unbiased_scale,
 )
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.kv.calibration.statistics import LayerStatistics, collect
 from rotq.kv.presets import KVSpec
 from rotq.models.rotary import KVShape, kv_shapes

@@ -7,7 +7,6 @@ written aside and renamed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,27 +20,15 @@ from rotq.disk.files import whole_file
 from rotq.errors import RotqError
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.kv.calibration.stored_file import KIND, StoredFile, empty_or_ours, opened
 from rotq.kv.calibration.stored_layer import LayerReader, layer_facts, layer_tensors
 from rotq.kv.presets import KVSpec
-from rotq.models.rotary import kv_shapes, layer_configs, rotaries
+from rotq.models.rotary import kv_shapes, rotaries
 from rotq.ops import KVConstants
 from rotq.recipe.sections import shown
 
 VERSION = 1
-_HASHED = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rope_parameters",
-    "layer_types",
-    "sliding_window",
-)
-
 
 _FACTS = {"version": int, "spec": dict, "model_hash": str, "source": dict, "layers": dict}
 """What a file says of itself."""
@@ -118,21 +105,6 @@ class KVCalibration:
         # one key: the library writes several in an order of its own
         with whole_file(path) as file:
             file.write(save(tensors, metadata={KIND: json.dumps(facts)}))
-
-
-def hash_config(config: Any) -> str:
-    """sha256 over what decides the shape and position of keys and values."""
-    config = config.get_text_config(decoder=True)
-    values = {name: _value(config, name) for name in _HASHED}
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _value(config: Any, name: str) -> Any:
-    """Of the configuration, or of every layer where they differ in it."""
-    if name in (getattr(config, "per_layer_attributes", None) or ()):
-        return [getattr(layer, name, None) for layer in layer_configs(config)]
-    return getattr(config, name, None)
 
 
 def load_calibration(path: Path, model_config: Any) -> KVCalibration:

@@ -56,6 +56,8 @@ class LayerStatistics:
     """Weighted as above, after RoPE, not centred."""
     plain_query_moment_HDD: Tensor
     """The same with equal weights."""
+    output_second_moment_HDD: Tensor
+    """Of attention's output, all query heads of a KV head together, not centred."""
     output_moment_HDD: Tensor | None
     """W^T W of the columns of the output projection that read each KV head's values; None where
     the projection is not known."""
@@ -145,6 +147,7 @@ class _Layer:
         self.sums_HD = torch.zeros(3, H, D, dtype=torch.float64)
         self.moments_HDD = torch.zeros(2, H, D, D, dtype=torch.float64)
         self.weights_H = torch.zeros(2, H, dtype=torch.float64)
+        self.outputs_HDD, self.num_outputs = torch.zeros(H, D, D, dtype=torch.float64), 0
         self.tokens = 0
         self.samples: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -179,6 +182,7 @@ class _Layer:
             value_mean_HD=means_HD[2],
             query_moment_HDD=moments_HDD[0],
             plain_query_moment_HDD=moments_HDD[1],
+            output_second_moment_HDD=self.outputs_HDD / self.num_outputs,
             output_moment_HDD=output_moment_HDD,
             k_HND=torch.cat(k_HND, dim=1),
             v_HND=torch.cat(v_HND, dim=1),
@@ -210,6 +214,9 @@ class _Layer:
         weight_BHGQ = share[..., self.sinks :].sum(-1)
         skipped = max(0, self.sinks - first)
         self._add_queries(q_BHGQD[0, ..., skipped:, :], weight_BHGQ[0, ..., skipped:])
+        o_HND = double(output_BHGQD[0].flatten(1, 2))
+        self.outputs_HDD += (o_HND.mT @ o_HND).cpu()
+        self.num_outputs += o_HND.shape[1]
         return output_BHGQD
 
     def _add_queries(self, q_HGQD: Tensor, weight_HGQ: Tensor) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from rotq.errors import RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import calibrate, data_oblivious
-from rotq.kv.calibration.file import KVCalibration, hash_config, load_calibration
+from rotq.kv.calibration.file import KVCalibration, load_calibration
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.presets import preset

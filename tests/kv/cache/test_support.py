@@ -13,7 +13,8 @@ from rotq.errors import RotqError
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.cache.support import windows
 from rotq.kv.calibration.calibrate import data_oblivious
-from rotq.kv.calibration.file import KVCalibration, hash_config
+from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.calibration.model_hash import hash_config
 from rotq.kv.presets import preset
 
 IDS = random_ids(2, 8)

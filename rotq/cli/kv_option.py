@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import calibrate_all, named_specs
+from rotq.cli.calibrate_kv import calibrator, named_specs
+from rotq.cli.kv_schemes import find_constants
 from rotq.cli.options import Command, FilePath
-from rotq.errors import RotqError
-from rotq.recipe import Calibration
 
 if TYPE_CHECKING:
     from rotq.evaluation.quantized_history import QuantizedHistory
@@ -25,7 +24,9 @@ def kv_options(command: Command) -> Command:
         click.option(
             "--kv-calibration",
             type=FilePath(),
-            help="File of rotq calibrate-kv; without it, calibrated for this run on pydoc.",
+            metavar="FILE|none",
+            help="File of rotq calibrate-kv, or none for constants that need no data; without it, "
+            "calibrated now, and the result is kept in the user's cache folder.",
         ),
         click.option("--kv", metavar="PRESET", help="Score with keys and values packed so."),
     ):
@@ -46,36 +47,14 @@ class PackedKV:
         """The attention that a model is scored with; calibrated now where no file was given.
 
         Raises:
-            RotqError: the file does not serve the scheme, or see ``calibrate_all``.
+            RotqError: the file or the model is not as it must be.
         """
         from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 
-        self.calibration = self._fitted(model, tokenizer)
+        fitting = calibrator(model, tokenizer)
+        [self.calibration] = find_constants(model, [self.spec], self.file, fitting)
         self.history = QuantizedHistory(scheme_of(self.calibration))
         return self.history
-
-    def _fitted(self, model: Any, tokenizer: Any) -> KVCalibration:
-        from rotq.kv.calibration.file import load_calibration
-
-        if self.file is not None and self.spec.needs_calibration:
-            held = load_calibration(self.file, model.config)
-            if not held.serves(self.spec):
-                other = f"is for {held.spec.name} and does not serve {self.spec.name}"
-                raise RotqError(f"{self.file} {other}")
-            return held.under(self.spec)
-        known = Calibration(num_samples=16)
-        [found] = find_calibrations(
-            model,
-            tokenizer,
-            [self.spec],
-            None,
-            calibration=known.source,
-            num_samples=known.num_samples,
-            calibration_seq_len=known.seq_len,
-            seed=known.seed,
-            bos=known.bos,
-        )
-        return found
 
     def facts(self) -> dict[str, Any]:
         """The scheme, what a token takes, and the errors of each layer's attention, for JSON.
@@ -112,27 +91,3 @@ def named_scheme(kv: str | None, file: Path | None) -> PackedKV | None:
     if others:
         raise click.UsageError(f"--kv {kv}: give one preset; rotq eval kv takes several")
     return PackedKV(spec, file)
-
-
-def find_calibrations(
-    model: Any, tokenizer: Any, specs: list[KVSpec], file: Path | None, **options: Any
-) -> list[KVCalibration]:
-    """From the file where it serves a scheme, else calibrated now, and said so."""
-    from rotq.kv.calibration.calibrate import data_oblivious
-    from rotq.kv.calibration.file import load_calibration
-
-    found: dict[str, KVCalibration] = {}
-    held = load_calibration(file, model.config) if file is not None else None
-    for spec in specs:
-        if not spec.needs_calibration:
-            found[spec.name] = data_oblivious(model.config, spec)
-        elif held is not None and held.serves(spec):
-            found[spec.name] = held.under(spec)
-    missing = [spec for spec in specs if spec.name not in found]
-    if missing:
-        names = ", ".join(spec.name for spec in missing)
-        reason = f"not served by {file}, " if file is not None else ""
-        click.echo(f"{names}: {reason}calibrated on {options['calibration']}", err=True)
-        for calibration in calibrate_all(model, tokenizer, missing, **options):
-            found[calibration.spec.name] = calibration
-    return [found[spec.name] for spec in specs]
