@@ -16,11 +16,13 @@ from torch import Tensor
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
+from rotq.phases import phase
 
 DAMPING_LADDER = (1, 2, 5, 10, 20, 50, 100)
 BLOCK = 128
 
 
+@phase("factor")
 def damp(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     """Add to the diagonal until the matrix factors.
 
@@ -66,6 +68,7 @@ class RowBounds:
     q_max: Tensor
 
 
+@phase("factor")
 def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     """Order the columns and factor once for all rows.
 
@@ -85,6 +88,7 @@ def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     return Elimination(visit_K=visit_K, factor_KK=factor_KK)
 
 
+@phase("columns")
 def round_columns(
     weight_NK: Tensor,
     elimination: Elimination,
