@@ -9,6 +9,7 @@ eigenvalues are right there (docs/log.md).
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 import torch
@@ -63,17 +64,18 @@ def side_by_side(function: Callable[[Part], Result], parts: Iterable[Part]) -> l
 
     Args:
         function: Safe to run at the same time for different parts; computes on the CPU. Its
-            gradient mode is the caller's.
+            gradient mode and context variables are the caller's.
         parts: Independent pieces of work of about the same size.
 
     Raises:
         Exception: what ``function`` raises for the first part that fails.
     """
     threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    context = copy_context()
 
     def run(part: Part) -> Result:
         with torch.set_grad_enabled(gradients):
-            return function(part)
+            return context.copy().run(function, part)
 
     with single_threaded(), ThreadPoolExecutor(threads, thread_name_prefix="rotq-solver") as pool:
         return list(pool.map(run, parts))

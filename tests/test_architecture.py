@@ -20,7 +20,7 @@ ARROWS: list[set[str]] = [
     {"rotations"},
     {"solvers", "calibration", "report"},
     {"formats", "recipe", "numerics", "autocast", "memory", "devices", "disk", "patterns"},
-    {"ops"},
+    {"ops", "phases"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""
 

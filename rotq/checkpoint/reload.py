@@ -19,8 +19,10 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.errors import CheckFailed
 from rotq.layers.packed_weight import multiply_as_dense
+from rotq.phases import phase
 
 
+@phase("checks")
 def check_reload(
     out_dir: Path, ids_BT: Tensor, logits_BTV: Tensor, *, trust_remote_code: bool = False
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rotq.cli.eval import measure, scored_tokens
 from rotq.cli.loading import choose, device_map
 from rotq.errors import RotqError
+from rotq.phases import phase
 
 if TYPE_CHECKING:
     from rotq.checkpoint.location import Location
@@ -45,6 +46,7 @@ class EvalText:
             trust_remote_code=self.trust_remote_code,
         )
 
+    @phase("evaluation")
     def before(self) -> str:
         """Score the model; returns a line that says so.
 
@@ -66,6 +68,7 @@ class EvalText:
             raise RotqError(str(error).replace("rotq: error: ", "")) from None
         return f"before: perplexity {json.loads(told)['ppl']:.4g} on {self.text}"
 
+    @phase("evaluation")
     def after(self, report: JobReport, output: Path) -> JobReport:
         """Score the checkpoint against the model, and put the figures into its report.json."""
         from rotq.checkpoint.files import write_json

@@ -68,6 +68,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Windows of 1024 tokens of --eval-text; 0 takes all.",
 )
+@click.option(
+    "--profile",
+    type=FilePath(),
+    metavar="FILE",
+    help="Write a trace of the job's phases for chrome://tracing or Perfetto, and print what each "
+    "took.",
+)
 @output_options
 def quantize(
     model: str | None,
@@ -78,6 +85,7 @@ def quantize(
     dry_run: bool,
     eval_text: str | None,
     eval_windows: int,
+    profile: Path | None,
     as_json: bool,
     **job: Any,
 ) -> None:
@@ -95,6 +103,8 @@ def quantize(
         raise click.UsageError("Missing argument 'MODEL'")
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o'")
+    if profile is not None and dry_run:
+        raise click.UsageError("--profile records a job, and --dry-run runs none")
     found = find(model)
     scored = None
     if eval_text is not None:
@@ -105,9 +115,11 @@ def quantize(
         _dry_run(found, recipe, output, scored, recipe_file, as_json=as_json, **job)
         return
     assert output is not None, "refused above"
-    report = _run(found, recipe, output, scored, inputs=_inputs(recipe_file, eval_text), **job)
-    if scored is not None:
-        report = scored.after(report, output)
+    job["inputs"] = _inputs(recipe_file, eval_text)
+    with _profiled(profile, job["inputs"] | {"the model": found.path, "the output": output}):
+        report = _run(found, recipe, output, scored, **job)
+        if scored is not None:
+            report = scored.after(report, output)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return
@@ -161,6 +173,24 @@ def _inputs(recipe_file: Path | None, eval_text: str | None) -> dict[str, Path]:
         "the evaluation text": None if eval_text is None else named_file(eval_text),
     }
     return {words: path for words, path in found.items() if path is not None}
+
+
+@contextlib.contextmanager
+def _profiled(file: Path | None, inputs: dict[str, Path]) -> Iterator[None]:
+    """Record the phases of what runs inside, also where it fails; the table goes to stderr."""
+    if file is None:
+        yield
+        return
+    from rotq.phases import Recording
+    from rotq.report.profile import profile_table, trace_file, write_trace
+
+    path, recording = trace_file(file, inputs), Recording()
+    try:
+        with recording.listening("other"):
+            yield
+    finally:
+        write_trace(recording, path)
+        say([profile_table(recording)])
 
 
 def _run(

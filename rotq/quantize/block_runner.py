@@ -23,6 +23,7 @@ from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.quantize.token_weights import TokenWeights
 from rotq.solvers.statistics import Moments
 
@@ -33,6 +34,7 @@ class BlockRunner:
 
     job: Job
 
+    @phase("forward passes")
     def start(
         self, exact: dict[str, Tensor], stored: dict[str, Tensor] | None = None
     ) -> Streams | None:
@@ -54,6 +56,7 @@ class BlockRunner:
                     stream.hidden[number] = hidden_BTD
         return Streams(quantized=quantized, original=original)
 
+    @phase("forward passes")
     def advance(self, index: int, block: nn.Module, stream: Stream) -> None:
         """Replace the stream's hidden states by the block's outputs."""
         with matmul_precision(self.job.recipe.calibration.precision):
@@ -159,6 +162,7 @@ class BlockRunner:
             streams.original.hidden[batch] = output_BTD
         return seen, targets
 
+    @phase("forward passes")
     def _inputs(
         self,
         index: int,

@@ -39,6 +39,7 @@ from rotq.memory import release_memory
 from rotq.models.experts import UnfusedExperts, calibrating
 from rotq.models.streaming import through_head
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import Sensitivities
 
@@ -56,6 +57,7 @@ class GradientPass:
         self.weighs_tokens = job.recipe.importance.strategy == "gradient"
         self.sensitivities = Sensitivities(job) if job.plan.units else None
 
+    @phase("gradients")
     def run(self, start: Stream) -> None:
         """Write the parts of all blocks, and record what is felt of their rounding, unless there.
 

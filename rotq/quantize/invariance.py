@@ -22,6 +22,7 @@ from rotq.job.context import Job
 from rotq.models.exact import InDouble
 from rotq.models.outer import Head
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.rotations.basis import Basis
 
 TOLERANCE = 1e-9
@@ -42,6 +43,7 @@ class InvarianceCheck:
         """Largest relative difference so far."""
 
     @torch.no_grad()
+    @phase("checks")
     def start(self, original: dict[str, Tensor]) -> None:
         """Embed the tokens and keep a sample of the head; ``original`` is the model's own."""
         if self.basis.is_identity:
@@ -51,6 +53,7 @@ class InvarianceCheck:
         self._outer = self._sampled(original)
 
     @torch.no_grad()
+    @phase("checks")
     def check_embedding(self, fused: dict[str, Tensor]) -> None:
         """Embed the tokens with the fused embedding, which may differ only by its rounding.
 
@@ -64,6 +67,7 @@ class InvarianceCheck:
         self._compare("the embedding", embedded_BTD.double(), self.rotated_BTD, rounding)
 
     @torch.no_grad()
+    @phase("checks")
     def start_quantized(self, stored: dict[str, Tensor]) -> None:
         """Embed the tokens with the embedding as it is stored."""
         self.quantized_BTD = self.skeleton.embed(stored, self.ids_BT)
@@ -74,6 +78,7 @@ class InvarianceCheck:
         self.quantized_BTD = self._embedded_BTD
 
     @torch.no_grad()
+    @phase("checks")
     def rotate_block(self, index: int, block: nn.Module) -> nn.Module:
         """Fuse the basis into an fp64 block, in place, and check that its function is the same.
 
@@ -95,6 +100,7 @@ class InvarianceCheck:
         return block
 
     @torch.no_grad()
+    @phase("checks")
     def advance(self, index: int, block: nn.Module) -> None:
         """Take the quantized stream through a finished block, in the model's dtype.
 
@@ -107,6 +113,7 @@ class InvarianceCheck:
             self.quantized_BTD = run_block(block, self.quantized_BTD, kwargs)
 
     @torch.no_grad()
+    @phase("checks")
     def check_head(self) -> None:
         """Compare fp64 logits of original and rotated model on sampled vocabulary rows.
 
@@ -121,6 +128,7 @@ class InvarianceCheck:
             rotated_BTV = self.skeleton.logits(fused, self.rotated_BTD.cpu())
         self._note(self._compare("the head", rotated_BTV, reference_BTV))
 
+    @phase("checks")
     def logits(self, outer: dict[str, Tensor], head: Head | None = None) -> Tensor:
         """(B, T, V) of the quantized stream, in the model's dtype; after the last block.
 

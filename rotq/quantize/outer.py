@@ -23,6 +23,7 @@ from rotq.job.context import Job
 from rotq.job.part_names import OUTER
 from rotq.job.rest import rest_in
 from rotq.memory import trim_memory
+from rotq.phases import phase
 from rotq.quantize.quantized_block import layer_result
 from rotq.recipe import Solver
 from rotq.rotations.basis import Basis
@@ -34,6 +35,7 @@ ROWS_AT_ONCE = 1024
 """Of a table, in fp32; what was tried on them is given back before the next."""
 
 
+@phase("packing")
 def save_outer(job: Job, fused: dict[str, Tensor], basis: Basis) -> None:
     """Write the part: what the plan says packed, and the rest as the plan stores it.
 

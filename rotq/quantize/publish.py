@@ -26,6 +26,7 @@ from rotq.job.parts import packed_layers, restored_outer
 from rotq.layers.online_heads import OnlineHeads
 from rotq.layers.quant_embedding import shared_product
 from rotq.models.outer import Head
+from rotq.phases import phase
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.job_report import described_data, few_tokens, make_report, routed_tokens
 from rotq.quantize.setup import versions
@@ -87,6 +88,7 @@ def _check_unchanged(job: Job) -> None:
             raise RotqError(f"{job.source.path / name} was changed while the job ran; put it back")
 
 
+@phase("packing")
 def _assemble(job: Job, folder: Path) -> list[Path]:
     """The shards of the checkpoint, in a new folder, under the names of the source.
 
@@ -176,6 +178,7 @@ def _new_notes(
         yield note
 
 
+@phase("packing")
 def _provenance(job: Job, folder: Path) -> dict[str, Any]:
     own = (folder / REPORT, folder / PROVENANCE)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in own)

@@ -15,6 +15,7 @@ from rotq.formats.integer import Quantized
 from rotq.job.context import Job
 from rotq.job.part_names import block_part
 from rotq.job.rest import rest_in
+from rotq.phases import phase
 from rotq.report import LayerResult, peak_rss
 from rotq.solvers.solve import Solution
 
@@ -54,6 +55,7 @@ def layer_result(job: Job, full: str, solution: Solution, seconds: float) -> Lay
     )
 
 
+@phase("packing")
 def save_block(
     job: Job,
     index: int,

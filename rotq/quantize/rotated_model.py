@@ -12,6 +12,7 @@ from rotq.job.context import Job
 from rotq.job.part_names import OUTER
 from rotq.job.parts import restored_outer
 from rotq.job.rest import round_rest
+from rotq.phases import phase
 from rotq.quantize.invariance import InvarianceCheck
 from rotq.quantize.outer import save_outer
 from rotq.rotations.basis import Basis
@@ -25,6 +26,7 @@ class RotatedModel:
         self.check = InvarianceCheck(job, basis)
         self.meter = _flatness_meter(job, basis)
 
+    @phase("load")
     def outer(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What lies outside the blocks, rotated: exact, and as it is stored, both without the head.
 
@@ -55,6 +57,7 @@ class RotatedModel:
         fused = fuse_outer(original, job.skeleton.adapter, self.basis, in_place=True)
         return {name: tensor.to(job.device) for name, tensor in fused.items()}
 
+    @phase("load")
     def block(self, index: int) -> tuple[nn.Module, dict[str, FlatnessChange]]:
         """A block in the model's dtype, and what the rotation did to its sites' inputs."""
         if self.basis.is_identity:
@@ -68,6 +71,7 @@ class RotatedModel:
         rotated = self._as_stored(index, self.check.rotate_block(index, exact))
         return rotated, self.meter.measure(index, plain, rotated)
 
+    @phase("load")
     def plain_block(self, index: int) -> nn.Module:
         """A block in the basis and the model's dtype, without the check; in any order."""
         if self.basis.is_identity:

@@ -28,6 +28,7 @@ from rotq.models.generic import GenericAdapter
 from rotq.models.limits import limits_of
 from rotq.models.registry import find_adapter
 from rotq.models.skeleton import Skeleton
+from rotq.phases import phase
 from rotq.quantize.kept import find_kept
 from rotq.quantize.own_text import check_room
 from rotq.recipe import Recipe
@@ -108,6 +109,7 @@ def settle_described(model: ModelName, recipe: Recipe, **options: Any) -> Settle
     return settle(source, recipe, tokenizer=found, **options)
 
 
+@phase("setup")
 def setup(
     model: Location,
     recipe: Recipe,

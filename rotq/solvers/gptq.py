@@ -15,11 +15,13 @@ from torch import Tensor
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
+from rotq.phases import phase
 
 DAMPING_LADDER = (1, 2, 5, 10, 20, 50, 100)
 BLOCK = 128
 
 
+@phase("factor")
 def damp(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     """Add to the diagonal until the matrix factors.
 
@@ -69,6 +71,7 @@ class RowBounds:
         return x_N.round_().clamp_(self.q_min, self.q_max)
 
 
+@phase("factor")
 def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     """Order the columns and factor once for all rows.
 
@@ -88,6 +91,7 @@ def eliminate(hessian_KK: Tensor, order: str) -> Elimination:
     return Elimination(visit_K=visit_K, factor_KK=factor_KK)
 
 
+@phase("columns")
 def round_columns(
     weight_NK: Tensor,
     elimination: Elimination,

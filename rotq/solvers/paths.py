@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rotq.formats.trellis import Trellis
 from rotq.ops import search_paths
+from rotq.phases import phase
 from rotq.solvers.gptq import BLOCK, Elimination, feed_back, in_place_of
 from rotq.solvers.refine import refine_scales
 from rotq.solvers.scales import storable
@@ -48,6 +49,7 @@ def path_scales(target_NK: Tensor, grid: Trellis, scale_dtype: torch.dtype) -> T
     return storable(rms_NG / GAINS[grid.bits - 1], scale_dtype)
 
 
+@phase("columns")
 def code_columns(
     target_NK: Tensor, elimination: Elimination, scale_NG: Tensor, grid: Trellis, rows: int
 ) -> Paths:
@@ -73,6 +75,7 @@ def code_columns(
     return Paths(symbol_NK=in_place_of(symbol_KN, visit_K), level_NK=in_place_of(level_KN, visit_K))
 
 
+@phase("sweeps")
 def refine_all(
     target_NK: Tensor,
     hessian_KK: Tensor,

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rotq.formats.integer import Grid
+from rotq.phases import phase
 from rotq.solvers.gptq import BLOCK
 from rotq.solvers.scales import storable
 
 
+@phase("sweeps")
 def refine(
     target_NK: Tensor,
     hessian_KK: Tensor,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rotq.formats.floats import LARGEST_E4M3, FloatGrid
 from rotq.formats.integer import Grid
+from rotq.phases import phase
 
 SHRINK_FACTORS, SMALLEST_SHRINK = 24, 0.5
 """Tried by all judges but ``minmax``: evenly spaced from 1 down to the smallest."""
@@ -33,6 +34,7 @@ LARGEST_BLOCK = 256
 ErrorMeasure = Callable[[Tensor], Tensor]
 
 
+@phase("scales")
 def search_scales(
     weight_NK: Tensor,
     hessian_KK: Tensor,

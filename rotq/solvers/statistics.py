@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rotq.devices import double
+from rotq.phases import phase
 
 
 class Moments:
@@ -23,6 +24,7 @@ class Moments:
         self.weight_sum = 0.0
         self.tokens = 0
 
+    @phase("moments")
     def add(self, x_MK: Tensor, original_MK: Tensor | None, weight_M: Tensor | None) -> None:
         """Add a batch of inputs.
 
@@ -59,6 +61,7 @@ class Moments:
         )
 
 
+@phase("factor")
 def corrected_target(
     weight_NK: Tensor, hessian_KK: Tensor, cross_KK: Tensor, *, alpha: float, damping: float
 ) -> Tensor:

@@ -19,12 +19,14 @@ from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
 from rotq.models.task import is_masked
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.recipe import Transform
 from rotq.rotations.basis import Basis
 from rotq.transform.methods import METHODS
 from rotq.transform.windows import TrainingWindows
 
 
+@phase("transform")
 def search_basis(job: Job, drawn: Basis) -> Basis:
     """The basis the job is to use; what is reported is recorded under ``TRANSFORM``.
 

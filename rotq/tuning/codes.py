@@ -27,6 +27,7 @@ from rotq.errors import RotqError
 from rotq.formats.integer import Grid, Quantized
 from rotq.job.context import Job
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.report import quarters
 from rotq.solvers.scales import storable
 
@@ -105,6 +106,7 @@ class _Rounded(torch.autograd.Function):
         return code_slope_NK, change_slope_NG, None, None, None, None
 
 
+@phase("tuning")
 def train_codes(
     job: Job,
     index: int,

@@ -33,6 +33,7 @@ from rotq.job.part_names import OUTER, TUNING, block_part, tuned_part
 from rotq.memory import large_blocks_mapped
 from rotq.models.streaming import run_backward, run_forward
 from rotq.numerics import matmul_precision
+from rotq.phases import phase
 from rotq.report import quarters
 from rotq.tuning.tunable import TunableBlock, TunableOuter
 
@@ -40,6 +41,7 @@ MAPPED_FROM = 3 << 19
 """Bytes: weights in the making come and go with each block; 30 MB less for a fifth of the time."""
 
 
+@phase("tuning")
 def tune(
     job: Job,
     blocks: Sequence[nn.Module],

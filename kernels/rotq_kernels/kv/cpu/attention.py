@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotq_kernels.kv.cpu.decode import decode_native, is_native_step
 from rotq_kernels.kv.cpu.levels import level_reader, signs
 from rotq_kernels.kv.format import DenseKV, KVConstants, KVHistory, KVPages, decode_norm
 
@@ -49,6 +50,8 @@ def packed_attention_cpu(
     Computes in fp32, in fp64 for fp64 queries; a first prefill is sdpa's in the query's dtype. A
     query that sees no key gets zeros.
     """
+    if is_native_step(q_BMTD, history):
+        return decode_native(q_BMTD, position_BT, history, scale=scale)
     pages, dense, window = history.pages, history.dense, history.window
     out_BMTD = torch.zeros_like(q_BMTD, memory_format=torch.contiguous_format)
     lengths, starts = history.length_B.tolist(), history.start_B.tolist()
