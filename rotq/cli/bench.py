@@ -67,6 +67,7 @@ def bench_serve(
     kv_calibration: Path | None,
     kv_memory: str,
     max_batch: int,
+    prefill_chunk: int,
     device: str,
     as_json: bool,
     dtype: str,
@@ -80,7 +81,12 @@ def bench_serve(
     \b
     rotq bench serve models/llama --kv k3v3,dense --kv-memory 64MiB --clients 32
     """
-    settings = checked_settings(kv_memory=kv_memory, max_batch=max_batch, max_queue=clients)
+    settings = checked_settings(
+        kv_memory=kv_memory,
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        max_queue=clients,
+    )
     chosen = [name.strip() for name in names.split(",")]
     if len(set(chosen)) < len(chosen):
         raise click.UsageError(f"--kv {names}: a cache is named twice")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rotq.kv.pool.pool import PAGE_SIZE
+
 DENSE = "dense"
 """In place of a preset's name: keys and values in the model's dtype."""
 
@@ -21,6 +23,8 @@ class Settings:
     """Sequences that may wait; beyond it requests get 429."""
     max_length: int = 0
     """Tokens of a sequence; 0 takes what the model and the cache allow."""
+    prefill_chunk: int = 0
+    """Tokens of a prompt in one pass, whole pages; 0 takes what suits the device."""
     default_max_tokens: int = 256
     """Of a chat response whose request does not say."""
     request_timeout: float = 300.0
@@ -34,9 +38,13 @@ class Settings:
         for name in ("kv_memory", "max_batch", "default_max_tokens", "max_body"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_queue", "max_length", "drain_timeout"):
+        for name in ("max_queue", "max_length", "prefill_chunk", "drain_timeout"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.prefill_chunk % PAGE_SIZE:
+            raise ValueError(
+                f"prefill_chunk must be a multiple of {PAGE_SIZE}, got {self.prefill_chunk}"
+            )
         if not self.request_timeout > 0:
             raise ValueError(f"request_timeout must be positive, got {self.request_timeout}")
         if math.isinf(self.drain_timeout):

@@ -20,6 +20,9 @@ from rotq.serve.settings import Settings
 ROWS_CPU, ROWS_GPU = 8, 32
 """Of a decode step: a CPU pays for every row, a GPU hardly for the first few dozen."""
 
+CHUNK_CPU, CHUNK_GPU = 64, 2048
+"""Tokens of a prompt in one pass: a GPU reads all weights for each pass, a CPU computes longer."""
+
 _SPARE_SINKS = 4
 """One in so many more sinks than sequences run, for prompts that are kept."""
 
@@ -55,6 +58,7 @@ def _build(
     observer: Observer | None,
     rows: int | None,
 ) -> Engine:
+    chunk_pages = _chunk_pages(model, settings)
     trial = Trial(model)
     cost = DensePool.cost(model) if calibration is None else PackedPool.cost(model, calibration)
     sinks = 0 if calibration is None else calibration.sinks
@@ -80,14 +84,19 @@ def _build(
             table_width=table_width,
         )
     wanted = rows or min(settings.max_batch, ROWS_GPU if model.device.type == "cuda" else ROWS_CPU)
-    runner = ModelRunner(model, pool, rows=rows_that_agree(model, wanted))
+    rows = rows_that_agree(model, wanted)
+    runner = ModelRunner(model, pool, rows=rows, chunk_pages=chunk_pages)
     if calibration is not None:
         # a packed cache rounds in place of the model, and not what is in the same pass
         trial.run(runner, longest, fresh=not rounds_heads(model), stored=False)
     else:
         trial.run(runner, longest, fresh=True, stored=True)
     allocator = PageAllocator(
-        num_pages=num_pages, num_sinks=num_sinks, page_size=PAGE_SIZE, sinks=sinks
+        num_pages=num_pages,
+        num_sinks=num_sinks,
+        page_size=PAGE_SIZE,
+        sinks=sinks,
+        chunk_pages=chunk_pages,
     )
     return Engine(
         runner,
@@ -98,6 +107,12 @@ def _build(
         max_queue=settings.max_queue,
         observer=observer,
     )
+
+
+def _chunk_pages(model: Any, settings: Settings) -> int:
+    """Pages that one pass over a prompt fills."""
+    suitable = CHUNK_GPU if model.device.type == "cuda" else CHUNK_CPU
+    return (settings.prefill_chunk or suitable) // PAGE_SIZE
 
 
 def _longest(model: Any, settings: Settings) -> int:

@@ -3,10 +3,10 @@
 A matrix product gives a row other roundings when there are more rows beside it, and one flipped
 bit becomes another token. So a decode step always has the same number of rows, those that are not
 needed are padding, and more sequences than rows go in several passes; a prompt goes alone, in
-passes of the same number of columns that end where pages end. For a fixed shape a row's result
-does not depend on the others or on which row it is; ``rows_that_agree`` tries that on the model
-before it serves, and takes passes of one row where it does not hold (experts that are given their
-tokens together, for example). The price: a lone sequence pays for the padding beside it.
+passes of the same number of columns that end where chunks of pages end. For a fixed shape a row's
+result does not depend on the others or on which row it is; ``rows_that_agree`` tries that on the
+model before it serves, and takes passes of one row where it does not hold (experts that are given
+their tokens together, for example). The price: a lone sequence pays for the padding beside it.
 
 Shape suffixes: B rows, T columns, V vocabulary.
 """
@@ -31,16 +31,18 @@ class ModelRunner:
         model: In eval mode, on one device.
         pool: Made for it.
         rows: Of a decode step.
+        chunk_pages: Pages that one pass over a prompt fills.
     """
 
-    def __init__(self, model: Any, pool: Pool, *, rows: int) -> None:
+    def __init__(self, model: Any, pool: Pool, *, rows: int, chunk_pages: int = 1) -> None:
         self.model, self.pool, self.rows = model, pool, rows
-        self.columns = pool.sinks + PAGE_SIZE
+        self.chunk_pages = chunk_pages
+        self.columns = pool.sinks + chunk_pages * PAGE_SIZE
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def pass_end(self, start: int, length: int) -> int:
         """Where the pass over a prompt of ``length`` that begins at ``start`` ends."""
-        return min(length, start + PAGE_SIZE if start else self.columns)
+        return min(length, start + self.chunk_pages * PAGE_SIZE if start else self.columns)
 
     def prefill(self, ids: Sequence[int], row: Row, *, all_logits: bool = False) -> Tensor:
         """The next tokens of a prompt.

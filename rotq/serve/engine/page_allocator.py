@@ -6,9 +6,10 @@ tokens come; a page of a prompt that was met before is shared, and takes nothing
 
 A page's key is the hash of the whole prompt up to its end. The keys and values of a token depend
 on what is before it and on how the prompt is cut into passes (within a pass tokens see each other
-whole, earlier ones packed). Passes end where pages end, so equal prompts are cut alike, and a
-shared page holds the very bits that would have been computed. Pages of generated tokens are not
-shared: they were computed token by token, a prompt's are not.
+whole, earlier ones packed). Passes are chunks of the same number of pages, so equal prompts are cut
+alike, and a shared page holds the very bits that would have been computed. A chunk's pages are
+shared together or not at all: who began in the middle of one would see its first pages packed.
+Pages of generated tokens are not shared: they were computed token by token, a prompt's are not.
 
 When its last holder goes, a published page stays until its place is needed, the one that was left
 longest ago first. Only the engine's thread calls this.
@@ -58,12 +59,15 @@ class PagePool:
         self._holders[place] = 1
         return place
 
-    def find(self, key: bytes) -> int | None:
-        """Hold the place of a key, if there is one."""
-        place = self._place_of.get(key)
-        if place is not None:
-            self._idle.pop(place, None)
-            self._holders[place] += 1
+    def has(self, key: bytes) -> bool:
+        """Whether there is a place of a key."""
+        return key in self._place_of
+
+    def hold(self, key: bytes) -> int:
+        """Hold the place of a key that there is."""
+        place = self._place_of[key]
+        self._idle.pop(place, None)
+        self._holders[place] += 1
         return place
 
     def publish(self, place: int, key: bytes) -> None:
@@ -88,7 +92,7 @@ class Allocation:
     """Pages and sinks that one sequence holds, and how many more it was promised."""
 
     keys: list[bytes]
-    """Of the pages that its prompt fills, but for the last token of the prompt."""
+    """Of the pages in whole chunks of its prompt, but for the last token of the prompt."""
     promised: int
     """Pages that it may still take."""
     pages: list[int] = field(default_factory=list)
@@ -103,10 +107,13 @@ class PageAllocator:
         num_sinks: Sequences whose sinks it can hold.
         page_size: Tokens of a page.
         sinks: Tokens before the first page.
+        chunk_pages: Pages that one pass over a prompt fills.
     """
 
-    def __init__(self, *, num_pages: int, num_sinks: int, page_size: int, sinks: int) -> None:
-        self.page_size, self.sinks = page_size, sinks
+    def __init__(
+        self, *, num_pages: int, num_sinks: int, page_size: int, sinks: int, chunk_pages: int = 1
+    ) -> None:
+        self.page_size, self.sinks, self.chunk_pages = page_size, sinks, chunk_pages
         self.pages = PagePool(num_pages)
         self.first = PagePool(num_sinks)
         self._promised = 0
@@ -118,6 +125,7 @@ class PageAllocator:
             num_sinks=self.first.size,
             page_size=self.page_size,
             sinks=self.sinks,
+            chunk_pages=self.chunk_pages,
         )
 
     def pages_for(self, tokens: int) -> int:
@@ -125,13 +133,13 @@ class PageAllocator:
         return max(0, -(-(tokens - self.sinks) // self.page_size))
 
     def keys(self, prompt: Sequence[int]) -> list[bytes]:
-        """Of full pages of a prompt before its last token, whose logits somebody wants."""
+        """Of pages in whole chunks of a prompt before its last token, whose logits are wanted."""
         keys, key, start = [], b"", 0
         for end in range(self.sinks + self.page_size, len(prompt), self.page_size):
             tokens = array("q", prompt[start:end]).tobytes()
             key, start = hashlib.blake2b(key + tokens, digest_size=32).digest(), end
             keys.append(key)
-        return keys
+        return keys[: len(keys) // self.chunk_pages * self.chunk_pages]
 
     def admit(self, keys: list[bytes], tokens: int) -> Allocation | None:
         """Promise a sequence all it may need; None while that is not possible.
@@ -152,34 +160,25 @@ class PageAllocator:
         return allocation
 
     def reuse(self, allocation: Allocation) -> bool:
-        """Take over the next page of the prompt, if somebody has computed it."""
-        index = len(allocation.pages)
-        if index >= len(allocation.keys):
+        """Take over the next chunk of the prompt, if somebody has computed all of it."""
+        held = len(allocation.pages)
+        keys = allocation.keys[held : held + self.chunk_pages]
+        first = held == 0 and self.sinks > 0
+        known = bool(keys) and all(self.pages.has(key) for key in keys)
+        if not known or (first and not self.first.has(keys[0])):
             return False
-        key = allocation.keys[index]
-        if self.sinks and index == 0:
-            return self._reuse_first(allocation, key)
-        return self._hold(allocation, self.pages.find(key))
-
-    def _reuse_first(self, allocation: Allocation, key: bytes) -> bool:
-        """The first page goes with its sinks."""
-        sink = self.first.find(key)
-        page = self.pages.find(key) if sink is not None else None
-        if sink is not None and page is None:
-            self.first.release(sink)
-        elif sink is not None:
-            if allocation.sink is not None:
-                self.first.release(allocation.sink)
-            allocation.sink = sink
-        return self._hold(allocation, page)
-
-    def _hold(self, allocation: Allocation, page: int | None) -> bool:
-        if page is None:
-            return False
-        self._promised -= 1
-        allocation.promised -= 1
-        allocation.pages.append(page)
+        if first:
+            self._hold_sink(allocation, keys[0])
+        allocation.pages += [self.pages.hold(key) for key in keys]
+        self._promised -= len(keys)
+        allocation.promised -= len(keys)
         return True
+
+    def _hold_sink(self, allocation: Allocation, key: bytes) -> None:
+        """The first page goes with its sinks."""
+        if allocation.sink is not None:
+            self.first.release(allocation.sink)
+        allocation.sink = self.first.hold(key)
 
     def extend(self, allocation: Allocation, tokens: int) -> None:
         """Take pages until there are enough for so many tokens."""
@@ -192,6 +191,7 @@ class PageAllocator:
     def publish(self, allocation: Allocation, tokens: int) -> None:
         """Let others find the prompt pages that the first ``tokens`` tokens have filled."""
         full = min(len(allocation.keys), max(0, tokens - self.sinks) // self.page_size)
+        full -= full % self.chunk_pages
         for index in range(full):
             self.pages.publish(allocation.pages[index], allocation.keys[index])
         if full and allocation.sink is not None:

@@ -17,12 +17,14 @@ from rotq.serve.engine.engine import Engine
 from rotq.serve.engine.sampling import Picked, Sampling
 
 CASES = [
-    ("llama", "k3v3", torch.float32),
-    ("llama", "dense", torch.float32),
-    ("llama", "k3v3", torch.bfloat16),
-    ("qwen3", "k4v2", torch.float32),
-    ("gemma3", "k3v3", torch.float32),
-    ("mixtral", "k3v3", torch.float32),
+    ("llama", "k3v3", torch.float32, 64),
+    ("llama", "k3v3", torch.float32, 128),
+    ("llama", "dense", torch.float32, 64),
+    ("llama", "dense", torch.float32, 128),
+    ("llama", "k3v3", torch.bfloat16, 64),
+    ("qwen3", "k4v2", torch.float32, 64),
+    ("gemma3", "k3v3", torch.float32, 128),
+    ("mixtral", "k3v3", torch.float32, 64),
 ]
 Work = list[tuple[list[int], int]]
 Told = tuple[str | None, tuple[Picked, ...]]
@@ -65,21 +67,21 @@ def together(engine: Engine, work: Work, order: Sequence[int] | None = None) -> 
     return [told(listener) for listener in listeners]
 
 
-def alone(model: Any, kv: str, work: Work) -> list[Told]:
+def alone(model: Any, kv: str, work: Work, chunk: int) -> list[Told]:
     """Each in an engine of its own: nothing to share, nobody beside it."""
     found = []
     for item in work:
-        with running_engine(model, kv) as engine:
+        with running_engine(model, kv, prefill_chunk=chunk) as engine:
             found += one_by_one(engine, [item])
     return found
 
 
-@pytest.mark.parametrize(("family", "kv", "dtype"), CASES)
-def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("family", "kv", "dtype", "chunk"), CASES)
+def test_company_changes_nothing(family: str, kv: str, dtype: torch.dtype, chunk: int) -> None:
     """Mixed lengths, admission and retirement all the time, prompts that share pages."""
     model, work = served_model(family, dtype=dtype), mixed_work(14)
-    wanted = alone(model, kv, work)
-    with running_engine(model, kv) as engine:
+    wanted = alone(model, kv, work, chunk)
+    with running_engine(model, kv, prefill_chunk=chunk) as engine:
         assert together(engine, work) == wanted
         assert engine.state().reused > 0
         # once more, with everything to be found, in another order
@@ -114,7 +116,7 @@ def test_tokens_are_those_of_generate(kv: str, length: int) -> None:
 def test_company_changes_nothing_while_pages_are_short() -> None:
     """A pool of a few pages: sequences wait for each other, kept pages are overwritten."""
     model, work = served_model(), mixed_work(14, seed=3)
-    wanted = alone(model, "k3v3", work)
+    wanted = alone(model, "k3v3", work, 64)
     with running_engine(model, "k3v3", kv_memory=80_000) as engine:
         assert engine.allocator.pages.size < 10
         assert together(engine, work) == wanted
@@ -145,6 +147,16 @@ def test_equal_prompts_are_computed_once() -> None:
         # 4 sinks and 3 whole pages, then what is left of it five times
         assert engine.state().prompted == 196 + 5 * (199 - 196)
         assert engine.state().reused == 4 * 196
+
+
+def test_prompts_share_whole_chunks() -> None:
+    prompt = mixed_work(1)[0][0][:1] * 199
+    with running_engine(served_model(), prefill_chunk=128) as engine:
+        results = together(engine, [(prompt, 3)] * 3)
+        assert len(set(results)) == 1
+        # 4 sinks and a chunk of two pages; the third page is in a chunk that nobody fills
+        assert engine.state().prompted == 132 + 3 * (199 - 132)
+        assert engine.state().reused == 2 * 132
 
 
 def test_a_full_queue_refuses_and_says_when() -> None:

@@ -7,8 +7,12 @@ import pytest
 from rotq.serve.engine.page_allocator import Allocation, PageAllocator, PagePool
 
 
-def new_allocator(pages: int = 8, sinks: int = 2, held: int = 4) -> PageAllocator:
-    return PageAllocator(num_pages=pages, num_sinks=held, page_size=4, sinks=sinks)
+def new_allocator(
+    pages: int = 8, sinks: int = 2, held: int = 4, chunk_pages: int = 1
+) -> PageAllocator:
+    return PageAllocator(
+        num_pages=pages, num_sinks=held, page_size=4, sinks=sinks, chunk_pages=chunk_pages
+    )
 
 
 def admit(allocator: PageAllocator, prompt: list[int], tokens: int) -> Allocation:
@@ -126,20 +130,41 @@ def test_without_sinks() -> None:
     assert first.sink is None
 
 
+def test_a_chunk_is_found_whole_or_not_at_all() -> None:
+    allocator = new_allocator(pages=24, chunk_pages=2)
+    first = compute(allocator, list(range(20)), 20)
+    assert len(first.keys) == 4
+    assert admit(allocator, list(range(19)), 19).pages == first.pages[:4]
+    # the third page is the same, the chunk that it is in is not
+    assert admit(allocator, [*range(14), 70, 71, 72, 73, 74], 19).pages == first.pages[:2]
+    assert admit(allocator, list(range(10)), 10).pages == []
+
+
+def test_a_chunk_of_which_a_page_has_gone_is_not_found() -> None:
+    allocator = new_allocator(pages=4, chunk_pages=2)
+    allocator.release(compute(allocator, list(range(11)), 11))
+    allocator.release(compute(allocator, list(range(50, 63)), 13))
+    again = admit(allocator, list(range(11)), 11)
+    assert again.pages == []
+    assert again.promised == 3
+
+
 def test_a_pool_takes_free_places_before_kept_ones() -> None:
     pool = PagePool(2)
     place = pool.take()
     pool.publish(place, b"a")
     pool.release(place)
     assert pool.take() != place
-    assert pool.find(b"a") == place
+    assert pool.has(b"a")
+    assert pool.hold(b"a") == place
     assert pool.available == 0
 
 
-def test_random_use_never_double_books() -> None:
+@pytest.mark.parametrize("chunk_pages", [1, 2])
+def test_random_use_never_double_books(chunk_pages: int) -> None:
     """A model of the allocator: who wrote which page last, and that readers still find it."""
     random_ = random.Random(0)
-    allocator = new_allocator(pages=12, held=5)
+    allocator = new_allocator(pages=12, held=5, chunk_pages=chunk_pages)
     running: list[tuple[list[int], Allocation, int]] = []
     written: dict[int, bytes] = {}
     for _ in range(4000):

@@ -37,6 +37,10 @@ BITS = (2, 3, 4, 8)
 ROWS = 16
 """Query rows of one KV head up to which native code is faster than products with dense levels."""
 
+WHOLE = 64
+"""Scores of a query are a multiple of so many, those beyond its own at -inf: in whole vectors
+torch's softmax adds them lane by lane, so that a sequence's bits are the same in any company."""
+
 SCORES = 1 << 24
 """Scores held at a time, if one sequence does not have more; others wait their turn."""
 
@@ -95,7 +99,8 @@ class _Step:
         """
         B, H, M, _ = x_BHMD.shape
         num_packed = int(self.num_packed_B[part].max(initial=0))
-        score_BHMN = torch.empty(B, H, M, self.num_dense + num_packed)
+        width = -(-(self.num_dense + num_packed) // WHOLE) * WHOLE
+        score_BHMN = torch.full((B, H, M, width), -torch.inf)
         dense = self.history.dense
         if dense is not None:
             k_BHND, v_BHND = dense.k_BHND[part].float(), dense.v_BHND[part].float()
@@ -109,7 +114,7 @@ class _Step:
         if dense is None:
             out_BHMD = torch.zeros_like(x_BHMD)
         else:
-            out_BHMD = weight_BHMN[..., : self.num_dense] @ v_BHND
+            out_BHMD = weight_BHMN[..., : self.num_dense].contiguous() @ v_BHND
         if num_packed:
             self._add_values(weight_BHMN, part, out_BHMD)
         return out_BHMD
