@@ -123,6 +123,8 @@ def _describe(group: Mapping[str, Any], num_groups: int) -> str:
     weights = group["weights"]
     per = f"{weights['group_size']} columns" if weights["group_size"] else "output channel"
     kind = "symmetric" if weights["symmetric"] else "asymmetric"
+    if weights["type"] == "float":
+        kind = f"floats, {group['format']}"
     if "state_bits" in weights:
         kind = f"paths through a trellis of 2^{weights['state_bits']} states"
     number = len(group["targets"])

@@ -24,7 +24,7 @@ from rotq.checkpoint.packed_embedding import check_shapes, put_quant_embeddings
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.checkpoint.scheme import Scheme, read_scheme
 from rotq.errors import RotqError
-from rotq.formats.floats import stored_as
+from rotq.formats.floats import is_plain, stored_as
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 from rotq.layers.online_residual import turn_ends
 from rotq.layers.packed_weight import PackedWeight
@@ -100,8 +100,9 @@ class RotqHfQuantizer(HfQuantizer):
         linearize(model)
         stored = {entry.name: entry for entry in _entries(checkpoint_files)}
         self.names = names_of(stored, conversion.unfused(model, forms), known_renames(model.config))
-        entries = {ours: stored[name] for name, ours in self.names.model.items()}
         scheme = self.quantization_config.scheme()
+        _name_plain(self.names.model, model, scheme)
+        entries = {ours: stored[name] for name, ours in self.names.model.items()}
         put_quant_linears(model, scheme, entries)
         put_quant_embeddings(model, scheme, entries)
         put_online_heads(model, scheme.heads)
@@ -178,6 +179,21 @@ def put_quant_linears(model: nn.Module, scheme: Scheme, entries: dict[str, Entry
             raise RotqError(f"{name}: {error}") from error
         check_shapes(name, layer, entries)
         model.set_submodule(name, layer)
+
+
+def _name_plain(names: dict[str, str], model: nn.Module, scheme: Scheme) -> None:
+    """Codes that files call ``weight`` under the name that packed layers have for theirs.
+
+    Args:
+        names: From a file's names to the model's; modified.
+    """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    plain = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_plain(scheme.grid(name, prefix))
+    }
+    names |= {stored: f"{ours}_packed" for stored, ours in names.items() if ours in plain}
 
 
 def put_online_heads(model: Any, heads: OnlineHeads) -> None:

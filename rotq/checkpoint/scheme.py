@@ -13,7 +13,7 @@ ones, two for what heads and inputs go through at run time, and paths through a 
                        residual, to the kind of R1 where it is applied in front of the first block
                        and taken back behind the last
     format             of a group: pack-quantized for integers, nvfp4-pack-quantized and
-                       mxfp4-pack-quantized for floats of 4 bits
+                       mxfp4-pack-quantized for floats of 4 bits, float-quantized for E4M3
     weights            of type "trellis": the paths of rotq_kernels.trellis.code, in a group of the
                        format "trellis", with code mul1 and state_bits
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded
@@ -45,7 +45,11 @@ for what attention does. 3 was for R4 as a butterfly, but ``save_pretrained`` sa
 checkpoint; those without are read."""
 METHODS = ("compressed-tensors", "rotq")
 
-FLOATS = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+FLOATS = {
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "fp8": "float-quantized",
+}
 """Formats of a group whose weights are floats."""
 
 TRELLIS, CODE = "trellis", "mul1"
@@ -53,16 +57,17 @@ TRELLIS, CODE = "trellis", "mul1"
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    kind: {
-        "group_size": float_grid(kind).group_size,
-        "num_bits": float_grid(kind).bits,
-        "strategy": "tensor_group" if float_grid(kind).has_global_scale else "group",
-        "symmetric": True,
-        "type": "float",
-    }
-    for kind in FLOATS
+    kind: {"num_bits": bits, "strategy": strategy, "symmetric": True, "type": "float", **group}
+    for kind, bits, strategy, group in (
+        ("nvfp4", 4, "tensor_group", {"group_size": 16}),
+        ("mxfp4", 4, "group", {"group_size": 32}),
+        ("fp8", 8, "channel", {"group_size": None}),
+    )
 }
-"""What compressed-tensors says of weights and inputs of each of them."""
+"""What compressed-tensors says of weights in each of them."""
+
+INPUT_FIELDS = {**FIELDS, "fp8": {**FIELDS["fp8"], "strategy": "token"}}
+"""The same of what layers read, but for ``dynamic``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +95,9 @@ class Scheme:
     heads: OnlineHeads = UNTOUCHED
     """What every attention does at run time."""
 
-    def grid(self, name: str) -> Grid | None:
-        """The grid of the linear layer ``name``; None where it is not quantized."""
-        group = self.group(name)
+    def grid(self, name: str, prefix: str = "") -> Grid | None:
+        """The grid of the linear layer ``name``, as for ``group``; None where not quantized."""
+        group = self.group(name, prefix)
         return None if group is None else group.grid
 
     def group(self, name: str, prefix: str = "") -> Group | None:
@@ -256,11 +261,14 @@ def _read_heads(attention: Mapping[str, Any]) -> OnlineHeads:
 def _read_group(name: str, group: Mapping[str, Any], format: str | None) -> Group:
     grid = _read_grid(name, group, format)
     inputs, where = group.get("input_activations"), f"{name}.input_activations"
-    is_float = isinstance(grid, FloatGrid)
     return Group(
         targets=_read_targets(f"{name}.targets", group.get("targets")),
         grid=grid,
-        input_grid=_read_floats(where, inputs, grid) if is_float else _read_dynamic(where, inputs),
+        input_grid=(
+            _read_floats(where, inputs, grid)
+            if isinstance(grid, FloatGrid)
+            else _read_dynamic(where, inputs)
+        ),
     )
 
 
@@ -269,9 +277,10 @@ def _read_floats(name: str, value: Any, grid: FloatGrid) -> FloatInputs | None:
     args = _mapping(name, value)
     if not args:
         return None
-    found = {key: args.get(key) for key in FIELDS[grid.kind]}
+    wanted = INPUT_FIELDS[grid.kind]
+    found = {key: args.get(key) for key in wanted}
     dynamic = args.get("dynamic")
-    if found != FIELDS[grid.kind] or dynamic != ("local" if grid.has_global_scale else True):
+    if found != wanted or dynamic != ("local" if grid.has_global_scale else True):
         raise RotqError(f"{name} is not {grid.kind} with scales found at run time, as the weights")
     return float_inputs(grid.kind)
 
@@ -300,12 +309,12 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
     stored = group.get("format") or format
     if stored == TRELLIS:
         return _read_trellis(name, weights)
-    if stored in FLOATS.values():
+    if stored is not None and stored in FLOATS.values():
         return _read_float(name, stored, weights)
     if stored != "pack-quantized" or weights.get("type") != "int":
         raise RotqError(
             f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int, "
-            "nvfp4 and mxfp4"
+            "nvfp4, mxfp4 and fp8 per channel"
         )
     strategy, actorder = weights.get("strategy"), weights.get("actorder")
     if strategy not in ("group", "channel"):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rotq.checkpoint.scheme import CODE, FIELDS, FLOATS, METHODS, TRELLIS
+from rotq.checkpoint.scheme import CODE, FIELDS, FLOATS, INPUT_FIELDS, METHODS, TRELLIS
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import FloatInputs
 from rotq.formats.floats import FloatGrid
@@ -172,7 +172,7 @@ def _dynamic(grid: ActivationGrid | None) -> dict[str, Any] | None:
         return None
     if isinstance(grid, FloatInputs):
         dynamic = "local" if grid.has_global_scale else True
-        fields = {**FIELDS[grid.kind], **_float_scales(grid.grid), "dynamic": dynamic}
+        fields = {**INPUT_FIELDS[grid.kind], **_float_scales(grid.grid), "dynamic": dynamic}
         return fields | ({"observer": "static_minmax"} if grid.has_global_scale else {})
     return {
         "dynamic": True,
@@ -227,6 +227,8 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
 
 def _float_scales(grid: FloatGrid) -> dict[str, Any]:
     """How compressed-tensors names the dtypes of scales; a power of two is the byte of it."""
+    if grid.scale_dtype is None:
+        return {}
     dtype = "torch.float8_e4m3fn" if grid.has_global_scale else "torch.uint8"
     return {"scale_dtype": dtype, "zp_dtype": dtype}
 

@@ -85,6 +85,18 @@ class FloatGrid(Grid):
         values = torch.tensor([*E2M1, *(-value for value in E2M1)], device=q_NK.device)
         return values.index_select(0, q_NK.int().flatten()).view_as(q_NK)
 
+    def packed_like(self, N: int, K: int) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype of codes as they are stored."""
+        return ((N, K), torch.float8_e4m3fn) if self.kind == "fp8" else ((N, K // 2), torch.uint8)
+
+    def pack(self, q_NK: Tensor) -> Tensor:
+        """int8 codes as they are stored: E4M3 itself, or two codes of 4 bits in a byte."""
+        return q_NK.view(torch.float8_e4m3fn) if self.kind == "fp8" else pack_nibbles(q_NK)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of ``pack``."""
+        return packed.view(torch.int8) if self.kind == "fp8" else unpack_nibbles(packed)
+
     def scales(self, top: Tensor) -> Tensor:
         """The closed form of s from the largest magnitudes of groups, fp32; not yet rounded."""
         return power_of_two_scale(top) if self.kind == "mxfp4" else top / self.largest
@@ -98,6 +110,11 @@ def float_grid(kind: str) -> FloatGrid:
     """
     bits, group_size = KINDS.get(kind, (4, 16))
     return FloatGrid(kind=kind, bits=bits, group_size=group_size, symmetric=True)
+
+
+def is_plain(grid: Grid | None) -> bool:
+    """Whether files call codes ``weight``: each has a number of its own, of a dtype of torch."""
+    return isinstance(grid, FloatGrid) and grid.kind == "fp8"
 
 
 def stored_as(grid: Grid) -> torch.dtype | None:

@@ -33,6 +33,9 @@ from rotq.models.skeleton import Skeleton
 from rotq.ops import is_native
 from rotq.recipe import Activations, KVCache, Recipe
 
+FOUR_BITS = ("nvfp4", "mxfp4")
+"""Formats whose weights transformers makes bfloat16, whatever the model's dtype."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -213,7 +216,7 @@ def _check_format(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Non
             "name; set output.format=rotq"
         )
     kind = recipe.weights.format
-    if kind != "int" and dtype != torch.bfloat16:
+    if kind in FOUR_BITS and dtype != torch.bfloat16:
         raise ValueError(
             f"weights.format={kind}: transformers makes such weights bfloat16 in a model of any "
             f"dtype, and cannot run this one in {_named(dtype)}; set --dtype bfloat16 or "
@@ -261,7 +264,7 @@ def _kept_notes(skeleton: Skeleton) -> Iterator[str]:
 def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) -> Iterator[str]:
     """What other loaders of the output need, or make of it."""
     wanted = getattr(torch, recipe.weights.scale_dtype)
-    if recipe.weights.format == "int" and scale_dtype != wanted:
+    if recipe.weights.format not in FOUR_BITS and scale_dtype != wanted:
         yield f"scales are stored as {_named(scale_dtype)}: other loaders need them so"
     if recipe.is_mixed and recipe.output.format != "rotq" and not recipe.weights.symmetric:
         yield (

@@ -4,7 +4,7 @@
 
 Codes are packed along the columns, symbols of paths along the rows. Floats of 4 bits are stored as
 compressed-tensors has them (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): two in a byte, and
-scales that are powers of two as the byte of their exponent.
+scales that are powers of two as the byte of their exponent; E4M3 is stored as it is.
 
 Shape suffixes: N rows, K columns, G groups of K.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rotq.autocast import lowered
-from rotq.formats.floats import FloatGrid, pack_nibbles, unpack_nibbles
+from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid, Quantized, true_scales
 from rotq.formats.trellis import Trellis
 from rotq.ops import pack, packed_levels, packed_linear, packed_words, trellis_linear, unpack
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 4096
 """Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
 large."""
 
-KEPT_DTYPES = ("weight_scale", "weight_global_scale", "input_global_scale")
+KEPT_DTYPES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 """Buffers that another dtype would make others of."""
 
 
@@ -74,8 +74,10 @@ class PackedWeight(nn.Module):
         self.register_buffer("weight_scale", _stored(scale_NG))
         stored_shape, global_scale = None, None
         if isinstance(grid, FloatGrid):
-            packed = torch.zeros(N, K // 2, dtype=torch.uint8, device=device)
-            self.register_buffer("weight_packed", packed)
+            stored, packed_dtype = grid.packed_like(N, K)
+            self.register_buffer(
+                "weight_packed", torch.zeros(stored, device=device).to(packed_dtype)
+            )
             if grid.has_global_scale:
                 global_scale = torch.ones(1, device=device)
         else:
@@ -97,7 +99,7 @@ class PackedWeight(nn.Module):
         bits, device = quantized.grid.bits, quantized.q_NK.device
         self.weight_scale = _stored(quantized.scale_NG.contiguous())
         if isinstance(quantized.grid, FloatGrid):
-            self.weight_packed = pack_nibbles(quantized.q_NK)
+            self.weight_packed = quantized.grid.pack(quantized.q_NK)
             self.weight_global_scale = quantized.global_scale
             return self
         if isinstance(quantized.grid, Trellis):
@@ -147,7 +149,7 @@ class PackedWeight(nn.Module):
         scale_NG, zero_NG = self._scales()[rows], None
         if isinstance(self.grid, FloatGrid):
             return Quantized(
-                q_NK=unpack_nibbles(self.weight_packed[rows]),
+                q_NK=self.grid.unpack(self.weight_packed[rows]),
                 scale_NG=scale_NG,
                 zero_NG=None,
                 grid=self.grid,

@@ -20,6 +20,7 @@ from rotq.checkpoint.shards import assemble
 from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
+from rotq.formats.floats import is_plain
 from rotq.job.context import Job
 from rotq.job.part_names import KEPT, OUTER, block_part
 from rotq.job.parts import packed_layers, restored_outer
@@ -103,7 +104,13 @@ def _assemble(job: Job, folder: Path) -> list[Path]:
     limit = int(job.recipe.output.max_shard_gb * 1e9)
     parts = [job.folder.latest(name) for name in names]
     parts += [job.folder.part(KEPT)] if job.folder.recorded(KEPT) else []
-    return assemble(parts, folder, limit, rename=job.source.stored_name)
+    return assemble(parts, folder, limit, rename=functools.partial(_stored_name, job))
+
+
+def _stored_name(job: Job, name: str) -> str:
+    """A part's tensor in the checkpoint."""
+    layer, stored = name.removesuffix(".weight_packed"), job.source.stored_name(name)
+    return stored.removesuffix("_packed") if is_plain(job.plan.grids.get(layer)) else stored
 
 
 def _shared_head(job: Job) -> Head | None:

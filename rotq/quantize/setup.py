@@ -21,7 +21,7 @@ from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
 from rotq.job.folder import JobFolder
-from rotq.job.plan import Plan, make_plan
+from rotq.job.plan import FOUR_BITS, Plan, make_plan
 from rotq.memory import release_memory
 from rotq.models.attention.online import use_online_attention
 from rotq.models.generic import GenericAdapter
@@ -85,7 +85,7 @@ def settle(
     drawn = starting_basis(recipe, skeleton)
     source = source.read_for(skeleton)
     wanted = wanted_dtype(dtype, source)
-    if dtype == AUTO and recipe.weights.format != "int" and recipe.output.format != "rotq":
+    if dtype == AUTO and recipe.weights.format in FOUR_BITS and recipe.output.format != "rotq":
         wanted = torch.bfloat16  # whatever the model's, transformers makes such weights bfloat16
     rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
     plan = make_plan(skeleton, recipe, wanted, rest)

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32)}
+FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1)}
 """Bits and group size of weights that are no integers."""
 
 
@@ -66,9 +66,10 @@ class Override:
 class Weights:
     """The grid that weights are rounded to."""
 
-    format: Literal["int", "nvfp4", "mxfp4"] = "int"
-    """Integers, or floats of 4 bits: nvfp4 has groups of 16 with scales in E4M3 and one factor for
-    each weight, mxfp4 groups of 32 with powers of two. Both are symmetric."""
+    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = "int"
+    """Integers, or floats: nvfp4 has 4 bits in groups of 16 with scales in E4M3 and one factor for
+    each weight, mxfp4 4 bits in groups of 32 with powers of two, fp8 8 bits (E4M3) and a scale for
+    each output channel. All are symmetric."""
     bits: int = 4
     """Bits per code, 2 to 8; with solver.rounder=trellis 1 to 8."""
     state_bits: int = 12
@@ -155,7 +156,7 @@ class Activations:
     weights.format has them where that is none of integers."""
 
     bits: int = 16
-    """Bits per code, 2 to 8; 16 leaves activations as they are. Floats have the weights' 4."""
+    """Bits per code, 2 to 8; 16 leaves activations as they are. Floats have the weights' bits."""
     symmetric: bool = False
     """Scales alone; otherwise a zero point goes with every scale."""
 

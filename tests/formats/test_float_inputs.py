@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from rotq.checkpoint.scheme import FIELDS
+from rotq.checkpoint.scheme import INPUT_FIELDS
 from rotq.formats.float_inputs import float_inputs, round_floats
 from rotq.formats.floats import global_scale
 
@@ -23,7 +23,7 @@ def test_rounding_is_that_of_compressed_tensors(kind: str) -> None:
     inputs = float_inputs(kind)
     dtype = torch.float8_e4m3fn if inputs.has_global_scale else torch.uint8
     args = quantization.QuantizationArgs(
-        **FIELDS[kind],
+        **INPUT_FIELDS[kind],
         dynamic="local" if inputs.has_global_scale else True,
         scale_dtype=dtype,
         zp_dtype=dtype,

@@ -1,4 +1,4 @@
-"""Whole jobs whose weights, and activations, are floats of 4 bits."""
+"""Whole jobs whose weights, and activations, are floats of 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ SMALL = {
 KINDS = {
     "nvfp4": {"weights.format": "nvfp4", "weights.group_size": 16},
     "mxfp4": {"weights.format": "mxfp4", "weights.group_size": 32},
+    "fp8": {"weights.format": "fp8", "weights.bits": 8, "weights.group_size": -1},
+}
+FORMATS = {
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "fp8": "float-quantized",
 }
 ROUNDED = {"activations.bits": 4, "activations.symmetric": True}
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
@@ -59,9 +65,9 @@ def test_compressed_tensors_unpacks_the_weights_that_rotq_runs(kind: str, tmp_pa
     pytest.importorskip("compressed_tensors")
     compressors = importlib.import_module("compressed_tensors.compressors")
     schemes = importlib.import_module("compressed_tensors.quantization")
-    out, report = run(kind, tmp_path)
+    out, report = run(kind, tmp_path, dtype="bfloat16")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["format"] == f"{kind}-pack-quantized"
+    assert config["format"] == FORMATS[kind]
     tensors = stored(out)
     compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
     layers = {n: m for n, m in load_model(out).named_modules() if isinstance(m, QuantLinear)}
@@ -77,7 +83,7 @@ def test_compressed_tensors_unpacks_the_weights_that_rotq_runs(kind: str, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_alone_computes_the_same_logits(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    out, _ = run(kind, tmp_path)
+    out, _ = run(kind, tmp_path, dtype="bfloat16")
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out)(ids()).logits
         ours = load_model(out, packed=False)(ids()).logits
@@ -88,7 +94,8 @@ def test_transformers_alone_computes_the_same_logits(kind: str, tmp_path: Path) 
 def test_transformers_rounds_activations_as_rotq_does(kind: str, tmp_path: Path) -> None:
     """Not bit by bit: it finds their scales in bfloat16, and some go to a neighbour."""
     pytest.importorskip("compressed_tensors")
-    out, report = run(kind, tmp_path, **ROUNDED)
+    rounded = {**ROUNDED, "activations.bits": 8 if kind == "fp8" else 4}
+    out, report = run(kind, tmp_path, dtype="bfloat16", **rounded)
     assert any("scales of activations" in note for note in report.notes)
     theirs = first_queries(AutoModelForCausalLM.from_pretrained(out))
     model = load_model(out)
