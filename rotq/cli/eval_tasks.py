@@ -78,7 +78,8 @@ def eval_tasks(
     rotq eval tasks out/llama-w3 --tasks arc_easy,piqa,lambada_openai --limit 200
     rotq eval tasks out/llama-w3 --tasks arc_easy --task-files data/ --kv k3v3
     """
-    from rotq.evaluation.tasks import harness_version, load_tasks, score_tasks
+    from rotq.evaluation.task_files import harness_version, load_tasks
+    from rotq.evaluation.tasks import score_tasks
 
     packed = named_scheme(kv, kv_calibration)
     placed_on(device, placed)

@@ -23,6 +23,8 @@ OPTIONS = {
     "--eval-text": ("eval", "ppl", "text"),
     "--fasta": ("text", "data", "file"),
     "--windows": ("num-samples", "samples", "limit"),
+    "--task-files": ("include-path", "data-dir"),
+    "--num-fewshot": ("shots", "fewshot", "num-shots"),
     "--reference": ("baseline", "base", "original"),
     "--kv": ("kv-bits", "kv-cache", "kv-cache-dtype", "preset"),
     "--kv-calibration": ("calibration", "kv-file"),
@@ -50,7 +52,9 @@ KEYS = {
 COMMANDS = {
     "quantize": ("quant", "convert", "compress"),
     "eval ppl": ("perplexity", "evaluate"),
+    "eval tasks": ("lm-eval", "lm_eval", "harness"),
     "inspect": ("info", "show", "verify"),
+    "report": ("page", "html", "plot"),
     "push": ("upload", "publish", "push-to-hub"),
     "export": ("to-gguf", "gguf", "gptq"),
     "serve-kv": ("serve", "server", "run", "chat", "generate"),

@@ -1,11 +1,7 @@
 """Downstream tasks through lm-evaluation-harness, on any model that rotq loads.
 
 The harness makes the prompts, scores and standard errors; a model is handed to it as it is, so that
-figures are those of ``lm-eval --model hf`` on the same checkpoint. A task's rows come from the hub,
-or from a file in the form of llm-foundry's JSON lines:
-
-    {"query", "choices", "gold"}        multiple choice: log p of each choice behind the query
-    {"context", "continuation"}         log p of the continuation, and whether it is the most likely
+figures are those of ``lm-eval --model hf`` on the same checkpoint. ``task_files`` has the tasks.
 
 With a packed cache log-likelihoods are those of stepwise decoding (see ``quantized_history``): the
 harness pads behind the text, which nothing before it sees. What generates has a ``PackedCache``.
@@ -13,33 +9,23 @@ harness pads behind the text, which nothing before it sees. What generates has a
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
 import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rotq.errors import RotqError, told
+from rotq.errors import told
 from rotq.evaluation.quantized_history import QuantizedHistory
+from rotq.evaluation.task_files import quiet
 from rotq.kv.calibration.file import KVCalibration
 from rotq.models.attention.replaced import replaced_attention
 
-FILE_SUFFIX = ".jsonl"
 BOOTSTRAP = 100_000
 """Draws behind the standard error of a perplexity: the harness's own number."""
 _SEED = 1234
-_CHOICES = {"query", "choices", "gold"}
-_CONTINUATION = {"context", "continuation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,108 +54,6 @@ class TaskScore:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self) | {"metrics": [asdict(metric) for metric in self.metrics]}
-
-
-def harness_version() -> str:
-    """Of lm-eval.
-
-    Raises:
-        RotqError: it is not installed.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise RotqError(
-            "tasks need lm-eval; install the extra: pip install 'rotq[tasks]'"
-        ) from None
-    return version("lm_eval")
-
-
-def load_tasks(names: Sequence[str], folder: Path | None) -> list[Any]:
-    """Tasks of the harness, their rows read.
-
-    Args:
-        names: Of its tasks, groups and tags; or of files ``NAME.jsonl`` in ``folder``.
-        folder: Also searched for the harness's own YAML definitions; None for its tasks alone.
-
-    Raises:
-        ValueError: no such task; says the nearest.
-        RotqError: a file is not in the form of one, or rows cannot be fetched.
-    """
-    files = {} if folder is None else {file.stem: file for file in folder.glob(f"*{FILE_SUFFIX}")}
-    manager = _manager(folder, [name for name in names if name not in files])
-    found: list[Any] = []
-    for name in names:
-        if name not in files and name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*files, *manager.all_tasks], n=3)
-            raise ValueError(f"no task {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-        spec = definition(name, files[name]) if name in files else name
-        what = f"task {name}: its rows cannot be read (--task-files takes files)"
-        with told(what), _quiet():
-            loaded = manager.load([spec])
-        found += [*loaded["groups"].values()] or [*loaded["tasks"].values()]
-    return found
-
-
-def _manager(folder: Path | None, names: Sequence[str]) -> Any:
-    """What knows the definitions of a folder, and the harness's thousands where one is needed."""
-    from lm_eval.tasks import TaskManager
-
-    own = None if folder is None else str(folder)
-    manager = TaskManager(include_path=own, include_defaults=False)
-    if all(name in manager.all_tasks for name in names):
-        return manager
-    return TaskManager(include_path=own)
-
-
-def definition(name: str, file: Path) -> dict[str, Any]:
-    """A task of the harness over a file of JSON lines, with the prompts of its own task.
-
-    Raises:
-        RotqError: the file has neither form.
-    """
-    keys = _first_row(file).keys()
-    shared = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
-        "test_split": "test",
-        "metadata": {"version": "file"},
-    }
-    if keys >= _CHOICES:
-        return shared | {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{query.strip()}}\nAnswer:",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{gold}}",
-            "metric_list": [_metric("acc"), _metric("acc_norm")],
-        }
-    if keys >= _CONTINUATION:
-        return shared | {
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "{{' ' + continuation}}",
-            "target_delimiter": "",
-            "metric_list": [_metric("perplexity", "perplexity"), _metric("acc")],
-        }
-    forms = "neither query, choices and gold nor context and continuation"
-    raise RotqError(f"{file}: its rows have {forms}")
-
-
-def _metric(name: str, aggregation: str = "mean") -> dict[str, Any]:
-    higher = aggregation == "mean"
-    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher}
-
-
-def _first_row(file: Path) -> Mapping[str, Any]:
-    try:
-        with open(file, encoding="utf-8") as lines:
-            row = json.loads(lines.readline() or "{}")
-    except (OSError, ValueError) as error:
-        raise RotqError(f"{file}: no JSON lines ({error})") from None
-    if not isinstance(row, dict):
-        raise RotqError(f"{file}: a row is no JSON object")
-    return row
 
 
 def score_tasks(
@@ -202,7 +86,7 @@ def score_tasks(
     from lm_eval.tasks import TaskManager
 
     served = _served(model, tokenizer, batch_size, history, calibration)
-    with told("lm-eval"), _quiet():
+    with told("lm-eval"), quiet():
         wanted = TaskManager(include_defaults=False).load(list(tasks))
         for task in wanted["tasks"].values():
             _set_shots(task, shots)
@@ -267,29 +151,8 @@ def _served(
             return super()._model_generate(*args, past_key_values=cache, **kwargs)
 
     kind = HFLM if history is None else Packed
-    with told("lm-eval"), _quiet():
+    with told("lm-eval"), quiet():
         return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness tells its errors only, and its progress where somebody looks.
-
-    It prints on stdout what it is doing, and warns of what is meant here: a model that is made.
-    """
-    from datasets.utils import disable_progress_bars, enable_progress_bars
-
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    disable_progress_bars()
-    unseen = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
-    try:
-        with redirect_stdout(StringIO()), unseen:
-            yield
-    finally:
-        enable_progress_bars()
-        logger.setLevel(level)
 
 
 def _metrics(values: Mapping[str, Any]) -> Iterable[Metric]:

@@ -12,7 +12,7 @@ from rotq.report.lines import size
 from rotq.report.results import JobReport, LayerResult
 from rotq.report.svg import WIDTH, Axis, Chart, spanning
 
-_LEFT, _RIGHT = 96, WIDTH - 12
+_LEFT, _RIGHT = 112, WIDTH - 12
 _MOST_BINS = 64
 
 
@@ -34,7 +34,7 @@ def error_figure(report: JobReport) -> Chart:
         base = top + panel * (row + 1) - 8
         axis = Axis(0, highest * 1.05 or 1.0, base, base - panel + 16)
         chart.y_axis(axis, _LEFT + 46, _RIGHT, "{:.2g}", most=2)
-        chart.text(_LEFT + 2, base - 16, _shortened(kind), anchor="end", kind="ink")
+        chart.text(_LEFT - 4, base - 16, _shortened(kind), anchor="end", kind="ink")
         for block, error in blocks.items():
             x, width = _column(columns, block)
             y = axis.place(error)
@@ -53,11 +53,11 @@ def bits_figure(report: JobReport) -> Chart:
     low, high = min(all_bits, default=0), max(all_bits, default=0)
     for row, (kind, blocks) in enumerate(kinds.items()):
         y = top + row_height * row
-        chart.text(_LEFT + 2, y + 17, _shortened(kind), anchor="end", kind="ink")
+        chart.text(_LEFT - 4, y + 17, _shortened(kind), anchor="end", kind="ink")
         for block, layers in blocks.items():
             bits = statistics.fmean(layer.bits for layer in layers)
             x, width = _column(columns, block)
-            strength = 0.25 + 0.6 * (bits - low) / (high - low) if high > low else 0.45
+            strength = 0.2 + 0.4 * (bits - low) / (high - low) if high > low else 0.4
             stored = statistics.fmean(layer.bits_per_weight for layer in layers)
             told = f"block {block}, {kind}: {bits:g} bits, {stored:.3f} stored{_mean_of(layers)}"
             chart.bar(x, y, width, row_height - 3, 0, told, strength)
@@ -82,7 +82,7 @@ def flatness_figure(report: JobReport) -> Chart:
         values = [c[w]["max_over_rms"] or 0.0 for c in changes for w in ("before", "after")]
         axis = spanning(values, base, base - panel + 20, log=True)
         chart.y_axis(axis, _LEFT + 46, _RIGHT, "{:g}", most=3)
-        chart.text(_LEFT + 2, base - 32, kind, anchor="end", kind="ink")
+        chart.text(_LEFT - 4, base - 32, kind, anchor="end", kind="ink")
         for color, when in ((1, "before"), (0, "after")):
             points = [
                 (across.place(block), axis.place(change[when]["max_over_rms"] or 0.0))
@@ -171,8 +171,7 @@ def kv_figure(found: Mapping[str, Sequence[float]]) -> Chart:
         for layer, value in enumerate(values):
             x, y = columns.place(layer) + color * width, axis.place(value)
             chart.bar(x, y, width, 240 - y, color, f"{name}, layer {layer}: {value:.2%}")
-    chart.counts(columns, 258)
-    chart.text(_RIGHT, 276, "layer", anchor="end")
+    _block_axis(chart, columns, 258, "layer")
     return chart
 
 
@@ -199,14 +198,14 @@ def _column(columns: Axis, block: int) -> tuple[float, float]:
     return columns.place(block) + 0.08 * width, 0.84 * width
 
 
-def _block_axis(chart: Chart, columns: Axis, y: float) -> None:
+def _block_axis(chart: Chart, columns: Axis, y: float, name: str = "block") -> None:
     half = (columns.place(1) - columns.place(0)) / 2
     shown = Axis(columns.low, columns.high - 1, columns.start + half, columns.end - half)
     if shown.high > 0:
         chart.counts(shown, y)
     else:
         chart.text(columns.start + half, y, "0", anchor="middle")
-    chart.text(_RIGHT, y + 16, "block", anchor="end")
+    chart.text(_RIGHT, y + 16, name, anchor="end")
 
 
 def _binned(values: Sequence[float]) -> list[tuple[float, float]]:

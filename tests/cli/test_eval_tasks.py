@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.cli.main import main
-from rotq.evaluation.tasks import load_tasks
+from rotq.evaluation.task_files import load_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.tasks")
@@ -190,7 +190,7 @@ def test_wrong_use(
 ) -> None:
     # reading all of the harness's definitions takes ten seconds
     own = lm_eval.tasks.TaskManager(include_path=str(folder / "files"), include_defaults=False)
-    monkeypatch.setattr("rotq.evaluation.tasks._manager", lambda *_: own)
+    monkeypatch.setattr("rotq.evaluation.task_files._manager", lambda *_: own)
     (folder / "files/odd.jsonl").write_text('{"text": "a"}\n')
     (folder / "files/broken.jsonl").write_text("{")
     done = run(*arguments)
