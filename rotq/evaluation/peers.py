@@ -150,6 +150,9 @@ def balanced(x_BHND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         columns = columns + _log_std(scaled, -2)
         scaled = x_BHND * (-rows - columns).exp()
         rows = rows + _log_std(scaled, -1)
+        # only their sum counts; columns with large means would drive both out of fp16's range
+        shift = rows.mean(2, keepdim=True)
+        rows, columns = rows - shift, columns + shift
     row_BHN1, column_BH1D = rows.exp().half().float(), columns.exp().half().float()
     return x_BHND / (row_BHN1 * column_BH1D).clamp(min=_TINY), row_BHN1, column_BH1D
 

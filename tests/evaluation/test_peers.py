@@ -67,6 +67,13 @@ def test_a_tile_is_balanced_in_rows_and_columns() -> None:
         )
 
 
+def test_a_tile_of_channels_with_large_means_has_factors_that_fp16_holds() -> None:
+    x = sample(1, 2, 128, 16) + 300 * sample(1, 2, 1, 16)
+    even, row, column = balanced(x)
+    assert all(factor.isfinite().all() and (factor > 0).all() for factor in (row, column))
+    torch.testing.assert_close(even * row * column, x, rtol=1e-4, atol=1e-3)
+
+
 def test_channels_of_other_sizes_cost_kvarn_nothing() -> None:
     """What it was made for: a channel 100 times as large as the others."""
     model = tiny_model("llama", dtype=torch.float32)

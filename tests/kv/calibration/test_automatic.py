@@ -2,15 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.disk.user_cache import user_cache
 from rotq.errors import RotqError
+from rotq.evaluation.kv import evaluate_kv
+from rotq.evaluation.perplexity import Protocol
+from rotq.evaluation.quantized_history import scheme_of
 from rotq.kv import PackedCache
 from rotq.kv.calibration.automatic import BRIEF, Calibrator, calibrated
+from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.calibration.model_hash import hash_model
 from rotq.kv.presets import preset
 
@@ -106,6 +112,35 @@ def test_schemes_come_back_in_their_order(kept: Path) -> None:
     specs = [preset(name) for name in ("k2v2", "k4v3", "turboesm")]
     found = calibrator([]).kept(specs, kept)
     assert [held.spec for held in found] == specs
+
+
+def biased_model() -> Any:
+    """Keys have biases of 100 beside parts of size 1; queries are small, as trained ones are."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Qwen2Config(vocab_size=258, **sizes, **heads)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        for block in model.model.layers:
+            block.self_attn.k_proj.bias.copy_(100 * torch.randn(32, generator=generator))
+            block.self_attn.q_proj.bias.zero_()
+            block.self_attn.q_proj.weight.mul_(0.02)
+    return model
+
+
+def test_large_biases_of_keys_cost_little_without_being_asked(kept: Path) -> None:
+    model, spec = biased_model(), preset("k3v3")
+    brief = replace(SMALL, num_samples=4, seq_len=128)
+    own = calibrator([], model=model, calibration=brief).kept([spec], kept)[0]
+    text = torch.randint(32, 127, (512,), generator=torch.Generator().manual_seed(1))
+    schemes = [scheme_of(held) for held in (own, data_oblivious(model.config, spec))]
+    ours, without = evaluate_kv(model, text, schemes, protocol=Protocol(windows=4, seq_len=128))
+    assert ours.kl < 0.03
+    assert ours.kl < without.kl / 4
 
 
 def test_a_model_is_known_by_its_weights_and_not_by_where_they_are() -> None:
