@@ -19,11 +19,24 @@ from torch.nn import functional as F
 from rotq.autocast import lowered
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
-from rotq.ops import pack, packed_levels, packed_linear, packed_words, trellis_linear, unpack
+from rotq.ops import (
+    is_native,
+    pack,
+    packed_levels,
+    packed_linear,
+    packed_words,
+    trellis_linear,
+    unpack,
+    unpacked_levels,
+)
 
 ROWS_AT_ONCE = 4096
 """Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
 large."""
+
+
+NATIVE_FROM = 1 << 16
+"""Numbers of a weight from which on compiling is worth it."""
 
 
 class PackedWeight(nn.Module):
@@ -102,9 +115,23 @@ class PackedWeight(nn.Module):
         """fp32 (N, G, columns of a group): the weight in units of its scales."""
         grid = self.grid
         if not isinstance(grid, Trellis):
-            return self.quantized().levels()
+            return self._native_levels() if self._is_native() else self.quantized().levels()
         level_NK = packed_levels(self.weight_packed, self.shape[0], grid.bits, grid.state_bits)
         return level_NK.unflatten(1, (self.weight_scale.shape[1], -1))
+
+    def _is_native(self) -> bool:
+        packed = self.weight_packed
+        is_large = packed.device.type == "cpu" and self.shape[0] * self.shape[1] >= NATIVE_FROM
+        is_plain = type(self.grid) is Grid and self.grid.columns_per_group(self.shape[1]) % 8 == 0
+        return is_large and is_plain and is_native()
+
+    def _native_levels(self) -> Tensor:
+        (N, K), bits = self.shape, self.grid.bits
+        zero_NG = None
+        if self.weight_zero_point is not None:
+            zero_NG = unpack(self.weight_zero_point, bits, N, dim=0)
+        groups = self.weight_scale.shape[1]
+        return unpacked_levels(self.weight_packed, zero_NG, bits, (N, groups, K // groups))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) dense weight, computed in fp32 some rows at a time, then cast to ``dtype``."""
