@@ -36,6 +36,14 @@ from rotq_kernels.launching import TritonMissing, is_native
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import dequantize_reference as dequantize_weight
 from rotq_kernels.packed_linear import packed_linear
+from rotq_kernels.rounding.native import (
+    best_candidates,
+    refine_block,
+    round_block,
+    rounds_natively,
+    searches_natively,
+    unpacked_levels,
+)
 from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
 from rotq_kernels.trellis.linear import packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
@@ -50,6 +58,7 @@ __all__ = [
     "KVPages",
     "SideConstants",
     "TritonMissing",
+    "best_candidates",
     "check_ring",
     "decode_norm",
     "dequantize_kv_reference",
@@ -73,11 +82,16 @@ __all__ = [
     "path_levels",
     "quantize_residual",
     "quantize_side",
+    "refine_block",
     "ring_rows",
+    "round_block",
+    "rounds_natively",
     "search_paths",
+    "searches_natively",
     "trellis_linear",
     "turned_mean",
     "unpack",
     "unpack_kv",
+    "unpacked_levels",
     "write_tokens",
 ]

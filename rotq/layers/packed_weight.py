@@ -22,7 +22,16 @@ from rotq.autocast import lowered
 from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid, Quantized, true_scales
 from rotq.formats.trellis import Trellis
-from rotq.ops import pack, packed_levels, packed_linear, packed_words, trellis_linear, unpack
+from rotq.ops import (
+    is_native,
+    pack,
+    packed_levels,
+    packed_linear,
+    packed_words,
+    trellis_linear,
+    unpack,
+    unpacked_levels,
+)
 
 ROWS_AT_ONCE = 4096
 """Are packed and unpacked: in between a weight takes several times its room, and vocabularies are
@@ -30,6 +39,10 @@ large."""
 
 KEPT_DTYPES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 """Buffers that another dtype would make others of."""
+
+
+NATIVE_FROM = 1 << 16
+"""Numbers of a weight from which on compiling is worth it."""
 
 
 class PackedWeight(nn.Module):
@@ -123,13 +136,27 @@ class PackedWeight(nn.Module):
         """fp32 (N, G, columns of a group): the weight in units of its scales."""
         grid = self.grid
         if not isinstance(grid, Trellis):
-            return self.quantized().levels()
+            return self._native_levels() if self._is_native() else self.quantized().levels()
         level_NK = packed_levels(self.weight_packed, self.shape[0], grid.bits, grid.state_bits)
         return level_NK.unflatten(1, (self.weight_scale.shape[1], -1))
 
     def steps(self) -> Tensor:
         """fp32 (N, G): the scales, the global one counted."""
         return true_scales(self._scales(), self.weight_global_scale)
+
+    def _is_native(self) -> bool:
+        packed = self.weight_packed
+        is_large = packed.device.type == "cpu" and self.shape[0] * self.shape[1] >= NATIVE_FROM
+        is_plain = type(self.grid) is Grid and self.grid.columns_per_group(self.shape[1]) % 8 == 0
+        return is_large and is_plain and is_native()
+
+    def _native_levels(self) -> Tensor:
+        (N, K), bits = self.shape, self.grid.bits
+        zero_NG = None
+        if self.weight_zero_point is not None:
+            zero_NG = unpack(self.weight_zero_point, bits, N, dim=0)
+        groups = self.weight_scale.shape[1]
+        return unpacked_levels(self.weight_packed, zero_NG, bits, (N, groups, K // groups))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) dense weight, computed in fp32 some rows at a time, then cast to ``dtype``."""

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from rotq.devices import double
 from rotq.errors import RotqError
+from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid
+from rotq.ops import round_block, rounds_natively
 from rotq.phases import phase
 
 DAMPING_LADDER = (1, 2, 5, 10, 20, 50, 100)
@@ -115,6 +117,16 @@ def round_columns(
     group_K = visit_K // (K // scale_NG.shape[1])
     scale_KN, zero_KN = scale_NG.T[group_K], zero_NG.T[group_K]
     q_KN = torch.empty(K, len(weight_NK), device=weight_NK.device)
+    if not isinstance(grid, FloatGrid) and rounds_natively(weight_NK):
+        bounds_2N = torch.stack([_of_rows(grid.q_min, q_KN), _of_rows(grid.q_max, q_KN)])
+
+        def errors(block: slice, w_BN: Tensor) -> Tensor:
+            factor_BB = elimination.factor_KK[block, block]
+            given = (factor_BB, scale_KN[block], zero_KN[block], bounds_2N)
+            return round_block(w_BN, *given, q_KN[block])
+
+        _feed_back_blocks(weight_NK, elimination, errors)
+        return in_place_of(q_KN, visit_K)
 
     def nearest(k: int, w_N: Tensor) -> Tensor:
         q_N = grid.nearest_(torch.div(w_N, scale_KN[k]).add_(zero_KN[k]))
@@ -136,16 +148,39 @@ def feed_back(
         rounded: From a place in the order of visits, and the column as it is then (N), to what it
             is rounded to (N); called once for each place, in this order.
     """
-    (N, K), factor_KK = weight_NK.shape, elimination.factor_KK
+    factor_KK = elimination.factor_KK
+
+    def errors(block: slice, w_BN: Tensor) -> Tensor:
+        error_BN = torch.empty_like(w_BN)
+        for b, k in enumerate(range(block.start, block.stop)):
+            error_BN[b] = (w_BN[b] - rounded(k, w_BN[b])).div_(factor_KK[k, k])
+            row_B = factor_KK[k, k + 1 : block.stop]
+            w_BN[b + 1 :].addr_(row_B, error_BN[b], alpha=-1)
+        return error_BN
+
+    _feed_back_blocks(weight_NK, elimination, errors)
+
+
+def _feed_back_blocks(
+    weight_NK: Tensor, elimination: Elimination, errors: Callable[[slice, Tensor], Tensor]
+) -> None:
+    """Blocks of columns in the order of visits, each without the errors of those before it.
+
+    Args:
+        errors: From the places of a block, and its columns (B, N), which it may modify, to the
+            errors over the factor's diagonal (B, N).
+    """
+    K, factor_KK = weight_NK.shape[1], elimination.factor_KK
     w_KN = weight_NK.T[elimination.visit_K].contiguous()
     for start in range(0, K, BLOCK):
-        end = min(start + BLOCK, K)
-        error_BN = torch.empty(end - start, N, device=w_KN.device)
-        for k in range(start, end):
-            error_N = (w_KN[k] - rounded(k, w_KN[k])).div_(factor_KK[k, k])
-            error_BN[k - start] = error_N
-            w_KN[k + 1 : end].addr_(factor_KK[k, k + 1 : end], error_N, alpha=-1)
-        w_KN[end:].addmm_(factor_KK[start:end, end:].T, error_BN, alpha=-1)
+        block, rest = slice(start, min(start + BLOCK, K)), slice(start + BLOCK, K)
+        error_BN = errors(block, w_KN[block])
+        w_KN[rest].addmm_(factor_KK[block, rest].T, error_BN, alpha=-1)
+
+
+def _of_rows(bound: int | Tensor, like_KN: Tensor) -> Tensor:
+    """A bound for each row, (N) fp32."""
+    return torch.as_tensor(bound, dtype=torch.float32).expand(like_KN.shape[1])
 
 
 def in_place_of(visited_KN: Tensor, visit_K: Tensor) -> Tensor:

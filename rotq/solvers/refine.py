@@ -12,7 +12,9 @@ Shape suffixes: N out features, K in features, G groups, B columns of one block.
 import torch
 from torch import Tensor
 
+from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid
+from rotq.ops import refine_block, rounds_natively
 from rotq.phases import phase
 from rotq.solvers.gptq import BLOCK
 from rotq.solvers.scales import storable
@@ -90,20 +92,47 @@ def refine_codes(
     gradient_KN = hessian_KK @ (error_NK - target_NK).T
     q_KN, scale_GN = q_NK.T.contiguous(), scale_NG.T.contiguous()
     step_GN = 1.0 / scale_GN
-    per_group, diagonal = K // G, hessian_KK.diagonal().tolist()
+    is_native = not isinstance(grid, FloatGrid) and rounds_natively(target_NK)
+    changes = _native_changes if is_native else _changes
     for start in range(0, K, BLOCK):
-        end = min(start + BLOCK, K)
-        change_BN = torch.empty(end - start, N, device=q_KN.device)
-        for k in range(start, end):
-            step_N = gradient_KN[k] * step_GN[k // per_group]
-            best_N = torch.add(q_KN[k], step_N, alpha=-1.0 / diagonal[k])
-            grid.nearest_(best_N)
-            change_N = torch.sub(best_N, q_KN[k]).mul_(scale_GN[k // per_group])
-            q_KN[k] = best_N
-            change_BN[k - start] = change_N
-            gradient_KN[k + 1 : end].addr_(hessian_KK[k, k + 1 : end], change_N)
-        gradient_KN[end:].addmm_(hessian_KK[end:, start:end], change_BN)
+        block, rest = slice(start, min(start + BLOCK, K)), slice(start + BLOCK, K)
+        group_B = torch.arange(block.start, block.stop, device=q_KN.device) // (K // G)
+        scale_BN, step_BN = scale_GN[group_B], step_GN[group_B]
+        hessian_BB = hessian_KK[block, block]
+        change_BN = changes(gradient_KN[block], hessian_BB, scale_BN, step_BN, grid, q_KN[block])
+        gradient_KN[rest].addmm_(hessian_KK[rest, block], change_BN)
     return q_KN.T.contiguous()
+
+
+def _changes(
+    gradient_BN: Tensor,
+    hessian_BB: Tensor,
+    scale_BN: Tensor,
+    step_BN: Tensor,
+    grid: Grid,
+    q_BN: Tensor,
+) -> Tensor:
+    """Best codes of one block of columns, put into ``q_BN``; what changed, (B, N)."""
+    change_BN, diagonal = torch.empty_like(q_BN), hessian_BB.diagonal().tolist()
+    for k in range(len(q_BN)):
+        step_N = gradient_BN[k] * step_BN[k]
+        best_N = grid.nearest_(torch.add(q_BN[k], step_N, alpha=-1.0 / diagonal[k]))
+        change_BN[k] = torch.sub(best_N, q_BN[k]).mul_(scale_BN[k])
+        q_BN[k] = best_N
+        gradient_BN[k + 1 :].addr_(hessian_BB[k, k + 1 :], change_BN[k])
+    return change_BN
+
+
+def _native_changes(
+    gradient_BN: Tensor,
+    hessian_BB: Tensor,
+    scale_BN: Tensor,
+    step_BN: Tensor,
+    grid: Grid,
+    q_BN: Tensor,
+) -> Tensor:
+    bounds = grid.q_min, grid.q_max
+    return refine_block(gradient_BN, hessian_BB, scale_BN, step_BN, bounds, q_BN)
 
 
 def _storable_change(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rotq.formats.floats import LARGEST_E4M3, FloatGrid
 from rotq.formats.integer import Grid
+from rotq.ops import best_candidates, searches_natively
 from rotq.phases import phase
 
 SHRINK_FACTORS, SMALLEST_SHRINK = 24, 0.5
@@ -61,12 +62,14 @@ def search_scales(
     """
     N, K = weight_NK.shape
     w_NGg = weight_NK.view(N, -1, grid.columns_per_group(K))
-    measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
     if isinstance(grid, FloatGrid):
         candidates = _float_candidates(w_NGg, grid, judge != "minmax", scale_dtype)
     else:
         steps = 1 if judge == "minmax" else SHRINK_FACTORS
         candidates = _candidates(w_NGg, grid, steps, scale_dtype)
+        if judge == "hessian" and searches_natively(w_NGg) and w_NGg.shape[-1] <= LARGEST_BLOCK:
+            return _native_search(w_NGg, hessian_KK, grid, candidates)
+    measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
     best_scale_NG, best_zero_NG = next(candidates)
     least_NG = measure(round_to_grid(w_NGg, best_scale_NG, best_zero_NG, grid) - w_NGg)
     for scale_NG, zero_NG in candidates:
@@ -76,6 +79,16 @@ def search_scales(
         best_scale_NG = torch.where(better_NG, scale_NG, best_scale_NG)
         best_zero_NG = torch.where(better_NG, zero_NG, best_zero_NG)
     return best_scale_NG, best_zero_NG
+
+
+def _native_search(
+    w_NGg: Tensor, hessian_KK: Tensor, grid: Grid, candidates: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    scale_CNG, zero_CNG = (torch.stack(each) for each in zip(*candidates, strict=True))
+    block_Ggg = _blocks(hessian_KK, w_NGg.shape[-1])
+    bounds = grid.q_min, grid.q_max
+    best_1NG = best_candidates(w_NGg, scale_CNG, zero_CNG, block_Ggg, bounds)[None]
+    return scale_CNG.gather(0, best_1NG)[0], zero_CNG.gather(0, best_1NG)[0]
 
 
 def round_to_grid(w_NGg: Tensor, scale_NG: Tensor, zero_NG: Tensor, grid: Grid) -> Tensor:
@@ -134,13 +147,18 @@ def _measure(judge: str, hessian_KK: Tensor, g: int) -> ErrorMeasure:
     if judge in ("minmax", "mse"):
         return lambda e_NGg: e_NGg.abs_().pow_(2.4).sum(-1)
     if judge == "hessian" and g <= LARGEST_BLOCK:
-        groups = range(0, hessian_KK.shape[0], g)
-        block_Ggg = torch.stack([hessian_KK[k : k + g, k : k + g] for k in groups])
+        block_Ggg = _blocks(hessian_KK, g)
         return lambda e_NGg: _block_error(e_NGg, block_Ggg)
     if judge in ("diagonal", "hessian"):
         diagonal_Gg = hessian_KK.diagonal().view(-1, g)
         return lambda e_NGg: e_NGg.square_().mul_(diagonal_Gg).sum(-1)
     raise ValueError(f"unknown judge {judge!r}; known: minmax, mse, diagonal, hessian")
+
+
+def _blocks(hessian_KK: Tensor, g: int) -> Tensor:
+    """(G, g, g): each group's part of the Hessian."""
+    starts = range(0, hessian_KK.shape[0], g)
+    return torch.stack([hessian_KK[k : k + g, k : k + g] for k in starts])
 
 
 def _block_error(e_NGg: Tensor, block_Ggg: Tensor) -> Tensor:
