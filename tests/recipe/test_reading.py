@@ -1,6 +1,7 @@
 """Where a value came from, and that every number of a recipe has a range."""
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,27 @@ def test_messages_are_short() -> None:
         with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is compared below
             from_dict(values)
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights.group_size": 32}, "weights.format=nvfp4 needs weights.group_size=16, got 32"),
+        ({"weights.symmetric": False}, "needs weights.symmetric=true, got False"),
+        ({"weights.bits": 3}, "needs weights.bits=4, got 3"),
+        ({"weights.average_bits": 4.5}, "needs weights.average_bits=0"),
+        ({"weights.embedding": 6}, "needs weights.embedding=16"),
+        ({"tuning.code_steps": 4}, "needs tuning.code_steps=0"),
+        ({"activations.bits": 8}, "set activations.bits=4, or 16"),
+        ({"activations.bits": 4}, "needs activations.symmetric=true"),
+        ({"transform.method": "learned"}, "expects the error of integers"),
+        ({"weights.overrides": [{"match": "x", "bits": 8}]}, "overrides can keep layers"),
+    ],
+    ids=str,
+)
+def test_what_a_format_of_floats_settles_is_not_asked_for_otherwise(
+    changes: dict[str, Any], message: str
+) -> None:
+    floats = {"weights.format": "nvfp4", "weights.group_size": 16, "weights.symmetric": True}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_recipe(None, {**floats, **changes})
