@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from tiny_jobs import load_script, make_checkpoint
@@ -95,3 +96,22 @@ def test_a_table_is_made_and_kept(
     monkeypatch.setattr(reproduce, "run_row", lambda *_: None)
     reproduce.main(arguments)
     assert capsys.readouterr().out == first
+
+
+def test_a_peer_sees_the_windows_of_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **_: ran.append(command))
+    model = make_checkpoint(tmp_path / "model")
+    small = ["--num-samples", "3", "--calibration-seq-len", "32"]
+    given = ["gptq", "--model", str(model), *small, "--peer", "GPTQModel=env/bin/python"]
+    options = reproduce.parse(given)
+    asked = TABLES["gptq"]["rows"]["GPTQModel"]
+    reproduce.run_peer(asked, options.peers["GPTQModel"], tmp_path / "work/gptqmodel", options)
+    [command] = ran
+    assert command[0] == "env/bin/python"
+    assert Path(command[1]).name == "gptqmodel_gptq.py"
+    assert command[-4:] == ["--bits", "3", "--group-size", "-1"]
+    ids = torch.load(command[command.index("--calibration-ids") + 1])
+    assert ids.shape == (3, 32)
