@@ -162,7 +162,8 @@ class _Trial:
         self._prompts()
 
     def _prompts(self) -> Any:
-        from rotq.evaluation.kv_tasks import DRIFT, make_prompts
+        from rotq.evaluation.haystacks import make_prompts
+        from rotq.evaluation.kv_tasks import DRIFT
 
         number, length = self.asked.windows, self.asked.seq_len
         if self.task == DRIFT:

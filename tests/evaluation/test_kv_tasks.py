@@ -9,14 +9,8 @@ from kv_oracle import calibration_of, oracle_cache
 from tiny_models import VOCAB, random_ids, tiny_model
 
 from rotq.errors import RotqError
-from rotq.evaluation.kv_tasks import (
-    DEPTHS,
-    UNQUANTIZED,
-    Prompt,
-    find_answers,
-    make_prompts,
-    measure_drift,
-)
+from rotq.evaluation.haystacks import DEPTHS, Prompt, make_prompts
+from rotq.evaluation.kv_tasks import UNQUANTIZED, find_answers, measure_drift
 from rotq.evaluation.quantized_history import KVScheme, scheme_of
 
 MODEL = tiny_model("llama", dtype=torch.float32)
