@@ -284,7 +284,7 @@ def _search_notes(recipe: Recipe) -> Iterator[str]:
     if recipe.solver.rounder == "trellis" and not is_native():
         yield (
             "numba is not installed: paths are searched for in plain PyTorch, which on a CPU takes "
-            "a hundred times as long; pip install rotq[trellis]"
+            "a hundred times as long; pip install rotq[native]"
         )
 
 

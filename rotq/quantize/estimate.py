@@ -137,7 +137,7 @@ def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
     )
     writing = writing_memory(skeleton, recipe.calibration, dtype)
     imported = IMPORTED_BYTES
-    if recipe.solver.rounder == "trellis" and is_native():
+    if recipe.solver.method == "gptq" and is_native():
         imported += COMPILER_BYTES
     return imported + max(block_needs, outer, tuning, transform, writing)
 

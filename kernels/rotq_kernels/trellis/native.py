@@ -6,7 +6,7 @@ branch or a shuffle, because values of u are taken by their lowest symbol first:
 read a contiguous piece of M each. One pass over 2^(L - bits) values then puts them in order.
 No operation is contracted or reordered, so that paths are those of plain PyTorch.
 
-Needs numba, which ``pip install rotq[trellis]`` brings; wheels are there for Linux and macOS.
+Needs numba, which ``pip install rotq[native]`` brings; wheels are there for Linux and macOS.
 """
 
 import functools
