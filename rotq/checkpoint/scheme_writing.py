@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from rotq.checkpoint.scheme import CODE, FIELDS, FLOATS, INPUT_FIELDS, METHODS, TRELLIS
+from rotq.checkpoint.scheme import METHODS
+from rotq.checkpoint.scheme_groups import CODE, FIELDS, FLOATS, INPUT_FIELDS, TRELLIS
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import FloatInputs
 from rotq.formats.floats import FloatGrid

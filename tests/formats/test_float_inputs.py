@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from rotq.checkpoint.scheme import INPUT_FIELDS
+from rotq.checkpoint.scheme_groups import INPUT_FIELDS
 from rotq.formats.float_inputs import float_inputs, round_floats
 from rotq.formats.floats import global_scale
 
