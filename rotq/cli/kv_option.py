@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.calibrate_kv import calibrator, named_specs
+from rotq.cli.calibrate_kv import NONE, calibrator, named_specs
 from rotq.cli.kv_schemes import find_constants
 from rotq.cli.options import Command, FilePath
+from rotq.errors import RotqError
 
 if TYPE_CHECKING:
     from rotq.evaluation.quantized_history import QuantizedHistory
@@ -47,14 +48,26 @@ class PackedKV:
         """The attention that a model is scored with; calibrated now where no file was given.
 
         Raises:
-            RotqError: the file or the model is not as it must be.
+            RotqError: the file or the model is not as it must be, or does not serve the scheme.
         """
         from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 
         fitting = calibrator(model, tokenizer)
+        self._check_file(model)
         [self.calibration] = find_constants(model, [self.spec], self.file, fitting)
         self.history = QuantizedHistory(scheme_of(self.calibration))
         return self.history
+
+    def _check_file(self, model: Any) -> None:
+        """Refuse a file of another scheme: who names one scheme and one file means them."""
+        from rotq.kv.calibration.file import load_calibration
+
+        if self.file is None or str(self.file) == NONE or not self.spec.needs_calibration:
+            return
+        held = load_calibration(self.file, model.config)
+        if not held.serves(self.spec):
+            name = held.spec.name
+            raise RotqError(f"{self.file} is for {name} and does not serve {self.spec.name}")
 
     def facts(self) -> dict[str, Any]:
         """The scheme, what a token takes, and the errors of each layer's attention, for JSON.

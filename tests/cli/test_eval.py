@@ -135,7 +135,7 @@ def test_a_packed_cache_is_named_in_the_table(text: str) -> None:
         (["--kv", "k9"], 2, "no KV preset 'k9'"),
         (["--kv", "k3v3,k4v3"], 2, "give one preset; rotq eval kv takes several"),
         (["--kv-calibration", "x"], 2, "--kv-calibration without --kv"),
-        (["--kv", "k3v3", "--kv-calibration", "none"], 1, "none"),
+        (["--kv", "k3v3", "--kv-calibration", "missing"], 1, "missing"),
     ],
 )
 def test_a_cache_that_cannot_be_packed(
