@@ -1,6 +1,7 @@
 """What launchers share. They import their kernels, and with them Triton, when they are called."""
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ def require_triton() -> None:
 
 
 def is_native() -> bool:
-    """Whether there is native code for CPUs: numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether there is native code for CPUs: numba is installed, and this is no process of vLLM.
+
+    vLLM 0.32 reads the ``__dict__`` of whatever all modules hold, and fails at llvmlite's.
+    """
+    return "vllm" not in sys.modules and importlib.util.find_spec("numba") is not None
 
 
 def launch(
