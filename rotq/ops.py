@@ -37,6 +37,7 @@ from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import dequantize_reference as dequantize_weight
 from rotq_kernels.packed_linear import packed_linear
 from rotq_kernels.rounding.native import (
+    NATIVE_FROM,
     best_candidates,
     refine_block,
     round_block,
@@ -49,6 +50,7 @@ from rotq_kernels.trellis.linear import packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
 
 __all__ = [
+    "NATIVE_FROM",
     "STEPS_PER_OCTAVE",
     "TABLE_BITS",
     "DenseKV",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rotq.checkpoint.location import Location
     from rotq.evaluation.perplexity import Protocol
+    from rotq.report import JobReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +124,21 @@ def compare_all(
     return Comparison(report=report, positions=positions)
 
 
-def _cost(place: Location, model: Any) -> dict[str, Any]:
-    """Bytes of the weights, and bits and seconds where a job's report has them."""
+def job_report(place: Location) -> JobReport | None:
+    """A checkpoint's own; None where rotq did not write it."""
     from rotq.checkpoint.gguf import find_gguf
     from rotq.checkpoint.inspection import read_checkpoint
 
-    gguf = find_gguf(place.path)
-    report = None if gguf is not None else read_checkpoint(place).report
+    return None if find_gguf(place.path) is not None else read_checkpoint(place).report
+
+
+def _cost(place: Location, model: Any) -> dict[str, Any]:
+    """Bytes of the weights, and bits and seconds where a job's report has them."""
+    from rotq.checkpoint.gguf import find_gguf
+
+    report = job_report(place)
     if report is None:
+        gguf = find_gguf(place.path)
         stored = gguf.stat().st_size if gguf is not None else _stored(place, model)
         return {"bytes": stored, "bits_all_in": None, "bits": None, "seconds": None}
     return {

@@ -128,8 +128,9 @@ def eval_kv(
     fitting = calibrator(loaded, tokenizer, **options)
     if task != TEXT:
         trial = _Trial(task=task, tokenizer=tokenizer, ids_N=ids_N, asked=asked, chunk=chunk)
-        trial.check(loaded)
-        _print(trial.run(loaded, named.find(loaded, kv_calibration, fitting)), as_json)
+        prompts = trial.prompts(loaded)
+        schemes = named.find(loaded, kv_calibration, fitting)
+        _print(trial.run(loaded, prompts, schemes), as_json)
         return
     protocol = checked_protocol(asked, limits_of(loaded), content, ids_N)
     schemes = named.find(loaded, kv_calibration, fitting)
@@ -149,8 +150,15 @@ class _Trial:
     """Windows are prompts, at each depth for what is to be found."""
     chunk: int
 
-    def check(self, model: Any) -> None:
-        """Refuse what cannot be done, before calibration."""
+    @property
+    def half(self) -> int:
+        """Tokens of a prompt that is written on behind."""
+        return max(2, self.asked.seq_len // 2)
+
+    def prompts(self, model: Any) -> Any:
+        """What is asked; refuses what cannot be done, before calibration."""
+        from rotq.evaluation.haystacks import make_prompts
+        from rotq.evaluation.kv_tasks import DRIFT
         from rotq.models.limits import limits_of
 
         if self.chunk != 1:
@@ -159,30 +167,22 @@ class _Trial:
             raise click.UsageError(f"--task {self.task}: --windows 0 is no number of prompts")
         if limits_of(model).cut(self.asked.seq_len, least=2) < self.asked.seq_len:
             raise RotqError(f"the model has fewer positions than --seq-len {self.asked.seq_len}")
-        self._prompts()
-
-    def _prompts(self) -> Any:
-        from rotq.evaluation.haystacks import make_prompts
-        from rotq.evaluation.kv_tasks import DRIFT
-
         number, length = self.asked.windows, self.asked.seq_len
         if self.task == DRIFT:
-            half = replace(self.asked, seq_len=max(2, length // 2))
-            return half.cut(self.ids_N)
+            return replace(self.asked, seq_len=self.half).cut(self.ids_N)
         return make_prompts(self.task, self.tokenizer, self.ids_N, seq_len=length, number=number)
 
-    def run(self, model: Any, schemes: list[KVScheme]) -> list[Any]:
+    def run(self, model: Any, prompts: Any, schemes: list[KVScheme]) -> list[Any]:
         """A row for each cache."""
         from rotq.evaluation.kv_tasks import DRIFT, find_answers, measure_drift
 
+        on_prompt = show("prompt")
         if self.task == DRIFT:
-            new_tokens = self.asked.seq_len - max(2, self.asked.seq_len // 2)
-            prompts_BT, on_prompt = self._prompts(), show("prompt")
+            new_tokens = self.asked.seq_len - self.half
             return measure_drift(
-                model, prompts_BT, schemes, new_tokens=new_tokens, on_prompt=on_prompt
+                model, prompts, schemes, new_tokens=new_tokens, on_prompt=on_prompt
             )
-        prompts = self._prompts()
-        return find_answers(model, prompts, schemes, task=self.task, on_prompt=show("prompt"))
+        return find_answers(model, prompts, schemes, task=self.task, on_prompt=on_prompt)
 
 
 def _print(found: list[Any], as_json: bool) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import NONE, calibrator, named_specs
-from rotq.cli.kv_schemes import find_constants
+from rotq.cli.kv_schemes import constants_in, find_constants
 from rotq.cli.options import Command, FilePath
-from rotq.errors import RotqError
 
 if TYPE_CHECKING:
-    from rotq.evaluation.quantized_history import QuantizedHistory
+    from rotq.evaluation.quantized_history import KVScheme, QuantizedHistory
     from rotq.kv.calibration.file import KVCalibration
     from rotq.kv.presets import KVSpec
 
@@ -42,6 +41,7 @@ class PackedKV:
     spec: KVSpec
     file: Path | None
     calibration: KVCalibration | None = None
+    scheme: KVScheme | None = None
     history: QuantizedHistory | None = None
 
     def attention(self, model: Any, tokenizer: Any) -> QuantizedHistory:
@@ -52,33 +52,26 @@ class PackedKV:
         """
         from rotq.evaluation.quantized_history import QuantizedHistory, scheme_of
 
-        fitting = calibrator(model, tokenizer)
-        self._check_file(model)
-        [self.calibration] = find_constants(model, [self.spec], self.file, fitting)
-        self.history = QuantizedHistory(scheme_of(self.calibration))
+        self.calibration = self._constants(model, tokenizer)
+        self.scheme = scheme_of(self.calibration)
+        self.history = QuantizedHistory(self.scheme)
         return self.history
 
-    def _check_file(self, model: Any) -> None:
-        """Refuse a file of another scheme: who names one scheme and one file means them."""
-        from rotq.kv.calibration.file import load_calibration
-
-        if self.file is None or str(self.file) == NONE or not self.spec.needs_calibration:
-            return
-        held = load_calibration(self.file, model.config)
-        if not held.serves(self.spec):
-            name = held.spec.name
-            raise RotqError(f"{self.file} is for {name} and does not serve {self.spec.name}")
+    def _constants(self, model: Any, tokenizer: Any) -> KVCalibration:
+        if self.file is not None and str(self.file) != NONE and self.spec.needs_calibration:
+            return constants_in(self.file, model, self.spec)
+        fitting = calibrator(model, tokenizer)
+        [found] = find_constants(model, [self.spec], self.file, fitting)
+        return found
 
     def facts(self) -> dict[str, Any]:
         """The scheme, what a token takes, and the errors of each layer's attention, for JSON.
 
         There are none where all that was run has generated: that reads the cache itself.
         """
-        from rotq.evaluation.quantized_history import scheme_of
-
-        assert self.calibration is not None
+        scheme = self.scheme
+        assert scheme is not None
         assert self.history is not None
-        scheme = scheme_of(self.calibration)
         was_read = any(self.history.calls.values())
         return {
             "preset": self.spec.name,

@@ -104,6 +104,20 @@ def find_constants(
     return [found[spec.name] for spec in specs]
 
 
+def constants_in(file: Path, model: Any, spec: KVSpec) -> KVCalibration:
+    """Of one scheme, from one file: who names both means them.
+
+    Raises:
+        RotqError: the file is not as it must be, or does not serve the scheme.
+    """
+    from rotq.kv.calibration.file import load_calibration
+
+    held = load_calibration(file, model.config)
+    if not held.serves(spec):
+        raise RotqError(f"{file} is for {held.spec.name} and does not serve {spec.name}")
+    return held.under(spec)
+
+
 def _oblivious(model: Any, spec: KVSpec) -> KVCalibration:
     from rotq.kv.calibration.calibrate import data_oblivious
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rotq.cli.compared import Comparison, Loading, Text, check_once, compare_all
+from rotq.cli.compared import Comparison, Loading, Text, check_once, compare_all, job_report
 from rotq.cli.kv_option import PackedKV, kv_options, named_scheme
 from rotq.cli.loading import find
 from rotq.cli.options import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from rotq.checkpoint.location import Location
     from rotq.evaluation.perplexity import Protocol
-    from rotq.report import JobReport
 
 _PROMPT_TOKENS = 48
 
@@ -99,7 +98,7 @@ def report_command(
     read = [*checkpoints, *([] if reference is None else [reference])]
     path = page_to_write(output, read, text)
     places = [find(name) for name in checkpoints]
-    jobs = {name: _report(place) for name, place in zip(checkpoints, places, strict=True)}
+    jobs = {name: job_report(place) for name, place in zip(checkpoints, places, strict=True)}
     measured, found = _Measured(packed, new_tokens), Comparison()
     if reference is not None and text is not None:
         from rotq.evaluation.perplexity import Protocol
@@ -147,7 +146,6 @@ class _Measured:
     def __call__(self, name: str, model: Any, ids_N: Tensor, protocol: Protocol) -> None:
         from rotq.evaluation.continuation import continuation
         from rotq.evaluation.kv import evaluate_kv
-        from rotq.evaluation.quantized_history import scheme_of
 
         if self.new_tokens:
             prompt_T = protocol.cut(ids_N)[0][: min(_PROMPT_TOKENS, protocol.seq_len // 2)]
@@ -157,17 +155,6 @@ class _Measured:
             )
         if self.packed is not None:
             self.packed.attention(model, self._tokenizer)
-            assert self.packed.calibration is not None
-            scheme = scheme_of(self.packed.calibration)
-            [found] = evaluate_kv(model, ids_N, [scheme], protocol=protocol)
+            assert self.packed.scheme is not None
+            [found] = evaluate_kv(model, ids_N, [self.packed.scheme], protocol=protocol)
             self.kv_errors[name] = found.attention_error
-
-
-def _report(place: Location) -> JobReport | None:
-    """A checkpoint's own; None where rotq did not write it."""
-    from rotq.checkpoint.gguf import find_gguf
-    from rotq.checkpoint.inspection import read_checkpoint
-
-    if find_gguf(place.path) is not None:
-        return None
-    return read_checkpoint(place).report

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import NONE, calibrator, named_specs
+from rotq.cli.kv_schemes import constants_in
 from rotq.cli.loading import say
 from rotq.cli.options import Command, FilePath, device_option
 from rotq.errors import RotqError
@@ -72,7 +73,6 @@ def find_calibration(
     Raises:
         RotqError: the file does not serve the scheme, or the model has nothing to pack.
     """
-    from rotq.kv.calibration.file import load_calibration
     from rotq.models.attention.online import rounds_heads
     from rotq.serve.settings import DENSE
 
@@ -91,10 +91,7 @@ def find_calibration(
         raise click.UsageError(f"--kv {name}: a server has one scheme")
     if file is None or str(file) == NONE:
         return _without_file(model, tokenizer, spec, calibrate=file is None)
-    held = load_calibration(file, model.config)
-    if not held.serves(spec):
-        raise RotqError(f"{file} was fitted for {held.spec.name} and does not serve {name}")
-    return held.under(spec)
+    return constants_in(file, model, spec)
 
 
 def _without_file(model: Any, tokenizer: Any, spec: KVSpec, *, calibrate: bool) -> KVCalibration:

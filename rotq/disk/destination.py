@@ -101,6 +101,21 @@ def check_replaceable(path: Path, foreign: Foreign, *, named: Path) -> None:
         )
 
 
+def without_mark(path: Path, mark: bytes, kind: str) -> str | None:
+    """What makes an existing path no ``kind`` of rotq's, which has a mark near its start; or None.
+
+    An empty file is taken for one: it holds nothing that could be lost.
+    """
+    if not path.is_file():
+        return "is no plain file"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if not start or mark in start else f"exists and is no {kind} of rotq's"
+
+
 def exists(path: Path) -> bool:
     """Whether there is something of this name; a link counts, wherever it leads.
 

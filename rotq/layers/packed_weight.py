@@ -23,6 +23,7 @@ from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid, Quantized, true_scales
 from rotq.formats.trellis import Trellis
 from rotq.ops import (
+    NATIVE_FROM,
     is_native,
     pack,
     packed_levels,
@@ -39,10 +40,6 @@ large."""
 
 KEPT_DTYPES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 """Buffers that another dtype would make others of."""
-
-
-NATIVE_FROM = 1 << 16
-"""Numbers of a weight from which on compiling is worth it."""
 
 
 class PackedWeight(nn.Module):

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rotq.disk.destination import without_mark
 from rotq.report import figures
 from rotq.report.compare_tables import compare_rows, comparison_notes
 from rotq.report.results import JobReport
@@ -90,14 +91,7 @@ def render_page(page: Page) -> str:
 
 def foreign(path: Path) -> str | None:
     """What makes an existing path no page of rotq's, in words; None if it is one."""
-    if not path.is_file():
-        return "is no plain file"
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if not start or GENERATOR.encode() in start else "exists and is no page of rotq's"
+    return without_mark(path, GENERATOR.encode(), "page")
 
 
 def _sections(page: Page) -> Iterator[str]:

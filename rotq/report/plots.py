@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rotq.disk.destination import file_to_write
+from rotq.disk.destination import file_to_write, without_mark
 from rotq.disk.files import make_folder, whole_file
 from rotq.errors import RotqError
 
@@ -129,15 +129,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 def foreign(path: Path) -> str | None:
     """What makes an existing path no plot of rotq's, in words; None if it is one."""
-    if not path.is_file():
-        return "is no plain file"
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    mark = b"tEXtSoftware\0" + _SOFTWARE.encode()
-    return None if not start or mark in start else "exists and is no plot of rotq's"
+    return without_mark(path, b"tEXtSoftware\0" + _SOFTWARE.encode(), "plot")
 
 
 def _series(flatness: Changes, kind: str, field: str) -> dict[str, list[float | None]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rotq_kernels.launching import is_native
 
-SMALLEST = 1 << 16
+NATIVE_FROM = 1 << 16
 """Numbers of a weight from which on it is worth compiling."""
 
 STRIP = 64
@@ -34,7 +34,7 @@ STRIP = 64
 def rounds_natively(weight_NK: Tensor) -> bool:
     """Whether native code for a weight is there, and worth the seconds that compiling takes."""
     is_plain = weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32
-    return is_plain and weight_NK.numel() >= SMALLEST and is_native()
+    return is_plain and weight_NK.numel() >= NATIVE_FROM and is_native()
 
 
 def searches_natively(w_NGg: Tensor) -> bool:
