@@ -96,7 +96,7 @@ def test_stop_and_errors(browser: webdriver.Chrome, server: Running) -> None:
     wait_until(server.served.engine.idle)
     fill(browser, "max", "5000")
     browser.find_element(By.ID, "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
-    wait_until(lambda: "limit of 640 tokens" in text(browser, "status"))
+    wait_until(lambda: "maximum context length is 640 tokens" in text(browser, "status"))
 
 
 def test_chat_with_a_key(browser: webdriver.Chrome) -> None:
