@@ -1,5 +1,6 @@
 """Shared test set-up."""
 
+import gc
 import os
 import signal
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import rotq.checkpoint.child
+
 # tests have no packages (--import-mode=importlib); this lets them import what lies in support/
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+from fork_server import ForkServer
 
 # Triton decides when a kernel is defined, that is when a launcher first imports it
 if not torch.cuda.is_available():
@@ -27,3 +31,40 @@ def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_processes(_user_cache: None) -> Iterator[None]:
+    """Modules that jobs run in fresh processes need not import everything anew, each for seconds.
+
+    tests/checkpoint/test_child.py runs the same ones as users do.
+    """
+    server = ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotq.checkpoint.child, "_run", server.run)
+        yield
+    server.close()
+
+
+_freeze = gc.freeze
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waits() -> Iterator[None]:
+    """What takes half of a small job's time and no test is about: disks, objects of pytest.
+
+    Jobs collect garbage several times, and a pytest process has a million objects; those that a
+    module of tests finds are left out (``_settled``), and jobs do not take them in again.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled(_no_waits: None) -> None:
+    gc.collect()
+    _freeze()

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rotq.errors import RotqError
@@ -23,17 +23,23 @@ def run_module(module: str, arguments: Sequence[str | Path], *, doing: str) -> s
     """
     roots = [str(_root(name)) for name in ("rotq", "rotq_kernels")]
     path = os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
+    done = _run(module, [str(each) for each in arguments], {**os.environ, "PYTHONPATH": path})
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RotqError(f"{doing} failed: {lines[-1]}")
     return done.stdout
+
+
+def _run(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 def _root(package: str) -> Path:

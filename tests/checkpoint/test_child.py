@@ -1,0 +1,39 @@
+"""Fresh processes: as users get them, and as the other tests do."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from fork_server import ForkServer
+
+from rotq.checkpoint import child
+from rotq.errors import RotqError
+
+really = child._run  # before the session puts the server in its place
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "status", "said"),
+    [
+        ("rotq", ["--version"], 0, "rotq, version"),
+        ("rotq", ["no-such-command"], 2, "no-such-command"),
+        ("rotq.checkpoint.reload", ["one"], 1, "ValueError: not enough values to unpack"),
+    ],
+)
+def test_forks_are_fresh_processes(
+    module: str, arguments: list[str], status: int, said: str
+) -> None:
+    server = ForkServer()
+    done = [run(module, arguments, dict(os.environ)) for run in (server.run, really)]
+    server.close()
+    for each in done:
+        assert each.returncode == status
+        assert said in each.stdout + each.stderr
+
+
+def test_the_module_that_users_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_run", really)
+    assert child.run_module("rotq", ["--version"], doing="asking").startswith("rotq, version")
+    with pytest.raises(RotqError, match=r"^asking failed: .*no-such-command"):
+        child.run_module("rotq", ["no-such-command"], doing="asking")

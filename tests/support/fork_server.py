@@ -1,0 +1,107 @@
+"""Fresh processes that need not import torch and transformers: forks of one that has.
+
+``ForkServer().run(module, arguments, environment)`` is ``python -m module`` in a process that has
+run nothing but imports. ``python fork_server.py`` is the process that forks: it reads a request per
+line, and answers with the exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from subprocess import CompletedProcess
+
+_IGNORED = {"PYTEST_CURRENT_TEST", "PYTHONPATH"}
+
+
+class ForkServer:
+    """Starts at its first use, and ends with the process that has it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._environment: dict[str, str] = {}
+
+    def run(
+        self, module: str, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> CompletedProcess[str]:
+        """Where a test has changed the environment, which imports look at, really a new process."""
+        if self._process is None:
+            self._environment = dict(environment)
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
+        command = [sys.executable, "-m", module, *arguments]
+        if _decisive(environment) != _decisive(self._environment):
+            return subprocess.run(
+                command, capture_output=True, text=True, env=dict(environment), check=False
+            )
+        with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            status = self._ask(module, arguments, out, err)
+            return CompletedProcess(command, status, out.read_text(), err.read_text())
+
+    def _ask(self, module: str, arguments: Sequence[str], out: Path, err: Path) -> int:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = [module, list(arguments), str(Path.cwd()), str(out), str(err)]
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()  # it ends with its input
+
+
+def _decisive(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in _IGNORED}
+
+
+def _serve() -> None:
+    import transformers  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _become(*json.loads(line))
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+def _become(module: str, arguments: list[str], folder: str, out: str, err: str) -> None:
+    """Does not return."""
+    os.chdir(folder)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv[1:] = arguments
+    warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package")
+    status = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
