@@ -56,6 +56,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Replace an OUTPUT that rotq wrote, or an empty one, once the new one is complete.",
 )
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Share the job among processes on this machine, a GPU or some of the cores each; "
+    "several machines: accelerate launch -m rotq quantize ...",
+)
 @device_option
 @model_options
 @click.option(
@@ -86,6 +94,7 @@ def quantize(
     eval_text: str | None,
     eval_windows: int,
     profile: Path | None,
+    num_processes: int,
     as_json: bool,
     **job: Any,
 ) -> None:
@@ -116,10 +125,17 @@ def quantize(
         return
     assert output is not None, "refused above"
     job["inputs"] = _inputs(recipe_file, eval_text)
-    with _profiled(profile, job["inputs"] | {"the model": found.path, "the output": output}):
-        report = _run(found, recipe, output, scored, **job)
-        if scored is not None:
-            report = scored.after(report, output)
+    from rotq.processes import joined
+
+    reads = job["inputs"] | {"the model": found.path, "the output": output}
+    with joined(num_processes, sys.argv[1:]) as ranks:
+        if not ranks.leads:
+            _run(found, recipe, output, None, ranks=ranks, **job)
+            return
+        with _profiled(profile, reads):
+            report = _run(found, recipe, output, scored, ranks=ranks, **job)
+            if scored is not None:
+                report = scored.after(report, output)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
         return

@@ -116,6 +116,15 @@ class Quantized:
             level_NGg.sub_(self.zero_NG.to(torch.float32)[..., None])
         return level_NGg
 
+    def to(self, device: torch.device) -> "Quantized":
+        """The same there."""
+        tensors = (self.q_NK, self.scale_NG, self.zero_NG, self.global_scale)
+        q_NK, scale_NG, zero_NG, top = (x if x is None else x.to(device) for x in tensors)
+        assert q_NK is not None and scale_NG is not None, "a weight has codes and scales"
+        return Quantized(
+            q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid, global_scale=top
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, K) weight; computed in fp32, then cast to ``dtype``."""
         return self.levels().mul_(self.steps()[..., None]).flatten(1).to(dtype)

@@ -65,7 +65,8 @@ class BlockQuantizer:
                 moments = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
-                routed |= routed_tokens(working)
+                for path, counts in routed_tokens(working).items():
+                    routed[path] = [int(count) for count in job.ranks.total(*counts)]
             for site in stage:
                 solutions, results = self._round(
                     index, site, (original, working), moments, global_scales
@@ -84,7 +85,7 @@ class BlockQuantizer:
             quantized=quantized,
             layers=tuple(layers),
             training=training,
-            effective_share=1.0 if weights is None else weights.effective_share,
+            effective_share=1.0 if weights is None else weights.effective_share(job.ranks),
             routed=routed,
         )
 
@@ -164,6 +165,7 @@ class BlockQuantizer:
                     self.job.recipe.solver,
                     scale_dtype=self.job.plan.scale_dtype,
                     global_scale=global_scales.get(names[0]),
+                    ranks=self.job.ranks,
                 )
                 for part_NK, of_part in zip(
                     stacked_NK.tensor_split(len(moments)), moments, strict=True

@@ -49,7 +49,7 @@ class BlockRunner:
             return None
         quantized = _empty_stream(job, "quantized")
         original = _empty_stream(job, "original") if job.recipe.needs_original else None
-        for number, batch in enumerate(job.windows.batches):
+        for number, batch in enumerate(job.batches):
             for stream, outer in ((quantized, stored or exact), (original, exact)):
                 if stream is not None:
                     hidden_BTD = job.skeleton.embed(outer, batch.ids_BT, batch.mask_BT)
@@ -93,6 +93,8 @@ class BlockRunner:
                 run_block(block, *self._given(index, stream, batch))
         for hook in hooks:
             hook.remove()
+        for top in tops.values():
+            self.job.ranks.largest_(top)
         return tops
 
     def collect(
@@ -114,7 +116,8 @@ class BlockRunner:
             last: Take the original stream to the end of the block.
 
         Returns:
-            By name of the site, for each group of rows that has weights of its own.
+            By name of the site, for each group of rows that has weights of its own; over the
+            windows of all processes.
         """
         moments: dict[str, list[Moments]] = {}
         with (
@@ -136,6 +139,9 @@ class BlockRunner:
                         sums.add(x_MK, targets.get(name), weight_M)
         if last and streams.original is not None:
             streams.original.forget()
+        for site in stage:
+            for sums in moments.get(site.name, []):
+                sums.sum_over(self.job.ranks)
         return moments
 
     def _both_inputs(
@@ -229,10 +235,10 @@ def _empty_stream(job: Job, name: str) -> Stream:
     for kind, width in widths.items():
         file: Path | None = None
         if job.recipe.calibration.offload:
-            file = job.folder.path / f"{kind}-{name}"
-        shapes = [torch.Size((*batch.ids_BT.shape, width)) for batch in job.windows.batches]
+            file = job.folder.path / f"{kind}-{name}-{job.ranks.rank}"
+        shapes = [torch.Size((*batch.ids_BT.shape, width)) for batch in job.batches]
         stores[kind] = BatchStore.empty(shapes, job.dtype, file)
-    return Stream(stores["hidden"], stores["attention"], job.windows.batches)
+    return Stream(stores["hidden"], stores["attention"], job.batches)
 
 
 def _attended(skeleton: Skeleton) -> int:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from rotq.calibration.batches import Batch
 from rotq.calibration.capture import run_block
 from rotq.calibration.streams import BatchStore, Stream
-from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
 from rotq.errors import RotqError
@@ -69,30 +68,37 @@ class GradientPass:
                 disk.
         """
         names = {GRADIENTS: self.weighs_tokens, SENSITIVITIES: self.sensitivities is not None}
-        if all(self.job.folder.finished(name) for name, wanted in names.items() if wanted):
+        if all([self.job.finished(name) for name, wanted in names.items() if wanted]):
             return
         what = "tokens" if self.weighs_tokens else "layers"
         self.job.progress.message(f"weighing {what} by gradients: one pass forward, one backward")
-        file, batches = self.job.folder.path / "hidden-gradients", start.batches
+        ranks, batches = self.job.ranks, start.batches
+        file = self.job.folder.path / f"hidden-gradients-{ranks.rank}"
         num_blocks = self.job.skeleton.num_blocks
         shapes = [hidden_BTD.shape for hidden_BTD in start.hidden]
         states = BatchStore.empty(shapes * (num_blocks + 1), self.job.dtype, file)
-        generator = torch.Generator().manual_seed(self.job.recipe.calibration.seed)
+        first = ranks.first_of_own(len(self.job.windows.batches))
         with matmul_precision(self.job.recipe.calibration.precision):
             for number, hidden_BTD in enumerate(start.hidden):
                 states[number] = hidden_BTD
             for index in range(num_blocks):
                 self._forward(index, batches, states)
-            for number, batch in enumerate(batches, num_blocks * len(batches)):
-                states[number] = self._at_the_head(states[number], batch, generator)
+            for number, batch in enumerate(batches):
+                last = num_blocks * len(batches) + number
+                states[last] = self._at_the_head(states[last], batch, first + number)
             for index in reversed(range(num_blocks)):
                 self._backward(index, batches, states)
+        if ranks.leads:
+            self._record()
+        ranks.wait()
+        remove(file)
+
+    def _record(self) -> None:
         if self.weighs_tokens:
-            parts = [gradient_part(index) for index in range(num_blocks)]
+            parts = [gradient_part(index) for index in range(self.job.skeleton.num_blocks)]
             self.job.folder.record(GRADIENTS, {}, parts)
         if self.sensitivities is not None:
             self.job.folder.record(SENSITIVITIES, {"losses": self.sensitivities.found}, [])
-        remove(file)
 
     def _forward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
         """What goes into the block is there; what comes out of it is added."""
@@ -109,8 +115,14 @@ class GradientPass:
         stored = restored_outer(self.job)
         return {name: tensor.to(self.job.device) for name, tensor in stored.items()}
 
-    def _at_the_head(self, last_BTD: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Slope of the loss at the last block's output, (B, T, D) on the CPU."""
+    def _at_the_head(self, last_BTD: Tensor, batch: Batch, number: int) -> Tensor:
+        """Slope of the loss at the last block's output, (B, T, D) on the CPU.
+
+        Args:
+            number: Of the batch among all, which decides what is drawn for it.
+        """
+        seed = self.job.recipe.calibration.seed * len(self.job.windows.batches) + number
+        generator = torch.Generator().manual_seed(seed)
         asked_BT1 = batch.asked_BT[..., None].to(self.job.device)
 
         def slope(logits_BCV: Tensor, part: slice) -> Tensor:
@@ -151,11 +163,14 @@ class GradientPass:
     def _save(self, index: int, block: nn.Module, found: dict[str, list[Tensor]]) -> None:
         """Write what was found of each layer's tokens, with mean one."""
         prefix = self.job.skeleton.block_name(index)
-        weights = {path: torch.cat(parts) for path, parts in found.items()}
+        weights = {
+            path: torch.cat(self.job.ranks.gathered(torch.cat(parts)))
+            for path, parts in found.items()
+        }
         experts = _inside_experts(block)
         for path, square_MG in weights.items():
             weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
-        save_tensors(self.job.folder.part(gradient_part(index)), weights)
+        self.job.keep(gradient_part(index), weights, None)
 
     def _window(
         self, index: int, block: nn.Module, paths: Sequence[str], given: Tensor, slope: Tensor
@@ -173,12 +188,12 @@ def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
     """What a finished pass has found for a block.
 
     Returns:
-        By path inside the block, for each batch fp32 (tokens that are no padding, G), mean 1 over
-        the tokens of all batches.
+        By path inside the block, for each batch of this process fp32 (tokens that are no padding,
+        G), mean 1 over the tokens of all batches.
     """
     sizes = [batch.num_tokens for batch in job.windows.batches]
     stored = read_tensors(job.folder.part(gradient_part(index)))
-    return {path: list(weight_MG.split(sizes)) for path, weight_MG in stored.items()}
+    return {path: list(job.ranks.own(weight_MG.split(sizes))) for path, weight_MG in stored.items()}
 
 
 def _checked(slope_BTD: Tensor) -> Tensor:

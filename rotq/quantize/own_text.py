@@ -44,8 +44,10 @@ def with_own_text(job: Job, *, trust_remote_code: bool) -> Job:
         return job
 
     def write(first: tuple[int, ...], num_windows: int, length: int, seed: int) -> SampledText:
-        if not job.folder.finished(OWN_TEXT):
-            _write(job, first, num_windows, length, seed, trust_remote_code)
+        if not job.finished(OWN_TEXT):
+            if job.ranks.leads:
+                _write(job, first, num_windows, length, seed, trust_remote_code)
+            job.ranks.wait()
         return SampledText.of(read_tensors(job.folder.part(OWN_TEXT))["ids_BT"])
 
     windows = load_windows(

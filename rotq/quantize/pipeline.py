@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from rotq.calibration.streams import Streams
 from rotq.checkpoint.files import read_json
 from rotq.checkpoint.inspection import REPORT
-from rotq.checkpoint.location import ModelName, locate
+from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.disk.destination import Inputs
 from rotq.errors import Stopped
 from rotq.job.context import Job
@@ -38,6 +39,7 @@ from rotq.quantize.quantized_block import save_block
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import choose_grids
 from rotq.quantize.setup import fingerprint, setup
+from rotq.ranks import Ranks
 from rotq.recipe import Recipe
 from rotq.report import JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
@@ -57,6 +59,7 @@ def quantize_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     inputs: Inputs | None = None,
+    ranks: Ranks | None = None,
     settled: Callable[[bool], None] | None = None,
 ) -> JobReport:
     """Quantize a checkpoint folder, a GGUF file or a model of the hub into ``output``.
@@ -75,6 +78,8 @@ def quantize_model(
         trust_remote_code: Let transformers run code that comes with the model.
         progress: Listener.
         inputs: What the caller reads besides, see ``find_place``: it is never replaced.
+        ranks: The processes that call this with the same arguments; alone where left out. Only
+            the leader writes, tells and refuses before the work.
         settled: Called before the first block, once all that can be refused was; told whether
             the job is new.
 
@@ -87,36 +92,56 @@ def quantize_model(
         CheckFailed: the rotated model or the reloaded checkpoint is not the same function.
         Stopped: interrupted; the job can be resumed.
     """
-    started, progress = time.monotonic(), progress or Progress()
+    started, progress, ranks = time.monotonic(), progress or Progress(), ranks or Ranks()
     found = locate(model)
+    options = {
+        "device": ranks.device(device),
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    if not ranks.leads:
+        return _follow(found, recipe, ranks, **options)
     reads = job_inputs(found.path, recipe, inputs or {})
     place = find_place(output, resume=resume, overwrite=overwrite, inputs=reads)
     opened = open_folder(place, resume=resume, overwrite=overwrite, tell=progress.message)
     with opened as folder, torch.no_grad():
         try:
-            job, drawn = setup(
-                found,
-                recipe,
-                folder,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
+            job, drawn = setup(found, recipe, folder, ranks=ranks, progress=progress, **options)
             if settled is not None:
                 settled(folder.is_new)
             folder.claim(fingerprint(job, trust_remote_code=trust_remote_code))
-            if folder.is_published:
-                return _finished_report(folder)
-            with settled_objects():
-                job = with_own_text(job, trust_remote_code=trust_remote_code)
-                job, check = _quantize(job, drawn)
-                seconds = time.monotonic() - started
-                return publish(job, check, seconds=seconds, trust_remote_code=trust_remote_code)
+            if ranks.told(lambda: (folder.path, folder.output, folder.is_published))[-1]:
+                return ranks.told(lambda: _finished_report(folder))
+            job, check = _made(job, drawn, trust_remote_code)
+            seconds = time.monotonic() - started
+            return ranks.told(
+                lambda: publish(job, check, seconds=seconds, trust_remote_code=trust_remote_code)
+            )
         except KeyboardInterrupt:
             kept = f" finished blocks are kept in {folder.path}," if folder.claimed else ""
             there = " from there" if folder.claimed else ""
             raise Stopped(f"stopped;{kept} the same command continues{there}") from None
+
+
+def _follow(model: Location, recipe: Recipe, ranks: Ranks, **options: Any) -> JobReport:
+    """This process's share of a job that another one leads, whose report is returned."""
+    path, output, is_published = ranks.told(_asked_of_the_leader)
+    if not is_published:
+        folder = JobFolder(path, output)
+        job, drawn = setup(model, recipe, folder, ranks=ranks, progress=Progress(), **options)
+        with torch.no_grad():
+            _made(job, drawn, options["trust_remote_code"])
+    return ranks.told(_asked_of_the_leader)
+
+
+def _asked_of_the_leader() -> Any:
+    raise AssertionError("only the leader answers")
+
+
+def _made(job: Job, drawn: Basis, trust_remote_code: bool) -> tuple[Job, InvarianceCheck]:
+    """See ``_quantize``; what the model is to write itself is written first."""
+    with settled_objects():
+        return _quantize(with_own_text(job, trust_remote_code=trust_remote_code), drawn)
 
 
 def _finished_report(folder: JobFolder) -> JobReport:
@@ -137,7 +162,8 @@ def _quantize(job: Job, drawn: Basis) -> tuple[Job, InvarianceCheck]:
     """
     rotated = RotatedModel(job, search_basis(job, drawn))
     kept = find_kept(job.source, job.skeleton, rotated=drawn.turns_outer)
-    copy_kept(kept, job.source, job.folder, rotated.basis)
+    if job.ranks.leads:
+        copy_kept(kept, job.source, job.folder, rotated.basis)
     streams = BlockRunner(job).start(*rotated.outer())
     release_memory()
     if streams is not None and job.recipe.needs_gradients:
@@ -167,7 +193,7 @@ def _finished_block(
     """
     started, job, part = time.monotonic(), quantizer.job, block_part(index)
     original, flatness = rotated.block(index)
-    if job.folder.finished(part):
+    if job.finished(part):
         finished = restored_block(job, job.folder.part(part), index, original)
         if streams is not None and streams.original is not None:
             quantizer.runner.advance(index, original, streams.original)
@@ -186,11 +212,13 @@ def _tune(job: Job, structure: list[nn.Module], streams: Streams, rotated: Rotat
     assert streams.original is not None, "a job that tunes keeps the original stream"
     check = rotated.check
     release_memory()
-    if not job.folder.finished(TUNING):
+    if not job.finished(TUNING):
         # the original's answers are those of its own head, not of one that is packed
         head = rotated.original_outer() if job.plan.outer else None
         tune(job, structure, streams.original, head)
         release_memory()
+    if not job.ranks.leads:
+        return
     check.restart_quantized()
     for index, block in enumerate(structure):
         part = job.folder.latest(block_part(index))

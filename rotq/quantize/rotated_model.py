@@ -42,8 +42,10 @@ class RotatedModel:
         self.check.check_embedding(fused)
         if self.meter is not None:
             self.meter.start_transformed(fused)
-        if not job.folder.finished(OUTER):
-            save_outer(job, fused, self.basis)
+        if not job.finished(OUTER):
+            if job.ranks.leads:
+                save_outer(job, fused, self.basis)
+            job.ranks.wait()
         exact = self._without_head(fused)
         del fused
         stored = restored_outer(job)
@@ -97,9 +99,12 @@ class RotatedModel:
 
 
 def _flatness_meter(job: Job, basis: Basis) -> FlatnessMeter | None:
-    """None where flatness does not matter: nothing is rotated or rounded at run time."""
+    """None where flatness does not matter: nothing is rotated or rounded at run time.
+
+    The leader alone measures it.
+    """
     rounded = job.plan.inputs is not None or job.plan.kv is not None
-    if basis.is_identity and not rounded:
+    if not job.ranks.leads or (basis.is_identity and not rounded):
         return None
     return FlatnessMeter(
         job.skeleton,

@@ -98,11 +98,20 @@ class Sensitivities:
         Raises:
             RotqError: the loss has no gradient at a unit's layers, or one that is not finite.
         """
+        self._sum_over_processes()
         prefix = f"{self.job.skeleton.block_name(index)}."
         for unit in self.job.plan.units:
             if unit.name.startswith(prefix):
                 self.found[unit.name] = self._losses(unit, prefix, block)
         self.start(block)
+
+    def _sum_over_processes(self) -> None:
+        ranks = self.job.ranks
+        for site in self._sites.values():
+            ranks.sum_(site.hessian_KK)
+            site.weight, tokens = ranks.total(site.weight, site.tokens)
+            site.tokens = int(tokens)
+        ranks.sum_(*self._fisher.values())
 
     def _losses(self, unit: Unit, prefix: str, block: nn.Module) -> list[float]:
         by_site: dict[str, dict[str, Tensor]] = {}
@@ -164,7 +173,7 @@ def choose_grids(job: Job) -> Job:
     """The job with the grids that its budget buys, from what was recorded of a finished pass."""
     if not job.plan.units:
         return job
-    losses = job.folder.results(SENSITIVITIES)["losses"]
+    losses = job.results(SENSITIVITIES)["losses"]
     # the least that there is, as an average, may be a rounding error below itself
     budget = job.recipe.weights.average_bits * job.plan.num_weights * (1 + 1e-12)
     chosen = spend(

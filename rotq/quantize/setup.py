@@ -31,6 +31,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.phases import phase
 from rotq.quantize.kept import find_kept
 from rotq.quantize.own_text import check_room
+from rotq.ranks import Ranks
 from rotq.recipe import Recipe
 from rotq.report import Progress
 from rotq.rotations.basis import Basis
@@ -116,12 +117,13 @@ def setup(
     folder: JobFolder,
     *,
     progress: Progress,
+    ranks: Ranks,
     **options: Any,
 ) -> tuple[Job, Basis]:
     """The job, and the bases that the search for its basis starts from.
 
     Args:
-        model, recipe, progress: As for ``quantize_model``.
+        model, recipe, progress, ranks: As for ``quantize_model``.
         folder: Takes a GGUF file's dense tensors; not claimed yet.
         options: As for ``settle``.
     """
@@ -141,11 +143,27 @@ def setup(
         device=settled.device,
         dtype=settled.dtype,
         progress=progress,
+        ranks=ranks,
     )
+    _check_shares(job)
     chosen = [f"device: {job.device}"] if options["device"] == AUTO else []
     for note in (*chosen, *job.plan.notes, *job.windows.notes):
         progress.message(note)
     return job, settled.drawn
+
+
+def _check_shares(job: Job) -> None:
+    """Every process has windows, where any are looked at.
+
+    Raises:
+        RotqError: there are fewer batches of them than processes.
+    """
+    batches = len(job.windows.batches)
+    if job.recipe.needs_data and batches < job.ranks.size:
+        raise RotqError(
+            f"{job.ranks.size} processes share {batches} batches of calibration windows; use fewer "
+            "processes, more windows or a smaller calibration.batch_size"
+        )
 
 
 def chosen_device(name: str, recipe: Recipe) -> torch.device:

@@ -28,6 +28,7 @@ from rotq.job.context import Job
 from rotq.models.attention.observed import observed_attention
 from rotq.numerics import matmul_precision
 from rotq.quantize.gradients import gradient_weights
+from rotq.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,15 @@ class TokenWeights:
         """(M, G) of one batch; a Hessian for each of the G groups of rows."""
         return self.by_site.get(site, self.by_site.get("", ()))[batch]
 
-    @property
-    def effective_share(self) -> float:
+    def effective_share(self, ranks: Ranks) -> float:
         """Effective sample size (sum r)^2 / sum r^2 over the number of tokens, mean of all."""
-        joined = [double(torch.cat(list(batches))) for batches in self.by_site.values()]
-        shares = [r_MG.sum(0) ** 2 / r_MG.square().sum(0) / len(r_MG) for r_MG in joined]
+        shares = []
+        for batches in self.by_site.values():
+            r_MG = double(torch.cat(list(batches))).cpu()
+            (tokens,) = ranks.total(len(r_MG))
+            sum_G, squares_G = r_MG.sum(0), r_MG.square().sum(0)
+            ranks.sum_(sum_G, squares_G)
+            shares.append(sum_G**2 / squares_G / tokens)
         return torch.stack(shares).mean().item()
 
 
@@ -70,7 +75,7 @@ def token_weights(job: Job, index: int, block: nn.Module, streams: Streams) -> T
 def _scores(job: Job, index: int, block: nn.Module, streams: Streams) -> list[Tensor]:
     """(B, T) of each batch, larger is more important."""
     if job.recipe.importance.strategy == "token_frequency":
-        return _frequency_scores(streams.batches)
+        return _frequency_scores(job.windows.batches, streams.batches)
     by_attention = job.recipe.importance.strategy == "attention"
     score = _attention_score if by_attention else _hidden_score
     with matmul_precision(job.recipe.calibration.precision):
@@ -119,10 +124,10 @@ def _hidden_score(
     return score_BT
 
 
-def _frequency_scores(batches: Sequence[Batch]) -> list[Tensor]:
-    """Of the tokens of every batch, by their count in all of them; padding is not counted."""
+def _frequency_scores(batches: Sequence[Batch], scored: Sequence[Batch]) -> list[Tensor]:
+    """Of the tokens of some, by their count in all batches; padding is not counted."""
     real = [batch.without_padding(batch.ids_BT.flatten()) for batch in batches]
     # the padding's id may be larger than any that a window holds
     largest = max(int(batch.ids_BT.max()) for batch in batches)
     counts_V = torch.bincount(torch.cat(real), minlength=largest + 1)
-    return [frequency_score(batch.ids_BT, counts_V) for batch in batches]
+    return [frequency_score(batch.ids_BT, counts_V) for batch in scored]

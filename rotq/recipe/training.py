@@ -59,9 +59,11 @@ class Tuning:
     """After all blocks: train scales, norm gains and biases on the KL to the original model."""
 
     steps: int = 0
-    """Steps of Adam, each on one calibration window; 0 leaves everything as solved."""
+    """Steps of Adam; 0 leaves everything as solved."""
     learning_rate: float = 0.003
     """Relative change of a scale, or of a vector against its rms, per step."""
+    windows: int = 1
+    """Calibration windows of a step; processes that share a job share them."""
     seq_len: int = 0
     """Tokens from the start of a window that are trained on; 0 takes the window. Masked language
     models, which see both sides, are always given the window."""
@@ -76,6 +78,7 @@ class Tuning:
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "code_steps"):
             check_count(name, getattr(self, name))
+        check("windows", self.windows, 1 <= self.windows <= 10**6, "1 to 10^6")
         for name in ("code_rate", "scale_rate"):
             value = getattr(self, name)
             check(name, value, 0 <= value <= 1, "0 to 1")

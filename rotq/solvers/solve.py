@@ -15,6 +15,7 @@ from torch import Tensor
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
 from rotq.numerics import side_by_side
+from rotq.ranks import ALONE, Ranks
 from rotq.recipe import Solver
 from rotq.solvers.gptq import Elimination, damp, eliminate, round_columns
 from rotq.solvers.paths import code_columns, path_scales, refine_all
@@ -56,6 +57,7 @@ def solve(
     *,
     scale_dtype: torch.dtype,
     global_scale: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
@@ -69,6 +71,7 @@ def solve(
         scale_dtype: Storage type of the scales.
         global_scale: (1) fp32, for grids that have one; local scales are those of the weight
             times it.
+        ranks: Processes that call this with the same arguments and share the rows of GPTQ.
 
     Returns:
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
@@ -80,7 +83,9 @@ def solve(
     """
     if global_scale is not None:
         scaled_NK = weight_NK * global_scale
-        solution = solve(scaled_NK, moments, grid, options, scale_dtype=scale_dtype)
+        solution = solve(
+            scaled_NK, moments, grid, options, scale_dtype=scale_dtype, ranks=ranks
+        )
         return solution.divided(global_scale)
     K = weight_NK.shape[1]
     if moments is None:
@@ -109,19 +114,27 @@ def solve(
             return _find_paths(part_NK, damped_KK, elimination, grid, rows, options, scale_dtype)
         return _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
 
-    quantized = _joined(_each_part(descend, target_NK, rows))
+    quantized = _joined(_each_part(descend, target_NK, rows, ranks))
     return _solution(quantized, target_NK, hessian_KK, damping)
 
 
 def _each_part(
-    descend: Callable[[Tensor], Quantized], target_NK: Tensor, rows: int
+    descend: Callable[[Tensor], Quantized], target_NK: Tensor, rows: int, ranks: Ranks
 ) -> list[Quantized]:
-    """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side."""
+    """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side.
+
+    Each process does some, and is given all.
+    """
     on_cpu = target_NK.device.type == "cpu"
     count = ceil(target_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
+    count = ranks.size * ceil(count / ranks.size)
     runs = target_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(target_NK) // rows))
-    parts = [part.flatten(0, 1) for part in runs]
-    return side_by_side(descend, parts) if on_cpu else [descend(part_NK) for part_NK in parts]
+    parts = ranks.own([part.flatten(0, 1) for part in runs])
+    done = side_by_side(descend, parts) if on_cpu else [descend(part_NK) for part_NK in parts]
+    if ranks.size == 1:
+        return done
+    sent = [part.to(torch.device("cpu")) for part in done]
+    return [part.to(target_NK.device) for some in ranks.gathered(sent) for part in some]
 
 
 def _descend(

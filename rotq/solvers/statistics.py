@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rotq.devices import double
 from rotq.phases import phase
+from rotq.ranks import Ranks
 
 
 class Moments:
@@ -48,6 +49,14 @@ class Moments:
             self.weight_sum += x_MK.shape[0]
         else:
             self.weight_sum += double(weight_M).sum().item()
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen."""
+        ranks.sum_(self.hessian_sum_KK)
+        if self.cross_sum_KK is not None:
+            ranks.sum_(self.cross_sum_KK)
+        self.weight_sum, tokens = ranks.total(self.weight_sum, self.tokens)
+        self.tokens = int(tokens)
 
     def hessian_KK(self) -> Tensor:
         """H, the weighted mean of x x^T over tokens, in fp32 and exactly symmetric."""

@@ -13,7 +13,6 @@ from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.errors import RotqError
 from rotq.job.context import Job
-from rotq.job.folder import JobFolder
 from rotq.job.part_names import TRANSFORM
 from rotq.models.scalings import scalings
 from rotq.models.skeleton import Skeleton
@@ -42,16 +41,22 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
     if method == "fixed" and not job.recipe.transform.scalings:
         return drawn
     check_transform(job.recipe.transform, job.skeleton)
-    if job.folder.finished(TRANSFORM):
-        return _restored(job.folder, drawn)
-    started = time.monotonic()
+    if not job.finished(TRANSFORM):
+        if job.ranks.leads:
+            _search(job, drawn)
+        job.ranks.wait()
+    return _restored(job, drawn)
+
+
+def _search(job: Job, drawn: Basis) -> None:
+    """Make the part."""
+    started, method = time.monotonic(), job.recipe.transform.method
     with matmul_precision(job.recipe.calibration.precision):
         basis, results = METHODS[method](TrainingWindows(job), drawn)
     save_tensors(job.folder.part(TRANSFORM), basis.tensors())
     told = {"description": basis.description, "seconds": time.monotonic() - started}
     job.folder.record(TRANSFORM, {"method": method, **results, **told})
     job.folder.drop_states(TRANSFORM)
-    return _restored(job.folder, drawn)
 
 
 def check_transform(options: Transform, skeleton: Skeleton) -> None:
@@ -100,7 +105,7 @@ def _check_layer_norm(options: Transform, family: str) -> None:
             )
 
 
-def _restored(folder: JobFolder, drawn: Basis) -> Basis:
-    tensors = read_tensors(folder.part(TRANSFORM))
-    description = folder.results(TRANSFORM)["description"]
+def _restored(job: Job, drawn: Basis) -> Basis:
+    tensors = read_tensors(job.folder.part(TRANSFORM))
+    description = job.results(TRANSFORM)["description"]
     return replace(drawn.with_tensors(tensors), description=description)

@@ -163,7 +163,7 @@ def _train(
         ],
         betas=(0.9, 0.95),
     )
-    windows = _windows(streams)
+    windows, first = _windows(job), job.ranks.first_of_own(len(job.windows.batches))
     order = torch.randperm(
         len(windows), generator=torch.Generator().manual_seed(job.recipe.calibration.seed)
     ).tolist()
@@ -173,13 +173,19 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (1 - step / tuning.code_steps)
             optimizer.zero_grad()
-            loss = _loss(job, index, block, layers, streams, windows[order[step % len(order)]])
-            if not loss.isfinite():
+            number, part = windows[order[step % len(order)]]
+            loss = torch.zeros(())
+            if 0 <= number - first < len(streams.batches):
+                loss = _loss(job, index, block, layers, streams, (number - first, part))
+                loss.backward()
+            job.ranks.sum_gradients([*codes, *changes])
+            losses += job.ranks.total(loss.item())
+            if not losses[-1] < float("inf"):
                 name = job.skeleton.block_name(index)
-                raise RotqError(f"{name}: training codes, the loss is {loss} at step {step + 1}")
-            loss.backward()
+                raise RotqError(
+                    f"{name}: training codes, the loss is {losses[-1]} at step {step + 1}"
+                )
             optimizer.step()
-            losses.append(loss.item())
     return losses
 
 
@@ -203,9 +209,9 @@ def _loss(
     return (error_BT / wanted_BTD.square().sum(-1).clamp(min=1e-20)).mean()
 
 
-def _windows(streams: Streams) -> list[tuple[int, tuple[slice, slice]]]:
+def _windows(job: Job) -> list[tuple[int, tuple[slice, slice]]]:
     """Number of the batch, and the part of it, for every window; padding is cut off."""
-    batches = enumerate(streams.batches)
+    batches = enumerate(job.windows.batches)
     return [(number, part) for number, batch in batches for part in batch.windows()]
 
 

@@ -5,7 +5,8 @@
 p: the original model on a calibration window, p^: the quantized one; v: what stays dense and is a
 vector (norm gains, biases). GPTQ minimizes the error of one layer at a time; this takes the part of
 the remaining error that a rescaling can undo, with the objective of OSTQuant (KL-Top, arXiv
-2501.13987) over the whole vocabulary. Adam, one window per step, linear warm-up and decay.
+2501.13987) over the whole vocabulary. Adam, linear warm-up and decay. The windows of a step lie far
+apart, so that processes that share the job have as many of them each.
 
 Blocks are streamed here too: the forward pass keeps hidden states only, the backward pass runs each
 block again, and a block's weight exists while it is run. The original model is not run at all: its
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotq.calibration.batches import Batch
 from rotq.calibration.streams import Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.errors import RotqError
@@ -63,6 +63,14 @@ def tune(
     outer = TunableOuter(job, original_outer)
     with large_blocks_mapped(MAPPED_FROM):
         divergences = _train(job, trained, outer, original)
+    if job.ranks.leads:
+        _save(job, trained, outer, divergences)
+    job.ranks.wait()
+
+
+def _save(
+    job: Job, trained: Sequence[TunableBlock], outer: TunableOuter, divergences: list[float]
+) -> None:
     parts = [tuned_part(block_part(index)) for index in range(len(trained))]
     for part, block in zip(parts, trained, strict=True):
         save_tensors(job.folder.part(part), block.tuned())
@@ -96,16 +104,15 @@ def _train(
     tuning = job.recipe.tuning
     changes = [*outer.vectors.changes.values(), *(c for block in blocks for c in block.changes())]
     optimizer = torch.optim.Adam(changes, lr=tuning.learning_rate, betas=(0.9, 0.95))
-    windows = _windows(job, original.batches)
+    windows = _windows(job)
     divergences: list[float] = []
     with matmul_precision(job.recipe.calibration.precision), torch.enable_grad():
         for step in range(tuning.steps):
-            batch, part = windows[step % len(windows)]
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning.steps)
             optimizer.zero_grad()
-            ids_BT = original.batches[batch].ids_BT[part]
-            divergence = _backward(job, blocks, outer, ids_BT, original.hidden[batch][part])
+            of_step = _of_step(windows, step, tuning.windows)
+            divergence = _step(job, blocks, outer, changes, original, of_step)
             if not divergence < float("inf"):
                 raise RotqError(f"tuning: the divergence is {divergence} at step {step + 1}")
             optimizer.step()
@@ -114,15 +121,51 @@ def _train(
     return divergences
 
 
-def _windows(job: Job, batches: Sequence[Batch]) -> list[tuple[int, tuple[slice, slice]]]:
-    """Number of the batch, and the part of it, for every window; padding is cut off.
+Window = tuple[int, tuple[slice, slice]]
+"""Number of its batch among all, and where it is in that; padding is cut off."""
+
+
+def _windows(job: Job) -> list[Window]:
+    """All windows of the job.
 
     A model that sees both sides must be given the window that the original was given.
     """
     longest = 0 if job.skeleton.masked else job.recipe.tuning.seq_len
     return [
-        (number, part) for number, batch in enumerate(batches) for part in batch.windows(longest)
+        (number, part)
+        for number, batch in enumerate(job.windows.batches)
+        for part in batch.windows(longest)
     ]
+
+
+def _of_step(windows: Sequence[Window], step: int, count: int) -> list[Window]:
+    """The next of ``count`` stretches of the windows, from each one."""
+    starts = [len(windows) * part // count for part in range(count)]
+    return [windows[(start + step) % len(windows)] for start in starts]
+
+
+def _step(
+    job: Job,
+    blocks: list[TunableBlock],
+    outer: TunableOuter,
+    changes: Sequence[Tensor],
+    original: Stream,
+    windows: Sequence[Window],
+) -> float:
+    """Mean divergence of the windows, and its gradients; each process runs those that it has."""
+    first, divergence = job.ranks.first_of_own(len(job.windows.batches)), 0.0
+    for number, part in windows:
+        own = number - first
+        if 0 <= own < len(original.batches):
+            ids_BT = original.batches[own].ids_BT[part]
+            hidden_BTD = original.hidden[own][part]
+            divergence += _backward(job, blocks, outer, ids_BT, hidden_BTD)
+    job.ranks.sum_gradients(changes)
+    if len(windows) > 1:
+        for change in changes:
+            if change.grad is not None:
+                change.grad /= len(windows)
+    return job.ranks.total(divergence)[0] / len(windows)
 
 
 def _schedule(step: int, steps: int) -> float:

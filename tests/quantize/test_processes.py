@@ -1,0 +1,96 @@
+"""A job that several processes share is the job of one, to rounding of the sums."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_jobs
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_jobs import make_checkpoint, quantize
+
+from rotq.checkpoint.files import read_json
+from rotq.errors import RotqError
+from rotq.processes import joined
+from rotq.ranks import Ranks
+
+SUPPORT = Path(rank_jobs.__file__)
+
+
+def launch(model: Path, out: Path, size: int) -> None:
+    """The jobs by ``size`` processes, which find each other as a launcher lets them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SUPPORT), str(model), str(out)],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(size)
+    ]
+    said = [rank.communicate()[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, said
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders "1" and "2" with the jobs of as many processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = make_checkpoint(folder / "model")
+    launch(model, folder / "2", 2)
+    rank_jobs.run(model, folder / "1")
+    return folder
+
+
+@pytest.mark.parametrize("name", rank_jobs.JOBS)
+def test_two_processes_make_what_one_makes(made: Path, name: str) -> None:
+    one, two = (made / size / name for size in ("1", "2"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
+    assert ours.keys() == theirs.keys()
+    same = [torch.equal(ours[key], tensor) for key, tensor in theirs.items()]
+    assert sum(same) >= 0.8 * len(same)  # a code near a tie may go the other way
+    for found, expected in zip(*(_layers(folder) for folder in (two, one)), strict=True):
+        assert found == pytest.approx(expected, rel=0.02)
+
+
+def _layers(folder: Path) -> list[float]:
+    return [layer["loss"] for layer in read_json(folder / "report.json")["layers"]]
+
+
+def test_shares_follow_each_other() -> None:
+    shares = [Ranks(rank=rank, size=3).own(range(8)) for rank in range(3)]
+    assert [n for share in shares for n in share] == list(range(8))
+    assert {len(share) for share in shares} == {2, 3}
+    assert [Ranks(rank=rank, size=3).first_of_own(8) for rank in range(3)] == [0, 2, 5]
+
+
+def test_a_process_that_ends_early_is_told() -> None:
+    with pytest.raises(RotqError, match=r"process 1 has ended early: .*no-such-command"):
+        with joined(2, ["no-such-command"]):
+            raise AssertionError("unreachable")
+
+
+def test_more_processes_than_windows(tmp_path: Path) -> None:
+    result = quantize(
+        *[made_model(tmp_path), "-c", "gptq", "-o", tmp_path / "out", "--num-processes", "2"],
+        *["--num-samples", "2", "--seq-len", "16", "--set", "calibration.batch_size=2"],
+    )
+    assert result.exit_code == 1
+    assert "2 processes share 1 batches of calibration windows" in result.stderr
+    assert not (tmp_path / "out.partial").exists()
+
+
+def made_model(folder: Path) -> Path:
+    return make_checkpoint(folder / "model")
