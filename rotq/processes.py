@@ -19,6 +19,7 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from rotq.errors import RotqError, reason
@@ -48,7 +49,7 @@ def joined(number: int, command: Sequence[str]) -> Iterator[Ranks]:
     """
     if launched(os.environ):
         store, rank, size = next(iter(rendezvous("env://")))
-        with _in_group(dist.PrefixStore("rotq", store), rank, size) as ranks:
+        with _in_group(PrefixStore("rotq", store), rank, size) as ranks:
             yield ranks
     elif number > 1:
         with _leading(number, command) as ranks:
@@ -60,8 +61,8 @@ def joined(number: int, command: Sequence[str]) -> Iterator[Ranks]:
 @contextmanager
 def _leading(number: int, command: Sequence[str]) -> Iterator[Ranks]:
     """Start the others; they end when this does."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store = dist.PrefixStore("rotq", server)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = PrefixStore("rotq", server)
     with ExitStack() as stack:
         others = [
             stack.enter_context(_Other(rank, number, server.port, command))
@@ -111,7 +112,7 @@ class _Other:
 
 
 @contextmanager
-def _in_group(store: dist.Store, rank: int, size: int) -> Iterator[Ranks]:
+def _in_group(store: Store, rank: int, size: int) -> Iterator[Ranks]:
     """In torch's group of processes, with this process's share of the cores."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     threads = torch.get_num_threads()
@@ -136,7 +137,7 @@ def _arrival(rank: int) -> str:
     return f"arrived-{rank}"
 
 
-def _failure_of_another(store: dist.Store, error: BaseException) -> str | None:
+def _failure_of_another(store: Store, error: BaseException) -> str | None:
     """What another rank has said before it ended, where ``error`` is that it is gone."""
     if not isinstance(error, RuntimeError):
         return None

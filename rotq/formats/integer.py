@@ -120,7 +120,8 @@ class Quantized:
         """The same there."""
         tensors = (self.q_NK, self.scale_NG, self.zero_NG, self.global_scale)
         q_NK, scale_NG, zero_NG, top = (x if x is None else x.to(device) for x in tensors)
-        assert q_NK is not None and scale_NG is not None, "a weight has codes and scales"
+        assert q_NK is not None, "a weight has codes"
+        assert scale_NG is not None, "and scales"
         return Quantized(
             q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid, global_scale=top
         )

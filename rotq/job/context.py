@@ -16,8 +16,8 @@ from rotq.checkpoint.source import Source
 from rotq.devices import exact_device
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan
-from rotq.ranks import Ranks
 from rotq.models.skeleton import Skeleton
+from rotq.ranks import Ranks
 from rotq.recipe import Recipe
 from rotq.report import Progress
 

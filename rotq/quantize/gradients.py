@@ -68,7 +68,7 @@ class GradientPass:
                 disk.
         """
         names = {GRADIENTS: self.weighs_tokens, SENSITIVITIES: self.sensitivities is not None}
-        if all([self.job.finished(name) for name, wanted in names.items() if wanted]):
+        if all(self.job.finished(name) for name, wanted in names.items() if wanted):
             return
         what = "tokens" if self.weighs_tokens else "layers"
         self.job.progress.message(f"weighing {what} by gradients: one pass forward, one backward")

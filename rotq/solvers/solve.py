@@ -83,9 +83,7 @@ def solve(
     """
     if global_scale is not None:
         scaled_NK = weight_NK * global_scale
-        solution = solve(
-            scaled_NK, moments, grid, options, scale_dtype=scale_dtype, ranks=ranks
-        )
+        solution = solve(scaled_NK, moments, grid, options, scale_dtype=scale_dtype, ranks=ranks)
         return solution.divided(global_scale)
     K = weight_NK.shape[1]
     if moments is None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_jobs
@@ -59,14 +60,17 @@ def test_two_processes_make_what_one_makes(made: Path, name: str) -> None:
     one, two = (made / size / name for size in ("1", "2"))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
     assert ours.keys() == theirs.keys()
-    same = [torch.equal(ours[key], tensor) for key, tensor in theirs.items()]
-    assert sum(same) >= 0.8 * len(same)  # a code near a tie may go the other way
-    for found, expected in zip(*(_layers(folder) for folder in (two, one)), strict=True):
-        assert found == pytest.approx(expected, rel=0.02)
+    if name != "trained":  # Adam makes steps of slopes that are nothing but rounding
+        same = [torch.equal(ours[key], tensor) for key, tensor in theirs.items()]
+        assert sum(same) >= 0.8 * len(same)  # a code near a tie may go the other way
+    found, expected = (read_json(folder / "report.json") for folder in (two, one))
+    assert _loss(found) == pytest.approx(_loss(expected), rel=0.02)
+    assert found["importance"] == pytest.approx(expected["importance"], rel=0.02)
+    assert found["tuning"] == pytest.approx(expected["tuning"], rel=0.05)
 
 
-def _layers(folder: Path) -> list[float]:
-    return [layer["loss"] for layer in read_json(folder / "report.json")["layers"]]
+def _loss(report: dict[str, Any]) -> float:
+    return sum(layer["loss"] for layer in report["layers"])
 
 
 def test_shares_follow_each_other() -> None:
@@ -77,20 +81,19 @@ def test_shares_follow_each_other() -> None:
 
 
 def test_a_process_that_ends_early_is_told() -> None:
-    with pytest.raises(RotqError, match=r"process 1 has ended early: .*no-such-command"):
-        with joined(2, ["no-such-command"]):
-            raise AssertionError("unreachable")
+    early = r"process 1 has ended early: .*no-such-command"
+    with pytest.raises(RotqError, match=early), joined(2, ["no-such-command"]):
+        raise AssertionError("unreachable")
 
 
-def test_more_processes_than_windows(tmp_path: Path) -> None:
-    result = quantize(
-        *[made_model(tmp_path), "-c", "gptq", "-o", tmp_path / "out", "--num-processes", "2"],
+def test_more_processes_than_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        *[make_checkpoint(tmp_path / "model"), "-c", "gptq", "-o", out, "--num-processes", "2"],
         *["--num-samples", "2", "--seq-len", "16", "--set", "calibration.batch_size=2"],
-    )
+    ]
+    monkeypatch.setattr(sys, "argv", ["rotq", "quantize", *map(str, arguments)])
+    result = quantize(*arguments)
     assert result.exit_code == 1
     assert "2 processes share 1 batches of calibration windows" in result.stderr
-    assert not (tmp_path / "out.partial").exists()
-
-
-def made_model(folder: Path) -> Path:
-    return make_checkpoint(folder / "model")
+    assert not out.with_name("out.partial").exists()

