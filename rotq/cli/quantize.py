@@ -114,6 +114,8 @@ def quantize(
         raise click.UsageError("Missing option '-o'")
     if profile is not None and dry_run:
         raise click.UsageError("--profile records a job, and --dry-run runs none")
+    if num_processes > 1 and dry_run:
+        raise click.UsageError("--num-processes share a job, and --dry-run runs none")
     found = find(model)
     scored = None
     if eval_text is not None:
