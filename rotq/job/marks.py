@@ -20,7 +20,7 @@ SOURCE, CHECKPOINT, REPLACED = "source", "checkpoint", "replaced"
 _FILES = re.compile(
     rf"{LOCK}|{re.escape(RECORD)}|{ASIDE}"
     r"|((tuned-)?(outer|block-\d{5,})|kept|own-text|gradient-\d{5,}|transform(-[a-z]+-\d{5,})?)"
-    r"\.safetensors|(hidden|attention)-(quantized|original)|hidden-gradients"
+    r"\.safetensors|((hidden|attention)-(quantized|original)|hidden-gradients)(-[0-9]+)?"
 )
 _FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")
 _ASSEMBLED = re.compile(

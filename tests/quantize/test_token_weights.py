@@ -9,6 +9,7 @@ from memory_jobs import make_job
 from rotq.calibration.batches import Batch
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.token_weights import token_weights
+from rotq.ranks import ALONE
 
 STRATEGIES = ["attention", "activation_norm", "token_similarity", "token_frequency"]
 PADDING = 96
@@ -39,7 +40,7 @@ def test_every_window_has_the_same_mass_and_padding_is_left_out(tmp_path, strate
     for weight_T in weight_M1[:, 0].split(batch.lengths()):
         assert weight_T.mean() == pytest.approx(1.0, rel=1e-5)
         assert weight_T.std() > 0.01
-    assert 0.2 < weights.effective_share < 0.999
+    assert 0.2 < weights.effective_share(ALONE) < 0.999
 
 
 def test_rare_tokens_weigh_more(tmp_path):
