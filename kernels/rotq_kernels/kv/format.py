@@ -26,6 +26,7 @@ L levels of a codebook, R rotary pairs, B sequences, N dense tokens, J pages of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -245,9 +246,10 @@ def gap_of(stored_PHS: Tensor | None) -> int | None:
 
     Kernels are compiled without them for None, so that pages of their own cost nothing.
     """
-    if stored_PHS is None or stored_PHS.is_contiguous():
+    if stored_PHS is None:
         return None
-    return stored_PHS.stride(0) - stored_PHS[0].numel()
+    # not by is_contiguous(), to which a single page of joint ones is, and two are not
+    return stored_PHS.stride(0) - math.prod(stored_PHS.shape[1:]) or None
 
 
 def level_values(levels_HL: Tensor, bits: int) -> Tensor:

@@ -6,7 +6,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, Self
@@ -46,13 +46,20 @@ class Layout:
         if self.length_B.device == device:
             return self
         if device not in self.elsewhere:
-            held = {item.name: getattr(self, item.name) for item in fields(self)}
-            tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-            moved: dict[str, Any] = dict(
-                zip(tensors, together(tensors.values(), device), strict=True)
-            )
-            self.elsewhere[device] = replace(self, **moved)
+            self.elsewhere[device] = self.of(together(self.tensors(), device))
         return self.elsewhere[device]
+
+    def tensors(self) -> list[Tensor]:
+        """In the order of the fields."""
+        held = (getattr(self, item.name) for item in fields(self))
+        return [value for value in held if isinstance(value, Tensor)]
+
+    def of(self, tensors: Sequence[Tensor]) -> Self:
+        """The same with other tensors, in the order of ``tensors``."""
+        names = [item.name for item in fields(self)]
+        names = [name for name in names if isinstance(getattr(self, name), Tensor)]
+        moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return replace(self, **moved)
 
 
 def together(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
@@ -61,14 +68,45 @@ def together(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
     A copy of each would take a call, and wait for the device, each.
     """
     held = [tensor.contiguous() for tensor in tensors]
-    ends = list(accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in held))
-    pinned = device.type == "cuda"
-    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=pinned)
-    begins = [0, *ends]
-    for tensor, begin in zip(held, begins, strict=False):
+    return _parts(_in_a_row(held, device).to(device, non_blocking=True), held)
+
+
+class Held:
+    """Tensors on a device that stay where they are, for steps of one shape that read them there.
+
+    Args:
+        tensors: On the CPU, of the shapes and dtypes that all steps have.
+        device: Where they are held.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self._buffer = _in_a_row(tensors, device).to(device, copy=True)
+        self.tensors = _parts(self._buffer, tensors)
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """Give them another content, by one copy that a GPU makes when it comes to it."""
+        held = [tensor.contiguous() for tensor in tensors]
+        self._buffer.copy_(_in_a_row(held, self._buffer.device), non_blocking=True)
+
+
+def _begins(tensors: Iterable[Tensor]) -> list[int]:
+    """Where each begins in a row of them, and where the row ends."""
+    ends = accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors)
+    return [0, *ends]
+
+
+def _in_a_row(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """uint8, on the CPU: contiguous tensors one behind the other, for a copy to the device."""
+    begins = _begins(tensors)
+    buffer = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, begin in zip(tensors, begins, strict=False):
         buffer[begin : begin + tensor.nbytes] = tensor.view(-1).view(torch.uint8)
-    there = buffer.to(device, non_blocking=True)
+    return buffer
+
+
+def _parts(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What lies in a row of tensors like these."""
     return [
-        there[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, begin in zip(held, begins, strict=False)
+        buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, begin in zip(like, _begins(like), strict=False)
     ]

@@ -116,6 +116,8 @@ class Pool(WatchingCache, Cache):
         self.sinks = sinks
         self.table_width = table_width
         self._layout: PoolLayout | None = None
+        self.waits = True
+        """Whether a pass waits for the device, to check what it has stored; see ``check``."""
 
     def attach(self, model: Any) -> None:
         """Let the model use the pool, once all of it is there.
@@ -144,9 +146,17 @@ class Pool(WatchingCache, Cache):
     def forget(self) -> None:
         """Begin anew: what is in pages and sinks is of nobody."""
 
+    def lay_out(self, rows: Sequence[Row], length: int) -> PoolLayout:
+        """Where the tokens of a pass are read and written; tensors on the CPU."""
+        return lay_out(rows, length, sinks=self.sinks, table_width=self.table_width)
+
     def plan(self, rows: Sequence[Row], length: int) -> None:
         """Say what the next forward pass of the model adds; it must be given (B, T) tokens."""
-        self._layout = lay_out(rows, length, sinks=self.sinks, table_width=self.table_width)
+        self.use(self.lay_out(rows, length))
+
+    def use(self, layout: PoolLayout) -> None:
+        """As ``plan``, with what ``lay_out`` gave, on the CPU or on the model's device."""
+        self._layout = layout
         for layer in self.layers:
             layer.layout = layer.visible = layer.uncoded = None
 
@@ -165,12 +175,14 @@ class Pool(WatchingCache, Cache):
         """After a forward pass.
 
         Raises:
-            RotqError: the model did not use the cache as a decoder does.
+            RotqError: the model did not use the cache as a decoder does, or ``check`` does.
         """
         for index, layer in enumerate(self.layers):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the cache")
         self.take_over()
+        if self.waits:
+            self.check(self.flag())
         for layer in self.layers:
             layer.layout = layer.visible = None
         self._layout = None
@@ -178,6 +190,17 @@ class Pool(WatchingCache, Cache):
     @abstractmethod
     def take_over(self) -> None:
         """Store what a pass has left over."""
+
+    def flag(self) -> Tensor | None:
+        """bool (), on the device: whether the last pass cannot be relied on; None if it can."""
+        return None
+
+    def check(self, flag: Tensor | None) -> None:
+        """Wait for a pass that has left this ``flag``, and refuse it if that is set."""
+
+    def steady(self) -> list[Any] | None:
+        """Objects with which decode steps stay the same; None where a step looks at its tokens."""
+        return None
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.decode.splits import choose_run, run_of
+from rotq_kernels.kv.decode.splits import MOST_SPLITS, choose_run, run_of
 from rotq_kernels.kv.decode.tables import DecodeTables, decode_tables
 from rotq_kernels.kv.format import KVConstants, KVHistory
 from rotq_kernels.launching import launch, next_power_of_two, require_triton
@@ -92,12 +92,14 @@ def turn_sizes(D: int, *, exact: bool) -> dict[str, int]:
     return {"TILE": 16, "num_stages": 1} if exact and D > 128 else {"TILE": 32, "num_stages": 3}
 
 
-def merge_sizes(D: int, rows: int, partials: int) -> dict[str, int]:
-    """Sizes of the merge's tile: N rows, PARTS partial results at a time, BLOCK elements."""
+def merge_sizes(D: int, rows: int) -> dict[str, int]:
+    """Sizes of the merge's tile, however many partial results there are.
+
+    N rows, P maxima and PARTS sums at a time, BLOCK elements.
+    """
     n = next_power_of_two(rows)
-    held = max(1, 16384 // (n * next_power_of_two(D)))
-    parts = min(held, next_power_of_two(partials))
-    return {"N": n, "P": max(16, next_power_of_two(partials)), "PARTS": parts, "BLOCK": COLUMNS}
+    parts = min(32, max(1, 16384 // (n * next_power_of_two(D))))
+    return {"N": n, "P": MOST_SPLITS, "PARTS": parts, "BLOCK": COLUMNS}
 
 
 def _sizes(q_BMTD: Tensor, history: KVHistory) -> dict[str, int]:
@@ -303,7 +305,7 @@ def _merge(q_BMTD: Tensor, constants: KVConstants, step: _Step) -> Tensor:
         step.splits,
         partials,
         D=D,
-        **merge_sizes(D, rows, partials),
+        **merge_sizes(D, rows),
         PRECISION=_precision(True),
         num_warps=8,
         on=q_BMTD,
