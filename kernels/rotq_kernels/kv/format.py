@@ -220,6 +220,22 @@ class DenseKV:
     """int32 RoPE positions; -1 where there is no token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Of a chunk whose queries see all before them, but for windows; the host knows it unasked.
+
+    The dense tokens end with those of the chunk, in the order of its queries; what is padding among
+    them is at the end.
+    """
+
+    packed: int
+    """Packed tokens of each sequence."""
+    skipped: int
+    """Dense tokens at the beginning that are at no position, in all sequences."""
+    end: int
+    """Position behind the last query; with a window that is not wider, all is seen too."""
+
+
 @dataclass(kw_only=True)
 class KVHistory:
     """What the queries of one layer can see: packed tokens, and tokens kept whole."""
@@ -239,6 +255,8 @@ class KVHistory:
     """Sinks, recent tokens and the chunk that the queries are of."""
     window: int = 0
     """Of sliding attention in tokens; 0 for none."""
+    extent: Extent | None = None
+    """None where a query may not see something before it, or the host does not know."""
 
 
 def gap_of(stored_PHS: Tensor | None) -> int | None:

@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from rotq.ops import WHOLE_TOKENS, Extent
+
 _ALIGNED = 16
 """Bytes; a tensor of any dtype may begin at multiples of it."""
 
@@ -38,6 +40,8 @@ class Layout:
     """int32 positions of the columns to be coded."""
     encode_slot_BE: Tensor
     """int64 page * page_size + offset; NO_TOKEN for columns that are not coded."""
+    extent: Extent | None = None
+    """Of a long chunk before which everything is seen; see ``extent_of``."""
     elsewhere: dict[torch.device, Self] = field(default_factory=dict, repr=False)
     """Copies on other devices, which ``to`` has made."""
 
@@ -60,6 +64,29 @@ class Layout:
         names = [name for name in names if isinstance(getattr(self, name), Tensor)]
         moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
         return replace(self, **moved)
+
+
+def extent_of(
+    query_position_BT: Tensor, length_B: Tensor, dense_position_BN: Tensor
+) -> Extent | None:
+    """What the host knows of a long chunk whose queries see all before them; None of others.
+
+    Args:
+        query_position_BT: As those of ``Layout``, on the CPU.
+        length_B: See there.
+        dense_position_BN: See there; the last columns are the chunk's.
+    """
+    T = query_position_BT.shape[1]
+    if T < WHOLE_TOKENS or (length_B != length_B[0]).any():
+        return None
+    fresh_BT, before_BN = query_position_BT >= 0, dense_position_BN[:, :-T] >= 0
+    skipped = int((~before_BN.any(0)).long().cumprod(0).sum())
+    # padding in front, or among tokens
+    has_holes = (fresh_BT[:, 1:] & ~fresh_BT[:, :-1]).any() or not before_BN[:, skipped:].all()
+    if has_holes:
+        return None
+    end = 1 + int(query_position_BT.max())
+    return Extent(packed=int(length_B[0]), skipped=skipped, end=end)
 
 
 def together(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:

@@ -27,7 +27,7 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.hooks import WatchingCache, attach
-from rotq.kv.cache.layout import NO_TOKEN, Layout
+from rotq.kv.cache.layout import NO_TOKEN, Layout, extent_of
 from rotq.kv.cache.trial import try_out
 from rotq.kv.pool import attention
 from rotq.models.attention import dispatch
@@ -95,12 +95,15 @@ def lay_out(rows: Sequence[Row], length: int, *, sinks: int, table_width: int) -
     slot_BT = (page_BT * PAGE_SIZE + at_BT % PAGE_SIZE).where(at_BT >= 0, NO_TOKEN)
     sequence, column = ((number_BT >= 0) & (at_BT < 0)).nonzero(as_tuple=True)
     sink_BS = sink_S.where(sink_S < count_B1, NO_TOKEN)
+    length_B = (count_B1[:, 0] - sinks).clamp(min=0).int()
+    dense_BN = torch.cat((sink_BS, number_BT), dim=1).int()
     return PoolLayout(
         query_position_BT=number_BT.int(),
         page_table_BJ=table_BJ.int(),
-        length_B=(count_B1[:, 0] - sinks).clamp(min=0).int(),
+        length_B=length_B,
         start_B=torch.full((len(rows),), sinks, dtype=torch.int32),
-        dense_position_BN=torch.cat((sink_BS, number_BT), dim=1).int(),
+        dense_position_BN=dense_BN,
+        extent=extent_of(number_BT, length_B, dense_BN),
         encode_position_BE=number_BT.where(at_BT >= 0, NO_TOKEN).int(),
         encode_slot_BE=slot_BT,
         sink_B=torch.tensor([row.sink for row in rows]),
