@@ -1,14 +1,19 @@
 """Texts of any length meet the kernels that a short one has met: nothing is compiled in between."""
 
+import copy
+import pickle
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from kv_cases import transform_of
+from kv_cases import in_blocks, transform_of
 from specializations import Variants
 from stubbed_step import stubbed
 
 from rotq_kernels.kv.attention import packed_attention_triton
+from rotq_kernels.kv.decode.tables import decode_tables
 from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 
@@ -17,26 +22,35 @@ CONSTANTS = transform_of(FORM, 2)
 PAGES = KVPages.empty(FORM, 1, 2)
 
 
-def attend(pages: int, tokens: int, splits: int | None = None, dense: int = 4) -> None:
+def attend(
+    number: int,
+    tokens: int,
+    splits: int | None = None,
+    before: int = 4,
+    *,
+    dtype: torch.dtype = torch.float32,
+    heads: int = 8,
+    **changes: Any,
+) -> None:
     """A chunk of a sequence that has so many pages."""
-    k_BHND = torch.zeros(1, 2, dense + tokens, 128)
+    k_BHND = torch.zeros(1, 2, before + tokens, 128, dtype=dtype)
     position_BT = torch.zeros(1, tokens, dtype=torch.int32)
     none_B = torch.zeros(1, dtype=torch.int32)
     history = KVHistory(
         pages=PAGES,
-        page_table_BJ=torch.zeros(1, pages, dtype=torch.int32),
+        page_table_BJ=torch.zeros(1, number, dtype=torch.int32),
         length_B=none_B,
         start_B=none_B,
         constants=CONSTANTS,
         dense=DenseKV(
             k_BHND=k_BHND,
             v_BHND=k_BHND,
-            position_BN=torch.zeros(1, dense + tokens, dtype=torch.int32),
+            position_BN=torch.zeros(1, before + tokens, dtype=torch.int32),
         ),
     )
-    packed_attention_triton(
-        torch.zeros(1, 8, tokens, 128), position_BT, history, scale=1.0, splits=splits
-    )
+    q_BMTD = torch.zeros(1, heads, tokens, 128, dtype=dtype)
+    changed = replace(history, **changes)
+    packed_attention_triton(q_BMTD, position_BT, changed, scale=1.0, splits=splits)
 
 
 @pytest.mark.parametrize("tokens", [1, 33], ids=["decode", "prefill"])
@@ -70,3 +84,44 @@ def test_a_number_that_is_not_excluded_shows() -> None:
             k_BHTD, place_BT = torch.zeros(1, 2, 1, 128), torch.zeros(1, 1, dtype=torch.int64)
             encode_kv_triton(k_BHTD, k_BHTD, place_BT, place_BT, constants, pages)
     assert variants.counts() == {"encode_kernel": 3}
+
+
+def test_kernels_are_kept_by_all_that_they_are_compiled_for() -> None:
+    """Of steps whose launches look at no argument, each meets the kernel that Triton would give."""
+    variants, half = Variants(), torch.float16
+    buffer = torch.zeros(1, 2, 6, 136, dtype=half)
+    odd = DenseKV(
+        k_BHND=buffer[..., 1:5, :128],
+        v_BHND=buffer[..., 1:5, 8:],
+        position_BN=torch.zeros(1, 4, dtype=torch.int32),
+    )
+    moved = replace(odd, k_BHND=buffer[..., 1:5, 1:129])
+    one_B = torch.zeros(2, dtype=torch.int32)[1:]
+    blocks, _ = in_blocks(FORM, 3, 2)
+    with stubbed(Counter(), variants.note):
+        for _ in range(2):
+            for changes in (
+                {},
+                {"heads": 4},
+                {"dtype": half},
+                {"window": 100},
+                {"dense": None},
+                {"dense": odd},
+                {"dense": moved, "dtype": half},
+                {"hidden_B": torch.zeros(1, dtype=torch.int32)},
+                {"length_B": one_B},
+                {"pages": blocks},
+            ):
+                attend(3, 1, **changes)
+                attend(40, 2, 7, 12, **changes)
+    assert {len(keys) for keys in variants.keys.values()} == {1}
+    # three kernels each; two that are not aligned are looked at
+    assert len(variants.keys) == 3 * 2 * 8
+
+
+def test_copies_of_constants_know_no_kernels() -> None:
+    tables = decode_tables(CONSTANTS, 64, exact=False)
+    tables.known["key"][test_copies_of_constants_know_no_kernels] = object(), ()
+    copied = copy.deepcopy(CONSTANTS)
+    assert not decode_tables(copied, 64, exact=False).known["key"]
+    assert pickle.loads(pickle.dumps(tables)).known["key"] == {}

@@ -20,11 +20,21 @@ class Variants:
 
     def __init__(self) -> None:
         self.found: defaultdict[str, set[str]] = defaultdict(set)
+        self.known: list[Any] = []
+        self.keys: defaultdict[Any, set[str]] = defaultdict(set)
+        """Of launches that took a kernel from the same memory, which must be one."""
 
-    def note(self, kernel: Any, grid: Any, *arguments: Any, **named: Any) -> None:
+    def note(self, kernel: Any, grid: Any, *arguments: Any, known: Any, **named: Any) -> None:
         """A launch."""
-        _, specialization, options = _binder(kernel)(*arguments, **named)
-        self.found[kernel.fn.__name__].add(f"{specialization} {sorted(options.items())}")
+        bound, specialization, options = _binder(kernel)(*arguments, **named)
+        name, key = kernel.fn.__name__, f"{specialization} {sorted(options.items())}"
+        self.found[name].add(key)
+        if known is not None:
+            # held, so that its id is not given out again
+            self.known.append(known)
+            self.keys[id(known), name].add(key)
+            assert len(grid) == 3
+            assert list(bound)[len(arguments) :] == [n for n in bound if n in named]
 
     def counts(self) -> dict[str, int]:
         """Variants of each kernel."""

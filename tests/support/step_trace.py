@@ -44,7 +44,7 @@ class Trace(TorchDispatchMode):
         self.events.append((name, seen))
         return result
 
-    def note(self, kernel: Any, grid: Any, *arguments: Any, **named: Any) -> None:
+    def note(self, kernel: Any, grid: Any, *arguments: Any, known: Any, **named: Any) -> None:
         """A kernel's launch."""
         self.events.append((kernel.fn.__name__, grid, self._shown((arguments, named))))
 

@@ -59,9 +59,11 @@ def stubbed(
     ``note`` is told of each launch what ``launch`` is told, but for ``on``.
     """
 
-    def launch(kernel: Any, grid: Any, *arguments: Any, on: Any, **named: Any) -> None:
+    def launch(
+        kernel: Any, grid: Any, *arguments: Any, on: Any, known: Any = None, **named: Any
+    ) -> None:
         launched[kernel.fn.__name__] += 1
-        note(kernel, grid, *arguments, **named)
+        note(kernel, grid, *arguments, known=known, **named)
 
     modules = [
         module

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rotq_kernels.kv.arguments import SCHEMA, flatten_history, restore_history
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
-from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode, step_tables
+from rotq_kernels.kv.decode.launch import packed_decode, step_tables
+from rotq_kernels.kv.decode.sizes import MAX_ROWS
 from rotq_kernels.kv.decode.tables import DecodeTables
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference
 from rotq_kernels.kv.format import KVHistory

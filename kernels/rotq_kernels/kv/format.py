@@ -152,7 +152,11 @@ class KVPages:
     @property
     def has_whole_pages(self) -> bool:
         """Whether each page of each tensor is contiguous, as kernels need it."""
-        return all(tensor[:1].is_contiguous() for tensor in self.tensors())
+        kept = vars(self).get("_whole")
+        if kept is None or kept[0] is not self.k_codes:
+            whole = all(tensor[:1].is_contiguous() for tensor in self.tensors())
+            kept = vars(self)["_whole"] = self.k_codes, whole
+        return bool(kept[1])
 
     @property
     def nbytes(self) -> int:

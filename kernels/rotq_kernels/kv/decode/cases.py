@@ -7,8 +7,8 @@ residual modes and widths of codes that the presets use. Elements are those of k
 from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.launch import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes, turn_sizes
 from rotq_kernels.kv.decode.merge import merge_kernel
+from rotq_kernels.kv.decode.sizes import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes, turn_sizes
 from rotq_kernels.kv.decode.turn import turn_kernel
 from rotq_kernels.kv.format import KVFormat
 
