@@ -34,7 +34,7 @@ def is_native() -> bool:
 
 
 class Known(dict[Any, tuple[Any, tuple[Any, ...]]]):
-    """Compiled kernels and their constants, by the kernel's function; a copy knows nothing."""
+    """Compiled kernels and their constants, by the kernel's id; a copy knows nothing."""
 
     def __reduce__(self) -> tuple[type["Known"], tuple[()]]:
         """For copies and pickles, as compiled kernels belong to a process and a device."""
@@ -50,7 +50,7 @@ def launch(
     grid: tuple[int, ...],
     *arguments: Any,
     on: Tensor,
-    known: Known | None = None,
+    known: Any = None,
     **named: Any,
 ) -> None:
     """Launch a kernel on the device and stream of a tensor: the only way to.
@@ -64,21 +64,21 @@ def launch(
         grid: Its programs.
         *arguments: Its arguments, in order.
         on: One of the tensors among them.
-        known: Kept by who launches again and again with arguments for which Triton compiles the
-            same; it would look at each of them each time, for 10 to 30 us. Who keeps it is right
-            about that: constants, types, alignment, and what of integers is specialized. The grid
-            has three numbers then, and all arguments but constants are in order.
+        known: A ``Known``, kept by who launches again and again with arguments for which Triton
+            compiles the same; it would look at each of them each time, for 10 to 30 us. Who keeps
+            it is right about that: constants, types, alignment, and what of integers is
+            specialized. The grid has three numbers then, and all but constants are in order.
         **named: Arguments by name, and Triton's options, ``enable_fp_fusion`` if it shall be False.
     """
     with torch.cuda.device_of(on):
-        if known is not None and kernel.fn in known:
-            compiled, constants = known[kernel.fn]
+        if known is not None and id(kernel) in known:
+            compiled, constants = known[id(kernel)]
             compiled[grid](*arguments, *constants)
             return
         compiled = kernel[grid](*arguments, **{"enable_fp_fusion": True} | named)
     # the interpreter compiles nothing
     if known is not None and compiled is not None:
-        known[kernel.fn] = (
+        known[id(kernel)] = (
             compiled,
             tuple(named[name] for name in kernel.arg_names[len(arguments) :]),
         )

@@ -12,7 +12,6 @@ class Recorder:
     """A kernel that notes what it was given, and the device that was current."""
 
     arg_names = ("x", "a", "N")
-    fn = "recorded"
 
     def __init__(self, compiled: Any = None) -> None:
         self.compiled = compiled

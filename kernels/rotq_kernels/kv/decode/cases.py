@@ -8,7 +8,14 @@ from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
 from rotq_kernels.kv.decode.merge import merge_kernel
-from rotq_kernels.kv.decode.sizes import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes, turn_sizes
+from rotq_kernels.kv.decode.sizes import (
+    COLUMNS,
+    MAX_ROWS,
+    lane_order,
+    merge_sizes,
+    tile_sizes,
+    turn_sizes,
+)
 from rotq_kernels.kv.decode.turn import turn_kernel
 from rotq_kernels.kv.format import KVFormat
 
@@ -79,6 +86,7 @@ def _decode_case(
         "WINDOW": window,
         "LIMBS": 3 if exact else 2,
         "PTX": has_ptx,
+        **lane_order(has_ptx=has_ptx),
         **tile,
     }
     return {

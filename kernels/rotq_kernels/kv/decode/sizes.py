@@ -1,5 +1,7 @@
 """Sizes of the decode kernels' tiles."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,24 @@ def merge_sizes(D: int, rows: int) -> dict[str, int]:
 def has_ptx(tensor: Tensor) -> bool:
     """Whether a tensor is on a GPU of NVIDIA's."""
     return tensor.is_cuda and torch.version.hip is None
+
+
+@cache
+def lane_order(*, has_ptx: bool) -> dict[str, bool]:
+    """How the Triton that is there hands the keys' codes to lanes; right or wrong, results are so.
+
+    What a lane has loaded is its part of the products' operand if it was loaded in the order in
+    which the compiler lays that out, or else it goes through shared memory, byte by byte: the loop
+    is twice as long then (docs/gpu.md). Before 3.8 lanes hold bytes of an operand that was joined
+    in eights (PAIRS of quads), since then in fours; before 3.7 neighbours of a tensor without
+    contiguous addresses are those along its first axis (TURNED), since then along its last.
+    """
+    if not has_ptx:
+        return {"PAIRS": False, "TURNED": False}
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return {"PAIRS": version < (3, 8), "TURNED": version < (3, 7)}
 
 
 def precision(exact: bool) -> str:
