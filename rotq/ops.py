@@ -23,6 +23,7 @@ from rotq_kernels.kv.format import (
     STEPS_PER_OCTAVE,
     TABLE_BITS,
     DenseKV,
+    Extent,
     KVConstants,
     KVFormat,
     KVHistory,
@@ -32,6 +33,7 @@ from rotq_kernels.kv.format import (
     encode_norm,
     level_values,
 )
+from rotq_kernels.kv.prefill.whole import WHOLE_TOKENS
 from rotq_kernels.launching import TritonMissing, is_native
 from rotq_kernels.layout import pack, pack_kv, packed_words, unpack, unpack_kv
 from rotq_kernels.packed_linear import dequantize_reference as dequantize_weight
@@ -53,7 +55,9 @@ __all__ = [
     "NATIVE_FROM",
     "STEPS_PER_OCTAVE",
     "TABLE_BITS",
+    "WHOLE_TOKENS",
     "DenseKV",
+    "Extent",
     "KVConstants",
     "KVFormat",
     "KVHistory",

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def sylvester_kernel(
     x_ptr,
     signs_ptr,
@@ -35,7 +35,7 @@ def sylvester_kernel(
     tl.store(y_ptr + run[:, None] * P + j[None, :], y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_columns"])
 def core_kernel(
     z_ptr,
     core_ptr,

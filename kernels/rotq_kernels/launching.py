@@ -33,11 +33,24 @@ def is_native() -> bool:
     return "vllm" not in sys.modules and importlib.util.find_spec("numba") is not None
 
 
+class Known(dict[Any, tuple[Any, tuple[Any, ...]]]):
+    """Compiled kernels and their constants, by the kernel's id; a copy knows nothing."""
+
+    def __reduce__(self) -> tuple[type["Known"], tuple[()]]:
+        """For copies and pickles, as compiled kernels belong to a process and a device."""
+        return Known, ()
+
+
+ALIGNED = 16
+"""Bytes; Triton compiles for addresses that are multiples of it."""
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *arguments: Any,
     on: Tensor,
+    known: Any = None,
     **named: Any,
 ) -> None:
     """Launch a kernel on the device and stream of a tensor: the only way to.
@@ -51,10 +64,24 @@ def launch(
         grid: Its programs.
         *arguments: Its arguments, in order.
         on: One of the tensors among them.
+        known: A ``Known``, kept by who launches again and again with arguments for which Triton
+            compiles the same; it would look at each of them each time, for 10 to 30 us. Who keeps
+            it is right about that: constants, types, alignment, and what of integers is
+            specialized. The grid has three numbers then, and all but constants are in order.
         **named: Arguments by name, and Triton's options, ``enable_fp_fusion`` if it shall be False.
     """
     with torch.cuda.device_of(on):
-        kernel[grid](*arguments, **{"enable_fp_fusion": True} | named)
+        if known is not None and id(kernel) in known:
+            compiled, constants = known[id(kernel)]
+            compiled[grid](*arguments, *constants)
+            return
+        compiled = kernel[grid](*arguments, **{"enable_fp_fusion": True} | named)
+    # the interpreter compiles nothing
+    if known is not None and compiled is not None:
+        known[id(kernel)] = (
+            compiled,
+            tuple(named[name] for name in kernel.arg_names[len(arguments) :]),
+        )
 
 
 def next_power_of_two(number: int) -> int:

@@ -159,11 +159,14 @@ def _is_loopback(host: str) -> bool:
 def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps({"address": address, **facts})
+    warm = facts["warm_up_seconds"]
     return (
         f"{facts['model']} at {address} - cache {facts['kv']}, "
         f"{facts['page_bits_per_element']:.3f} bits per element, "
         f"{facts['capacity_tokens']} tokens, {facts['max_batch']} sequences in passes of "
         f"{facts['rows']}"
+        + ("" if warm is None else f", kernels compiled in {warm:.0f} s")
+        + (", steps in a CUDA graph" if facts["cuda_graph"] else "")
     )
 
 

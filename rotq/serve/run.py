@@ -139,6 +139,8 @@ def _facts(
         "max_batch": engine.max_batch,
         "max_queue": engine.waiting.limit,
         "rows": engine.runner.rows,
+        "warm_up_seconds": engine.warm_seconds,
+        "cuda_graph": engine.runner.captured is not None and engine.runner.captured.is_captured,
     }
 
 

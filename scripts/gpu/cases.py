@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rotq_kernels.kv.attention import packed_attention_reference
 from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
-from rotq_kernels.kv.format import DenseKV, KVConstants, KVFormat, KVHistory, KVPages
+from rotq_kernels.kv.format import DenseKV, Extent, KVConstants, KVFormat, KVHistory, KVPages
 
 SINKS = 4
 
@@ -90,9 +90,11 @@ def attention_case(
     start: int = SINKS,
     window: int = 0,
     poison: bool = True,
+    whole: bool = False,
 ) -> AttentionCase:
     """Packed by the kernel itself (in the interpreter, by its reference), a piece at a time; memory
-    that is nobody's is NaN."""
+    that is nobody's is NaN. ``whole`` says what a cache's host does of a sequence alone, so that a
+    long chunk goes over its history made whole."""
     constants: KVConstants = moved(transform_of(form, heads, mean=mean), device)
     slot_BT, table_BJ, num_pages = paged_slots(lengths, form.page_size)
     pages = KVPages.empty(form, num_pages, heads, device)
@@ -124,6 +126,9 @@ def attention_case(
         constants=constants,
         dense=moved(dense, device),
         window=window,
+        extent=Extent(packed=lengths[0], skipped=0, end=start + lengths[0] + tokens)
+        if whole
+        else None,
     )
     places = {"q_BMTD": q_BMTD.to(device), "position_BT": fresh_BT.to(device)}
     return AttentionCase(**places, history=history, scale=D**-0.5)

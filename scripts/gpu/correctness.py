@@ -26,6 +26,7 @@ from rotq_kernels.kv.attention import packed_attention_triton
 from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.encode.reference import encode_kv_reference
 from rotq_kernels.kv.format import KVFormat, KVPages
+from rotq_kernels.kv.prefill.whole import WHOLE_TOKENS
 from rotq_kernels.layout import pack
 from rotq_kernels.packed_linear import dequantize_reference, packed_linear_triton
 
@@ -176,10 +177,11 @@ def repeats(run: Run) -> None:
 def other_kernels(run: Run) -> None:
     """Prefill, packed linear layers, Hadamard; with TF32 allowed; on a second GPU."""
 
-    def prefill(dtype: torch.dtype, tokens: int, length: int) -> None:
+    def prefill(dtype: torch.dtype, tokens: int, length: int, whole: bool) -> None:
         form = FORMATS[run.pick("k3v3 D128", "k3v3 D64")]
-        made = attention_case(form, [length], run.device, tokens=tokens, dtype=dtype)
-        check_attention(run, f"prefill {tokens} after {length} {dtype}", made)
+        made = attention_case(form, [length], run.device, tokens=tokens, dtype=dtype, whole=whole)
+        how = ", history made whole" if whole else ""
+        check_attention(run, f"prefill {tokens} after {length} {dtype}{how}", made)
 
     def linear(bits: int, rows: int, group: int, dtype: torch.dtype) -> None:
         N, K = run.pick((1024, 2048), (40, 256))
@@ -208,11 +210,13 @@ def other_kernels(run: Run) -> None:
         run.expect(found <= near, f"hadamard {K} x {rows} {dtype}: relative error {found:.1e}")
 
     dtypes = [dtype for dtype in DTYPES if kernel_of(run, dtype)]
-    chunks = run.pick([(17, 1000), (68, 0), (300, 1000), (2048, 20000)], [(20, 30)])
+    chunks = run.pick([(17, 1000), (68, 0), (300, 1000), (2048, 20000)], [(20, 30), (256, 30)])
     rows = run.pick((1, 2, 3, 16, 17, 64, 65, 300), (1, 3))
-    cases: dict[str, Any] = {
-        f"prefill {t} {n} {d}": partial(prefill, d, t, n) for t, n in chunks for d in dtypes[:1]
-    }
+    cases: dict[str, Any] = {}
+    for t, n in chunks:
+        hows = [False, True] if t >= WHOLE_TOKENS else [False]
+        for whole in hows[-1:] if run.dry else hows:
+            cases[f"prefill {t} {n} {whole}"] = partial(prefill, dtypes[0], t, n, whole)
     for bits in run.pick(range(2, 9), (3,)):
         for number in rows:
             cases[f"linear {bits} {number}"] = partial(linear, bits, number, 128, dtypes[0])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.calibration.file import KVCalibration
+from rotq.kv.pool.packed import PackedPool
+from rotq.kv.pool.pool import Row
 from rotq.kv.presets import preset
 from rotq.serve.bench import Load, measure
+from rotq.serve.engine.model_runner import ModelRunner
 from rotq.serve.settings import Settings
 
 SMOLLM2 = {
@@ -148,6 +151,49 @@ def quantize(run: Run) -> None:
             run.note(f"{recipe} largest difference of logits", change, "of their deviation")
 
 
+def server_steps(run: Run) -> None:
+    """A server's decode steps in a CUDA graph are the eager ones, bitwise, with other lengths."""
+    model, calibration = fp32_model(run)
+    there = copy.deepcopy(model).to(run.device, run.pick(torch.bfloat16, torch.float32))
+    length, steps = run.pick(300, 9), run.pick(40, 3)
+    ids = torch.randint(1, model.config.vocab_size, (length,)).tolist()
+    eager, replaying = (
+        ModelRunner(
+            there,
+            PackedPool(there, calibration, num_pages=16, num_sinks=3, table_width=8),
+            rows=4,
+        )
+        for _ in range(2)
+    )
+    eager.captured = None
+    same = torch.equal(*(_two_texts(runner, ids, steps) for runner in (replaying, eager)))
+    run.expect(same, f"{steps} steps of two texts are the eager ones, bitwise")
+    run.note("a step, eager", run.host_us(partial(eager.decode, [], [])), "us")
+    if replaying.captured is not None:
+        run.expect(replaying.captured.is_captured, f"captured ({replaying.captured.refused})")
+        run.note("a step, in a graph", run.host_us(partial(replaying.decode, [], [])), "us")
+
+
+def _two_texts(runner: ModelRunner, ids: list[int], steps: int) -> Tensor:
+    """Logits of two prompts' steps, the second of which begins later."""
+    found = []
+    for sink, first in ((0, 0), (1, 8)):
+        start, pages = 0, list(range(first, first + 8))
+        prompt = ids[: len(ids) // (1 + sink)]
+        while start < len(prompt):
+            end = runner.pass_end(start, len(prompt))
+            row = Row(pages=pages, sink=sink, count=start, fresh=end - start)
+            runner.prefill(prompt[start:end], row)
+            start = end
+    for step in range(steps):
+        rows = [
+            Row(pages=list(range(8 * i, 8 * i + 8)), sink=i, count=count + step, fresh=1)
+            for i, count in enumerate((len(ids), len(ids) // 2))
+        ]
+        found.append(runner.decode([ids[step], ids[-1 - step]], rows))
+    return torch.stack(found)
+
+
 def serve(run: Run) -> None:
     """A server's engine, packed and dense: one request, then sixteen at once."""
     model, calibration = fp32_model(run)
@@ -168,6 +214,7 @@ def serve(run: Run) -> None:
 
 
 MODELS: dict[str, tuple[int, Step]] = {
+    "G2": (40, server_steps),
     "E1": (90, generate),
     "E2": (30, memory),
     "E3": (120, quantize),

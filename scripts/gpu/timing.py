@@ -6,6 +6,7 @@ own attention and products in the same step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -89,13 +90,15 @@ def prefill(run: Run) -> None:
         for length in run.pick((0, 8192, 65536), (0, 30)):
             case = attention_case(
                 form_of(run), [length], run.device, heads=run.pick(8, 1), tokens=tokens,
-                dtype=dtype_of(run), poison=False,
+                dtype=dtype_of(run), poison=False, whole=True,
             )  # fmt: skip
+            fused = replace(case, history=replace(case.history, extent=None))
             name = f"{tokens} after {length}"
-            taken = run.device_us(partial(attend, case), number=5)
-            run.note(f"prefill {name}", taken / 1e3, "ms")
             pairs = tokens * (length + tokens / 2)
-            run.note(f"prefill {name} rate", 4 * pairs * 128 * 32 / taken / 1e6, "TFLOPS")
+            for how, made in (("whole", case), ("prefill", fused)):
+                taken = run.device_us(partial(attend, made), number=5)
+                run.note(f"{how} {name}", taken / 1e3, "ms")
+                run.note(f"{how} {name} rate", 4 * pairs * 128 * 32 / taken / 1e6, "TFLOPS")
             k_BHND, v_BHND, seen_B1TN = case.unpacked()
             plain = partial(
                 F.scaled_dot_product_attention, case.q_BMTD, k_BHND, v_BHND,

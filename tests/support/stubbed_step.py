@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -51,11 +51,19 @@ class Log(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def stubbed(launched: Counter[str]) -> Iterator[None]:
-    """Within it caches take a GPU's way; kernels are noted in ``launched`` and not run."""
+def stubbed(
+    launched: Counter[str], note: Callable[..., None] = lambda *_, **__: None
+) -> Iterator[None]:
+    """Within it caches take a GPU's way; kernels are noted in ``launched`` and not run.
 
-    def launch(kernel: Any, grid: Any, *arguments: Any, on: Any, **named: Any) -> None:
+    ``note`` is told of each launch what ``launch`` is told, but for ``on``.
+    """
+
+    def launch(
+        kernel: Any, grid: Any, *arguments: Any, on: Any, known: Any = None, **named: Any
+    ) -> None:
         launched[kernel.fn.__name__] += 1
+        note(kernel, grid, *arguments, known=known, **named)
 
     modules = [
         module

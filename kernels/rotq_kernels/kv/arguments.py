@@ -8,6 +8,7 @@ from typing import Any
 
 from rotq_kernels.kv.format import (
     DenseKV,
+    Extent,
     KVConstants,
     KVFormat,
     KVHistory,
@@ -19,7 +20,8 @@ SCHEMA = (
     "(Tensor q_BMTD, Tensor position_BT, float scale, Tensor?[] tables, "
     "Tensor page_table_BJ, Tensor length_B, "
     "Tensor start_B, Tensor? hidden_B, Tensor?[] pages, Tensor?[] constants, Tensor[] dense, "
-    "int k_bits, int v_bits, str norm, str residual, str mean, float rotary_scale, int window) "
+    "int k_bits, int v_bits, str norm, str residual, str mean, float rotary_scale, int window, "
+    "int[] extent) "
     "-> Tensor"
 )
 """Queries, positions, scale, ``decode.tables`` (none on a CPU), what ``flatten_history`` gives."""
@@ -28,6 +30,7 @@ PAGES = ("k_codes", "v_codes", "k_norm", "v_norm", "k_sign", "k_gamma")
 SIDE = ("inverse_HDD", "matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
 LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
 DENSE = ("k_BHND", "v_BHND", "position_BN")
+EXTENT = ("packed", "skipped", "end")
 
 
 def flatten_history(history: KVHistory) -> tuple[Any, ...]:
@@ -49,13 +52,14 @@ def flatten_history(history: KVHistory) -> tuple[Any, ...]:
         constants.mean,
         constants.rotary_scale,
         history.window,
+        [] if history.extent is None else [getattr(history.extent, name) for name in EXTENT],
     )
 
 
 def restore_history(*flat: Any) -> KVHistory:
     """Undo ``flatten_history``; of the sides, what only encoding reads is not kept."""
     page_table_BJ, length_B, start_B, hidden_B, pages, tensors, dense, *rest = flat
-    k_bits, v_bits, norm, residual, mean, rotary_scale, window = rest
+    k_bits, v_bits, norm, residual, mean, rotary_scale, window, extent = rest
     form = KVFormat(
         head_dim=tensors[0].shape[-1],
         k_bits=k_bits,
@@ -75,6 +79,7 @@ def restore_history(*flat: Any) -> KVHistory:
         constants=constants,
         dense=DenseKV(**dict(zip(DENSE, dense, strict=True))) if dense else None,
         window=window,
+        extent=Extent(**dict(zip(EXTENT, extent, strict=True))) if extent else None,
     )
 
 

@@ -4,8 +4,8 @@
 
 with scores of packed keys as in ``kv.format``. On a GPU a decode step (``decode.launch``) turns the
 query, splits the packed tokens over the machine, takes the dense ones as one more split and merges
-all; many query rows go through ``prefill.launch``. Neither keys nor values are ever unpacked to
-memory.
+all; many query rows go through ``prefill.launch``. Neither keys nor values are unpacked to memory,
+but for those of one layer under a long chunk of queries (``prefill.whole``).
 
 Shape suffixes: B sequences, M query heads, T query tokens, H KV heads, N packed and dense tokens,
 D head width.
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from rotq_kernels.kv.arguments import SCHEMA, flatten_history, restore_history
 from rotq_kernels.kv.cpu.attention import packed_attention_cpu
-from rotq_kernels.kv.decode.launch import MAX_ROWS, packed_decode, step_tables
+from rotq_kernels.kv.decode.launch import packed_decode, step_tables
+from rotq_kernels.kv.decode.sizes import MAX_ROWS
 from rotq_kernels.kv.decode.tables import DecodeTables
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference
 from rotq_kernels.kv.format import KVHistory
 from rotq_kernels.kv.prefill.launch import EXACT_WIDTH, packed_prefill
+from rotq_kernels.kv.prefill.whole import attend_whole, is_whole
 from rotq_kernels.operators import register
 
 DECODE_ROWS = 64
@@ -115,8 +117,9 @@ def packed_attention_triton(
 ) -> Tensor:
     """``packed_attention`` by the kernels, unchecked; CPU tensors need TRITON_INTERPRET=1.
 
-    More query rows than a decode tile holds are decode steps if they are few, else a prefill; fp32
-    queries of heads wider than EXACT_WIDTH are decode steps however many there are.
+    More query rows than a decode tile holds are decode steps if they are few, else a prefill, of a
+    long chunk over its history made whole (``prefill.whole``); fp32 queries of heads wider than
+    EXACT_WIDTH are decode steps however many there are.
     ``splits`` is the number of programs that share the packed tokens of a KV head in a single
     decode step; the machine's size gives it if it is left out. ``tables`` are those of
     ``step_tables``, made if they are left out.
@@ -125,6 +128,8 @@ def packed_attention_triton(
     if group * T <= MAX_ROWS:
         options: dict[str, Any] = {"scale": scale, "splits": splits, "tables": tables}
         return packed_decode(q_BMTD, position_BT, history, **options)
+    if is_whole(q_BMTD, history):
+        return attend_whole(q_BMTD, position_BT, history, scale=scale)
     fits = q_BMTD.dtype != torch.float32 or q_BMTD.shape[3] <= EXACT_WIDTH
     if group * T > DECODE_ROWS and fits:
         return packed_prefill(q_BMTD, position_BT, history, scale=scale)

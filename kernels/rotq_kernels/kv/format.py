@@ -26,6 +26,7 @@ L levels of a codebook, R rotary pairs, B sequences, N dense tokens, J pages of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,7 +152,11 @@ class KVPages:
     @property
     def has_whole_pages(self) -> bool:
         """Whether each page of each tensor is contiguous, as kernels need it."""
-        return all(tensor[:1].is_contiguous() for tensor in self.tensors())
+        kept = vars(self).get("_whole")
+        if kept is None or kept[0] is not self.k_codes:
+            whole = all(tensor[:1].is_contiguous() for tensor in self.tensors())
+            kept = vars(self)["_whole"] = self.k_codes, whole
+        return bool(kept[1])
 
     @property
     def nbytes(self) -> int:
@@ -219,6 +224,22 @@ class DenseKV:
     """int32 RoPE positions; -1 where there is no token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Of a chunk whose queries see all before them, but for windows; the host knows it unasked.
+
+    The dense tokens end with those of the chunk, in the order of its queries; what is padding among
+    them is at the end.
+    """
+
+    packed: int
+    """Packed tokens of each sequence."""
+    skipped: int
+    """Dense tokens at the beginning that are at no position, in all sequences."""
+    end: int
+    """Position behind the last query; with a window that is not wider, all is seen too."""
+
+
 @dataclass(kw_only=True)
 class KVHistory:
     """What the queries of one layer can see: packed tokens, and tokens kept whole."""
@@ -238,6 +259,8 @@ class KVHistory:
     """Sinks, recent tokens and the chunk that the queries are of."""
     window: int = 0
     """Of sliding attention in tokens; 0 for none."""
+    extent: Extent | None = None
+    """None where a query may not see something before it, or the host does not know."""
 
 
 def gap_of(stored_PHS: Tensor | None) -> int | None:
@@ -245,9 +268,10 @@ def gap_of(stored_PHS: Tensor | None) -> int | None:
 
     Kernels are compiled without them for None, so that pages of their own cost nothing.
     """
-    if stored_PHS is None or stored_PHS.is_contiguous():
+    if stored_PHS is None:
         return None
-    return stored_PHS.stride(0) - stored_PHS[0].numel()
+    # not by is_contiguous(), to which a single page of joint ones is, and two are not
+    return stored_PHS.stride(0) - math.prod(stored_PHS.shape[1:]) or None
 
 
 def level_values(levels_HL: Tensor, bits: int) -> Tensor:

@@ -89,6 +89,16 @@ def past_gaps(stored_ptr, page, gap):
 
 
 @triton.jit
+def turned_words(words, BITS: tl.constexpr):
+    """(4, I) to (I, 4), each."""
+    turned = (tl.trans(words[0]),)
+    for i in tl.static_range(1, BITS):
+        # Triton has no unpacking into a tuple
+        turned = turned + (tl.trans(words[i]),)  # type: ignore[assignment]  # noqa: RUF005
+    return turned
+
+
+@triton.jit
 def chunk_words(
     codes_ptr,
     row,
@@ -96,6 +106,7 @@ def chunk_words(
     CHUNKS: tl.constexpr,
     J: tl.constexpr,
     BITS: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """Packed words of lines, a tuple of BITS tensors (I, 4).
 
@@ -106,16 +117,21 @@ def chunk_words(
         CHUNKS: Of a token.
         J: Tokens of a line.
         BITS: Of a code.
+        TURNED: Whether the compiler gives neighbouring lanes what is along the first axis; see
+            ``decode.sizes.lane_order``.
     """
     chunk = 4 * BLOCK + tl.arange(0, 4) % (4 // J)
     words_ptr = codes_ptr + row * (CHUNKS * BITS) + (chunk * BITS)[None, :]
+    there = tl.broadcast_to((chunk < CHUNKS)[None, :], row.shape)
+    if TURNED:
+        words_ptr, there = tl.trans(words_ptr), tl.trans(there)
     # a lane shall load one chunk, also where it could load four neighbours at once
     words_ptr = tl.max_contiguous(words_ptr, [1, 1])
     if J == 1 and CHUNKS % 4 != 0:
-        there = tl.broadcast_to((chunk < CHUNKS)[None, :], row.shape)
-        return load_words(words_ptr, there, BITS)
+        words = load_words(words_ptr, there, BITS)
     else:
-        return load_words(words_ptr, None, BITS)
+        words = load_words(words_ptr, None, BITS)
+    return turned_words(words, BITS) if TURNED else words
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def _scales(scale_ptr, n, k, N, K, num_groups, GROUP: tl.constexpr):
     return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x_ptr,
     weight_ptr,
@@ -131,7 +131,7 @@ def gemv_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr,
     weight_ptr,

@@ -55,6 +55,9 @@ class BatchedEncoder:
                 self._encode_together(self.codec)
 
     def _encode_together(self, codec: KVCodec) -> None:
+        if _device(self.layers[0]).type in JOINED:
+            # from the prompt on, as kernels are compiled anew for pages that are parts of others
+            self.join()
         tokens = [layer.uncoded for layer in self.layers if layer.uncoded is not None]
         visible = self.layers[0].visible
         if not tokens or visible is None:

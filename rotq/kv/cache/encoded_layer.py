@@ -128,6 +128,7 @@ class EncodedLayer(CacheLayerMixin):
             constants=self.constants,
             dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
             window=self.window,
+            extent=layout.extent,
         )
         return Visible(history=history, layout=layout)
 

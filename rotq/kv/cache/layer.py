@@ -78,7 +78,8 @@ class PackedLayer(EncodedLayer):
         count = self.placement.sequences.sinks
         shape = (key_states.shape[0], num_heads, count, width)
         self.sinks = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        self.recent = key_states[:, :, :0], value_states[:, :, :0]
+        none = (*shape[:2], 0, width)
+        self.recent = key_states.new_empty(none), value_states.new_empty(none)
         self.is_initialized = True
 
     def take_in(self, k_BHTD: Tensor, v_BHTD: Tensor) -> Visible:
@@ -95,10 +96,14 @@ class PackedLayer(EncodedLayer):
             dense = _joined(self.sinks, dense)
         visible = self._see(layout, *dense)
         self.store.prepare(layout.num_pages, layout.copies)
-        self.encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
+        if layout.encode == slice(0, k_BHND.shape[2]):
+            self.encode(layout, k_BHND, v_BHND)
+        else:
+            self.encode(layout, k_BHND[:, :, layout.encode], v_BHND[:, :, layout.encode])
         self._keep_sinks(layout, k_BHTD, v_BHTD)
-        # a copy, so that the whole chunk is not held for a few columns of it
-        self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
+        if layout.keep < k_BHND.shape[2] or self.recent[0].shape[2]:
+            # a copy, so that the whole chunk is not held for a few columns of it
+            self.recent = k_BHND[:, :, layout.keep :].clone(), v_BHND[:, :, layout.keep :].clone()
         return visible
 
     def _follow(self, k_BHTD: Tensor) -> None:

@@ -27,11 +27,11 @@ class NormWatch:
         Raises:
             RotqError: a norm did not fit; on a GPU, ``settle`` raises it.
         """
-        flag = _flag_of(layers)
+        flag = flag_of(layers)
         if flag is None:
             return
         if flag.device.type != "cuda":
-            _refuse(flag)
+            refuse(flag)
             return
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(flag, non_blocking=True)
@@ -48,25 +48,15 @@ class NormWatch:
         if self._pending is not None:
             (host, copied), self._pending = self._pending, None
             copied.synchronize()
-            _refuse(host)
+            refuse(host)
 
     def forget(self) -> None:
         """What was seen is of nobody."""
         self._pending = None
 
 
-def check_norms(layers: Sequence[EncodedLayer]) -> None:
-    """At once, after a pass.
-
-    Raises:
-        RotqError: a norm did not fit.
-    """
-    flag = _flag_of(layers)
-    if flag is not None:
-        _refuse(flag)
-
-
-def _flag_of(layers: Sequence[EncodedLayer]) -> Tensor | None:
+def flag_of(layers: Sequence[EncodedLayer]) -> Tensor | None:
+    """bool (), on their device: whether a norm that was coded last did not fit; None without."""
     # layers that were coded together have one flag
     flags = list(
         {id(flag): flag for layer in layers if (flag := layer.outgrown) is not None}.values()
@@ -76,7 +66,12 @@ def _flag_of(layers: Sequence[EncodedLayer]) -> Tensor | None:
     return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
-def _refuse(flag: Tensor) -> None:
+def refuse(flag: Tensor) -> None:
+    """Wait for the answer.
+
+    Raises:
+        RotqError: a norm did not fit.
+    """
     if bool(flag):
         raise RotqError(
             "a token's keys or values are not finite, or hundreds of times larger than the first "

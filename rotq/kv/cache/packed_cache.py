@@ -267,8 +267,10 @@ class PackedCache(WatchingCache, Cache):
             tokens=tokens,
             packed=sum(packed),
             whole=sum(whole),
-            tables=self.sequences.there_BN.nbytes
-            + sum(item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements),
+            tables=sum(
+                item.table.tensor().nbytes + item.recent_BN.nbytes for item in self.placements
+            )
+            + (0 if self.sequences.padded_BN is None else self.sequences.padded_BN.nbytes),
             constants=sum(item.constant_bytes() for item in (*layers, *(self._encoders or ()))),
             elements=tokens * sum(widths),
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rotq.errors import RotqError
-from rotq.kv.cache.layout import NO_TOKEN, Layout
+from rotq.kv.cache.layout import NO_TOKEN, Layout, extent_of
 from rotq.kv.cache.pages import PageTable
 from rotq.kv.cache.sequences import Sequences, Step
 
@@ -80,6 +80,7 @@ class Placement:
             query_position_BT=step.position_BT,
             **before,
             dense_position_BN=dense_BN,
+            extent=extent_of(step.position_BT, before["length_B"], dense_BN),
             has_sinks=has_sinks,
             num_pages=num_pages,
             copies=copies,

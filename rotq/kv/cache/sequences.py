@@ -48,15 +48,17 @@ class Sequences:
     counts: list[int] = field(default_factory=list)
     """Tokens of each sequence; empty before the first forward pass."""
     firsts: list[int] = field(default_factory=list)
-    there_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    """bool, of every column: a token, not padding."""
-    is_padded: bool = False
-    """Whether a column was padding, in any sequence that has been here."""
+    num_columns: int = 0
+    """What transformers calls the length of the cache."""
+    padded_BN: Tensor | None = None
+    """bool, of every column: a token, not padding; None while no column has been padding."""
 
     @property
-    def num_columns(self) -> int:
-        """What transformers calls the length of the cache."""
-        return self.there_BN.shape[1]
+    def there_BN(self) -> Tensor:
+        """bool, of every column: a token, not padding."""
+        if self.padded_BN is not None:
+            return self.padded_BN
+        return torch.ones(len(self.counts), self.num_columns, dtype=torch.bool)
 
     def packed(self, counts: list[int]) -> list[int]:
         """Packed tokens of sequences of so many tokens."""
@@ -132,13 +134,15 @@ class Sequences:
     def _new_tokens(self, batch: int, length: int, mask_BN: Tensor | None) -> Tensor:
         before = self.num_columns
         if mask_BN is None:
+            if self.padded_BN is None:
+                return torch.ones(batch, length, dtype=torch.bool)
             mask_BN = torch.ones(batch, before + length, dtype=torch.bool)
         if mask_BN.ndim != 2 or mask_BN.shape != (batch, before + length):
             raise RotqError(
                 f"a packed cache needs an attention mask of shape ({batch}, {before + length}), "
                 f"got {tuple(mask_BN.shape)}"
             )
-        if not self.is_padded and int(mask_BN.count_nonzero()) == mask_BN.numel():
+        if self.padded_BN is None and int(mask_BN.count_nonzero()) == mask_BN.numel():
             # all that a device has to say
             return torch.ones(batch, length, dtype=torch.bool)
         mask_BN = mask_BN.to("cpu", torch.bool)
@@ -151,28 +155,34 @@ class Sequences:
 
     def advance(self, step: Step) -> None:
         """Take over what a finished forward pass added."""
-        before_BN = self.there_BN if self.counts else step.there_BT[:, :0]
-        self.there_BN = torch.cat((before_BN, step.there_BT), dim=1)
-        self.is_padded |= not bool(step.there_BT.all())
+        if self.padded_BN is not None or not bool(step.there_BT.all()):
+            before_BN = self.there_BN if self.counts else step.there_BT[:, :0]
+            self.padded_BN = torch.cat((before_BN, step.there_BT), dim=1)
+        self.num_columns += step.there_BT.shape[1]
         self.counts, self.firsts = step.counts, step.firsts
 
     def select(self, indices: list[int]) -> None:
         """Let sequence i be what sequence ``indices[i]`` was."""
         self.counts = [self.counts[index] for index in indices]
         self.firsts = [self.firsts[index] for index in indices]
-        self.there_BN = self.there_BN[indices]
+        if self.padded_BN is not None:
+            self.padded_BN = self.padded_BN[indices]
 
     def without_last(self, num_columns: int) -> list[int]:
         """Tokens of each sequence without the last columns."""
-        gone_B = self.there_BN[:, self.num_columns - num_columns :].sum(1)
+        if self.padded_BN is None:
+            return [count - num_columns for count in self.counts]
+        gone_B = self.padded_BN[:, self.num_columns - num_columns :].sum(1)
         return (torch.tensor(self.counts) - gone_B).tolist()
 
     def crop(self, num_columns: int) -> None:
         """Forget the last columns."""
         self.counts = self.without_last(num_columns)
-        self.there_BN = self.there_BN[:, : self.num_columns - num_columns]
+        self.num_columns -= num_columns
+        if self.padded_BN is not None:
+            self.padded_BN = self.padded_BN[:, : self.num_columns]
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.counts, self.firsts = [], []
-        self.there_BN, self.is_padded = self.there_BN.new_zeros(0, 0), False
+        self.num_columns, self.padded_BN = 0, None

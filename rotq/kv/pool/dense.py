@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from rotq.errors import RotqError
 from rotq.kv.cache.attention import PackedKV
+from rotq.kv.cache.layout import together
 from rotq.kv.cache.support import check_heads, windows
 from rotq.kv.pool.attention import PLAIN, Extras, Whole
 from rotq.kv.pool.pool import PAGE_SIZE, Cost, Pool, PoolLayout
@@ -99,13 +100,11 @@ class DenseLayer(CacheLayerMixin):
         assert self.layout is not None
         _, num_heads, _, width = self.k_PHSD.shape
         check_heads(num_heads, width, key_states, value_states)
-        layout = self.layout.to(key_states.device)
-        b, t = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
-        slot = layout.encode_slot_BE[b, t]
-        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+        places = DensePlaces.of(self.layout, key_states.device)
+        b, t, page, offset = places.fresh
         self.k_PHSD[page, :, offset] = key_states[b, :, t].to(self.k_PHSD.dtype)
         self.v_PHSD[page, :, offset] = value_states[b, :, t].to(self.v_PHSD.dtype)
-        self.visible = DenseVisible(layer=self, layout=self.layout, window=self.window)
+        self.visible = DenseVisible(layer=self, places=places, window=self.window)
         handle = PackedKV(tuple(key_states.shape), key_states, self.visible)
         return handle, handle
 
@@ -126,43 +125,90 @@ class DenseLayer(CacheLayerMixin):
         return [self.k_PHSD, self.v_PHSD]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseRow:
+    """A sequence in a pass, on the model's device."""
+
+    b: int
+    page_J: Tensor
+    end: int
+    """Tokens, those of the pass included."""
+    seen_TN: Tensor
+    """Which of them each query sees."""
+
+
+class DensePlaces:
+    """Where a pass stores its tokens and finds each row's: moved once for all layers.
+
+    Args:
+        layout: Of the pass, on the CPU.
+        device: Of the model.
+    """
+
+    def __init__(self, layout: PoolLayout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
+        b, t = (layout.encode_slot_BE >= 0).nonzero(as_tuple=True)
+        slot = layout.encode_slot_BE[b, t]
+        self.fresh = together((b, t, slot // PAGE_SIZE, slot % PAGE_SIZE), device)
+        """int64, of each token: row, column, page and place in it."""
+        self._rows: dict[int, list[DenseRow]] = {}
+
+    @classmethod
+    def of(cls, layout: PoolLayout, device: torch.device) -> DensePlaces:
+        """Those of a pass, kept with its layout."""
+        kept: dict[torch.device, DensePlaces] = vars(layout).setdefault("_dense_places", {})
+        if device not in kept:
+            kept[device] = cls(layout, device)
+        return kept[device]
+
+    def rows(self, window: int) -> list[DenseRow]:
+        """All rows but padding.
+
+        Args:
+            window: Of sliding attention in tokens; 0 for none.
+        """
+        if window not in self._rows:
+            position_BT = self._layout.query_position_BT
+            ends = enumerate((position_BT.amax(1) + 1).tolist())
+            self._rows[window] = [self._row(b, end, window) for b, end in ends if end]
+        return self._rows[window]
+
+    def _row(self, b: int, end: int, window: int) -> DenseRow:
+        layout = self._layout
+        first, length = int(layout.query_position_BT[b, 0]), layout.query_position_BT.shape[1]
+        page_J = layout.page_table_BJ[b, : -(-end // PAGE_SIZE)].long()
+        ahead_TN = first + torch.arange(length)[:, None] - torch.arange(end)
+        seen_TN = ahead_TN >= 0
+        if window:
+            seen_TN &= ahead_TN < window
+        # columns of padding see their neighbours, and nobody sees them
+        seen_TN[end - first :, -1] = True
+        page_J, seen_TN = together((page_J, seen_TN), self._device)
+        return DenseRow(b=b, page_J=page_J, end=end, seen_TN=seen_TN)
+
+
 @dataclass(kw_only=True)
 class DenseVisible(Whole):
     """What the queries of one layer can see in one forward pass."""
 
     layer: DenseLayer
-    layout: PoolLayout
-    """On the CPU."""
+    places: DensePlaces
     window: int
     was_read: bool = False
 
     def attend(self, query_BMTD: Tensor, scale: float, extras: Extras = PLAIN) -> Tensor:
-        """Attention row by row, each over its own keys; zeros for rows of padding."""
+        """Attention row by row, each over its own keys; zeros for rows of padding.
+
+        Not of all rows at once: what a row gives would depend on the length of the others.
+        """
         self.was_read = True
         out_BMTD = torch.zeros_like(query_BMTD)
-        position_BT = self.layout.query_position_BT
-        for b, last in enumerate(position_BT.amax(1).tolist()):
-            if last >= 0:
-                first = int(position_BT[b, 0])
-                k_HND, v_HND, seen_TN = self._row(b, first, last + 1, query_BMTD)
-                out_BMTD[b] = extras.attend(query_BMTD[b, None], k_HND, v_HND, seen_TN, scale)[0]
+        for row in self.places.rows(self.window):
+            k_1HND, v_1HND = (
+                pages[row.page_J].transpose(0, 1).flatten(1, 2)[None, :, : row.end]
+                for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
+            )
+            q_1MTD = query_BMTD[row.b, None]
+            whole = (x.to(query_BMTD.dtype) for x in (k_1HND, v_1HND))
+            out_BMTD[row.b] = extras.attend(q_1MTD, *whole, row.seen_TN, scale)[0]
         return out_BMTD
-
-    def _row(
-        self, b: int, first: int, end: int, query_BMTD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of one sequence, (1, H, N, D), and which of them each query sees."""
-        device = query_BMTD.device
-        page_J = self.layout.page_table_BJ[b, : -(-end // PAGE_SIZE)].long().to(device)
-        k_HND, v_HND = (
-            pages[page_J].transpose(0, 1).flatten(1, 2)[None, :, :end].to(query_BMTD.dtype)
-            for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
-        )
-        position_T1 = first + torch.arange(query_BMTD.shape[2], device=device)[:, None]
-        ahead_TN = position_T1 - torch.arange(end, device=device)
-        seen_TN = ahead_TN >= 0
-        if self.window:
-            seen_TN &= ahead_TN < self.window
-        # columns of padding see their neighbours, and nobody sees them
-        seen_TN[end - first :, -1] = True
-        return k_HND, v_HND, seen_TN

@@ -14,7 +14,7 @@ from rotq.errors import RotqError
 from rotq.kv.cache.attention import Visible
 from rotq.kv.cache.batched_encoding import JOINED, BatchedEncoder, batched_encoders
 from rotq.kv.cache.encoded_layer import EncodedLayer
-from rotq.kv.cache.norm_watch import check_norms
+from rotq.kv.cache.norm_watch import flag_of, refuse
 from rotq.kv.cache.pages import PageStore
 from rotq.kv.cache.support import check_heads, check_served, windows
 from rotq.kv.calibration.file import KVCalibration
@@ -80,18 +80,32 @@ class PackedPool(Pool):
             layer.start_with(constants)
 
     def take_over(self) -> None:
-        """Code the tokens of a decode step, for all layers at once.
+        """Code the tokens of a decode step, for all layers at once."""
+        for encoder in self._encoders:
+            encoder.encode()
+
+    def flag(self) -> Tensor | None:
+        """Whether a norm did not fit, on the device."""
+        return flag_of(self.layers)
+
+    def check(self, flag: Tensor | None) -> None:
+        """Wait for a pass.
 
         Raises:
             RotqError: a norm did not fit; what is in pages is worth nothing then.
         """
-        for encoder in self._encoders:
-            encoder.encode()
         try:
-            check_norms(self.layers)
+            if flag is not None:
+                refuse(flag)
         except RotqError:
             self.forget()
             raise
+
+    def steady(self) -> list[KVConstants] | None:
+        """Constants of all layers, once all heads have seen what decides about them."""
+        if not all(layer.reach.is_settled for layer in self.layers):
+            return None
+        return [layer.constants for layer in self.layers]
 
     @staticmethod
     def cost(model: Any, calibration: KVCalibration) -> Cost:

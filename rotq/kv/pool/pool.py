@@ -27,7 +27,7 @@ from transformers import Cache
 
 from rotq.errors import RotqError
 from rotq.kv.cache.hooks import WatchingCache, attach
-from rotq.kv.cache.layout import NO_TOKEN, Layout
+from rotq.kv.cache.layout import NO_TOKEN, Layout, extent_of
 from rotq.kv.cache.trial import try_out
 from rotq.kv.pool import attention
 from rotq.models.attention import dispatch
@@ -95,12 +95,15 @@ def lay_out(rows: Sequence[Row], length: int, *, sinks: int, table_width: int) -
     slot_BT = (page_BT * PAGE_SIZE + at_BT % PAGE_SIZE).where(at_BT >= 0, NO_TOKEN)
     sequence, column = ((number_BT >= 0) & (at_BT < 0)).nonzero(as_tuple=True)
     sink_BS = sink_S.where(sink_S < count_B1, NO_TOKEN)
+    length_B = (count_B1[:, 0] - sinks).clamp(min=0).int()
+    dense_BN = torch.cat((sink_BS, number_BT), dim=1).int()
     return PoolLayout(
         query_position_BT=number_BT.int(),
         page_table_BJ=table_BJ.int(),
-        length_B=(count_B1[:, 0] - sinks).clamp(min=0).int(),
+        length_B=length_B,
         start_B=torch.full((len(rows),), sinks, dtype=torch.int32),
-        dense_position_BN=torch.cat((sink_BS, number_BT), dim=1).int(),
+        dense_position_BN=dense_BN,
+        extent=extent_of(number_BT, length_B, dense_BN),
         encode_position_BE=number_BT.where(at_BT >= 0, NO_TOKEN).int(),
         encode_slot_BE=slot_BT,
         sink_B=torch.tensor([row.sink for row in rows]),
@@ -116,6 +119,8 @@ class Pool(WatchingCache, Cache):
         self.sinks = sinks
         self.table_width = table_width
         self._layout: PoolLayout | None = None
+        self.waits = True
+        """Whether a pass waits for the device, to check what it has stored; see ``check``."""
 
     def attach(self, model: Any) -> None:
         """Let the model use the pool, once all of it is there.
@@ -144,9 +149,17 @@ class Pool(WatchingCache, Cache):
     def forget(self) -> None:
         """Begin anew: what is in pages and sinks is of nobody."""
 
+    def lay_out(self, rows: Sequence[Row], length: int) -> PoolLayout:
+        """Where the tokens of a pass are read and written; tensors on the CPU."""
+        return lay_out(rows, length, sinks=self.sinks, table_width=self.table_width)
+
     def plan(self, rows: Sequence[Row], length: int) -> None:
         """Say what the next forward pass of the model adds; it must be given (B, T) tokens."""
-        self._layout = lay_out(rows, length, sinks=self.sinks, table_width=self.table_width)
+        self.use(self.lay_out(rows, length))
+
+    def use(self, layout: PoolLayout) -> None:
+        """As ``plan``, with what ``lay_out`` gave, on the CPU or on the model's device."""
+        self._layout = layout
         for layer in self.layers:
             layer.layout = layer.visible = layer.uncoded = None
 
@@ -165,12 +178,14 @@ class Pool(WatchingCache, Cache):
         """After a forward pass.
 
         Raises:
-            RotqError: the model did not use the cache as a decoder does.
+            RotqError: the model did not use the cache as a decoder does, or ``check`` does.
         """
         for index, layer in enumerate(self.layers):
             if layer.visible is None or not layer.visible.was_read:
                 raise RotqError(f"layer {index} of the model did not attend to the cache")
         self.take_over()
+        if self.waits:
+            self.check(self.flag())
         for layer in self.layers:
             layer.layout = layer.visible = None
         self._layout = None
@@ -178,6 +193,17 @@ class Pool(WatchingCache, Cache):
     @abstractmethod
     def take_over(self) -> None:
         """Store what a pass has left over."""
+
+    def flag(self) -> Tensor | None:
+        """bool (), on the device: whether the last pass cannot be relied on; None if it can."""
+        return None
+
+    def check(self, flag: Tensor | None) -> None:
+        """Wait for a pass that has left this ``flag``, and refuse it if that is set."""
+
+    def steady(self) -> list[Any] | None:
+        """Objects with which decode steps stay the same; None where a step looks at its tokens."""
+        return None
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from rotq.serve.engine.model_runner import ModelRunner, rows_that_agree
 from rotq.serve.engine.observer import Observer
 from rotq.serve.engine.page_allocator import PageAllocator
 from rotq.serve.engine.trial import Trial
+from rotq.serve.engine.warm_up import warm_up
 from rotq.serve.settings import Settings
 
 ROWS_CPU, ROWS_GPU = 8, 32
@@ -91,6 +92,7 @@ def _build(
         trial.run(runner, longest, fresh=not rounds_heads(model), stored=False)
     else:
         trial.run(runner, longest, fresh=True, stored=True)
+    warm_seconds = warm_up(runner, longest)
     allocator = PageAllocator(
         num_pages=num_pages,
         num_sinks=num_sinks,
@@ -106,6 +108,7 @@ def _build(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         observer=observer,
+        warm_seconds=warm_seconds,
     )
 
 

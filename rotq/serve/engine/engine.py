@@ -44,6 +44,7 @@ class Engine:
         max_batch: Sequences that run together.
         max_queue: Sequences that wait.
         observer: See there.
+        warm_seconds: That ``warm_up`` took, if it was run.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Engine:
         max_batch: int,
         max_queue: int,
         observer: Observer | None = None,
+        warm_seconds: float | None = None,
     ) -> None:
         self.runner, self.allocator, self.cost = runner, allocator, cost
         self.longest, self.max_batch = longest, max_batch
+        self.warm_seconds = warm_seconds
         self.waiting = FairQueue(max_queue)
         self.observer = observer or Observer()
         self._running: list[Generation] = []

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rotq.kv.pool.pool import PAGE_SIZE, Pool, Row
 from rotq.models.limits import vocabulary_of
+from rotq.serve.engine.captured_step import CAPTURED, CapturedStep
 
 
 class ModelRunner:
@@ -39,6 +40,9 @@ class ModelRunner:
         self.chunk_pages = chunk_pages
         self.columns = pool.sinks + chunk_pages * PAGE_SIZE
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.captured: CapturedStep | None = None
+        if model.device.type in CAPTURED:
+            self.captured = CapturedStep(pool, self._forward, model.device)
 
     def pass_end(self, start: int, length: int) -> int:
         """Where the pass over a prompt of ``length`` that begins at ``start`` ends."""
@@ -64,8 +68,16 @@ class ModelRunner:
         """One token of each sequence, at most ``self.rows`` of them; fp32 (sequences, V)."""
         spare = self.rows - len(rows)
         ids_BT = torch.tensor([*ids, *[0] * spare])[:, None]
-        logits = self._run(ids_BT, [*rows, *[self.padding()] * spare], None)
+        padded = [*rows, *[self.padding()] * spare]
+        logits = None if self.captured is None else self._replay(self.captured, ids_BT, padded)
+        if logits is None:
+            logits = self._run(ids_BT, padded, None)
         return logits[: len(rows), 0]
+
+    @torch.inference_mode()
+    def _replay(self, captured: CapturedStep, ids_BT: Tensor, rows: Sequence[Row]) -> Tensor | None:
+        logits = captured.run(ids_BT, self._positions(rows, 1), rows)
+        return None if logits is None else logits.clone()
 
     def padding(self) -> Row:
         """A row without a sequence: it fills a step, and its result is dropped."""
@@ -73,20 +85,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, ids_BT: Tensor, rows: Sequence[Row], kept: Tensor | None) -> Tensor:
-        device = self.model.device
-        self.pool.plan(rows, ids_BT.shape[1])
-        position_BT = self._positions(rows, ids_BT.shape[1])
-        options = {"logits_to_keep": kept.to(device)} if self._selects and kept is not None else {}
+        device, length = self.model.device, ids_BT.shape[1]
+        self.pool.plan(rows, length)
+        position_BT = self._positions(rows, length)
+        kept = None if kept is None else kept.to(device)
+        return self._forward(ids_BT.to(device), position_BT.to(device), kept)
+
+    def _forward(self, ids_BT: Tensor, position_BT: Tensor, kept: Tensor | None = None) -> Tensor:
+        """A pass over what the pool was told; fp32 (B, columns, V), all columns if not ``kept``."""
+        selects = self._selects and kept is not None
         output = self.model(
-            input_ids=ids_BT.to(device),
-            position_ids=position_BT.to(device),
+            input_ids=ids_BT,
+            position_ids=position_BT,
             past_key_values=self.pool,
             use_cache=True,
-            **options,
+            **({"logits_to_keep": kept} if selects else {}),
         )
         logits: Tensor = output.logits
-        if kept is not None and not options:
-            logits = logits[:, kept.to(device)]
+        if kept is not None and not selects:
+            logits = logits[:, kept]
         return logits.float()
 
     @staticmethod

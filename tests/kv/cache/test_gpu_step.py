@@ -1,8 +1,11 @@
 """What a decode step launches on a GPU, counted on a CPU; and that it never waits for one."""
 
+from collections import Counter
+
 import torch
 from kv_oracle import calibration_of
-from stubbed_step import WAITING, Log, counted_step
+from specializations import Variants
+from stubbed_step import WAITING, Log, counted_step, stubbed
 from tiny_models import random_ids, tiny_model
 
 from rotq.kv.cache.packed_cache import PackedCache
@@ -27,6 +30,21 @@ def test_a_step_of_a_cache() -> None:
     # one launch for the keys of all layers, one for the values
     assert counts.end["encode_kernel"] == 2
     assert not WAITING & {*counts.layers, *counts.end}
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_in_mid_text() -> None:
+    """The first step has met what later ones meet, from the first page to the third."""
+    cache, variants = PackedCache(MODEL, calibration_of(MODEL)), Variants()
+    with stubbed(Counter(), variants.note):
+        for length in (3, 1):
+            MODEL(input_ids=IDS[:1, :length], past_key_values=cache)
+        first = variants.counts()
+        for _ in range(34):
+            MODEL(input_ids=IDS[:1, :1], past_key_values=cache)
+    assert variants.counts() == first
+    # keys and values; the prompt has more rows, and pages that are not in one memory yet
+    assert first == {"turn_kernel": 1, "decode_kernel": 2, "merge_kernel": 2, "encode_kernel": 2}
 
 
 @torch.no_grad()

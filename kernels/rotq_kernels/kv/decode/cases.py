@@ -7,8 +7,15 @@ residual modes and widths of codes that the presets use. Elements are those of k
 from typing import Any
 
 from rotq_kernels.kv.decode.kernel import decode_kernel
-from rotq_kernels.kv.decode.launch import COLUMNS, MAX_ROWS, merge_sizes, tile_sizes, turn_sizes
 from rotq_kernels.kv.decode.merge import merge_kernel
+from rotq_kernels.kv.decode.sizes import (
+    COLUMNS,
+    MAX_ROWS,
+    lane_order,
+    merge_sizes,
+    tile_sizes,
+    turn_sizes,
+)
 from rotq_kernels.kv.decode.turn import turn_kernel
 from rotq_kernels.kv.format import KVFormat
 
@@ -79,6 +86,7 @@ def _decode_case(
         "WINDOW": window,
         "LIMBS": 3 if exact else 2,
         "PTX": has_ptx,
+        **lane_order(has_ptx=has_ptx),
         **tile,
     }
     return {
@@ -141,14 +149,14 @@ def _turn_case(
 
 
 def _merge_case(
-    width: int = 128, rows: int = 4, partials: int = 65, targets: tuple[str, ...] = NVIDIA
+    width: int = 128, rows: int = 4, targets: tuple[str, ...] = NVIDIA
 ) -> dict[str, Any]:
     types = PARTIALS | dict.fromkeys(("inverse_ptr", "mean_ptr"), "*fp32")
     types |= {"out_ptr": "*bf16"} | dict.fromkeys(("H", "rows", "packed", "partials"), "i32")
-    sizes = merge_sizes(width, rows, partials)
+    sizes = merge_sizes(width, rows)
     precision = "ieee" if targets == AMD else "tf32x3"
     return {
-        "name": f"merge, width {width}, {rows} rows, {partials} parts, {precision}",
+        "name": f"merge, width {width}, {rows} rows, {precision}",
         "kernel": merge_kernel,
         "types": types,
         "constants": sizes | {"D": width, "PRECISION": precision, "constant_ptr": None},
@@ -219,5 +227,5 @@ COMPILE_CASES = [
     _merge_case(),
     _merge_case(targets=AMD),
     _merge_case(rows=16, targets=("sm_90", *SMALL)),
-    _merge_case(width=256, rows=8, partials=129, targets=("sm_90", *SMALL)),
+    _merge_case(width=256, rows=8, targets=("sm_90", *SMALL)),
 ]

@@ -100,6 +100,8 @@ def decode_kernel(
     TILE: tl.constexpr,
     LIMBS: tl.constexpr,
     PTX: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TURNED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + 31) // 32
@@ -131,14 +133,16 @@ def decode_kernel(
         return
 
     query_row = bh.to(tl.int64) * rows
-    unit, total, low, high = query_operand(levels_ptr + query_row * D, rows, D, K_BITS, J, N, LIMBS)
+    unit, total, low, high = query_operand(
+        levels_ptr + query_row * D, rows, D, K_BITS, J, N, LIMBS, PAIRS
+    )
     k_table = load_table(k_table_ptr, head, K_BITS)
     v_table, lowest = from_lowest(load_table(v_table_ptr, head, V_BITS), V_BITS)
     k_base = tl.load(k_base_ptr + head)
     v_base, v_factor, v_worth = value_range(v_norm_ptr, tl.load(v_base_ptr + head))
     if k_sign_ptr is not None:
         r_unit, _, r_low, r_high = query_operand(
-            residual_ptr + query_row * D, rows, D, 1, J, N, LIMBS
+            residual_ptr + query_row * D, rows, D, 1, J, N, LIMBS, PAIRS
         )
         sign_table = load_table(None, head, 1)
     if k_gamma_ptr is not None:
@@ -183,18 +187,18 @@ def decode_kernel(
         held_page = load_page(page_table_ptr, t0 + TILE, held_first, length, PAGE, TILE)
         token = t0 + held_token
         there = token < length
-        k_words = chunk_words(k_codes, page_row, 0, CHUNKS, J, K_BITS)
-        v_words = chunk_words(v_codes, page_row, 0, CHUNKS, J, V_BITS)
+        k_words = chunk_words(k_codes, page_row, 0, CHUNKS, J, K_BITS, TURNED)
+        v_words = chunk_words(v_codes, page_row, 0, CHUNKS, J, V_BITS, TURNED)
         k_norm = load_norms(k_norm_ptr, held_here, gap_k_norm, norm_row, there, k_base, 1.0)
         v_norm = load_norms(v_norm_ptr, held_here, gap_v_norm, norm_row, there, v_base, v_factor)
 
         # [I, 128] @ [128, J N] -> [I, J N]
-        keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
+        keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS, PAIRS)
         found = multiply(keys, low, no_sums(LINES, J * N, LIMBS), LIMBS)
         if BLOCKS == 2:
             # the same with the other half of the head
-            k_words = chunk_words(k_codes, page_row, 1, CHUNKS, J, K_BITS)
-            keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS)
+            k_words = chunk_words(k_codes, page_row, 1, CHUNKS, J, K_BITS, TURNED)
+            keys = key_operand(quads_of(k_words, k_table, K_BITS, PTX), LINES, K_BITS, WARPS, PAIRS)
             found = multiply(keys, high, found, LIMBS)
         score = sum_of(found, LIMBS)
         if K_BITS > 4:
@@ -204,12 +208,12 @@ def decode_kernel(
         if k_sign_ptr is not None:
             # [I, 128] @ [128, J N] -> [I, J N], once for each half of the head
             k_signs = past_gaps(k_sign_ptr, here, gap_k_sign)
-            words = chunk_words(k_signs, page_row, 0, CHUNKS, J, 1)
-            keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS)
+            words = chunk_words(k_signs, page_row, 0, CHUNKS, J, 1, TURNED)
+            keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS, PAIRS)
             found = multiply(keys, r_low, no_sums(LINES, J * N, LIMBS), LIMBS)
             if BLOCKS == 2:
-                words = chunk_words(k_signs, page_row, 1, CHUNKS, J, 1)
-                keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS)
+                words = chunk_words(k_signs, page_row, 1, CHUNKS, J, 1, TURNED)
+                keys = key_operand(quads_of(words, sign_table, 1, PTX), LINES, 1, WARPS, PAIRS)
                 found = multiply(keys, r_high, found, LIMBS)
             if k_gamma_ptr is not None:
                 k_norm = load_norms(
@@ -244,7 +248,7 @@ def decode_kernel(
         # [TILE, 128 / J]
         values = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
         if BLOCKS == 2:
-            v_words = chunk_words(v_codes, page_row, 1, CHUNKS, J, V_BITS)
+            v_words = chunk_words(v_codes, page_row, 1, CHUNKS, J, V_BITS, TURNED)
             more = value_operand(quads_of(v_words, v_table, V_BITS, PTX), LINES, J, WARPS, PTX)
             # J is 1: [TILE, 128, 2] -> [TILE, 2, 128] -> [TILE, V_WIDTH]
             values = tl.join(values, more).permute(0, 2, 1).reshape(TILE, V_WIDTH)

@@ -1,6 +1,9 @@
 """Launches the three kernels of a decode step: turn the query, split, merge.
 
-The dense tokens are attended to beside the turning (``turn``), which is one launch then.
+The dense tokens are attended to beside the turning (``turn``), which is one launch then. A step of
+a text differs from the one before in addresses and a few numbers, so kernels and the arguments that
+stay are kept with the layer's tables: a host that looked at all of them at each launch would take
+longer than the GPU.
 """
 
 import math
@@ -10,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq_kernels.kv.decode.sizes import (
+    COLUMNS,
+    MAX_ROWS,
+    has_ptx,
+    lane_order,
+    merge_sizes,
+    precision,
+    tile_sizes,
+    turn_sizes,
+)
 from rotq_kernels.kv.decode.splits import choose_run, run_of
-from rotq_kernels.kv.decode.tables import DecodeTables, decode_tables
+from rotq_kernels.kv.decode.tables import DecodeTables, decode_tables, page_arguments
 from rotq_kernels.kv.format import KVConstants, KVHistory
-from rotq_kernels.launching import launch, next_power_of_two, require_triton
-
-MAX_ROWS = 16
-"""Query rows of a KV head, heads by tokens, that a decode kernel takes as one tile."""
-
-COLUMNS = 32
-"""Elements of the query, and of the output, that a program turns."""
+from rotq_kernels.launching import ALIGNED, Known, launch, require_triton
 
 
 @dataclass(kw_only=True)
@@ -36,6 +43,8 @@ class _Step:
     weight: Tensor
     splits: int
     run: int
+    known: Known | None
+    """Of the layer's kernels, for steps like this one."""
 
 
 def packed_decode(
@@ -57,7 +66,8 @@ def packed_decode(
     q_BMTD, position_BT = q_BMTD.contiguous(), position_BT.contiguous()
     sizes = _sizes(q_BMTD, history)
     tables = tables or step_tables(q_BMTD, history)
-    step = _allocate(q_BMTD, history, sizes, splits)
+    known = _known(q_BMTD, position_BT, history, tables)
+    step = _allocate(q_BMTD, history, sizes, splits, known)
     _turn(q_BMTD, position_BT, history, scale, step, tables)
     _split(q_BMTD, position_BT, history, step, tables, sizes)
     return _merge(q_BMTD, history.constants, step)
@@ -67,52 +77,49 @@ def step_tables(q_BMTD: Tensor, history: KVHistory) -> DecodeTables:
     """What the decode kernels keep of a layer, for queries like these."""
     exact = q_BMTD.dtype == torch.float32
     # the tile's tokens do not depend on the number of rows
-    tile = tile_sizes(q_BMTD.shape[3], 1, has_ptx=_has_ptx(q_BMTD), exact=exact)["TILE"]
+    tile = tile_sizes(q_BMTD.shape[3], 1, has_ptx=has_ptx(q_BMTD), exact=exact)["TILE"]
     return decode_tables(history.constants, tile, exact=exact)
-
-
-def tile_sizes(D: int, rows: int, *, has_ptx: bool, exact: bool) -> dict[str, int]:
-    """Sizes of the decode kernel's tile: query rows N, tokens TILE, and WARPS.
-
-    Args:
-        D: Head width.
-        rows: Query rows of a KV head, at most MAX_ROWS.
-        has_ptx: Whether the GPU is NVIDIA's.
-        exact: fp32 queries, which of wide heads take so much shared memory that a small GPU holds
-            half of a tile.
-    """
-    warps = 2 if exact and D > 128 else 4
-    # 16 lines of codes a warp; heads of one or two chunks put four or two tokens on a line
-    tokens = 16 * warps * max(1, 4 // -(-D // 32))
-    return {"N": 8 if rows <= 8 and has_ptx else MAX_ROWS, "TILE": tokens, "WARPS": warps}
-
-
-def turn_sizes(D: int, *, exact: bool) -> dict[str, int]:
-    """Dense tokens at a time, and stages: of wide fp32 heads as many as a small GPU holds."""
-    return {"TILE": 16, "num_stages": 1} if exact and D > 128 else {"TILE": 32, "num_stages": 3}
-
-
-def merge_sizes(D: int, rows: int, partials: int) -> dict[str, int]:
-    """Sizes of the merge's tile: N rows, PARTS partial results at a time, BLOCK elements."""
-    n = next_power_of_two(rows)
-    held = max(1, 16384 // (n * next_power_of_two(D)))
-    parts = min(held, next_power_of_two(partials))
-    return {"N": n, "P": max(16, next_power_of_two(partials)), "PARTS": parts, "BLOCK": COLUMNS}
 
 
 def _sizes(q_BMTD: Tensor, history: KVHistory) -> dict[str, int]:
     _, M, T, D = q_BMTD.shape
     rows = M // history.pages.k_codes.shape[1] * T
     exact = q_BMTD.dtype == torch.float32
-    return tile_sizes(D, rows, has_ptx=_has_ptx(q_BMTD), exact=exact)
+    return tile_sizes(D, rows, has_ptx=has_ptx(q_BMTD), exact=exact)
 
 
-def _has_ptx(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.version.hip is None
+def _known(
+    q_BMTD: Tensor, position_BT: Tensor, history: KVHistory, tables: DecodeTables
+) -> Known | None:
+    """Kernels that were launched by steps with the same of all that Triton compiles for.
+
+    None where an address is no multiple of what Triton takes for aligned.
+    """
+    dense = history.dense
+    given = [q_BMTD, position_BT, history.page_table_BJ, history.length_B, history.start_B]
+    shape: tuple[Any, ...] = ()
+    if history.hidden_B is not None:
+        given.append(history.hidden_B)
+    if dense is not None:
+        k_BHND, v_BHND = dense.k_BHND, dense.v_BHND
+        given += [k_BHND, v_BHND, dense.position_BN]
+        shape = (k_BHND.dtype, k_BHND.stride(), v_BHND.dtype, v_BHND.stride())
+    addresses = 0
+    for tensor in given:
+        addresses |= tensor.data_ptr()
+    if addresses % ALIGNED:
+        return None
+    gaps = page_arguments(history.pages, history.constants, tables).gaps
+    hidden, window = history.hidden_B is None, history.window
+    return tables.known[q_BMTD.shape[1:], q_BMTD.dtype, window, hidden, shape, gaps]
 
 
 def _allocate(
-    q_BMTD: Tensor, history: KVHistory, sizes: dict[str, int], splits: int | None
+    q_BMTD: Tensor,
+    history: KVHistory,
+    sizes: dict[str, int],
+    splits: int | None,
+    known: Known | None,
 ) -> _Step:
     """Memory for a step, and its run of tokens."""
     (B, M, T, D), constants = q_BMTD.shape, history.constants
@@ -149,6 +156,7 @@ def _allocate(
         weight=empty(heads, partials, rows),
         splits=splits,
         run=run,
+        known=known,
     )
 
 
@@ -173,9 +181,10 @@ def _turn(
         if dense is None
         else (dense.k_BHND, dense.v_BHND, dense.position_BN.contiguous())
     )
+    exact = q_BMTD.dtype == torch.float32
     launch(
         turn_kernel,
-        (heads, -(-D // COLUMNS) + (dense is not None)),
+        (heads, -(-D // COLUMNS) + (dense is not None), 1),
         q_BMTD,
         key.inverse_HDD.contiguous(),
         tables.residual_HDD,
@@ -207,10 +216,11 @@ def _turn(
         WINDOW=history.window,
         N=MAX_ROWS,
         BLOCK=COLUMNS,
-        **turn_sizes(D, exact=q_BMTD.dtype == torch.float32),
-        TURN=_precision(True),
-        DENSE=_precision(q_BMTD.dtype == torch.float32),
+        **turn_sizes(D, exact=exact),
+        TURN=precision(True),
+        DENSE=precision(exact),
         on=q_BMTD,
+        known=step.known,
     )
 
 
@@ -225,62 +235,47 @@ def _split(
     from rotq_kernels.kv.decode.kernel import decode_kernel
 
     heads, rows, _ = step.levels.shape
+    pages = page_arguments(history.pages, history.constants, tables)
     launch(
         decode_kernel,
-        (heads, step.splits),
+        (heads, step.splits, 1),
         step.levels,
         step.residual,
         step.cosine,
         step.sine,
         tables.angle_2SR,
         history.constants.inv_freq_R if step.cosine is not None else None,
-        **_page_arguments(history, tables),
-        page_table_ptr=history.page_table_BJ.contiguous(),
-        length_ptr=history.length_B.contiguous(),
-        start_ptr=history.start_B.contiguous(),
-        hidden_ptr=None if history.hidden_B is None else history.hidden_B.contiguous(),
-        position_ptr=position_BT,
-        sums_ptr=step.sums,
-        peak_ptr=step.peak,
-        weight_ptr=step.weight,
-        H=history.pages.k_codes.shape[1],
-        rows=rows,
-        T=q_BMTD.shape[2],
-        table_width=history.page_table_BJ.shape[1],
-        partials=step.peak.shape[1],
-        run=step.run,
+        *pages.pointers,
+        history.page_table_BJ.contiguous(),
+        history.length_B.contiguous(),
+        history.start_B.contiguous(),
+        None if history.hidden_B is None else history.hidden_B.contiguous(),
+        position_BT,
+        step.sums,
+        step.peak,
+        step.weight,
+        history.pages.k_codes.shape[1],
+        rows,
+        q_BMTD.shape[2],
+        history.page_table_BJ.shape[1],
+        step.peak.shape[1],
+        step.run,
+        *pages.gaps,
         D=q_BMTD.shape[3],
         R=1 if step.cosine is None else step.cosine.shape[2],
+        **pages.sizes,
         WINDOW=history.window,
+        N=sizes["N"],
+        TILE=sizes["TILE"],
         LIMBS=3 if q_BMTD.dtype == torch.float32 else 2,
-        PTX=_has_ptx(q_BMTD),
-        **sizes,
+        PTX=has_ptx(q_BMTD),
+        **lane_order(has_ptx=has_ptx(q_BMTD)),
+        WARPS=sizes["WARPS"],
         num_warps=sizes["WARPS"],
         num_stages=1,
         on=q_BMTD,
+        known=step.known,
     )
-
-
-def _page_arguments(history: KVHistory, tables: DecodeTables) -> dict[str, Any]:
-    pages, constants = history.pages, history.constants
-    form, key, value = pages.format, constants.key, constants.value
-    return {
-        "k_codes_ptr": pages.k_codes,
-        "k_norm_ptr": pages.k_norm,
-        "k_sign_ptr": pages.k_sign,
-        "k_gamma_ptr": pages.k_gamma,
-        "k_table_ptr": tables.k_words,
-        "k_base_ptr": key.base_H.contiguous(),
-        "gamma_base_ptr": constants.gamma_base_H if pages.k_gamma is not None else None,
-        "v_codes_ptr": pages.v_codes,
-        "v_norm_ptr": pages.v_norm,
-        "v_table_ptr": tables.v_words,
-        "v_base_ptr": value.base_H.contiguous(),
-        **{f"gap_{name}": gap for name, gap in pages.gaps.items()},
-        "K_BITS": form.k_bits,
-        "V_BITS": form.v_bits,
-        "PAGE": form.page_size,
-    }
 
 
 def _merge(q_BMTD: Tensor, constants: KVConstants, step: _Step) -> Tensor:
@@ -288,9 +283,10 @@ def _merge(q_BMTD: Tensor, constants: KVConstants, step: _Step) -> Tensor:
 
     heads, partials, rows, D = step.sums.shape
     out_BMTD = torch.empty_like(q_BMTD)
+    named: dict[str, Any] = merge_sizes(D, rows)
     launch(
         merge_kernel,
-        (heads, -(-D // COLUMNS)),
+        (heads, -(-D // COLUMNS), 1),
         step.sums,
         step.peak,
         step.weight,
@@ -303,16 +299,10 @@ def _merge(q_BMTD: Tensor, constants: KVConstants, step: _Step) -> Tensor:
         step.splits,
         partials,
         D=D,
-        **merge_sizes(D, rows, partials),
-        PRECISION=_precision(True),
+        **named,
+        PRECISION=precision(True),
         num_warps=8,
         on=q_BMTD,
+        known=step.known,
     )
     return out_BMTD
-
-
-def _precision(exact: bool) -> str:
-    """Of products of fp32 tiles. tf32 holds 16-bit floats as they are; AMD has no three passes."""
-    if torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3" if exact else "tf32"

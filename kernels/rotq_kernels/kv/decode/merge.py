@@ -6,12 +6,13 @@ that bring its maximum to that of all,
 
     out = (A_v^-1 sum w sums_packed + mean sum w weight_packed + w sums_dense) / sum w weight
 
-so that the inverse is applied once to each query row. Rows that see no token become zero. Sums are
-loaded PARTS splits at a time, so that their latency is paid for once for all of these; of splits
-beyond a sequence's last token nothing is loaded.
+so that the inverse is applied once to each query row. Rows that see no token become zero. Maxima
+are loaded P splits at a time and sums PARTS, so that their latency is paid for once for all of
+these; of splits beyond a sequence's last token no sums are loaded. Neither number depends on how
+many splits there are, so that a text of any length meets one compiled kernel.
 
-Letters: B sequences, H KV heads, N query rows of a KV head, P partial results, D head width, WIDTH
-that padded to a power of two, BLOCK elements of the output.
+Letters: B sequences, H KV heads, N query rows of a KV head, D head width, WIDTH that padded to a
+power of two, BLOCK elements of the output.
 """
 
 import triton
@@ -47,32 +48,35 @@ def merge_kernel(
     """BLOCK elements of the rows of a head; ``packed`` of the ``partials`` are of packed tokens."""
     WIDTH: tl.constexpr = triton.next_power_of_2(D)
     bh, head = tl.program_id(0), tl.program_id(0) % H
-    n, j, p = tl.arange(0, N), tl.arange(0, WIDTH), tl.arange(0, P)
+    n, j = tl.arange(0, N), tl.arange(0, WIDTH)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     spot = bh.to(tl.int64) * partials * rows + n
     constant = tl.zeros([N], tl.float32)
     if constant_ptr is not None:
         constant = tl.load(constant_ptr + bh.to(tl.int64) * rows + n, mask=n < rows, other=0.0)
 
-    there = (p < partials)[:, None] & (n < rows)[None, :]
-    of_packed = (p < packed)[:, None]
-    peak = tl.load(peak_ptr + spot[None, :] + p[:, None] * rows, mask=there, other=_NOTHING)
-    saw = peak > _NOTHING
-    peak = tl.where(saw & of_packed, peak + constant[None, :], peak)
-    weight = tl.load(weight_ptr + spot[None, :] + p[:, None] * rows, mask=there, other=0.0)
-    top = tl.max(peak, axis=0)
-    weight = tl.where(saw, weight * tl.exp2(peak - top[None, :]), 0.0)
-    share = tl.sum(tl.where(of_packed, weight, 0.0), axis=0)
-    total = tl.sum(weight, axis=0)
-    last = tl.max(tl.max(tl.where(saw & of_packed, p[:, None] + 1, 0), axis=0), axis=0)
+    top = tl.full([N], _NOTHING, tl.float32)
+    if partials > packed:
+        top = tl.load(peak_ptr + spot + packed * rows, mask=n < rows, other=_NOTHING)
+    last = 0
+    for part in range(0, packed, P):
+        p = part + tl.arange(0, P)
+        there = (p < packed)[:, None] & (n < rows)[None, :]
+        peak = tl.load(peak_ptr + spot[None, :] + p[:, None] * rows, mask=there, other=_NOTHING)
+        saw = peak > _NOTHING
+        top = tl.maximum(top, tl.max(tl.where(saw, peak + constant[None, :], _NOTHING), axis=0))
+        last = tl.maximum(last, tl.max(tl.max(tl.where(saw, p[:, None] + 1, 0), axis=0), axis=0))
 
     turned = tl.zeros([N, WIDTH], tl.float32)
+    share = tl.zeros([N], tl.float32)
     for part in range(0, last, PARTS):
         q = part + tl.arange(0, PARTS)
         place = spot[None, :] + q[:, None] * rows
         inside = (q < packed)[:, None] & (n < rows)[None, :]
         own = tl.load(peak_ptr + place, mask=inside, other=_NOTHING)
         fade = tl.where(own > _NOTHING, tl.exp2(own + constant[None, :] - top[None, :]), 0.0)
+        weight = tl.load(weight_ptr + place, mask=inside, other=0.0)
+        share += tl.sum(fade * weight, axis=0)
         sums = tl.load(
             sums_ptr + place[:, :, None] * D + j[None, None, :],
             mask=(own > _NOTHING)[:, :, None] & (j < D)[None, None, :],
@@ -91,10 +95,13 @@ def merge_kernel(
     mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
     out += share[:, None] * mean[None, :]
     inside = (n < rows)[:, None] & (d < D)[None, :]
+    total = share
     if partials > packed:
         row = spot + packed * rows
         own = tl.load(peak_ptr + row, mask=n < rows, other=_NOTHING)
+        fade = tl.where(own > _NOTHING, tl.exp2(own - top), 0.0)
+        total += fade * tl.load(weight_ptr + row, mask=n < rows, other=0.0)
         whole = tl.load(sums_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-        out += tl.where(own > _NOTHING, tl.exp2(own - top), 0.0)[:, None] * whole
+        out += fade[:, None] * whole
     out /= tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + (bh.to(tl.int64) * rows + n)[:, None] * D + d[None, :], out, mask=inside)

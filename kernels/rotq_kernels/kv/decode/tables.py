@@ -8,16 +8,20 @@ Shape suffixes: H KV heads, D head width, R rotary pairs, S tokens of a tile.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.format import KVConstants, level_words
+from rotq_kernels.kv.format import KVConstants, KVPages, level_words
 from rotq_kernels.kv.rope_mean import angle_table
+from rotq_kernels.launching import Known
 
 _KEPT = "_decode_tables"
+_KEPT_PAGES = "_decode_arguments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,11 @@ class DecodeTables:
     k_words: Tensor | None
     """Levels of keys as kernels look them up; see ``level_words``."""
     v_words: Tensor | None
+    known: defaultdict[Any, Known] = field(default_factory=lambda: defaultdict(Known), repr=False)
+    """Kernels that steps of this layer have launched, by what these are compiled for."""
 
     def flat(self) -> list[Tensor | None]:
-        """In the order of the fields."""
+        """The tensors, in the order of the fields."""
         return [self.angle_2SR, self.residual_HDD, self.k_words, self.v_words]
 
     @classmethod
@@ -41,6 +47,49 @@ class DecodeTables:
         """Undo ``flat``."""
         angle_2SR, residual_HDD, k_words, v_words = flat
         return cls(angle_2SR=angle_2SR, residual_HDD=residual_HDD, k_words=k_words, v_words=v_words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageArguments:
+    """What the split kernel is given of pages and constants, in its order."""
+
+    of: tuple[Tensor, DecodeTables]
+    """Codes of keys and tables of the layer, by which it is known whether they are still these."""
+    pointers: tuple[Tensor | None, ...]
+    gaps: tuple[int | None, ...]
+    sizes: dict[str, int]
+
+
+def page_arguments(pages: KVPages, constants: KVConstants, tables: DecodeTables) -> PageArguments:
+    """Kept with the pages from the first call on, and made anew when their memory is another."""
+    kept: PageArguments | None = vars(pages).get(_KEPT_PAGES)
+    if kept is None or kept.of[0] is not pages.k_codes or kept.of[1] is not tables:
+        kept = vars(pages)[_KEPT_PAGES] = _page_arguments(pages, constants, tables)
+    return kept
+
+
+def _page_arguments(pages: KVPages, constants: KVConstants, tables: DecodeTables) -> PageArguments:
+    form, gaps = pages.format, pages.gaps
+    return PageArguments(
+        of=(pages.k_codes, tables),
+        pointers=(
+            pages.k_codes,
+            pages.k_norm,
+            pages.k_sign,
+            pages.k_gamma,
+            tables.k_words,
+            constants.key.base_H.contiguous(),
+            constants.gamma_base_H if pages.k_gamma is not None else None,
+            pages.v_codes,
+            pages.v_norm,
+            tables.v_words,
+            constants.value.base_H.contiguous(),
+        ),
+        gaps=tuple(
+            gaps[name] for name in ("k_codes", "k_norm", "k_sign", "k_gamma", "v_codes", "v_norm")
+        ),
+        sizes={"K_BITS": form.k_bits, "V_BITS": form.v_bits, "PAGE": form.page_size},
+    )
 
 
 def decode_tables(constants: KVConstants, tokens: int, *, exact: bool) -> DecodeTables:

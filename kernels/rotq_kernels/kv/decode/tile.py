@@ -37,8 +37,13 @@ def _signed(quad, BITS: tl.constexpr):
 
 
 @triton.jit
-def key_operand(quads, LINES: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr):
-    """int8 (I, 128) of eight (I, 4): byte e of quad k of chunk c at column 16 k + 4 c + e."""
+def key_operand(
+    quads, LINES: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """int8 (I, 128) of eight (I, 4), byte e of quad k of chunk c at column 16 k + 4 c + e.
+
+    With PAIRS, at 32 (k / 2) + 8 c + 4 (k % 2) + e; see ``sizes.lane_order``.
+    """
     joined = join_quads(
         _signed(quads[0], BITS),
         _signed(quads[1], BITS),
@@ -52,7 +57,11 @@ def key_operand(quads, LINES: tl.constexpr, BITS: tl.constexpr, WARPS: tl.conste
     # [I, chunk 4, byte 2, 2, quad 2, 2, 2], I split as in ``held_lines``; then the held order of
     # lines, [I, quad 2, 2, 2, chunk 4, byte 2, 2] -> [I, 128]
     joined = joined.reshape(LINES // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2, 2, 2)
-    return joined.permute(0, 2, 1, 3, 7, 8, 9, 4, 5, 6).reshape(LINES, 128)
+    if PAIRS:
+        # [I, quad 2, 2, chunk 4, quad 2, byte 2, 2] -> [I, 128]
+        return joined.permute(0, 2, 1, 3, 7, 8, 4, 9, 5, 6).reshape(LINES, 128)
+    else:
+        return joined.permute(0, 2, 1, 3, 7, 8, 9, 4, 5, 6).reshape(LINES, 128)
 
 
 @triton.jit
@@ -95,13 +104,22 @@ def value_column(p, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _load_block(
-    x_ptr, rows, D, BLOCK: tl.constexpr, BITS: tl.constexpr, J: tl.constexpr, N: tl.constexpr
+    x_ptr,
+    rows,
+    D,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    J: tl.constexpr,
+    N: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """fp32 (J N, 128): query rows as they meet key operand BLOCK; zeros beyond ``rows`` and D."""
     row, p = tl.arange(0, J * N), tl.arange(0, 128)
     n = row % N
-    c = p // 4 % 4
-    d = (4 * BLOCK + c % (4 // J)) * 32 + code_of(p // 16, p % 4, BITS)
+    c, k = p // 4 % 4, p // 16
+    if PAIRS:
+        c, k = p // 8 % 4, p // 32 * 2 + p // 4 % 2
+    d = (4 * BLOCK + c % (4 // J)) * 32 + code_of(k, p % 4, BITS)
     mine = (row // N)[:, None] == (c // (4 // J))[None, :]
     there = mine & (n < rows)[:, None] & (d < D)[None, :]
     return tl.load(x_ptr + n[:, None] * D + d[None, :], mask=there, other=0.0)
@@ -135,6 +153,7 @@ def query_operand(
     J: tl.constexpr,
     N: tl.constexpr,
     LIMBS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """A query as integers.
 
@@ -146,15 +165,16 @@ def query_operand(
         J: Tokens of a line of codes.
         N: Power of two.
         LIMBS: 2 or 3.
+        PAIRS: As of ``key_operand``.
 
     Returns:
         What 1 is worth and the sum of the integers, fp32 (J N); limbs, int8 (128, J N) each, of
         the first 128 elements and of the others, which repeat the first where there are none.
     """
-    x = _load_block(x_ptr, rows, D, 0, BITS, J, N)
+    x = _load_block(x_ptr, rows, D, 0, BITS, J, N, PAIRS)
     top = tl.max(tl.abs(x), axis=1)
     if D > 128:
-        more = _load_block(x_ptr, rows, D, 1, BITS, J, N)
+        more = _load_block(x_ptr, rows, D, 1, BITS, J, N, PAIRS)
         top = tl.maximum(top, tl.max(tl.abs(more), axis=1))
     unit = tl.maximum(top, 1e-30) / (127 * 128 ** (LIMBS - 1))
     number = _fixed_point(x, unit)

@@ -32,7 +32,7 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
     types |= dict.fromkeys(("codes_ptr", "sign_ptr"), "*i32")
     types |= dict.fromkeys(("stride_b", "stride_h", "stride_t"), "i64")
     types |= {"rotary_scale": "fp32", "num_positions": "i32", "num_tokens": "i32"}
-    # launched with None, or specialized for 1
+    # launched with None
     fixed: dict[str, Any] = dict.fromkeys(GAPS)
     fixed |= {} if constants["R"] else {"inv_freq_ptr": None}
     if constants["RESIDUAL"] != "qjl":
@@ -41,8 +41,6 @@ def _case(name: str, head_dim: int = 128, tokens: int = 4096, **changes: Any) ->
         fixed["sign_ptr"] = None
     if not constants["SEARCH"]:
         fixed["metric_ptr"] = None
-    if tokens == 1:
-        fixed |= dict.fromkeys(("num_positions", "num_tokens", "stride_t"), 1)
     return {
         "name": name,
         "kernel": encode_kernel,

@@ -29,7 +29,7 @@ from rotq_kernels.kv.paging import past_gaps
 _SMALLEST_RMS = tl.constexpr(SMALLEST_RMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_tokens"])
 def encode_kernel(
     x_ptr,
     position_ptr,

@@ -29,7 +29,7 @@ _NOTHING = tl.constexpr(-1e30)
 """Running maximum before anything was seen; finite, so that no difference is undefined."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "table_width", "tiles"])
 def packed_kernel(
     q_ptr,
     levels_ptr,
@@ -178,7 +178,7 @@ def packed_kernel(
     tl.store(weight_ptr + query_row + n, weight, mask=n < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T", "tokens"])
 def dense_chunk_kernel(
     q_ptr,
     k_ptr,

@@ -12,7 +12,7 @@ from prmt_emulation import emulate_prmt
 from torch import Tensor
 
 from rotq_kernels.kv.attention import packed_attention_reference
-from rotq_kernels.kv.decode import kernel
+from rotq_kernels.kv.decode import kernel, launch
 from rotq_kernels.kv.encode.reference import dequantize_kv_reference, encode_kv_reference
 from rotq_kernels.kv.format import DenseKV, KVFormat, KVHistory, KVPages
 
@@ -293,6 +293,16 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tile["PTX"] = True
     assert torch.equal(case.run(), portable)
     assert bool(ran) == is_interpreted()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ["width 64", "width 96", "width 256"])
+def test_orders_of_lanes(name: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other versions of Triton: another order of the same exact sums."""
+    case = Case(replace(FORMATS[name], residual="sign"), lengths=[70], starts=[5])
+    expected = case.run()
+    monkeypatch.setattr(launch, "lane_order", lambda has_ptx: {"PAIRS": True, "TURNED": turned})
+    assert torch.equal(case.run(), expected)
 
 
 def test_long_chunk_of_wide_heads() -> None:
