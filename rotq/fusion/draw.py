@@ -35,8 +35,10 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     block_size = None if rotation.down_block_size == -1 else rotation.down_block_size
     ends = None
     if rotation.residual != "none":
-        residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
-        description["residual"] = describe(rotation.residual, config.hidden_size)
+        residual = _draw("residual", rotation, config.hidden_size, rotation.seed)
+        description["residual"] = describe(
+            rotation.residual, config.hidden_size, rotation.block_size
+        )
         if adapter.layer_norm:
             residual = leave_ones_alone(residual)
             description["residual"] += ", all-ones direction kept"
@@ -47,7 +49,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     if rotation.value != "none":
         layers = range(config.num_hidden_layers)
         value = tuple(_draw_heads(rotation, config, layer) for layer in layers)
-        description["value"] = describe(rotation.value, head_dim(config))
+        description["value"] = describe(rotation.value, head_dim(config), rotation.block_size)
     if rotation.attention != "none":
         attention = rotation.attention
         description["attention"] = _describe_online("attention", {head_dim(config)})
@@ -98,9 +100,10 @@ def _check_ends(rotation: Rotation, adapter: Adapter) -> None:
         )
 
 
-def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
+def _draw(key: str, rotation: Rotation, n: int, seed: int) -> Tensor:
+    kind = getattr(rotation, key)
     try:
-        return orthogonal(kind, n, seed)
+        return orthogonal(kind, n, seed, rotation.block_size)
     except ValueError as error:
         raise RotqError(f"rotation.{key}={kind}: {error}") from None
 
@@ -110,7 +113,7 @@ def _draw_heads(rotation: Rotation, config: Any, layer: int) -> Tensor:
     heads = range(num_value_heads(config))
     seeds = [derive_seed(rotation.seed, layer, head) for head in heads]
     size = head_dim(config)
-    return torch.stack([_draw("value", rotation.value, size, seed) for seed in seeds])
+    return torch.stack([_draw("value", rotation, size, seed) for seed in seeds])
 
 
 def _describe_down(block_size: int | None, widths: set[int]) -> str:

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1)}
+FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1), "fp8_block": (8, 128)}
 """Bits and group size of weights that are no integers."""
 
 
@@ -66,10 +66,11 @@ class Override:
 class Weights:
     """The grid that weights are rounded to."""
 
-    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = "int"
+    format: Literal["int", "nvfp4", "mxfp4", "fp8", "fp8_block"] = "int"
     """Integers, or floats: nvfp4 has 4 bits in groups of 16 with scales in E4M3 and one factor for
     each weight, mxfp4 4 bits in groups of 32 with powers of two, fp8 8 bits (E4M3) and a scale for
-    each output channel. All are symmetric."""
+    each output channel, fp8_block the same with a scale for 128 x 128 weights. All are
+    symmetric."""
     bits: int = 4
     """Bits per code, 2 to 8; with solver.rounder=trellis 1 to 8."""
     state_bits: int = 12
@@ -125,6 +126,9 @@ class Rotation:
     R1 hadamard, RMSNorm and the rotq format; ``auto`` takes it there where the head is tied."""
     value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
+    block_size: int = -1
+    """Features of a block of R1 and R2 where they are block_hadamard; -1 for the largest power of
+    two that divides. Activations of 4-bit floats want blocks of their group: 16 or 32."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
     down_block_size: int = -1
@@ -142,6 +146,13 @@ class Rotation:
         if size != -1 and self.down == "none":
             raise ValueError(
                 "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
+            )
+        size, kinds = self.block_size, {self.residual, self.value}
+        check("block_size", size, size == -1 or 2 <= size <= 10**6, "at least 2, or -1")
+        if size != -1 and "block_hadamard" not in kinds:
+            raise ValueError(
+                "block_size is of block_hadamard; set rotation.residual or rotation.value to it, "
+                "or leave it out"
             )
         if self.residual_ends != "fused" and self.residual != "hadamard":
             raise ValueError(

@@ -70,6 +70,7 @@ class Recipe:
             ("weights.head", weights.head, 16),
             ("solver.rounder", self.solver.rounder, "scalar"),
             ("tuning.code_steps", self.tuning.code_steps, 0),
+            *self._block_choices(),
         ):
             if value != wanted:
                 shown = str(wanted).lower() if isinstance(wanted, bool) else wanted
@@ -88,6 +89,16 @@ class Recipe:
                 f"weights.format={kind}: transform.method=learned expects the error of integers; "
                 "set transform.method to fixed or optrot"
             )
+
+    def _block_choices(self) -> list[tuple[str, str, str]]:
+        """What a scale that rows share settles: solvers take rows one by one."""
+        if self.weights.format != "fp8_block":
+            return []
+        solver = self.solver
+        return [
+            ("solver.method", solver.method, "rtn"),
+            ("solver.scale_search", solver.scale_search, "minmax"),
+        ]
 
     def _check_trellis(self) -> None:
         """What is of scalar codes, and what no file but rotq's holds."""
