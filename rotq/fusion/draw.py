@@ -56,6 +56,9 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     if rotation.down != "none":
         down = rotation.down
         description["down"] = _describe_down(block_size, mlp_widths(config))
+    if rotation.inputs != "none":
+        down, block_size = rotation.inputs, rotation.block_size
+        description["inputs"] = _describe_blocks("rotation.block_size", block_size)
     return Basis(
         residual_DD=residual,
         ends=ends,
@@ -63,6 +66,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         attention=attention,
         down=down,
         down_block_size=block_size,
+        inputs=rotation.inputs != "none",
         down_seed=derive_seed(rotation.seed, "down"),
         description=description,
     )
@@ -81,6 +85,7 @@ def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
         ("value", None if adapter.value_rotation else unknown),
         ("attention", None if adapter.attention else unknown),
         ("down", None if adapter.down_rotation else unknown),
+        ("inputs", None if adapter.down_rotation else unknown),
     ):
         kind = getattr(rotation, key)
         if kind != "none" and obstacle is not None:
@@ -125,11 +130,15 @@ def _describe_down(block_size: int | None, widths: set[int]) -> str:
                 f"rotation.down_block_size={block_size} does not divide the {width} features that "
                 "the last linear of an MLP reads; set another, or -1"
             )
+    return _describe_blocks("rotation.down_block_size", block_size)
+
+
+def _describe_blocks(key: str, size: int) -> str:
     try:
-        core_order(block_size)
+        core_order(size)
     except ValueError as error:
-        raise RotqError(f"rotation.down_block_size={block_size}: {error}") from None
-    return f"{describe('hadamard', block_size)} in blocks"
+        raise RotqError(f"{key}={size}: {error}") from None
+    return f"{describe('hadamard', size)} in blocks"
 
 
 def _describe_online(key: str, sizes: set[int]) -> str:

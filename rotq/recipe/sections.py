@@ -127,8 +127,8 @@ class Rotation:
     value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
     block_size: int = -1
-    """Features of a block of R1 and R2 where they are block_hadamard; -1 for the largest power of
-    two that divides. Activations of 4-bit floats want blocks of their group: 16 or 32."""
+    """Features of a block of R1 and R2 where they are block_hadamard, -1 for the largest power of
+    two that divides; and of ``inputs``."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
     down_block_size: int = -1
@@ -136,6 +136,10 @@ class Rotation:
     Under tensor parallelism ranks that hold whole blocks rotate without asking each other."""
     attention: Literal["none", "hadamard"] = "none"
     """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
+    inputs: Literal["none", "hadamard"] = "none"
+    """In front of every linear layer of the blocks, online, in blocks of ``block_size``: for nvfp4
+    and mxfp4, whose groups of 16 and 32 are rotated behind the norms' gains (MR-GPTQ, arXiv
+    2509.23202); only the rotq format can express it."""
     seed: int = 0
     """Seed of the random signs."""
 
@@ -147,17 +151,29 @@ class Rotation:
             raise ValueError(
                 "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
             )
-        size, kinds = self.block_size, {self.residual, self.value}
-        check("block_size", size, size == -1 or 2 <= size <= 10**6, "at least 2, or -1")
-        if size != -1 and "block_hadamard" not in kinds:
-            raise ValueError(
-                "block_size is of block_hadamard; set rotation.residual or rotation.value to it, "
-                "or leave it out"
-            )
+        self._check_blocks()
         if self.residual_ends != "fused" and self.residual != "hadamard":
             raise ValueError(
                 f"residual_ends={self.residual_ends} applies a Hadamard matrix at run time; set "
                 "rotation.residual=hadamard, or leave it out"
+            )
+
+    def _check_blocks(self) -> None:
+        size, has_blocks = self.block_size, "block_hadamard" in (self.residual, self.value)
+        check("block_size", size, size == -1 or 2 <= size <= 10**6, "at least 2, or -1")
+        if self.inputs == "none" and size != -1 and not has_blocks:
+            raise ValueError(
+                "block_size is of block_hadamard and of inputs; set rotation.residual, "
+                "rotation.value or rotation.inputs, or leave it out"
+            )
+        if self.inputs == "none":
+            return
+        if size == -1:
+            raise ValueError("inputs are rotated in blocks: set rotation.block_size")
+        if {self.residual, self.value, self.down} != {"none"}:
+            raise ValueError(
+                "rotation.inputs stands in front of every layer; set rotation.residual, "
+                "rotation.value and rotation.down to none"
             )
 
 

@@ -193,12 +193,21 @@ def test_a_dtype_that_its_loaders_cannot_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_rotq_format_runs_floats_in_any_dtype(tmp_path: Path) -> None:
-    down = {"rotation.down": "hadamard", "rotation.down_block_size": 16}
-    changes = {"output.format": "rotq", **down, **ROUNDED}
-    out, _ = run("nvfp4", tmp_path, dtype="float32", **changes)
+    """Here with every layer's input rotated in blocks of the group."""
+    inputs = {"rotation.inputs": "hadamard", "rotation.block_size": 16}
+    changes = {"output.format": "rotq", **inputs, **ROUNDED}
+    out, report = run("nvfp4", tmp_path, dtype="float32", **changes)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["version"] == 8
-    assert load_model(out).dtype == torch.float32
+    assert report.rotation["inputs"] == "hadamard 16 in blocks"
+    assert report.rotation["largest_relative_difference"] < 1e-11
+    model = load_model(out)
+    assert model.dtype == torch.float32
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert all(layer.input_signs is not None and len(layer.input_signs) == 16 for layer in layers)
+    same = {"model.norm.weight", "model.layers.1.input_layernorm.weight"}
+    dense = load_model(tmp_path / "model").state_dict()
+    assert all(torch.equal(model.state_dict()[name], dense[name]) for name in same)
 
 
 def test_columns_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:
