@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reading import digest
 from torch import Tensor
 
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.layers.quant_linear import QuantLinear
 
 HERE = Path(__file__).parent
 FORMATS = {"transformers": None, "gptqmodel": "gptq", "xllamacpp": "gguf"}
@@ -97,19 +99,30 @@ class Ours:
     texts: list[Text]
     logits: Tensor
     """Of the last prompt."""
+    weights: str
+    """``digest`` of the quantized layers' weights."""
 
 
 def ours_of(checkpoint: Path, dtype: str, asked: Mapping[str, Any]) -> Ours:
     """What rotq makes of the checkpoint, its weights unpacked."""
+    packed = load_model(checkpoint, dtype=dtype)
+    weights = {
+        name: layer.dequantize(packed.dtype)
+        for name, layer in packed.named_modules()
+        if isinstance(layer, QuantLinear)
+    }
     model = load_model(checkpoint, packed=False, dtype=dtype)
     with torch.no_grad():
         logits = model(torch.tensor([asked["prompts"][-1]])).logits.float()
-    return Ours([greedy(model, prompt, asked["tokens"]) for prompt in asked["prompts"]], logits)
+    texts = [greedy(model, prompt, asked["tokens"]) for prompt in asked["prompts"]]
+    return Ours(texts, logits, digest(weights))
 
 
 def compare(reader: str, found: Mapping[str, Any], ours: Ours, tokenizer: Any) -> bool:
     """Print what a reader's texts and logits have of ours; whether the texts are the same."""
     print(f"{reader}: {found['dtype']}, {found['versions']}")
+    if "weights" in found:
+        print(f"  weights: {'bit by bit ours' if found['weights'] == ours.weights else 'not ours'}")
     if "logits" in found:
         theirs = torch.load(found["logits"]).float()
         largest = (theirs - ours.logits).abs().max() / ours.logits.abs().max()

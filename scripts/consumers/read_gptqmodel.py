@@ -18,4 +18,9 @@ if __name__ == "__main__":
     kinds = {type(m).__name__ for m in loaded.model.modules() if hasattr(m, "qweight")}
     names = ("gptqmodel", "transformers", "torch")
     told = ", ".join(f"{name} {version(name)}" for name in names)
-    answer(loaded.model, f"{'+'.join(sorted(kinds))}, {told}")
+    weights = {
+        name: module.dequantize_weight().T
+        for name, module in loaded.model.named_modules()
+        if hasattr(module, "qweight")
+    }
+    answer(loaded.model, f"{'+'.join(sorted(kinds))}, {told}", weights)
