@@ -29,7 +29,7 @@ what it was run on; `rotq quantize` with that recipe repeats the job.
 """
 
 COMPRESSED_TENSORS = """\
-The weights are stored as compressed-tensors (`pack-quantized`) and load without rotq:
+The weights are stored as compressed-tensors (`{stored}`) and load without rotq:
 
 ```python
 from transformers import {auto}
@@ -42,7 +42,7 @@ forward pass, and may save them so; `rotq.load("PATH")` keeps them packed, and i
 writes them as they are here."""
 
 NOT_TRANSFORMERS = """\
-The weights are stored as compressed-tensors (`pack-quantized`). transformers 5.23 with
+The weights are stored as compressed-tensors (`{stored}`). transformers 5.23 with
 compressed-tensors 0.20 does not load them:
 {obstacle}.
 rotq does, and keeps them packed:
@@ -100,7 +100,9 @@ def model_card(
         origin=f" of `{base_model}`" if base_model is not None else "",
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
         runtime=f"- at run time: {runtime}\n" if runtime else "",
-        loading=_loading(quantization, obstacle).format(auto=auto, obstacle=obstacle),
+        loading=_loading(quantization, obstacle).format(
+            auto=auto, obstacle=obstacle, stored=quantization["format"]
+        ),
     )
 
 
@@ -122,6 +124,8 @@ def _loading(quantization: Mapping[str, Any], obstacle: str | None) -> str:
 def _describe(group: Mapping[str, Any], num_groups: int) -> str:
     weights = group["weights"]
     per = f"{weights['group_size']} columns" if weights["group_size"] else "output channel"
+    if "block_structure" in weights:
+        per = " x ".join(map(str, weights["block_structure"])) + " block"
     kind = "symmetric" if weights["symmetric"] else "asymmetric"
     if weights["type"] == "float":
         kind = f"floats, {group['format']}"

@@ -59,7 +59,7 @@ def export_checkpoint(
 def _check_at_rest(checkpoint: str, scheme: Scheme) -> None:
     """Other engines' files have no words for what happens at run time."""
     for happens, setting in (
-        (bool(scheme.rotated), "rotation.down=none"),
+        (bool(scheme.rotated), "rotation.down=none and rotation.inputs=none"),
         (scheme.turns_residual, "rotation.residual_ends=fused"),
         (scheme.heads.rotated, "rotation.attention=none"),
         (scheme.heads != UNTOUCHED, "kv_cache.bits=16"),

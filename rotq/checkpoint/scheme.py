@@ -12,8 +12,9 @@ ones, two for what heads and inputs go through at run time, and paths through a 
                        and block_size, to the features of its diagonal blocks, where it has them;
                        residual, to the kind of R1 where it is applied in front of the first block
                        and taken back behind the last
-    format             of a group: pack-quantized for integers, nvfp4-pack-quantized and
-                       mxfp4-pack-quantized for floats of 4 bits, float-quantized for E4M3
+    format             of a group: pack-quantized for integers, int-quantized for those that are
+                       int8 and not packed, nvfp4-pack-quantized and mxfp4-pack-quantized for floats
+                       of 4 bits, float-quantized for E4M3
     weights            of type "trellis": the paths of rotq_kernels.trellis.code, in a group of the
                        format "trellis", with code mul1 and state_bits
     attention          rotation of queries and keys, and kv_cache: what keys and values are rounded

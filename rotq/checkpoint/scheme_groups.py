@@ -11,15 +11,19 @@ from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import FloatInputs, float_inputs
 from rotq.formats.floats import FloatGrid, float_grid
-from rotq.formats.integer import Grid
+from rotq.formats.integer import Grid, PlainGrid
 from rotq.formats.trellis import Trellis
 
 FLOATS = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
     "fp8": "float-quantized",
+    "fp8_block": "float-quantized",
 }
 """Formats of a group whose weights are floats."""
+
+PLAIN = "int-quantized"
+"""Format of a group whose weights are int8, as they are."""
 
 TRELLIS, CODE = "trellis", "mul1"
 """Type of weights that are paths, and what gives their states levels."""
@@ -31,11 +35,16 @@ FIELDS: dict[str, dict[str, Any]] = {
         ("nvfp4", 4, "tensor_group", {"group_size": 16}),
         ("mxfp4", 4, "group", {"group_size": 32}),
         ("fp8", 8, "channel", {"group_size": None}),
+        ("fp8_block", 8, "block", {"group_size": None, "block_structure": [128, 128]}),
     )
 }
 """What compressed-tensors says of weights in each of them."""
 
-INPUT_FIELDS = {**FIELDS, "fp8": {**FIELDS["fp8"], "strategy": "token"}}
+INPUT_FIELDS = {
+    **FIELDS,
+    "fp8": {**FIELDS["fp8"], "strategy": "token"},
+    "fp8_block": {**FIELDS["fp8"], "strategy": "group", "group_size": 128},
+}
 """The same of what layers read, but for ``dynamic``."""
 
 
@@ -102,18 +111,21 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
         return _read_trellis(name, weights)
     if stored is not None and stored in FLOATS.values():
         return _read_float(name, stored, weights)
-    if stored != "pack-quantized" or weights.get("type") != "int":
+    if stored not in ("pack-quantized", PLAIN) or weights.get("type") != "int":
         raise RotqError(
-            f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int, "
-            "nvfp4, mxfp4 and fp8 per channel"
+            f"{name} is stored as {stored}, {weights.get('type')}; rotq reads packed int, plain "
+            "int8, nvfp4, mxfp4, and fp8 per channel and block"
         )
     strategy, actorder = weights.get("strategy"), weights.get("actorder")
     if strategy not in ("group", "channel"):
         raise RotqError(f"{name} has scales per {strategy}; rotq reads per group and per channel")
     if actorder not in (None, "weight", "static", False):
         raise RotqError(f"{name} stores its columns in another order (actorder {actorder})")
+    kind = PlainGrid if stored == PLAIN else Grid
+    if stored == PLAIN and (weights.get("num_bits"), weights.get("symmetric")) != (8, True):
+        raise RotqError(f"{name} is stored as {PLAIN}, which rotq reads symmetric and of 8 bits")
     try:
-        return Grid(
+        return kind(
             bits=weights["num_bits"],
             group_size=weights["group_size"] if strategy == "group" else -1,
             symmetric=weights["symmetric"],
@@ -123,11 +135,10 @@ def _read_grid(name: str, group: Mapping[str, Any], format: str | None) -> Grid:
 
 
 def _read_float(name: str, stored: str, weights: Mapping[str, Any]) -> FloatGrid:
-    (kind,) = (kind for kind, format in FLOATS.items() if format == stored)
-    found = {key: weights.get(key) for key in FIELDS[kind]}
-    if found != FIELDS[kind]:
-        raise RotqError(f"{name} is stored as {stored}, but its weights are not: {dict(weights)}")
-    return float_grid(kind)
+    for kind in (kind for kind, format in FLOATS.items() if format == stored):
+        if all(weights.get(key) == value for key, value in FIELDS[kind].items()):
+            return float_grid(kind)
+    raise RotqError(f"{name} is stored as {stored}, but its weights are not: {dict(weights)}")
 
 
 def _read_trellis(name: str, weights: Mapping[str, Any]) -> Trellis:

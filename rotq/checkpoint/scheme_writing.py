@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotq.checkpoint.scheme import METHODS
-from rotq.checkpoint.scheme_groups import CODE, FIELDS, FLOATS, INPUT_FIELDS, TRELLIS
+from rotq.checkpoint.scheme_groups import CODE, FIELDS, FLOATS, INPUT_FIELDS, PLAIN, TRELLIS
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import FloatInputs
 from rotq.formats.floats import FloatGrid
-from rotq.formats.integer import Grid
+from rotq.formats.integer import Grid, PlainGrid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import UNTOUCHED, OnlineHeads
 
@@ -210,7 +210,7 @@ def _group(grid: Grid, targets: list[str], inputs: ActivationGrid | None) -> dic
         "symmetric": grid.symmetric,
         "type": "int",
     }
-    stored = "pack-quantized"
+    stored = PLAIN if isinstance(grid, PlainGrid) else "pack-quantized"
     if isinstance(grid, FloatGrid):
         stored = FLOATS[grid.kind]
         weights = {**FIELDS[grid.kind], **_float_scales(grid), "dynamic": False}

@@ -3,7 +3,7 @@
     nvfp4   groups of 16, s = E4M3(global max|x| / 6) / global, global = 448 * 6 / the largest
             magnitude that calibration saw: one for each layer, stored
     mxfp4   groups of 32, s the power of two of ``power_of_two_scale``
-    fp8     a whole token, s = max|x| / 448
+    fp8     a whole token, s = max|x| / 448; in groups of 128 where weights are fp8_block
 
     y_k = level(x_k / s) s
 
@@ -31,7 +31,7 @@ class FloatInputs(ActivationGrid):
     """The floats that activations are rounded to; see ``float_inputs``."""
 
     kind: str
-    """nvfp4, mxfp4 or fp8."""
+    """nvfp4, mxfp4, fp8 or fp8_block."""
 
     @property
     def grid(self) -> FloatGrid:

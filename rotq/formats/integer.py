@@ -80,10 +80,20 @@ class Grid(Codes):
         """fp32 (N, K): what codes stand for, before zero points and scales."""
         return q_NK.to(torch.float32)
 
-    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+    def bits_per_weight(self, in_features: int, scale_bits: float = 16) -> float:
         """Stored bits per weight, codes, scales and zero points counted."""
         per_group = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + per_group / self.columns_per_group(in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainGrid(Grid):
+    """Symmetric integers of 8 bits that files hold as int8, and not packed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits != 8 or not self.symmetric:
+            raise ValueError("plain integers are symmetric, of 8 bits")
 
 
 def legal_group_sizes(in_features: int) -> list[int]:

@@ -35,8 +35,10 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     block_size = None if rotation.down_block_size == -1 else rotation.down_block_size
     ends = None
     if rotation.residual != "none":
-        residual = _draw("residual", rotation.residual, config.hidden_size, rotation.seed)
-        description["residual"] = describe(rotation.residual, config.hidden_size)
+        residual = _draw("residual", rotation, config.hidden_size, rotation.seed)
+        description["residual"] = describe(
+            rotation.residual, config.hidden_size, rotation.block_size
+        )
         if adapter.layer_norm:
             residual = leave_ones_alone(residual)
             description["residual"] += ", all-ones direction kept"
@@ -47,13 +49,16 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
     if rotation.value != "none":
         layers = range(config.num_hidden_layers)
         value = tuple(_draw_heads(rotation, config, layer) for layer in layers)
-        description["value"] = describe(rotation.value, head_dim(config))
+        description["value"] = describe(rotation.value, head_dim(config), rotation.block_size)
     if rotation.attention != "none":
         attention = rotation.attention
         description["attention"] = _describe_online("attention", {head_dim(config)})
     if rotation.down != "none":
         down = rotation.down
         description["down"] = _describe_down(block_size, mlp_widths(config))
+    if rotation.inputs != "none":
+        down, block_size = rotation.inputs, rotation.block_size
+        description["inputs"] = _describe_blocks("rotation.block_size", block_size)
     return Basis(
         residual_DD=residual,
         ends=ends,
@@ -61,6 +66,7 @@ def build_basis(rotation: Rotation, adapter: Adapter, config: Any) -> Basis:
         attention=attention,
         down=down,
         down_block_size=block_size,
+        inputs=rotation.inputs != "none",
         down_seed=derive_seed(rotation.seed, "down"),
         description=description,
     )
@@ -79,6 +85,7 @@ def _check_allowed(rotation: Rotation, adapter: Adapter, config: Any) -> None:
         ("value", None if adapter.value_rotation else unknown),
         ("attention", None if adapter.attention else unknown),
         ("down", None if adapter.down_rotation else unknown),
+        ("inputs", None if adapter.down_rotation else unknown),
     ):
         kind = getattr(rotation, key)
         if kind != "none" and obstacle is not None:
@@ -98,9 +105,10 @@ def _check_ends(rotation: Rotation, adapter: Adapter) -> None:
         )
 
 
-def _draw(key: str, kind: str, n: int, seed: int) -> Tensor:
+def _draw(key: str, rotation: Rotation, n: int, seed: int) -> Tensor:
+    kind = getattr(rotation, key)
     try:
-        return orthogonal(kind, n, seed)
+        return orthogonal(kind, n, seed, rotation.block_size)
     except ValueError as error:
         raise RotqError(f"rotation.{key}={kind}: {error}") from None
 
@@ -110,7 +118,7 @@ def _draw_heads(rotation: Rotation, config: Any, layer: int) -> Tensor:
     heads = range(num_value_heads(config))
     seeds = [derive_seed(rotation.seed, layer, head) for head in heads]
     size = head_dim(config)
-    return torch.stack([_draw("value", rotation.value, size, seed) for seed in seeds])
+    return torch.stack([_draw("value", rotation, size, seed) for seed in seeds])
 
 
 def _describe_down(block_size: int | None, widths: set[int]) -> str:
@@ -122,11 +130,15 @@ def _describe_down(block_size: int | None, widths: set[int]) -> str:
                 f"rotation.down_block_size={block_size} does not divide the {width} features that "
                 "the last linear of an MLP reads; set another, or -1"
             )
+    return _describe_blocks("rotation.down_block_size", block_size)
+
+
+def _describe_blocks(key: str, size: int) -> str:
     try:
-        core_order(block_size)
+        core_order(size)
     except ValueError as error:
-        raise RotqError(f"rotation.down_block_size={block_size}: {error}") from None
-    return f"{describe('hadamard', block_size)} in blocks"
+        raise RotqError(f"{key}={size}: {error}") from None
+    return f"{describe('hadamard', size)} in blocks"
 
 
 def _describe_online(key: str, sizes: set[int]) -> str:

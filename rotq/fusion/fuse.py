@@ -13,7 +13,8 @@ of the norm in front of a reader, per KV head h an R2, and S what ``Scales`` hol
     up               W   <- diag(1/S) W,  b <- b diag(1/S)
     R3: nothing; queries and keys are multiplied by H online
     R4: down         W   <- W diag(S) D H, its input is multiplied by D H online; in diagonal
-                     blocks of b features D H is kron(I, D_b H_b)
+                     blocks of b features D H is kron(I, D_b H_b); of all linear layers where the
+                     basis says ``inputs``, and then nothing above is in it
 
 RMSNorm without gain commutes with R1, which is why g has to be folded first; without R1 it stays
 and is divided by S. What LayerNorm needs besides is in ``layernorm``. The order of factors matters:
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.fusion.layernorm import fold_final_bias, fold_layer_norm
-from rotq.fusion.maps import LinearMap, block_maps, gain, norm_scales
+from rotq.fusion.maps import LinearMap, block_maps, gain, norm_scales, online_layers
 from rotq.layers.online_heads import OnlineHeads
 from rotq.layers.online_linear import OnlineLinear
 from rotq.layers.online_residual import turn_ends
@@ -85,9 +86,7 @@ def rotate_online(block: nn.Module, adapter: Adapter, basis: Basis) -> None:
     """Apply R3 and R4 from now on, where the basis has them; weights stay as they are."""
     if basis.attention is not None:
         set_heads(block.get_submodule(adapter.attention), OnlineHeads(rotated=True))
-    if basis.down is None:
-        return
-    for path in adapter.mlp_writers(block):
+    for path in online_layers(block, adapter, basis):
         linear = cast(nn.Linear, block.get_submodule(path))
         signs_R = basis.down_signs(linear.in_features).to(linear.weight.device)
         parent, _, leaf = path.rpartition(".")

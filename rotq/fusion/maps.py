@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rotq.errors import RotqError
 from rotq.models.adapter import Adapter
 from rotq.rotations.basis import Basis, Scales
 from rotq.rotations.hadamard import fast_hadamard
@@ -164,19 +165,40 @@ def _add_up(
     layer_index: int,
 ) -> None:
     """S between up and down, and R4 behind it: its signs and Hadamard."""
+    if basis.inputs:
+        for path in online_layers(block, adapter, basis):
+            size = cast(nn.Linear, block.get_submodule(path)).in_features
+            reads[path] = _online_map(basis, size, None)
+        return
     scales = Scales() if basis.scales is None else basis.scales[layer_index]
     if basis.down is None and scales.up_EI is None:
         return
     ups, downs = adapter.mlp_ups(block), adapter.mlp_writers(block)
-    online = None
     for expert, (up, down) in enumerate(zip(ups, downs, strict=True)):
         factors_I = None if scales.up_EI is None else scales.up_EI[expert]
         if factors_I is not None:
             writes[up] = LinearMap(1 / factors_I)
-        if basis.down is not None:
+        if basis.down is None:
+            reads[down] = LinearMap(factors_I)
+        else:
             size = cast(nn.Linear, block.get_submodule(down)).in_features
-            signs_R = basis.down_signs(size)
-            signs_I = signs_R.repeat(size // len(signs_R)).to(basis.dtype)
-            factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
-            online = functools.partial(fast_hadamard, n=len(signs_R))
-        reads[down] = LinearMap(factors_I, online=online)
+            reads[down] = _online_map(basis, size, factors_I)
+
+
+def _online_map(basis: Basis, size: int, factors_I: Tensor | None) -> LinearMap:
+    """Factors, then R4's signs and Hadamard, of a layer that reads ``size`` features."""
+    signs_R = basis.down_signs(size)
+    if size % len(signs_R):
+        raise RotqError(f"rotated blocks of {len(signs_R)} do not divide {size} features")
+    signs_I = signs_R.repeat(size // len(signs_R)).to(basis.dtype)
+    factors_I = signs_I if factors_I is None else signs_I.to(factors_I.device) * factors_I
+    return LinearMap(factors_I, online=functools.partial(fast_hadamard, n=len(signs_R)))
+
+
+def online_layers(block: nn.Module, adapter: Adapter, basis: Basis) -> tuple[str, ...]:
+    """Paths of the linear layers whose input R4 rotates at run time."""
+    if basis.down is None:
+        return ()
+    if basis.inputs:
+        return tuple(path for site in adapter.sites(block) for path in site.linears)
+    return adapter.mlp_writers(block)

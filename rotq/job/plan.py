@@ -12,7 +12,7 @@ from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import float_inputs
 from rotq.formats.floats import stored_as
-from rotq.formats.integer import Grid
+from rotq.formats.integer import Grid, PlainGrid
 from rotq.job.layer_grids import check_rows, layer_grid
 from rotq.job.mixed import (
     BITS,
@@ -171,7 +171,7 @@ def make_plan(
     )
     outer = plan_outer(skeleton, recipe, has_experts=has_experts(skeleton))
     plan = Plan(
-        grids=grids,
+        grids=grids if outer.grids else _as_stored(grids, recipe),
         shapes={**shapes, **outer.shapes},
         scale_dtype=scale_dtype,
         rest_dtype=rest_dtype or dtype,
@@ -192,6 +192,18 @@ def make_plan(
     units = make_units(_fused(skeleton), to_choose, shapes, plan.scale_bits)
     check_budget(weights.average_bits, units, shapes)
     return replace(plan, units=units).choosing([0] * len(units))
+
+
+def _as_stored(grids: dict[str, Grid], recipe: Recipe) -> dict[str, Grid]:
+    """Symmetric integers of 8 bits, all of them, are read plain where inputs are rounded."""
+    rounded = recipe.output.format != "rotq" and recipe.activations.bits != 16
+    fit = all(type(g) is Grid and g.bits == 8 and g.symmetric for g in grids.values())
+    if not (rounded and fit):
+        return grids
+    return {
+        name: PlainGrid(bits=8, group_size=grid.group_size, symmetric=True)
+        for name, grid in grids.items()
+    }
 
 
 def _fused(skeleton: Skeleton) -> Iterator[tuple[str, ...]]:

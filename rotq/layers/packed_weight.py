@@ -2,7 +2,8 @@
 
     W = (q - z) * s,    or    W = level(path) * s,    or    W = level(q) * s / global
 
-Codes are packed along the columns, symbols of paths along the rows. Floats of 4 bits are stored as
+Codes are packed along the columns, symbols of paths along the rows; those of a ``PlainGrid`` are
+int8, and packed for kernels at each call. Floats of 4 bits are stored as
 compressed-tensors has them (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): two in a byte, and
 scales that are powers of two as the byte of their exponent; E4M3 is stored as it is.
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from rotq.autocast import lowered
 from rotq.formats.floats import FloatGrid
-from rotq.formats.integer import Grid, Quantized, true_scales
+from rotq.formats.integer import Grid, PlainGrid, Quantized, true_scales
 from rotq.formats.trellis import Trellis
 from rotq.ops import (
     NATIVE_FROM,
@@ -81,9 +82,15 @@ class PackedWeight(nn.Module):
         N, K = shape
         groups = K // grid.columns_per_group(K)
         scale_NG = torch.ones(N, groups, device=device).to(scale_dtype)
+        if isinstance(grid, FloatGrid):
+            scale_NG = grid.stored_scales(scale_NG)
         self.register_buffer("weight_scale", _stored(scale_NG))
         stored_shape, global_scale = None, None
-        if isinstance(grid, FloatGrid):
+        if isinstance(grid, PlainGrid):
+            self.register_buffer(
+                "weight_packed", torch.zeros(shape, dtype=torch.int8, device=device)
+            )
+        elif isinstance(grid, FloatGrid):
             stored, packed_dtype = grid.packed_like(N, K)
             self.register_buffer(
                 "weight_packed", torch.zeros(stored, device=device).to(packed_dtype)
@@ -108,7 +115,11 @@ class PackedWeight(nn.Module):
         """Take codes, scales and zero points, in place of the buffers that were allocated."""
         bits, device = quantized.grid.bits, quantized.q_NK.device
         self.weight_scale = _stored(quantized.scale_NG.contiguous())
+        if isinstance(quantized.grid, PlainGrid):
+            self.weight_packed = quantized.q_NK
+            return self
         if isinstance(quantized.grid, FloatGrid):
+            self.weight_scale = quantized.grid.stored_scales(self.weight_scale)
             self.weight_packed = quantized.grid.pack(quantized.q_NK)
             self.weight_global_scale = quantized.global_scale
             return self
@@ -179,13 +190,19 @@ class PackedWeight(nn.Module):
                 grid=self.grid,
                 global_scale=self.weight_global_scale,
             )
+        if isinstance(self.grid, PlainGrid):
+            return Quantized(
+                q_NK=self.weight_packed[rows], scale_NG=scale_NG, zero_NG=None, grid=self.grid
+            )
         if self.weight_zero_point is not None:
             zero_NG = unpack(self.weight_zero_point, self.grid.bits, N, dim=0)[rows]
         q_NK = unpack(self.weight_packed[rows], self.grid.bits, K)
         return Quantized(q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG, grid=self.grid)
 
     def _scales(self) -> Tensor:
-        """(N, G) as they are meant: of powers of two the exponents are stored."""
+        """(N, G) as they are meant: of powers of two exponents are stored, of blocks one row."""
+        if isinstance(self.grid, FloatGrid) and self.grid.block_rows > 1:
+            return self.grid.row_scales(self.weight_scale, self.shape[0])
         is_power = self.weight_scale.dtype == torch.uint8
         return self.weight_scale.view(torch.float8_e8m0fnu) if is_power else self.weight_scale
 
@@ -223,9 +240,10 @@ class PackedWeight(nn.Module):
                 bits=self.grid.bits,
                 state_bits=self.grid.state_bits,
             )
+        plain = isinstance(self.grid, PlainGrid)
         return packed_linear(
             lowered(x),
-            self.weight_packed,
+            pack(self.weight_packed, self.grid.bits) if plain else self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
             bias_N,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.streams import Streams
+from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
 from rotq.job.context import Job
@@ -191,13 +192,14 @@ def _stacks(
 
     Those of a run have a global scale in common, where they have one.
 
-    On a trellis layers are alone: where paths begin depends on a layer's rows.
+    On a trellis layers are alone: where paths begin depends on a layer's rows. So are those whose
+    rows share scales.
     """
     stack: list[str] = []
     rows = 0
     for name in names:
         size = _linear(block, name).out_features
-        alone = isinstance(grids[name], Trellis) or (
+        alone = _is_whole(grids[name]) or (
             bool(stack) and global_scales.get(name) is not global_scales.get(stack[0])
         )
         if stack and (alone or grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
@@ -207,3 +209,8 @@ def _stacks(
         rows += size
     if stack:
         yield stack
+
+
+def _is_whole(grid: Grid) -> bool:
+    """Whether a layer's rows know of each other."""
+    return isinstance(grid, Trellis) or (isinstance(grid, FloatGrid) and grid.block_rows > 1)

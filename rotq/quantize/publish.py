@@ -21,6 +21,7 @@ from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import make_folder, remove, sha256_of
 from rotq.errors import RotqError
 from rotq.formats.floats import is_plain
+from rotq.fusion.maps import online_layers
 from rotq.job.context import Job
 from rotq.job.part_names import KEPT, OUTER, block_part
 from rotq.job.parts import packed_layers, restored_outer
@@ -140,12 +141,11 @@ def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
         for name, module in job.skeleton.model.named_modules()
         if isinstance(module, nn.Linear) and name not in packed
     ]
-    rotated: list[str] = []
-    if basis.down is not None:
-        for index, block in enumerate(job.skeleton.blocks):
-            prefix = job.skeleton.block_name(index)
-            writers = adapter.mlp_writers(block)
-            rotated += [f"{prefix}.{path}" for path in writers]
+    rotated = [
+        f"{job.skeleton.block_name(index)}.{path}"
+        for index, block in enumerate(job.skeleton.blocks)
+        for path in online_layers(block, adapter, basis)
+    ]
     return quantization_config(
         job.plan.grids,
         linears,

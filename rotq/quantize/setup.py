@@ -34,6 +34,7 @@ from rotq.quantize.own_text import check_room
 from rotq.ranks import Ranks
 from rotq.recipe import Recipe
 from rotq.report import Progress
+from rotq.report.lines import ROTATIONS
 from rotq.rotations.basis import Basis
 from rotq.transform.search import check_transform
 
@@ -182,7 +183,7 @@ def starting_basis(recipe: Recipe, skeleton: Skeleton) -> Basis:
     An unknown family that would need either is refused by naming the known ones.
     """
     rotation = recipe.rotation
-    kinds = {rotation.residual, rotation.value, rotation.attention, rotation.down}
+    kinds = {getattr(rotation, name) for name in ROTATIONS}
     rounded = recipe.kv_cache.bits != 16
     if (kinds != {"none"} or rounded) and isinstance(skeleton.adapter, GenericAdapter):
         find_adapter(skeleton.model.config)

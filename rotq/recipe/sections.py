@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1)}
+FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1), "fp8_block": (8, 128)}
 """Bits and group size of weights that are no integers."""
 
 
@@ -66,10 +66,11 @@ class Override:
 class Weights:
     """The grid that weights are rounded to."""
 
-    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = "int"
+    format: Literal["int", "nvfp4", "mxfp4", "fp8", "fp8_block"] = "int"
     """Integers, or floats: nvfp4 has 4 bits in groups of 16 with scales in E4M3 and one factor for
     each weight, mxfp4 4 bits in groups of 32 with powers of two, fp8 8 bits (E4M3) and a scale for
-    each output channel. All are symmetric."""
+    each output channel, fp8_block the same with a scale for 128 x 128 weights. All are
+    symmetric."""
     bits: int = 4
     """Bits per code, 2 to 8; with solver.rounder=trellis 1 to 8."""
     state_bits: int = 12
@@ -125,6 +126,9 @@ class Rotation:
     R1 hadamard, RMSNorm and the rotq format; ``auto`` takes it there where the head is tied."""
     value: Literal["none", "hadamard", "block_hadamard", "dct"] = "none"
     """R2: per KV head, between v_proj and o_proj."""
+    block_size: int = -1
+    """Features of a block of R1 and R2 where they are block_hadamard, -1 for the largest power of
+    two that divides; and of ``inputs``."""
     down: Literal["none", "hadamard"] = "none"
     """R4: before down_proj, online; only the rotq format can express it."""
     down_block_size: int = -1
@@ -132,6 +136,10 @@ class Rotation:
     Under tensor parallelism ranks that hold whole blocks rotate without asking each other."""
     attention: Literal["none", "hadamard"] = "none"
     """R3: queries and keys behind RoPE, online; only the rotq format can express it."""
+    inputs: Literal["none", "hadamard"] = "none"
+    """In front of every linear layer of the blocks, online, in blocks of ``block_size``: for nvfp4
+    and mxfp4, whose groups of 16 and 32 are rotated behind the norms' gains (MR-GPTQ, arXiv
+    2509.23202); only the rotq format can express it."""
     seed: int = 0
     """Seed of the random signs."""
 
@@ -143,10 +151,29 @@ class Rotation:
             raise ValueError(
                 "down_block_size is of R4; set rotation.down=hadamard, or leave it out"
             )
+        self._check_blocks()
         if self.residual_ends != "fused" and self.residual != "hadamard":
             raise ValueError(
                 f"residual_ends={self.residual_ends} applies a Hadamard matrix at run time; set "
                 "rotation.residual=hadamard, or leave it out"
+            )
+
+    def _check_blocks(self) -> None:
+        size, has_blocks = self.block_size, "block_hadamard" in (self.residual, self.value)
+        check("block_size", size, size == -1 or 2 <= size <= 10**6, "at least 2, or -1")
+        if self.inputs == "none" and size != -1 and not has_blocks:
+            raise ValueError(
+                "block_size is of block_hadamard and of inputs; set rotation.residual, "
+                "rotation.value or rotation.inputs, or leave it out"
+            )
+        if self.inputs == "none":
+            return
+        if size == -1:
+            raise ValueError("inputs are rotated in blocks: set rotation.block_size")
+        if {self.residual, self.value, self.down} != {"none"}:
+            raise ValueError(
+                "rotation.inputs stands in front of every layer; set rotation.residual, "
+                "rotation.value and rotation.down to none"
             )
 
 

@@ -47,6 +47,8 @@ class Recipe:
             check("weights.bits", 1, 1 not in bits, "2 to 8, or 1 to 8 with solver.rounder=trellis")
         if self.weights.format != "int":
             self._check_floats()
+        if self.rotation.inputs != "none":
+            self._check_inputs()
         if self.output.format != "rotq":
             self._check_expressible()
         fixed = self.transform.method == "fixed" and not self.transform.scalings
@@ -55,6 +57,16 @@ class Recipe:
             raise ValueError(
                 f"rotation.residual_ends={ends} applies the R1 that is drawn; transform.method "
                 "must be fixed, without scalings"
+            )
+
+    def _check_inputs(self) -> None:
+        """What rotated inputs do not go with."""
+        if self.weights.format not in ("nvfp4", "mxfp4"):
+            raise ValueError("rotation.inputs is for weights.format=nvfp4 and mxfp4")
+        if self.weights.overrides or self.transform.method != "fixed" or self.transform.scalings:
+            raise ValueError(
+                "rotation.inputs rotates every layer as drawn: set transform.method=fixed, no "
+                "scalings, and no weights.overrides"
             )
 
     def _check_floats(self) -> None:
@@ -70,6 +82,7 @@ class Recipe:
             ("weights.head", weights.head, 16),
             ("solver.rounder", self.solver.rounder, "scalar"),
             ("tuning.code_steps", self.tuning.code_steps, 0),
+            *self._block_choices(),
         ):
             if value != wanted:
                 shown = str(wanted).lower() if isinstance(wanted, bool) else wanted
@@ -88,6 +101,16 @@ class Recipe:
                 f"weights.format={kind}: transform.method=learned expects the error of integers; "
                 "set transform.method to fixed or optrot"
             )
+
+    def _block_choices(self) -> list[tuple[str, str, str]]:
+        """What a scale that rows share settles: solvers take rows one by one."""
+        if self.weights.format != "fp8_block":
+            return []
+        solver = self.solver
+        return [
+            ("solver.method", solver.method, "rtn"),
+            ("solver.scale_search", solver.scale_search, "minmax"),
+        ]
 
     def _check_trellis(self) -> None:
         """What is of scalar codes, and what no file but rotq's holds."""
@@ -109,6 +132,7 @@ class Recipe:
         """compressed-tensors has no words for some of what happens at run time."""
         for key, wanted in (
             ("rotation.down", self.rotation.down != "none"),
+            ("rotation.inputs", self.rotation.inputs != "none"),
             ("rotation.attention", self.rotation.attention != "none"),
             ("rotation.residual_ends", self.rotation.residual_ends != "fused"),
             ("kv_cache.bits", self.kv_cache.bits != 16),

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-ROTATIONS = ("residual", "value", "attention", "down")
+ROTATIONS = ("residual", "value", "attention", "down", "inputs")
 """Keys of the recipe's section and of the report's."""
 
 

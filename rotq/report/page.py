@@ -133,7 +133,7 @@ def _job(name: str, job: JobReport | None) -> Iterator[str]:
         yield _section(name, "rotq did not write this checkpoint: it has no report.json.")
         return
     yield _section(f"What was done: {name}", "", _card(_facts(report_rows(job))))
-    told = "tr(dW H dW^T) / tr(W H W^T), H the mean of x x^T over calibration tokens."
+    told = "tr(dW H dW^T) / tr(W H W^T), H the mean x x^T of calibration tokens, or I without them."
     yield _section("Error of each layer", told, _figure(figures.error_figure(job)))
     yield _section("Bits", "", _figure(figures.bits_figure(job)))
     if job.flatness:

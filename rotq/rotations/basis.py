@@ -83,6 +83,8 @@ class Basis:
     """R4: kind of the online transform."""
     down_block_size: int | None = None
     """Features of a diagonal block of R4, all blocks equal; None for one block."""
+    inputs: bool = False
+    """Whether R4 stands in front of every linear layer of a block, and not of the last alone."""
     down_seed: int = 0
     """Seed of R4's signs, the same in every layer."""
     scales: tuple[Scales, ...] | None = None
@@ -143,6 +145,8 @@ class Basis:
             online += f" blocks of {self.down_block_size}"
         if self.ends is not None:
             online += " ends"
+        if self.inputs:
+            online += " inputs"
         digest = hashlib.sha256(online.encode())
         for name, tensor in self.tensors().items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

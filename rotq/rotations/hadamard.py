@@ -128,38 +128,52 @@ def random_signs(n: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8) * 2 - 1
 
 
-def orthogonal(kind: str, n: int, seed: int) -> Tensor:
+def orthogonal(kind: str, n: int, seed: int, block_size: int = -1) -> Tensor:
     """An orthogonal (n, n) matrix with random signs, fp64.
 
     Args:
-        kind: ``hadamard``: D H / sqrt(n). ``block_hadamard``: the same in diagonal blocks of the
-            largest power of two that divides n. ``dct``: D C, C the orthonormal DCT-II, for any n.
+        kind: ``hadamard``: D H / sqrt(n). ``block_hadamard``: the same in diagonal blocks. ``dct``:
+            D C, C the orthonormal DCT-II, for any n.
         n: Order.
         seed: Of the signs D.
+        block_size: Of block_hadamard; -1 for the largest power of two that divides n.
 
     Raises:
         ValueError: unknown kind, or the order does not exist for it.
     """
-    return random_signs(n, seed)[:, None] * _fixed(kind, n)
+    return random_signs(n, seed)[:, None] * _fixed(kind, n, block_size)
 
 
-def describe(kind: str, n: int) -> str:
+def describe(kind: str, n: int, block_size: int = -1) -> str:
     """What ``orthogonal`` builds, for reports: ``hadamard 36x16`` has a core of order 36."""
     if kind == "hadamard":
         m = core_order(n)
         return f"hadamard {n}" if m in (1, n) else f"hadamard {m}x{n // m}"
     if kind == "block_hadamard":
-        return f"block_hadamard {n // (n & -n)} blocks of {n & -n}"
+        block = _block(n, block_size)
+        return f"block_hadamard {n // block} blocks of {block}"
     return f"{kind} {n}"
 
 
-def _fixed(kind: str, n: int) -> Tensor:
+def _block(n: int, block_size: int) -> int:
+    """Features that are rotated together.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    block = n & -n if block_size == -1 else block_size
+    if block == 1:
+        raise ValueError(f"block_hadamard needs an even order, got {n}; dct takes any")
+    if n % block:
+        raise ValueError(f"blocks of {block} do not divide {n}")
+    return block
+
+
+def _fixed(kind: str, n: int, block_size: int = -1) -> Tensor:
     if kind == "hadamard":
         return hadamard(n).double() / math.sqrt(n)
     if kind == "block_hadamard":
-        block = n & -n
-        if block == 1:
-            raise ValueError(f"block_hadamard needs an even order, got {n}; dct takes any")
+        block = _block(n, block_size)
         return torch.kron(torch.eye(n // block, dtype=torch.float64), _fixed("hadamard", block))
     if kind == "dct":
         index = torch.arange(n, dtype=torch.float64)

@@ -130,7 +130,7 @@ def _float_candidates(
     w_NGg: Tensor, grid: FloatGrid, searched: bool, scale_dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The closed form, and where scales have few bits those below and above it."""
-    scale_NG = storable(grid.scales(w_NGg.abs().amax(-1)), scale_dtype)
+    scale_NG = storable(grid.scales(grid.shared(w_NGg.abs().amax(-1))), scale_dtype)
     zero_NG = torch.zeros_like(scale_NG)
     yield scale_NG, zero_NG
     reach = NEIGHBOURS.get(scale_dtype, 0) if searched else 0

@@ -14,17 +14,23 @@ from rotq.checkpoint.scheme import read_scheme
 from rotq.checkpoint.scheme_writing import quantization_config, transformers_obstacle
 from rotq.errors import RotqError
 from rotq.formats.activations import ActivationGrid
-from rotq.formats.integer import Grid
+from rotq.formats.floats import float_grid
+from rotq.formats.integer import Grid, PlainGrid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_heads import OnlineHeads
 
+PLAIN = PlainGrid(bits=8, group_size=-1, symmetric=True)
+BLOCKS = float_grid("fp8_block")
 LAYERS = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("mlp.up_proj", "mlp.down_proj")]
 
 
-@pytest.mark.parametrize("grids", [[W4], [W4_SYMMETRIC], [W3_CHANNEL], [W4, W8]], ids=str)
+@pytest.mark.parametrize(
+    "grids", [[W4], [W4_SYMMETRIC], [W3_CHANNEL], [W4, W8], [PLAIN], [BLOCKS]], ids=str
+)
 def test_config_is_what_compressed_tensors_writes(grids: list[Grid]) -> None:
     layers = {name: grids[i % len(grids)] for i, name in enumerate(LAYERS)}
     ours = quantization_config(layers, ["lm_head"], "compressed-tensors")
+    assert [group.grid for group in read_scheme(ours).groups] == grids
     written = QuantizationConfig.model_validate(ours).model_dump()
     for name, value in written.items():
         assert ours[name] == value, name

@@ -12,16 +12,16 @@ from rotq.formats.float_inputs import float_inputs, round_floats
 from rotq.formats.floats import global_scale
 
 
-@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "fp8_block"])
 def test_rounding_is_that_of_compressed_tensors(kind: str) -> None:
     pytest.importorskip("compressed_tensors")
     quantization = importlib.import_module("compressed_tensors.quantization")
     forward = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
-    x = torch.randn(3, 7, 96, generator=torch.Generator().manual_seed(0))
-    x[0, 0, :32] = 0
+    x = torch.randn(3, 7, 256, generator=torch.Generator().manual_seed(0))
+    x[0, 0, :128] = 0
     x[0, 1] *= 1e-3
     inputs = float_inputs(kind)
-    dtype = torch.float8_e4m3fn if inputs.has_global_scale else torch.uint8
+    dtype = {"nvfp4": torch.float8_e4m3fn, "mxfp4": torch.uint8}.get(kind)
     args = quantization.QuantizationArgs(
         **INPUT_FIELDS[kind],
         dynamic="local" if inputs.has_global_scale else True,

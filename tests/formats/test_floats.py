@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from rotq.checkpoint.scheme_groups import FIELDS
 from rotq.formats.floats import (
     E2M1,
     KINDS,
@@ -17,6 +18,7 @@ from rotq.formats.floats import (
     power_of_two_scale,
     unpack_nibbles,
 )
+from rotq.layers.quant_linear import QuantLinear
 from rotq.recipe import Solver
 from rotq.recipe.sections import FLOATS
 from rotq.solvers.solve import solve
@@ -110,6 +112,28 @@ def test_gptq_on_floats_beats_rounding(tmp_path: object) -> None:
         assert solved.quantized.scale_NG.dtype == dtype
         losses[name] = solved.loss_N.sum().item()
     assert losses["refined"] < losses["gptq"] < 0.8 * losses["rtn"]
+
+
+def test_blocks_are_those_of_compressed_tensors() -> None:
+    """Bit by bit, the last rows being no whole block; each block's largest is at the top."""
+    pytest.importorskip("compressed_tensors")
+    naive = importlib.import_module("compressed_tensors.compressors.naive_quantized")
+    schemes = importlib.import_module("compressed_tensors.quantization")
+    weight_NK = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
+    weight_NK[130, 5] = 9
+    grid, solver = float_grid("fp8_block"), Solver(method="rtn", scale_search="minmax")
+    solved = solve(weight_NK, None, grid, solver, scale_dtype=torch.bfloat16).quantized
+    layer = QuantLinear.from_quantized(solved)
+    assert layer.weight_scale.shape == (2, 2)
+    tops = [part.abs().amax() for rows in weight_NK.split(128) for part in rows.split(128, dim=1)]
+    assert torch.equal(layer.weight_scale.flatten(), (torch.stack(tops) / 448).bfloat16())
+    scheme = schemes.QuantizationScheme(targets=["Linear"], weights=FIELDS["fp8_block"])
+    state = {"weight": weight_NK, "weight_scale": layer.weight_scale}
+    packed = naive.FloatQuantizationCompressor.compress(state, scheme)
+    assert torch.equal(packed["weight"].view(torch.int8), layer.weight_packed.view(torch.int8))
+    dense_NK = naive.FloatQuantizationCompressor.decompress(packed, scheme)["weight"]
+    assert torch.equal(dense_NK, layer.dequantize(torch.bfloat16))
+    assert grid.bits_per_weight(256) == pytest.approx(8 + 16 / 128**2)
 
 
 def test_the_recipe_knows_the_same_formats() -> None:

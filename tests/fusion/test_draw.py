@@ -91,6 +91,11 @@ def test_checksum_repeats_and_sees_seed_and_kind():
         (Rotation(value="hadamard"), {"head_dim": 9}, "rotation.value=hadamard: .*order 9.*dct"),
         (Rotation(down="hadamard"), {"intermediate_size": 92}, "down=hadamard: .*down=none"),
         (
+            Rotation(value="block_hadamard", block_size=32),
+            {},
+            "rotation.value=block_hadamard: blocks of 32 do not divide 16",
+        ),
+        (
             Rotation(down="hadamard", down_block_size=12),
             {},
             "rotation.down_block_size=12 does not divide the 80 features",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rotq.formats.activations import ActivationGrid, fake_quantize
-from rotq.formats.integer import Grid
+from rotq.formats.integer import Grid, PlainGrid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_linear import OnlineLinear, rotate_input
 from rotq.layers.packed_weight import ROWS_AT_ONCE
@@ -21,11 +22,13 @@ from rotq.layers.quant_linear import QuantLinear
 from rotq.ops import packed_linear
 from rotq.rotations.hadamard import random_signs
 
+PLAIN = PlainGrid(bits=8, group_size=8, symmetric=True)
 GRIDS = [
     W4,
     W4_SYMMETRIC,
     W3_CHANNEL,
     *(Grid(bits=bits, group_size=8, symmetric=bits % 2 == 0) for bits in (2, 5, 6, 7, 8)),
+    PLAIN,
 ]
 
 PATHS = Trellis(bits=3, group_size=8, state_bits=12)
@@ -170,6 +173,18 @@ def test_on_a_cpu_the_weight_is_unpacked() -> None:
     with Calls() as calls:
         layer(random_input(40))
     assert "rotq::packed_linear" not in calls.names
+
+
+def test_plain_codes_are_packed_for_the_kernel() -> None:
+    quantized = random_quantized(20, 40, PLAIN)
+    plain = QuantLinear.from_quantized(quantized)
+    assert plain.weight_packed is quantized.q_NK
+    packed = QuantLinear.from_quantized(replace(quantized, grid=Grid(**vars(PLAIN))))
+    x = random_input(40).requires_grad_(True)
+    with Calls() as calls:
+        y = plain(x)
+    assert "rotq::packed_linear" in calls.names
+    assert torch.equal(y, packed(x))
 
 
 @pytest.mark.parametrize("rotated", [False, True])

@@ -127,10 +127,15 @@ def test_rounded_at_run_time_and_reloaded(name: str, tmp_path: Path) -> None:
     assert (loaded(ids_BT, use_cache=False).logits - rounded_BTV).abs().max() > 1e-2
 
 
-def test_w4a8_in_compressed_tensors(tmp_path: Path) -> None:
+def test_w8a8_in_compressed_tensors(tmp_path: Path) -> None:
+    """Not packed, since that is how engines that round activations read it."""
     model = write_model("qwen3", tmp_path / "model")
-    grids = {"weights.symmetric": True, "weights.group_size": 16, "activations.bits": 8}
+    grids = {"weights.symmetric": True, "weights.bits": 8, "activations.bits": 8}
+    grids |= {"weights.group_size": -1}
     run(model, tmp_path / "out", **grids, activations__symmetric=True, rotation__value="hadamard")
+    assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["format"] == (
+        "int-quantized"
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ours = load_model(tmp_path / "out")
     ids_BT = torch.arange(1, 25)[None]

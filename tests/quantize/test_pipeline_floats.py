@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from rotq.checkpoint.load import load_model
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.source import read_tensor
+from rotq.formats.float_inputs import float_inputs
 from rotq.layers.quant_linear import QuantLinear
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
@@ -40,6 +41,13 @@ FORMATS = {
     "fp8": "float-quantized",
 }
 ROUNDED = {"activations.bits": 4, "activations.symmetric": True}
+BLOCKS = {
+    "weights.format": "fp8_block",
+    "weights.bits": 8,
+    "weights.group_size": 128,
+    "solver.method": "rtn",
+    "solver.scale_search": "minmax",
+}
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
@@ -90,12 +98,29 @@ def test_transformers_alone_computes_the_same_logits(kind: str, tmp_path: Path) 
     assert torch.equal(theirs, ours)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_fp8_are_computed_as_transformers_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit in fp32, activations in groups of 128."""
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.setitem(KINDS, "fp8_block", BLOCKS)
+    for size in ("hidden_size", "intermediate_size"):
+        monkeypatch.setitem(WIDE, size, 128)
+    monkeypatch.setitem(WIDE, "head_dim", 32)
+    out, _ = run("fp8_block", tmp_path, **{**ROUNDED, "activations.bits": 8})
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(ids()).logits
+        model = load_model(out)
+        assert torch.equal(theirs, model(ids()).logits)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.input_grid == float_inputs("fp8_block")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
 def test_transformers_rounds_activations_as_rotq_does(kind: str, tmp_path: Path) -> None:
     """Not bit by bit: it finds their scales in bfloat16, and some go to a neighbour."""
     pytest.importorskip("compressed_tensors")
-    rounded = {**ROUNDED, "activations.bits": 8 if kind == "fp8" else 4}
-    out, report = run(kind, tmp_path, dtype="bfloat16", **rounded)
+    out, report = run(kind, tmp_path, dtype="bfloat16", **ROUNDED)
     assert any("scales of activations" in note for note in report.notes)
     theirs = first_queries(AutoModelForCausalLM.from_pretrained(out))
     model = load_model(out)
@@ -168,12 +193,21 @@ def test_a_dtype_that_its_loaders_cannot_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_rotq_format_runs_floats_in_any_dtype(tmp_path: Path) -> None:
-    down = {"rotation.down": "hadamard", "rotation.down_block_size": 16}
-    changes = {"output.format": "rotq", **down, **ROUNDED}
-    out, _ = run("nvfp4", tmp_path, dtype="float32", **changes)
+    """Here with every layer's input rotated in blocks of the group."""
+    inputs = {"rotation.inputs": "hadamard", "rotation.block_size": 16}
+    changes = {"output.format": "rotq", **inputs, **ROUNDED}
+    out, report = run("nvfp4", tmp_path, dtype="float32", **changes)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["version"] == 8
-    assert load_model(out).dtype == torch.float32
+    assert report.rotation["inputs"] == "hadamard 16 in blocks"
+    assert report.rotation["largest_relative_difference"] < 1e-11
+    model = load_model(out)
+    assert model.dtype == torch.float32
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert all(layer.input_signs is not None and len(layer.input_signs) == 16 for layer in layers)
+    same = {"model.norm.weight", "model.layers.1.input_layernorm.weight"}
+    dense = load_model(tmp_path / "model").state_dict()
+    assert all(torch.equal(model.state_dict()[name], dense[name]) for name in same)
 
 
 def test_columns_that_groups_do_not_divide_are_refused(tmp_path: Path) -> None:

@@ -164,6 +164,15 @@ def test_messages_are_short() -> None:
         ({"activations.bits": 4}, "needs activations.symmetric=true"),
         ({"transform.method": "learned"}, "expects the error of integers"),
         ({"weights.overrides": [{"match": "x", "bits": 8}]}, "overrides can keep layers"),
+        ({"rotation.inputs": "hadamard"}, "inputs are rotated in blocks: set rotation.block_size"),
+        (
+            {"rotation.inputs": "hadamard", "rotation.block_size": 16},
+            "rotation.inputs is applied at run time, which only output.format=rotq can express",
+        ),
+        (
+            {"weights.format": "fp8_block", "weights.bits": 8, "weights.group_size": 128},
+            "weights.format=fp8_block needs solver.method=rtn, got gptq",
+        ),
     ],
     ids=str,
 )

@@ -187,6 +187,16 @@ def test_block_hadamard_takes_the_largest_power_of_two():
         orthogonal("block_hadamard", 9, seed=0)
 
 
+def test_block_hadamard_of_a_size():
+    R = orthogonal("block_hadamard", 24, seed=0, block_size=4)
+    inside = torch.block_diag(*[torch.ones(4, 4)] * 6).bool()
+    assert (R[inside].abs() - 0.5).abs().max() < 1e-15
+    assert (R[~inside] == 0).all()
+    assert describe("block_hadamard", 24, 4) == "block_hadamard 6 blocks of 4"
+    with pytest.raises(ValueError, match="blocks of 16 do not divide 24"):
+        orthogonal("block_hadamard", 24, seed=0, block_size=16)
+
+
 def test_unknown_basis_lists_the_known():
     with pytest.raises(ValueError, match="unknown basis 'givens'; known: hadamard"):
         orthogonal("givens", 8, seed=0)
