@@ -7,6 +7,7 @@ A preset is a name for a ``KVSpec``. ``k3v3`` and its relatives are ours; ``turb
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -59,6 +60,9 @@ class KVSpec:
     boundary: int = 0
     """Layers at either end that get ``boundary_bits`` for keys and values."""
     boundary_bits: int = 8
+    average_bits: float | None = None
+    """Stored bits per element, norms included, that keys and values of all layers have together;
+    calibration gives each 2 to 4 (``calibration.budget``). None: ``k_bits`` and ``v_bits``."""
     billed_bits: float | None = None
     """Bits per element as the scheme's own code stores it, where that is more than is needed."""
 
@@ -83,6 +87,7 @@ class KVSpec:
             raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: {self.beta} is not between 0 and 1")
+        self._check_average()
         if self.billed_bits is not None and not 0 < self.billed_bits <= 64:
             raise ValueError(f"billed_bits: {self.billed_bits} is not above 0, at most 64")
         if self.search and (self.gain != "lsq" or self.norm == "none"):
@@ -92,8 +97,16 @@ class KVSpec:
         if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
             raise ValueError("codebook kmeans has at most 4 bits")
 
+    def _check_average(self) -> None:
+        if self.average_bits is None:
+            return
+        if not 2 <= self.average_bits <= 8:
+            raise ValueError(f"average_bits: {self.average_bits:g} is not between 2 and 8")
+        if self.codebook != "gaussian" or self.residual != "none" or self.boundary:
+            raise ValueError("average_bits is for codes of the unit normal, without more")
+
     def layer_bits(self, layer: int, num_layers: int) -> tuple[int, int]:
-        """Bits of keys and values of one layer."""
+        """Bits of keys and values of one layer, before calibration spends ``average_bits``."""
         if layer < self.boundary or layer >= num_layers - self.boundary:
             return self.boundary_bits, self.boundary_bits
         return self.k_bits, self.v_bits
@@ -111,6 +124,7 @@ class KVSpec:
             or self.search != 0
             or self.codebook != "gaussian"
             or (self.residual != "none" and self.residual_scale != "unbiased")
+            or self.average_bits is not None
         )
 
     def oblivious(self) -> KVSpec:
@@ -121,7 +135,8 @@ class KVSpec:
         """
         if not self.needs_calibration:
             return self
-        if self.codebook == "kmeans" or "svd" in (self.basis, self.value_basis):
+        fitted = self.codebook == "kmeans" or "svd" in (self.basis, self.value_basis)
+        if fitted or self.average_bits is not None:
             raise ValueError(f"{self.name} does not exist without calibration")
         return replace(
             self,
@@ -219,14 +234,28 @@ PRESETS: dict[str, KVSpec] = {
 }
 
 
+_AVERAGE = re.compile(r"kv(\d(?:\.\d+)?)")
+
+
+def averaged(bits: float) -> KVSpec:
+    """Keys and values of 2 to 4 bits each, by layer, that take so many bits together.
+
+    Raises:
+        ValueError: not between 2 and 8.
+    """
+    return replace(_ours(2, 2), name=f"kv{bits:g}", average_bits=float(bits))
+
+
 def preset(name: str) -> KVSpec:
-    """A scheme by name.
+    """A scheme by name; ``kv2.5`` is ``averaged(2.5)``.
 
     Raises:
         ValueError: no such name; says the nearest.
     """
     if name in PRESETS:
         return PRESETS[name]
+    if average := _AVERAGE.fullmatch(name):
+        return averaged(float(average[1]))
     near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS))
     nearest = max(near, key=lambda known: known.startswith(name), default="")
     hint = f"did you mean {nearest}?" if near else f"known: {', '.join(PRESETS)}"

@@ -28,6 +28,7 @@ from rotq.calibration.texts import is_own_text
 from rotq.disk.files import make_folder
 from rotq.disk.user_cache import user_cache
 from rotq.errors import RotqError
+from rotq.kv.calibration.budget import check_average
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.calibration.file import KVCalibration, foreign, load_calibration
 from rotq.kv.calibration.model_hash import hash_model
@@ -102,6 +103,8 @@ class Calibrator:
         Raises:
             RotqError: the text or the model is not as it must be.
         """
+        for spec in specs:
+            check_average(self.model.config, spec)
         drawn = self._written
         for note in drawn.notes:
             self.say(note)

@@ -11,12 +11,13 @@ Shape suffixes: H KV heads, D head width, L levels, E thresholds, R rotary pairs
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.budget import CHOICES
 from rotq.kv.calibration.layer_constants import kv_format, stored_inverse
 from rotq.kv.calibration.soundness import check_constants
 from rotq.kv.calibration.stored_file import StoredFile
@@ -85,8 +86,9 @@ class LayerReader:
         Raises:
             ValueError: a fact or a tensor is not what the scheme and the model ask for; names it.
         """
-        format = kv_format(self.spec, self.shape.head_dim, self.layer, self.num_layers)
-        facts = self._checked(facts, format)
+        facts = self._checked(facts)
+        bits = {name: facts[f"format.{name}"] for name in ("k_bits", "v_bits")}
+        format = replace(self._format, **bits)
         H, D = self.shape.num_heads, self.shape.head_dim
         qjl = format.residual == "qjl"
         found = KVConstants(
@@ -108,10 +110,14 @@ class LayerReader:
             raise ValueError(f"{self.layer}.{error}") from None
         return found
 
-    def _checked(self, facts: object, format: KVFormat) -> dict[str, Any]:
+    @property
+    def _format(self) -> KVFormat:
+        return kv_format(self.spec, self.shape.head_dim, self.layer, self.num_layers)
+
+    def _checked(self, facts: object) -> dict[str, Any]:
         """The facts by name, those of the format too."""
         said = _flat(facts)
-        allowed = self._allowed(format, turned=said.get("mean") == "rope")
+        allowed = self._allowed(turned=said.get("mean") == "rope")
         if said.keys() != allowed.keys():
             raise ValueError(f"layer {self.layer}: its facts are not {', '.join(allowed)}")
         for name, values in allowed.items():
@@ -123,14 +129,18 @@ class LayerReader:
                 )
         return said
 
-    def _allowed(self, format: KVFormat, *, turned: bool) -> dict[str, tuple[object, ...]]:
+    def _allowed(self, *, turned: bool) -> dict[str, tuple[object, ...]]:
         """What each fact may be."""
+        form: dict[str, tuple[object, ...]]
+        form = {f"format.{name}": (value,) for name, value in asdict(self._format).items()}
+        if self.spec.average_bits is not None:
+            form |= {"format.k_bits": CHOICES, "format.v_bits": CHOICES}
         # static where the layer's RoPE is unknown, or was when the file was made
         means = ("rope", "static") if self.spec.mean == "rope" else (self.spec.mean,)
         scale = self.rotary.scale if turned and self.rotary is not None else 1.0
         searches = (0, self.spec.search)
         return {
-            **{f"format.{name}": (value,) for name, value in asdict(format).items()},
+            **form,
             "mean": means,
             "rotary_scale": (scale,),
             "heads": (self.shape.num_heads,),
