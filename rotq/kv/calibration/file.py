@@ -29,7 +29,7 @@ from rotq.models.rotary import kv_shapes, rotaries
 from rotq.ops import KVConstants
 from rotq.recipe.sections import shown
 
-VERSION = 1
+VERSION = 2
 
 _FACTS = {"version": int, "spec": dict, "model_hash": str, "source": dict, "layers": dict}
 """What a file says of itself."""

@@ -26,6 +26,7 @@ from rotq.kv.calibration.layer_constants import (
     side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
+from rotq.kv.calibration.mixture import boosted
 from rotq.kv.calibration.residual import fit_residual
 from rotq.kv.calibration.statistics import LayerStatistics
 from rotq.kv.presets import KVSpec
@@ -96,7 +97,11 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     metric_HDD = statistics.output_moment_HDD
     if spec.value_metric and metric_HDD is not None:
         matrices = [balanced(matrices[0], C_HDD, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
-    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
+    side = _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
+    if not spec.value_boost:
+        return side
+    weight = statistics.weight
+    return boosted(side, x_HND, mean_HD, metric_HDD, statistics.mixture, format.v_bits, weight)
 
 
 def balanced(

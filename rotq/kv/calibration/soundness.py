@@ -20,6 +20,7 @@ _LARGEST_INVERSE = 1e6
 """rms of a row of A^-1 where those of A have 1: what an error may grow by."""
 _BASE = (-128.0, 96.0)
 """Of log2 norms; 16 octaves above the upper one are still finite in fp32."""
+_LARGEST_BOOST = 1.25
 _LARGEST_SCALE = 1e4
 """Of the residual, in levels."""
 _TOLERANCE = 1e-2
@@ -47,6 +48,8 @@ def _check_side(
     name: str, side: SideConstants, bits: int, spec: KVSpec, *, orthogonal: bool
 ) -> None:
     try:
+        if side.boost_HC is not None:
+            _check_range("boost_HC", side.boost_HC, 1.0, _LARGEST_BOOST)
         _check_matrix(side, orthogonal=orthogonal)
         _check_codebook(side, bits, normal=spec.codebook == "gaussian")
         _check_range("mean_HD", side.mean_HD, -_LARGEST, _LARGEST)
@@ -65,7 +68,7 @@ def _check_matrix(side: SideConstants, *, orthogonal: bool) -> None:
     growth_H = inverse_HDD.double().square().sum(-1).mean(-1).sqrt()
     _check("matrix_HDD", bool(growth_H.max() <= _LARGEST_INVERSE), "has no inverse")
     if orthogonal:
-        away = (inverse_HDD - A_HDD.mT).abs().max()
+        away = (A_HDD @ A_HDD.mT - torch.eye(A_HDD.shape[-1])).abs().max()
         _check("matrix_HDD", bool(away <= _TOLERANCE), "is not orthogonal")
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rotq.kv.calibration.budget import CHOICES
-from rotq.kv.calibration.layer_constants import kv_format, stored_inverse
+from rotq.kv.calibration.layer_constants import BOOSTED_BITS, kv_format, stored_inverse
+from rotq.kv.calibration.mixture import with_boost
 from rotq.kv.calibration.soundness import check_constants
 from rotq.kv.calibration.stored_file import StoredFile
 from rotq.kv.presets import KVSpec
@@ -50,8 +51,9 @@ def layer_tensors(layer: int, constants: KVConstants) -> dict[str, Tensor]:
     for side, held in (("key", constants.key), ("value", constants.value)):
         for name in _SIDE:
             tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
-        if held.metric_HDD is not None:
-            tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
+        for name in ("metric_HDD", "boost_HC"):
+            if getattr(held, name) is not None:
+                tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
     for name in _LAYER:
         value = getattr(constants, name)
         if value is not None:
@@ -162,13 +164,17 @@ class LayerReader:
         }
         if search:
             rests["metric_HDD"] = (D, D)
+        boosts = side == "value" and self.spec.value_boost
+        if boosts:
+            rests["boost_HC"] = (len(BOOSTED_BITS),)
         held = {name: self._heads(f"{side}.{name}", rest) for name, rest in rests.items()}
-        return SideConstants(
+        plain = SideConstants(
             gain=self.spec.gain,
             search=search,
             inverse_HDD=stored_inverse(held["matrix_HDD"]),
             **held,
         )
+        return with_boost(plain, held["boost_HC"], bits) if boosts else plain
 
     def _heads(self, name: str, rest: tuple[int, ...]) -> Tensor:
         """A tensor of all heads, which may be stored once."""
