@@ -46,7 +46,7 @@ class KVSpec:
     """See ``rotq_kernels.kv.format.SideConstants``."""
     search: int = 4
     """Elements of a token that may leave their nearest level so that errors cancel where they
-    cost most; only encoding pays for it."""
+    cost most, twice as many at 2 bits; only encoding pays for it."""
     norm: Literal["log8", "float16", "none"] = "log8"
     residual: Literal["none", "sign", "qjl"] = "none"
     """One more bit per key element."""
@@ -80,7 +80,7 @@ class KVSpec:
             ("sinks", 0, 1024),
             ("recent", 0, 65536),
             ("boundary", 0, 1024),
-            ("search", 0, 64),
+            ("search", 0, 32),
         ):
             value = getattr(self, field)
             if not low <= value <= high:

@@ -23,6 +23,7 @@ from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
     layer_constants,
+    search_steps,
     side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
@@ -178,7 +179,7 @@ def _fit_side(
         gain=spec.gain,
         base_H=base_H,
         metric_HDD=None if metric_HDD is None else coded_metric(matrix_HDD, metric_HDD),
-        search=spec.search if metric_HDD is not None else 0,
+        search=search_steps(spec.search, bits) if metric_HDD is not None else 0,
     )
 
 

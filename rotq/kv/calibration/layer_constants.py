@@ -170,6 +170,11 @@ def recoded(constants: KVConstants, k_bits: int, v_bits: int) -> KVConstants:
     )
 
 
+def search_steps(search: int, bits: int) -> int:
+    """Elements of a token that may move: twice as many at 2 bits, where more round badly."""
+    return 2 * search if bits == 2 else search
+
+
 def boost_of(boost_HC: Tensor, bits: int) -> Tensor:
     """(H,) factors of decoded rows; 1 for bits that have none."""
     if bits not in BOOSTED_BITS:
@@ -186,8 +191,10 @@ def recoded_side(side: SideConstants, old_bits: int, bits: int) -> SideConstants
         ratio_H = boost_of(side.boost_HC, bits) / boost_of(side.boost_HC, old_bits)
         inverse_HDD = inverse_HDD * ratio_H[:, None, None]
     book, heads = gaussian_codebook(bits), side.base_H.numel()
+    search = side.search // 2 if old_bits == 2 else side.search
     return replace(
         side,
+        search=search_steps(search, bits),
         inverse_HDD=inverse_HDD,
         levels_HL=book.levels_L.expand(heads, -1).contiguous(),
         thresholds_HL=book.thresholds_E.expand(heads, -1).contiguous(),

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from rotq.kv.calibration.budget import CHOICES
-from rotq.kv.calibration.layer_constants import BOOSTED_BITS, kv_format, stored_inverse
+from rotq.kv.calibration.layer_constants import (
+    BOOSTED_BITS,
+    kv_format,
+    search_steps,
+    stored_inverse,
+)
 from rotq.kv.calibration.mixture import with_boost
 from rotq.kv.calibration.soundness import check_constants
 from rotq.kv.calibration.stored_file import StoredFile
@@ -28,6 +33,7 @@ from rotq.ops import TABLE_BITS, KVConstants, KVFormat, SideConstants
 from rotq.recipe.sections import shown
 
 _SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
+_SIDES = ("key", "value")
 _LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
 
 
@@ -140,7 +146,6 @@ class LayerReader:
         # static where the layer's RoPE is unknown, or was when the file was made
         means = ("rope", "static") if self.spec.mean == "rope" else (self.spec.mean,)
         scale = self.rotary.scale if turned and self.rotary is not None else 1.0
-        searches = (0, self.spec.search)
         return {
             **form,
             "mean": means,
@@ -148,9 +153,12 @@ class LayerReader:
             "heads": (self.shape.num_heads,),
             "key_gain": (self.spec.gain,),
             "value_gain": (self.spec.gain,),
-            "key_search": searches,
-            "value_search": searches,
+            **{f"{side}_search": self._searches(form[f"format.{side[0]}_bits"]) for side in _SIDES},
         }
+
+    def _searches(self, bits: tuple[Any, ...]) -> tuple[object, ...]:
+        """Steps that a side of one of so many bits may have."""
+        return (0, *dict.fromkeys(search_steps(self.spec.search, each) for each in bits))
 
     def _side(self, side: str, bits: int, search: int) -> SideConstants:
         D = self.shape.head_dim
