@@ -38,8 +38,9 @@ class KVSpec:
     """0 leaves the keys' own moment out: A = basis x M^(alpha / 2)."""
     value_metric: bool = True
     """The same for values, with M from the output projection and alpha 1/2."""
-    value_boost: bool = True
-    """Make decoded values larger by what coding shrinks their averages, by head; ``mixture``."""
+    boost: bool = True
+    """Make decoded keys and values larger, as coding shrinks them on the average; ``boost``. Not
+    with a residual, which is fitted to what is left."""
     codebook: Literal["gaussian", "kmeans"] = "gaussian"
     """Lloyd-Max for the unit normal, or k-means of the head's own y, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
@@ -98,8 +99,8 @@ class KVSpec:
             raise ValueError("codebook kmeans and norm none go together")
         if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
             raise ValueError("codebook kmeans has at most 4 bits")
-        if self.value_boost and (self.norm != "log8" or self.codebook != "gaussian"):
-            raise ValueError("value_boost needs codes of the unit normal and norms of 8 bits")
+        if self.boosts and (self.norm != "log8" or self.codebook != "gaussian"):
+            raise ValueError("boost needs codes of the unit normal and norms of 8 bits")
 
     def _check_average(self) -> None:
         if self.average_bits is None:
@@ -116,6 +117,11 @@ class KVSpec:
         return self.k_bits, self.v_bits
 
     @property
+    def boosts(self) -> bool:
+        """Whether its constants have factors."""
+        return self.boost and self.residual == "none"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it takes statistics of the model."""
         return (
@@ -125,7 +131,7 @@ class KVSpec:
             or self.alpha != 0
             or self.beta != 0
             or self.value_metric
-            or self.value_boost
+            or self.boosts
             or self.search != 0
             or self.codebook != "gaussian"
             or (self.residual != "none" and self.residual_scale != "unbiased")
@@ -151,7 +157,7 @@ class KVSpec:
             alpha=0.0,
             beta=0.0,
             value_metric=False,
-            value_boost=False,
+            boost=False,
             search=0,
             codebook="gaussian",
             residual_scale="unbiased",
@@ -206,7 +212,7 @@ _TURBOQUANT = KVSpec(
     alpha=0.0,
     beta=0.0,
     value_metric=False,
-    value_boost=False,
+    boost=False,
     codebook="gaussian",
     search=0,
     gain="none",

@@ -166,8 +166,8 @@ class SideConstants:
     matrix_HDD: Tensor
     """A: y = A x, that is rows x @ A.mT."""
     inverse_HDD: Tensor
-    """A^-1: a query row becomes x @ A^-1; a row of output y becomes y @ A^-T. Of values it may be
-    larger by a factor, ``boost_HC``."""
+    """A^-1: a query row becomes x @ A^-1; a row of output y becomes y @ A^-T. It may be larger
+    by a factor, ``boost_HC``."""
     mean_HD: Tensor
     """Zeros where no mean is removed. Of keys before RoPE for ``mean="rope"``."""
     levels_HL: Tensor

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.boost import KEY_POWER, VALUE_POWER, boosted
 from rotq.kv.calibration.codebook import (
     Codebook,
     fitted_centres,
@@ -27,7 +28,6 @@ from rotq.kv.calibration.layer_constants import (
     side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
-from rotq.kv.calibration.mixture import boosted
 from rotq.kv.calibration.residual import fit_residual
 from rotq.kv.calibration.statistics import LayerStatistics
 from rotq.kv.presets import KVSpec
@@ -84,7 +84,11 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     metric_HDD = statistics.query_moment_HDD
     alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
     matrices = [balanced(basis_HDD, C_HDD, metric_HDD, alpha, spec.beta) for alpha in alphas]
-    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
+    side = _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
+    if not spec.boosts:
+        return side
+    weight, bits = statistics.weight, format.k_bits
+    return boosted(side, x_HND, metric_HDD, bits=bits, power=KEY_POWER, weight=weight)
 
 
 def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
@@ -99,10 +103,10 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     if spec.value_metric and metric_HDD is not None:
         matrices = [balanced(matrices[0], C_HDD, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
     side = _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
-    if not spec.value_boost:
+    if not spec.boosts:
         return side
-    weight = statistics.weight
-    return boosted(side, x_HND, mean_HD, metric_HDD, statistics.mixture, format.v_bits, weight)
+    weight, bits = statistics.weight, format.v_bits
+    return boosted(side, x_HND, metric_HDD, bits=bits, power=VALUE_POWER, weight=weight)
 
 
 def balanced(

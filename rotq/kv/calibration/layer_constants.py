@@ -29,7 +29,7 @@ _SKETCH_SEED = 1
 _SMALLEST_RMS = 1e-30
 _OCTAVES = 16
 BOOSTED_BITS = (2, 3, 4)
-"""Of codes whose decoded rows have factors of their own; see ``mixture``."""
+"""Of codes whose decoded rows have factors of their own; see ``boost``."""
 """Factors of two that a log8 norm spans."""
 
 

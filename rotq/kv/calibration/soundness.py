@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.boost import LARGEST
 from rotq.kv.presets import KVSpec
 from rotq.ops import KVConstants, SideConstants, level_values
 
@@ -20,7 +21,6 @@ _LARGEST_INVERSE = 1e6
 """rms of a row of A^-1 where those of A have 1: what an error may grow by."""
 _BASE = (-128.0, 96.0)
 """Of log2 norms; 16 octaves above the upper one are still finite in fp32."""
-_LARGEST_BOOST = 1.25
 _LARGEST_SCALE = 1e4
 """Of the residual, in levels."""
 _TOLERANCE = 1e-2
@@ -49,7 +49,7 @@ def _check_side(
 ) -> None:
     try:
         if side.boost_HC is not None:
-            _check_range("boost_HC", side.boost_HC, 1.0, _LARGEST_BOOST)
+            _check_range("boost_HC", side.boost_HC, 1.0, LARGEST)
         _check_matrix(side, orthogonal=orthogonal)
         _check_codebook(side, bits, normal=spec.codebook == "gaussian")
         _check_range("mean_HD", side.mean_HD, -_LARGEST, _LARGEST)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from rotq.devices import double
 from rotq.errors import RotqError
 from rotq.kv.calibration.evidence import Evidence, shrunk
-from rotq.kv.calibration.mixture import Mixture
 from rotq.models.attention.replaced import (
     AttentionCall,
     probabilities,
@@ -62,8 +61,6 @@ class LayerStatistics:
     output_moment_HDD: Tensor | None
     """W^T W of the columns of the output projection that read each KV head's values; None where
     the projection is not known."""
-    mixture: Mixture
-    """Of what attention makes of earlier values."""
     k_HND: Tensor
     """Sampled keys, after RoPE."""
     v_HND: Tensor
@@ -151,7 +148,7 @@ class _Layer:
         self.moments_HDD = torch.zeros(2, H, D, D, dtype=torch.float64)
         self.weights_H = torch.zeros(2, H, dtype=torch.float64)
         self.outputs_HDD, self.num_outputs = torch.zeros(H, D, D, dtype=torch.float64), 0
-        self.tokens, self.mixture = 0, Mixture.empty(H, D)
+        self.tokens = 0
         self.samples: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def see(self, call: AttentionCall, chosen_N: Tensor) -> Tensor:
@@ -187,7 +184,6 @@ class _Layer:
             plain_query_moment_HDD=moments_HDD[1],
             output_second_moment_HDD=self.outputs_HDD / self.num_outputs,
             output_moment_HDD=output_moment_HDD,
-            mixture=self.mixture,
             k_HND=torch.cat(k_HND, dim=1),
             v_HND=torch.cat(v_HND, dim=1),
             position_N=torch.cat(position_N),
@@ -218,7 +214,6 @@ class _Layer:
         weight_BHGQ = share[..., self.sinks :].sum(-1)
         skipped = max(0, self.sinks - first)
         self._add_queries(q_BHGQD[0, ..., skipped:, :], weight_BHGQ[0, ..., skipped:])
-        self.mixture.add(p_BHGQS, v_BHTD[:, :, :end], first, self.sinks)
         o_HND = double(output_BHGQD[0].flatten(1, 2))
         self.outputs_HDD += (o_HND.mT @ o_HND).cpu()
         self.num_outputs += o_HND.shape[1]

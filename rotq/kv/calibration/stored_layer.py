@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.boost import with_boost
 from rotq.kv.calibration.budget import CHOICES
 from rotq.kv.calibration.layer_constants import (
     BOOSTED_BITS,
@@ -24,7 +25,6 @@ from rotq.kv.calibration.layer_constants import (
     search_steps,
     stored_inverse,
 )
-from rotq.kv.calibration.mixture import with_boost
 from rotq.kv.calibration.soundness import check_constants
 from rotq.kv.calibration.stored_file import StoredFile
 from rotq.kv.presets import KVSpec
@@ -172,8 +172,7 @@ class LayerReader:
         }
         if search:
             rests["metric_HDD"] = (D, D)
-        boosts = side == "value" and self.spec.value_boost
-        if boosts:
+        if self.spec.boosts:
             rests["boost_HC"] = (len(BOOSTED_BITS),)
         held = {name: self._heads(f"{side}.{name}", rest) for name, rest in rests.items()}
         plain = SideConstants(
@@ -182,7 +181,7 @@ class LayerReader:
             inverse_HDD=stored_inverse(held["matrix_HDD"]),
             **held,
         )
-        return with_boost(plain, held["boost_HC"], bits) if boosts else plain
+        return with_boost(plain, held["boost_HC"], bits) if self.spec.boosts else plain
 
     def _heads(self, name: str, rest: tuple[int, ...]) -> Tensor:
         """A tensor of all heads, which may be stored once."""

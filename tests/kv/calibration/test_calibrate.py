@@ -74,7 +74,8 @@ def test_every_preset_is_fitted(name: str) -> None:
         for side in (transform.key, transform.value):
             product = side.matrix_HDD @ side.inverse_HDD
             if side.boost_HC is not None:
-                product = product / boost_of(side.boost_HC, preset(name).v_bits)[:, None, None]
+                bits = preset(name).k_bits if side is transform.key else preset(name).v_bits
+                product = product / boost_of(side.boost_HC, bits)[:, None, None]
             torch.testing.assert_close(product, torch.eye(16).expand(2, -1, -1), rtol=0, atol=1e-3)
         assert (transform.inv_freq_R is not None) == (preset(name).mean == "rope")
 

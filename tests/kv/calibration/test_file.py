@@ -149,7 +149,7 @@ def test_other_bits_with_normal_codebooks() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"codebook": "kmeans", "norm": "none", "search": 0, "value_boost": False},
+        {"codebook": "kmeans", "norm": "none", "search": 0, "boost": False},
         {"residual": "sign"},
     ],
     ids=["codebook", "residual"],
