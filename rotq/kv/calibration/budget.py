@@ -123,7 +123,7 @@ def side_losses(
         seed: Of the draws.
 
     Raises:
-        RotqError: see ``replaced_attention``, and a loss without a finite gradient.
+        RotqError: see ``replaced_attention``, and a loss without a gradient, or a finite one.
     """
     generator = torch.Generator().manual_seed(seed)
     sums = {layer: torch.zeros(2, len(CHOICES), dtype=torch.float64) for layer in layers}
@@ -136,8 +136,8 @@ def side_losses(
             slope_ZBHGTD = slopes[call.layer]
             for side, of_side in enumerate(moved):
                 for choice, d_BHGTD in enumerate(of_side):
-                    along_ZT = (slope_ZBHGTD * d_BHGTD).sum((1, 2, 3, 5)).double()
-                    sums[call.layer][side, choice] += along_ZT.square().sum(1).mean().cpu()
+                    along_ZT = (slope_ZBHGTD * d_BHGTD).sum((1, 2, 3, 5)).cpu().double()
+                    sums[call.layer][side, choice] += along_ZT.square().sum(1).mean()
             return output.flatten(1, 2).transpose(1, 2)
 
         with torch.inference_mode(), replaced_attention(model, felt):
@@ -168,11 +168,19 @@ def _slopes(model: Any, ids_T: Tensor, generator: torch.Generator) -> dict[int, 
         for draw in range(_DRAWS):
             z_T1 = torch.multinomial(log_p_TV.detach().exp().cpu(), 1, generator=generator)
             loss = -log_p_TV.gather(1, z_T1.to(log_p_TV.device)).sum()
-            drawn.append(torch.autograd.grad(loss, kept, retain_graph=draw + 1 < _DRAWS))
+            drawn.append(_gradients(loss, kept, retain_graph=draw + 1 < _DRAWS))
     slopes = [torch.stack(of_layer) for of_layer in zip(*drawn, strict=True)]
     if not all(bool(slope.isfinite().all()) for slope in slopes):
         raise RotqError("the gradient of the model's loss is not finite, so no bits can be chosen")
     return dict(zip(outputs, slopes, strict=True))
+
+
+def _gradients(loss: Tensor, outputs: list[Tensor], *, retain_graph: bool) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(loss, outputs, retain_graph=retain_graph)
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise RotqError(f"bits by layer need gradients, which this model lacks: {line}") from error
 
 
 def _logits(model: Any, ids_T: Tensor) -> Tensor:

@@ -77,3 +77,8 @@ def test_an_average_has_no_constants_without_data() -> None:
     assert preset("kv2.5") == averaged(2.5)
     with pytest.raises(ValueError, match="does not exist without calibration"):
         averaged(2.5).oblivious()
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RotqError, match="need gradients"):
+        side_losses(MODEL, random_ids(1, 16), LAYERS, sinks=4)
