@@ -123,7 +123,7 @@ def calibrate_kv(
     """Fit the constants of a packed KV cache to MODEL, and write them as one safetensors file.
 
     A file serves all of k2v2 to k8v8: their constants do not depend on the bits. One of --kv-bits
-    serves those, and its own.
+    serves those, and every other --kv-bits.
 
     \b
     rotq calibrate-kv models/llama -o llama-kv.safetensors

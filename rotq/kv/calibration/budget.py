@@ -104,6 +104,19 @@ def check_budget(spec: KVSpec, layers: Mapping[int, KVConstants]) -> None:
         raise ValueError(f"its layers take {taken:g} bits, not {spec.average_bits:g}")
 
 
+def kept_losses(source: Mapping[str, Any], layers: Mapping[int, KVConstants]) -> Losses | None:
+    """Losses that a calibration was made with; None where there are none, or they cannot be."""
+    held = source.get("losses")
+    try:
+        found_L2C = torch.tensor(held, dtype=torch.float64)
+    except (TypeError, ValueError):
+        return None
+    if found_L2C.shape != (len(layers), 2, len(CHOICES)) or not bool((found_L2C >= 0).all()):
+        return None
+    pairs = [(keys, values) for keys, values in found_L2C.tolist()]
+    return dict(zip(layers, pairs, strict=True))
+
+
 def bits_chosen(layers: Mapping[int, KVConstants]) -> list[list[int]]:
     """Of keys and of values, first layer first."""
     forms = [constants.format for constants in layers.values()]

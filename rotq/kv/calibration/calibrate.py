@@ -66,7 +66,7 @@ def calibrate(
     if spec.average_bits is not None:
         losses = side_losses(model, ids_BT, layers, sinks=spec.sinks)
         layers = budgeted(layers, losses, spec.average_bits)
-        chosen = {"bits": bits_chosen(layers)}
+        chosen = {"bits": bits_chosen(layers), "losses": list(losses.values())}
     width = max(found.shape.head_dim for found in statistics)
     evidence = statistics[0].evidence
     note = evidence.note(width) if spec.needs_calibration else ""

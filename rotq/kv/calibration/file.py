@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rotq.disk.files import whole_file
 from rotq.errors import RotqError
-from rotq.kv.calibration.budget import check_budget
+from rotq.kv.calibration.budget import bits_chosen, budgeted, check_budget, kept_losses
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
 from rotq.kv.calibration.model_hash import hash_config
@@ -67,7 +67,7 @@ class KVCalibration:
     def serves(self, spec: KVSpec) -> bool:
         """Whether ``under(spec)`` exists: what differs is not fitted."""
         free = ["name", "k_bits", "v_bits", "sinks", "recent", "boundary", "boundary_bits"]
-        if spec.average_bits is None:
+        if spec.average_bits is None or kept_losses(self.source, self.layers) is not None:
             free.append("average_bits")
         own = replace(self.spec, **{name: getattr(spec, name) for name in free})
         if spec.average_bits is not None:
@@ -86,12 +86,21 @@ class KVCalibration:
         if not self.serves(spec):
             raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
         if spec.average_bits is not None:
-            return replace(self, spec=spec)
+            return self._averaged(spec, spec.average_bits)
         layers = {
             layer: recoded(constants, *spec.layer_bits(layer, len(self.layers)))
             for layer, constants in self.layers.items()
         }
         return replace(self, spec=spec, layers=layers)
+
+    def _averaged(self, spec: KVSpec, average_bits: float) -> KVCalibration:
+        """Its own bits, or those of another average by the losses that it keeps."""
+        losses = kept_losses(self.source, self.layers)
+        if losses is None or average_bits == self.spec.average_bits:
+            return replace(self, spec=spec)
+        layers = budgeted(self.layers, losses, average_bits)
+        source = {**self.source, "bits": bits_chosen(layers)}
+        return replace(self, spec=spec, layers=layers, source=source)
 
     def save(self, path: Path) -> None:
         """Write the file; it is whole or absent.

@@ -47,7 +47,8 @@ def test_too_few_bits_are_refused() -> None:
 def mixed(average: float = MORE) -> KVCalibration:
     flat = {layer: ([2.0, 1.0, 0.9], [1.0, 0.9, 0.8]) for layer in LAYERS}
     spec = replace(averaged(2.5), average_bits=average)
-    return replace(UNIFORM, spec=spec, layers=budgeted(LAYERS, flat, MORE))
+    source = {**UNIFORM.source, "losses": list(flat.values())}
+    return replace(UNIFORM, spec=spec, layers=budgeted(LAYERS, flat, MORE), source=source)
 
 
 def test_a_file_keeps_what_was_chosen(tmp_path: Path) -> None:
@@ -55,7 +56,11 @@ def test_a_file_keeps_what_was_chosen(tmp_path: Path) -> None:
     held.save(tmp_path / "mixed")
     again = load_calibration(tmp_path / "mixed", MODEL.config)
     assert [c.format for c in again.layers.values()] == [c.format for c in held.layers.values()]
-    assert not again.serves(averaged(2.6))
+    other = replace(held.spec, average_bits=LEAST + 0.01)
+    assert again.serves(other)
+    assert {c.format.v_bits for c in again.under(other).layers.values()} == {2}
+    again.source["losses"] = [1.0]
+    assert not again.serves(other)
     assert again.under(held.spec).layers[0].format == held.layers[0].format
     assert {c.format.v_bits for c in again.under(preset("k3v3")).layers.values()} == {3}
     assert not UNIFORM.serves(held.spec)
