@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rotq.cli.kv_bits import kv_bits_option
 from rotq.cli.loading import choose, find, load, say, show
 from rotq.cli.options import (
     Command,
@@ -105,6 +106,7 @@ def _calibration_options(
 @click.option(
     "--kv", "name", default="k3v3", show_default=True, metavar="PRESET", help="Scheme to fit."
 )
+@kv_bits_option("name")
 @calibration_options(num_samples=16, seq_len=1024)
 @device_option
 @model_options
@@ -120,7 +122,8 @@ def calibrate_kv(
 ) -> None:
     """Fit the constants of a packed KV cache to MODEL, and write them as one safetensors file.
 
-    A file serves all of k2v2 to k8v8: their constants do not depend on the bits.
+    A file serves all of k2v2 to k8v8: their constants do not depend on the bits. One of --kv-bits
+    serves those, and every other --kv-bits.
 
     \b
     rotq calibrate-kv models/llama -o llama-kv.safetensors

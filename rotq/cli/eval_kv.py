@@ -11,6 +11,7 @@ import click
 
 from rotq.cli.calibrate_kv import calibration_options, calibrator
 from rotq.cli.eval import checked_protocol
+from rotq.cli.kv_bits import kv_bits_option
 from rotq.cli.kv_schemes import NamedSchemes
 from rotq.cli.loading import find, load, placed_on, show
 from rotq.cli.options import (
@@ -40,11 +41,11 @@ TEXT = "text"
 @click.option(
     "--kv",
     "names",
-    required=True,
     metavar="SCHEME[,SCHEME...]",
     help="Presets to measure, and schemes of others: kivi-2, -3, -4, kvarn-k4v2, -k3v3, -k2v2, "
     "oscar-int2, vllm-tq3, -tq4.",
 )
+@kv_bits_option("names", beside=True)
 @click.option(
     "--kv-calibration",
     type=FilePath(),
@@ -79,7 +80,7 @@ TEXT = "text"
 @output_options
 def eval_kv(
     model: str,
-    names: str,
+    names: str | None,
     kv_calibration: Path | None,
     text: str,
     windows: int,
@@ -111,6 +112,8 @@ def eval_kv(
     from rotq.evaluation.perplexity import Protocol
     from rotq.models.limits import limits_of
 
+    if names is None:
+        raise click.UsageError("Missing option '--kv' or '--kv-bits'.")
     named = NamedSchemes.parse(names, sinks, recent)
     placed_on(device, placed)
     content = read_text(text, split="test")

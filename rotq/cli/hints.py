@@ -26,7 +26,7 @@ OPTIONS = {
     "--task-files": ("include-path", "data-dir"),
     "--num-fewshot": ("shots", "fewshot", "num-shots"),
     "--reference": ("baseline", "base", "original"),
-    "--kv": ("kv-bits", "kv-cache", "kv-cache-dtype", "preset"),
+    "--kv": ("kv-cache", "kv-cache-dtype", "preset"),
     "--kv-calibration": ("calibration", "kv-file"),
     "--kv-memory": ("memory", "gpu-memory-utilization"),
     "--max-batch": ("max-num-seqs", "batch-size"),

@@ -86,8 +86,11 @@ def find_constants(
     Raises:
         RotqError: the file, the text or the model is not as it must be.
     """
+    from rotq.kv.calibration.budget import check_average
     from rotq.kv.calibration.file import load_calibration
 
+    for spec in specs:
+        check_average(model.config, spec)
     without = str(file) == NONE
     held = None if file is None or without else load_calibration(file, model.config)
     found: dict[str, KVCalibration] = {}
@@ -110,8 +113,10 @@ def constants_in(file: Path, model: Any, spec: KVSpec) -> KVCalibration:
     Raises:
         RotqError: the file is not as it must be, or does not serve the scheme.
     """
+    from rotq.kv.calibration.budget import check_average
     from rotq.kv.calibration.file import load_calibration
 
+    check_average(model.config, spec)
     held = load_calibration(file, model.config)
     if not held.serves(spec):
         raise RotqError(f"{file} is for {held.spec.name} and does not serve {spec.name}")

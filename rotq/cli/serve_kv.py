@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from rotq.cli.kv_bits import kv_bits_option
 from rotq.cli.loading import load_to_serve
 from rotq.cli.options import ModelName, debug_wanted, model_options, output_options
 from rotq.cli.serve_options import (
@@ -35,6 +36,7 @@ KEY_VARIABLE = "ROTQ_API_KEY"
     metavar="PRESET|dense",
     help="Scheme of the cache; dense is the model's own precision.",
 )
+@kv_bits_option("name")
 @serving_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind.")
 @click.option(

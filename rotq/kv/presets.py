@@ -7,6 +7,7 @@ A preset is a name for a ``KVSpec``. ``k3v3`` and its relatives are ours; ``turb
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -37,13 +38,16 @@ class KVSpec:
     """0 leaves the keys' own moment out: A = basis x M^(alpha / 2)."""
     value_metric: bool = True
     """The same for values, with M from the output projection and alpha 1/2."""
+    boost: bool = True
+    """Make decoded keys and values larger, as coding shrinks them on the average; ``boost``. Not
+    with a residual, which is fitted to what is left."""
     codebook: Literal["gaussian", "kmeans"] = "gaussian"
     """Lloyd-Max for the unit normal, or k-means of the head's own y, for ``norm="none"``."""
     gain: Literal["lsq", "norm", "none"] = "lsq"
     """See ``rotq_kernels.kv.format.SideConstants``."""
     search: int = 4
     """Elements of a token that may leave their nearest level so that errors cancel where they
-    cost most; only encoding pays for it."""
+    cost most, twice as many at 2 bits; only encoding pays for it."""
     norm: Literal["log8", "float16", "none"] = "log8"
     residual: Literal["none", "sign", "qjl"] = "none"
     """One more bit per key element."""
@@ -59,6 +63,9 @@ class KVSpec:
     boundary: int = 0
     """Layers at either end that get ``boundary_bits`` for keys and values."""
     boundary_bits: int = 8
+    average_bits: float | None = None
+    """Stored bits per element, norms included, that keys and values of all layers have together;
+    calibration gives each 2 to 4 (``calibration.budget``). None: ``k_bits`` and ``v_bits``."""
     billed_bits: float | None = None
     """Bits per element as the scheme's own code stores it, where that is more than is needed."""
 
@@ -74,7 +81,7 @@ class KVSpec:
             ("sinks", 0, 1024),
             ("recent", 0, 65536),
             ("boundary", 0, 1024),
-            ("search", 0, 64),
+            ("search", 0, 32),
         ):
             value = getattr(self, field)
             if not low <= value <= high:
@@ -83,6 +90,7 @@ class KVSpec:
             raise ValueError(f"alpha: {self.alpha} is not between 0 and 2")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: {self.beta} is not between 0 and 1")
+        self._check_average()
         if self.billed_bits is not None and not 0 < self.billed_bits <= 64:
             raise ValueError(f"billed_bits: {self.billed_bits} is not above 0, at most 64")
         if self.search and (self.gain != "lsq" or self.norm == "none"):
@@ -91,12 +99,27 @@ class KVSpec:
             raise ValueError("codebook kmeans and norm none go together")
         if max(self.k_bits, self.v_bits) > 4 and self.codebook == "kmeans":
             raise ValueError("codebook kmeans has at most 4 bits")
+        if self.boosts and (self.norm != "log8" or self.codebook != "gaussian"):
+            raise ValueError("boost needs codes of the unit normal and norms of 8 bits")
+
+    def _check_average(self) -> None:
+        if self.average_bits is None:
+            return
+        if not 2 <= self.average_bits <= 8:
+            raise ValueError(f"average_bits: {self.average_bits:g} is not between 2 and 8")
+        if self.codebook != "gaussian" or self.residual != "none" or self.boundary:
+            raise ValueError("average_bits is for codes of the unit normal, without more")
 
     def layer_bits(self, layer: int, num_layers: int) -> tuple[int, int]:
-        """Bits of keys and values of one layer."""
+        """Bits of keys and values of one layer, before calibration spends ``average_bits``."""
         if layer < self.boundary or layer >= num_layers - self.boundary:
             return self.boundary_bits, self.boundary_bits
         return self.k_bits, self.v_bits
+
+    @property
+    def boosts(self) -> bool:
+        """Whether its constants have factors."""
+        return self.boost and self.residual == "none"
 
     @property
     def needs_calibration(self) -> bool:
@@ -108,9 +131,11 @@ class KVSpec:
             or self.alpha != 0
             or self.beta != 0
             or self.value_metric
+            or self.boosts
             or self.search != 0
             or self.codebook != "gaussian"
             or (self.residual != "none" and self.residual_scale != "unbiased")
+            or self.average_bits is not None
         )
 
     def oblivious(self) -> KVSpec:
@@ -121,7 +146,8 @@ class KVSpec:
         """
         if not self.needs_calibration:
             return self
-        if self.codebook == "kmeans" or "svd" in (self.basis, self.value_basis):
+        fitted = self.codebook == "kmeans" or "svd" in (self.basis, self.value_basis)
+        if fitted or self.average_bits is not None:
             raise ValueError(f"{self.name} does not exist without calibration")
         return replace(
             self,
@@ -131,6 +157,7 @@ class KVSpec:
             alpha=0.0,
             beta=0.0,
             value_metric=False,
+            boost=False,
             search=0,
             codebook="gaussian",
             residual_scale="unbiased",
@@ -185,6 +212,7 @@ _TURBOQUANT = KVSpec(
     alpha=0.0,
     beta=0.0,
     value_metric=False,
+    boost=False,
     codebook="gaussian",
     search=0,
     gain="none",
@@ -219,14 +247,28 @@ PRESETS: dict[str, KVSpec] = {
 }
 
 
+_AVERAGE = re.compile(r"kv(\d(?:\.\d+)?)")
+
+
+def averaged(bits: float) -> KVSpec:
+    """Keys and values of 2 to 4 bits each, by layer, that take so many bits together.
+
+    Raises:
+        ValueError: not between 2 and 8.
+    """
+    return replace(_ours(2, 2), name=f"kv{bits:g}", average_bits=float(bits))
+
+
 def preset(name: str) -> KVSpec:
-    """A scheme by name.
+    """A scheme by name; ``kv2.5`` is ``averaged(2.5)``.
 
     Raises:
         ValueError: no such name; says the nearest.
     """
     if name in PRESETS:
         return PRESETS[name]
+    if average := _AVERAGE.fullmatch(name):
+        return averaged(float(average[1]))
     near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS))
     nearest = max(near, key=lambda known: known.startswith(name), default="")
     hint = f"did you mean {nearest}?" if near else f"known: {', '.join(PRESETS)}"

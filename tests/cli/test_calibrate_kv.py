@@ -200,6 +200,28 @@ def test_schemes_of_others_come_in_the_order_of_their_names(tmp_path: Path, text
     assert all(values["kl"] > 0 for values in found)
 
 
+def test_bits_by_layer_stand_beside_presets(text: str) -> None:
+    result = evaluate(
+        text,
+        "llama",
+        "--kv",
+        "turboquant",
+        "--kv-bits",
+        "5.5",
+        "--calibration",
+        text,
+        *SMALL,
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    _, found = (json.loads(line) for line in result.stdout.splitlines())
+    assert found["preset"] == "kv5.5"
+    assert result.stderr.count("\n") == 1
+    refused = run("calibrate-kv", "llama", "-o", "x", "--kv", "k3v3", "--kv-bits", "5.5")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "leave one out" in refused.stderr
+
+
 def test_constants_that_need_no_data_are_asked_for_by_name(text: str) -> None:
     result = evaluate(text, "llama", "--kv", "k3v3", "--kv-calibration", "none", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -232,6 +254,9 @@ def test_table(text: str) -> None:
     [
         (["llama", "--kv", "k3v33"], 2, "no KV preset 'k3v33'; did you mean k3v3?"),
         (["llama", "--kv", "k3v3,k3v3"], 2, "a preset is named twice"),
+        (["llama"], 2, "Missing option '--kv' or '--kv-bits'"),
+        (["llama", "--kv-bits", "9"], 2, "--kv-bits 9 is not between 2 and 8"),
+        (["llama", "--kv-bits", "2.5"], 1, "--kv-bits 2.5 is below"),
         (["llama", "--kv", "k3v3", "--sinks", "5000"], 2, "sinks: 5000 is not between"),
         (["missing", "--kv", "turboquant"], 1, "missing does not exist"),
         (["mamba", "--kv", "turboquant"], 1, "mamba: not a decoder with a KV cache"),

@@ -171,7 +171,8 @@ class SideConstants:
     matrix_HDD: Tensor
     """A: y = A x, that is rows x @ A.mT."""
     inverse_HDD: Tensor
-    """A^-1: a query row becomes x @ A^-1; a row of output y becomes y @ A^-T."""
+    """A^-1: a query row becomes x @ A^-1; a row of output y becomes y @ A^-T. It may be larger
+    by a factor, ``boost_HC``."""
     mean_HD: Tensor
     """Zeros where no mean is removed. Of keys before RoPE for ``mean="rope"``."""
     levels_HL: Tensor
@@ -190,6 +191,9 @@ class SideConstants:
     search: int = 0
     """Elements of a token that may leave their nearest level for a better one together
     (``encode.search``); needs ``metric_HDD``, ``gain="lsq"`` and a norm."""
+    boost_HC: Tensor | None = None
+    """(H, 3): what ``inverse_HDD`` has been multiplied by for codes of 2, 3 and 4 bits, for who
+    changes the bits; None for nothing. Kernels do not read it."""
 
 
 @dataclass(kw_only=True)

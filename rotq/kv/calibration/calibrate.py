@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.budget import bits_chosen, budgeted, check_average, side_losses
 from rotq.kv.calibration.codebook import gaussian_codebook
 from rotq.kv.calibration.file import KVCalibration
 from rotq.kv.calibration.fit import fit_layer
@@ -52,14 +53,20 @@ def calibrate(
         on_note: Called with a line where the windows say too little; see ``evidence``.
 
     Raises:
-        RotqError: see ``statistics.collect``.
+        RotqError: see ``statistics.collect`` and ``budget``.
     """
+    check_average(model.config, spec)
     if statistics is None:
         statistics = collect(model, ids_BT, sinks=spec.sinks, on_window=on_window)
     layers = {}
     for layer, found in enumerate(statistics):
         format = kv_format(spec, found.shape.head_dim, layer, len(statistics))
         layers[layer] = fit_layer(found.shrunk(), spec, format)
+    chosen: dict[str, Any] = {}
+    if spec.average_bits is not None:
+        losses = side_losses(model, ids_BT, layers, sinks=spec.sinks)
+        layers = budgeted(layers, losses, spec.average_bits)
+        chosen = {"bits": bits_chosen(layers), "losses": list(losses.values())}
     width = max(found.shape.head_dim for found in statistics)
     evidence = statistics[0].evidence
     note = evidence.note(width) if spec.needs_calibration else ""
@@ -76,6 +83,7 @@ def calibrate(
             "static_mean_layers": static,
             "weight": evidence.weight(width),
             "notes": [note] if note else [],
+            **chosen,
         },
     )
 

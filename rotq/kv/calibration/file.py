@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rotq.disk.files import whole_file
 from rotq.errors import RotqError
+from rotq.kv.calibration.budget import bits_chosen, budgeted, check_budget, kept_losses
 from rotq.kv.calibration.device_constants import DeviceConstants
 from rotq.kv.calibration.layer_constants import recoded
 from rotq.kv.calibration.model_hash import hash_config
@@ -28,7 +29,7 @@ from rotq.models.rotary import kv_shapes, rotaries
 from rotq.ops import KVConstants
 from rotq.recipe.sections import shown
 
-VERSION = 1
+VERSION = 2
 
 _FACTS = {"version": int, "spec": dict, "model_hash": str, "source": dict, "layers": dict}
 """What a file says of itself."""
@@ -65,8 +66,12 @@ class KVCalibration:
 
     def serves(self, spec: KVSpec) -> bool:
         """Whether ``under(spec)`` exists: what differs is not fitted."""
-        free = ("name", "k_bits", "v_bits", "sinks", "recent", "boundary", "boundary_bits")
+        free = ["name", "k_bits", "v_bits", "sinks", "recent", "boundary", "boundary_bits"]
+        if spec.average_bits is None or kept_losses(self.source, self.layers) is not None:
+            free.append("average_bits")
         own = replace(self.spec, **{name: getattr(spec, name) for name in free})
+        if spec.average_bits is not None:
+            return own == spec
         same_bits = (self.spec.k_bits, self.spec.v_bits) == (spec.k_bits, spec.v_bits)
         coded_alike = same_bits and self.spec.boundary == spec.boundary
         fixed = self.spec.codebook == "gaussian" and self.spec.residual == "none"
@@ -80,11 +85,22 @@ class KVCalibration:
         """
         if not self.serves(spec):
             raise ValueError(f"a calibration for {self.spec.name} does not serve {spec.name}")
+        if spec.average_bits is not None:
+            return self._averaged(spec, spec.average_bits)
         layers = {
             layer: recoded(constants, *spec.layer_bits(layer, len(self.layers)))
             for layer, constants in self.layers.items()
         }
         return replace(self, spec=spec, layers=layers)
+
+    def _averaged(self, spec: KVSpec, average_bits: float) -> KVCalibration:
+        """Its own bits, or those of another average by the losses that it keeps."""
+        losses = kept_losses(self.source, self.layers)
+        if losses is None or average_bits == self.spec.average_bits:
+            return replace(self, spec=spec)
+        layers = budgeted(self.layers, losses, average_bits)
+        source = {**self.source, "bits": bits_chosen(layers)}
+        return replace(self, spec=spec, layers=layers, source=source)
 
     def save(self, path: Path) -> None:
         """Write the file; it is whole or absent.
@@ -163,6 +179,7 @@ def _restored(path: Path, file: StoredFile, model_config: Any) -> KVCalibration:
         )
         layers[layer] = reader.read(facts["layers"][str(layer)])
     file.check_all_read()
+    check_budget(spec, layers)
     return KVCalibration(
         spec=spec, layers=layers, model_hash=facts["model_hash"], source=facts["source"]
     )

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.boost import KEY_POWER, VALUE_POWER, boosted
 from rotq.kv.calibration.codebook import (
     Codebook,
     fitted_centres,
@@ -23,6 +24,7 @@ from rotq.kv.calibration.layer_constants import (
     centred_base,
     hadamard_basis,
     layer_constants,
+    search_steps,
     side_constants,
 )
 from rotq.kv.calibration.metric import balanced_metric, coded_metric, symmetric_power
@@ -82,7 +84,11 @@ def fit_key(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Side
     metric_HDD = statistics.query_moment_HDD
     alphas = ALPHAS if spec.alpha is None else (spec.alpha,)
     matrices = [balanced(basis_HDD, C_HDD, metric_HDD, alpha, spec.beta) for alpha in alphas]
-    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
+    side = _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.k_bits)
+    if not spec.boosts:
+        return side
+    weight, bits = statistics.weight, format.k_bits
+    return boosted(side, x_HND, metric_HDD, bits=bits, power=KEY_POWER, weight=weight)
 
 
 def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> SideConstants:
@@ -96,7 +102,11 @@ def fit_value(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> Si
     metric_HDD = statistics.output_moment_HDD
     if spec.value_metric and metric_HDD is not None:
         matrices = [balanced(matrices[0], C_HDD, metric_HDD, alpha, 1.0) for alpha in ALPHAS]
-    return _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
+    side = _best_side(matrices, x_HND, mean_HD, metric_HDD, spec, format.v_bits)
+    if not spec.boosts:
+        return side
+    weight, bits = statistics.weight, format.v_bits
+    return boosted(side, x_HND, metric_HDD, bits=bits, power=VALUE_POWER, weight=weight)
 
 
 def balanced(
@@ -173,7 +183,7 @@ def _fit_side(
         gain=spec.gain,
         base_H=base_H,
         metric_HDD=None if metric_HDD is None else coded_metric(matrix_HDD, metric_HDD),
-        search=spec.search if metric_HDD is not None else 0,
+        search=search_steps(spec.search, bits) if metric_HDD is not None else 0,
     )
 
 

@@ -28,6 +28,8 @@ _BASIS_SEED = 0
 _SKETCH_SEED = 1
 _SMALLEST_RMS = 1e-30
 _OCTAVES = 16
+BOOSTED_BITS = (2, 3, 4)
+"""Of codes whose decoded rows have factors of their own; see ``boost``."""
 """Factors of two that a log8 norm spans."""
 
 
@@ -163,17 +165,37 @@ def recoded(constants: KVConstants, k_bits: int, v_bits: int) -> KVConstants:
     return replace(
         constants,
         format=form,
-        key=_recoded_side(constants.key, constants.format.k_bits, k_bits),
-        value=_recoded_side(constants.value, constants.format.v_bits, v_bits),
+        key=recoded_side(constants.key, constants.format.k_bits, k_bits),
+        value=recoded_side(constants.value, constants.format.v_bits, v_bits),
     )
 
 
-def _recoded_side(side: SideConstants, old_bits: int, bits: int) -> SideConstants:
+def search_steps(search: int, bits: int) -> int:
+    """Elements of a token that may move: twice as many at 2 bits, where more round badly."""
+    return 2 * search if bits == 2 else search
+
+
+def boost_of(boost_HC: Tensor, bits: int) -> Tensor:
+    """(H,) factors of decoded rows; 1 for bits that have none."""
+    if bits not in BOOSTED_BITS:
+        return torch.ones_like(boost_HC[:, 0])
+    return boost_HC[:, BOOSTED_BITS.index(bits)]
+
+
+def recoded_side(side: SideConstants, old_bits: int, bits: int) -> SideConstants:
+    """One side of ``recoded``."""
     if bits == old_bits:
         return side
+    inverse_HDD = side.inverse_HDD
+    if side.boost_HC is not None:
+        ratio_H = boost_of(side.boost_HC, bits) / boost_of(side.boost_HC, old_bits)
+        inverse_HDD = inverse_HDD * ratio_H[:, None, None]
     book, heads = gaussian_codebook(bits), side.base_H.numel()
+    search = side.search // 2 if old_bits == 2 else side.search
     return replace(
         side,
+        search=search_steps(search, bits),
+        inverse_HDD=inverse_HDD,
         levels_HL=book.levels_L.expand(heads, -1).contiguous(),
         thresholds_HL=book.thresholds_E.expand(heads, -1).contiguous(),
         base_H=side.base_H + (book.unit / side.unit_H).log2(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotq.kv.calibration.boost import LARGEST
 from rotq.kv.presets import KVSpec
 from rotq.ops import KVConstants, SideConstants, level_values
 
@@ -47,6 +48,8 @@ def _check_side(
     name: str, side: SideConstants, bits: int, spec: KVSpec, *, orthogonal: bool
 ) -> None:
     try:
+        if side.boost_HC is not None:
+            _check_range("boost_HC", side.boost_HC, 1.0, LARGEST)
         _check_matrix(side, orthogonal=orthogonal)
         _check_codebook(side, bits, normal=spec.codebook == "gaussian")
         _check_range("mean_HD", side.mean_HD, -_LARGEST, _LARGEST)
@@ -65,7 +68,7 @@ def _check_matrix(side: SideConstants, *, orthogonal: bool) -> None:
     growth_H = inverse_HDD.double().square().sum(-1).mean(-1).sqrt()
     _check("matrix_HDD", bool(growth_H.max() <= _LARGEST_INVERSE), "has no inverse")
     if orthogonal:
-        away = (inverse_HDD - A_HDD.mT).abs().max()
+        away = (A_HDD @ A_HDD.mT - torch.eye(A_HDD.shape[-1])).abs().max()
         _check("matrix_HDD", bool(away <= _TOLERANCE), "is not orthogonal")
 
 

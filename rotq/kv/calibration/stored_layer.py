@@ -11,13 +11,20 @@ Shape suffixes: H KV heads, D head width, L levels, E thresholds, R rotary pairs
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotq.kv.calibration.layer_constants import kv_format, stored_inverse
+from rotq.kv.calibration.boost import with_boost
+from rotq.kv.calibration.budget import CHOICES
+from rotq.kv.calibration.layer_constants import (
+    BOOSTED_BITS,
+    kv_format,
+    search_steps,
+    stored_inverse,
+)
 from rotq.kv.calibration.soundness import check_constants
 from rotq.kv.calibration.stored_file import StoredFile
 from rotq.kv.presets import KVSpec
@@ -26,6 +33,7 @@ from rotq.ops import TABLE_BITS, KVConstants, KVFormat, SideConstants
 from rotq.recipe.sections import shown
 
 _SIDE = ("matrix_HDD", "mean_HD", "levels_HL", "thresholds_HL", "base_H", "unit_H")
+_SIDES = ("key", "value")
 _LAYER = ("inv_freq_R", "sketch_DD", "residual_scale_H", "gamma_base_H")
 
 
@@ -49,8 +57,9 @@ def layer_tensors(layer: int, constants: KVConstants) -> dict[str, Tensor]:
     for side, held in (("key", constants.key), ("value", constants.value)):
         for name in _SIDE:
             tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
-        if held.metric_HDD is not None:
-            tensors[f"{layer}.{side}.metric_HDD"] = _stored_once(held.metric_HDD)
+        for name in ("metric_HDD", "boost_HC"):
+            if getattr(held, name) is not None:
+                tensors[f"{layer}.{side}.{name}"] = _stored_once(getattr(held, name))
     for name in _LAYER:
         value = getattr(constants, name)
         if value is not None:
@@ -85,8 +94,9 @@ class LayerReader:
         Raises:
             ValueError: a fact or a tensor is not what the scheme and the model ask for; names it.
         """
-        format = kv_format(self.spec, self.shape.head_dim, self.layer, self.num_layers)
-        facts = self._checked(facts, format)
+        facts = self._checked(facts)
+        bits = {name: facts[f"format.{name}"] for name in ("k_bits", "v_bits")}
+        format = replace(self._format, **bits)
         H, D = self.shape.num_heads, self.shape.head_dim
         qjl = format.residual == "qjl"
         found = KVConstants(
@@ -108,10 +118,14 @@ class LayerReader:
             raise ValueError(f"{self.layer}.{error}") from None
         return found
 
-    def _checked(self, facts: object, format: KVFormat) -> dict[str, Any]:
+    @property
+    def _format(self) -> KVFormat:
+        return kv_format(self.spec, self.shape.head_dim, self.layer, self.num_layers)
+
+    def _checked(self, facts: object) -> dict[str, Any]:
         """The facts by name, those of the format too."""
         said = _flat(facts)
-        allowed = self._allowed(format, turned=said.get("mean") == "rope")
+        allowed = self._allowed(turned=said.get("mean") == "rope")
         if said.keys() != allowed.keys():
             raise ValueError(f"layer {self.layer}: its facts are not {', '.join(allowed)}")
         for name, values in allowed.items():
@@ -123,22 +137,28 @@ class LayerReader:
                 )
         return said
 
-    def _allowed(self, format: KVFormat, *, turned: bool) -> dict[str, tuple[object, ...]]:
+    def _allowed(self, *, turned: bool) -> dict[str, tuple[object, ...]]:
         """What each fact may be."""
+        form: dict[str, tuple[object, ...]]
+        form = {f"format.{name}": (value,) for name, value in asdict(self._format).items()}
+        if self.spec.average_bits is not None:
+            form |= {"format.k_bits": CHOICES, "format.v_bits": CHOICES}
         # static where the layer's RoPE is unknown, or was when the file was made
         means = ("rope", "static") if self.spec.mean == "rope" else (self.spec.mean,)
         scale = self.rotary.scale if turned and self.rotary is not None else 1.0
-        searches = (0, self.spec.search)
         return {
-            **{f"format.{name}": (value,) for name, value in asdict(format).items()},
+            **form,
             "mean": means,
             "rotary_scale": (scale,),
             "heads": (self.shape.num_heads,),
             "key_gain": (self.spec.gain,),
             "value_gain": (self.spec.gain,),
-            "key_search": searches,
-            "value_search": searches,
+            **{f"{side}_search": self._searches(form[f"format.{side[0]}_bits"]) for side in _SIDES},
         }
+
+    def _searches(self, bits: tuple[Any, ...]) -> tuple[object, ...]:
+        """Steps that a side of one of so many bits may have."""
+        return (0, *dict.fromkeys(search_steps(self.spec.search, each) for each in bits))
 
     def _side(self, side: str, bits: int, search: int) -> SideConstants:
         D = self.shape.head_dim
@@ -152,13 +172,16 @@ class LayerReader:
         }
         if search:
             rests["metric_HDD"] = (D, D)
+        if self.spec.boosts:
+            rests["boost_HC"] = (len(BOOSTED_BITS),)
         held = {name: self._heads(f"{side}.{name}", rest) for name, rest in rests.items()}
-        return SideConstants(
+        plain = SideConstants(
             gain=self.spec.gain,
             search=search,
             inverse_HDD=stored_inverse(held["matrix_HDD"]),
             **held,
         )
+        return with_boost(plain, held["boost_HC"], bits) if self.spec.boosts else plain
 
     def _heads(self, name: str, rest: tuple[int, ...]) -> Tensor:
         """A tensor of all heads, which may be stored once."""

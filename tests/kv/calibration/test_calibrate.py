@@ -9,6 +9,7 @@ from tiny_models import random_ids, tiny_model
 
 from rotq.kv.calibration.calibrate import calibrate, data_oblivious
 from rotq.kv.calibration.fit import balanced, centred_keys, coding_error
+from rotq.kv.calibration.layer_constants import boost_of
 from rotq.kv.calibration.statistics import LayerStatistics, collect
 from rotq.kv.presets import PRESETS, KVSpec, preset
 
@@ -72,6 +73,9 @@ def test_every_preset_is_fitted(name: str) -> None:
     for transform in found.layers.values():
         for side in (transform.key, transform.value):
             product = side.matrix_HDD @ side.inverse_HDD
+            if side.boost_HC is not None:
+                bits = preset(name).k_bits if side is transform.key else preset(name).v_bits
+                product = product / boost_of(side.boost_HC, bits)[:, None, None]
             torch.testing.assert_close(product, torch.eye(16).expand(2, -1, -1), rtol=0, atol=1e-3)
         assert (transform.inv_freq_R is not None) == (preset(name).mean == "rope")
 

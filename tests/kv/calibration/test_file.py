@@ -104,7 +104,7 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "has version 99, known is 1"),
+        ({"version": 99}, "has version 99, known is 2"),
         ({"spec": {"name": "x"}}, "is damaged"),
         ({"spec": 3}, "is damaged"),
         ({"1.key.levels_HL": None}, "is damaged: 1.key.levels_HL is missing"),
@@ -148,7 +148,10 @@ def test_other_bits_with_normal_codebooks() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"codebook": "kmeans", "norm": "none", "search": 0}, {"residual": "sign"}],
+    [
+        {"codebook": "kmeans", "norm": "none", "search": 0, "boost": False},
+        {"residual": "sign"},
+    ],
     ids=["codebook", "residual"],
 )
 def test_what_was_fitted_to_other_bits_is_refused(changes: dict[str, Any]) -> None:

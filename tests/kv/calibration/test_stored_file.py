@@ -76,7 +76,7 @@ def top(**changes: Any) -> Callable[[Facts], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (top(version=[1]), "FILE has version [1], known is 1"),
+        (top(version=[1]), "FILE has version [1], known is 2"),
         (top(more=1), "its facts are not version"),
         (lambda facts: facts.pop("source"), "its facts are not version"),
         (top(model_hash=5), "its model_hash is 5"),
