@@ -208,7 +208,7 @@ class DenseVisible(Whole):
                 pages[row.page_J].transpose(0, 1).flatten(1, 2)[None, :, : row.end]
                 for pages in (self.layer.k_PHSD, self.layer.v_PHSD)
             )
-            q_1MTD = query_BMTD[row.b, None]
-            whole = (x.to(query_BMTD.dtype) for x in (k_1HND, v_1HND))
-            out_BMTD[row.b] = extras.attend(q_1MTD, *whole, row.seen_TN, scale)[0]
+            q_1MTD, dtype = query_BMTD[row.b, None], query_BMTD.dtype
+            k_1HND, v_1HND = k_1HND.to(dtype), v_1HND.to(dtype)
+            out_BMTD[row.b] = extras.attend(q_1MTD, k_1HND, v_1HND, row.seen_TN, scale)[0]
         return out_BMTD

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rotq.errors import RotqError
+from rotq.kv.cache.layout import together
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import calibrate
+from rotq.kv.pool import dense
 from rotq.kv.pool.dense import DensePool
 from rotq.kv.pool.packed import PackedPool
 from rotq.kv.pool.pool import PAGE_SIZE, Pool, Row, lay_out
@@ -162,3 +164,14 @@ def test_a_failed_pass_leaves_a_pool_that_works() -> None:
         run(model, pool, ids_of(5), row)
     last.forward = forward
     assert torch.equal(run(model, pool, ids_of(5), row), wanted)
+
+
+def test_a_dense_pool_moves_places_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would wait for each layer's otherwise."""
+    model, moved = served_model(), []
+    pool = DensePool(model, num_pages=4, table_width=2)
+    monkeypatch.setattr(dense, "together", lambda *given: moved.append(1) or together(*given))
+    run(model, pool, ids_of(9), Row(pages=[1], fresh=9))
+    assert len(pool.layers) > 1
+    # of the fresh tokens, and of the one row
+    assert len(moved) == 2
