@@ -30,10 +30,21 @@ def calibration_table(found: dict[str, Any]) -> str:
         ("text", f"{found['text']}, {windows} windows of {length} tokens"),
         ("model", found["model_hash"][:12]),
     ]
+    if "bits" in found:
+        rows.append(("bits chosen", _chosen(found["bits"])))
     if found["static_mean_layers"]:
         rows.append(("static mean", f"layers {found['static_mean_layers']}: RoPE is not known"))
     rows.extend(("note", note) for note in found["notes"])
     return facts(rows)
+
+
+def _chosen(bits: list[list[int]]) -> str:
+    """How many layers' keys and values have how many."""
+    counts = []
+    for side, of_side in zip(("keys", "values"), zip(*bits, strict=True), strict=True):
+        parts = [f"{n} in {of_side.count(n)}" for n in sorted(set(of_side))]
+        counts.append(f"{side} {', '.join(parts)}")
+    return "; ".join(counts) + " layers"
 
 
 def task_table(found: list[dict[str, Any]]) -> str:

@@ -217,6 +217,10 @@ def test_bits_by_layer_stand_beside_presets(text: str) -> None:
     _, found = (json.loads(line) for line in result.stdout.splitlines())
     assert found["preset"] == "kv5.5"
     assert result.stderr.count("\n") == 1
+    made = run(
+        "calibrate-kv", "llama", "-o", "x", "--kv-bits", "5.5", "--calibration", text, *SMALL
+    )
+    assert "bits chosen  keys 2 in" in made.stdout
     refused = run("calibrate-kv", "llama", "-o", "x", "--kv", "k3v3", "--kv-bits", "5.5")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "leave one out" in refused.stderr
