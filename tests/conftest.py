@@ -1,6 +1,7 @@
 """Shared test set-up."""
 
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -46,7 +47,8 @@ def _fresh_processes(_user_cache: None) -> Iterator[None]:
     server.close()
 
 
-_freeze = gc.freeze
+_freeze, _unfreeze = gc.freeze, gc.unfreeze
+_MODULES_PER_SWEEP = 20
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +66,15 @@ def _no_waits() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session")
+def _modules() -> Iterator[int]:
+    return itertools.count()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _settled(_no_waits: None) -> None:
+def _settled(_no_waits: None, _modules: Iterator[int]) -> None:
+    """Now and then with what has become garbage of the objects that were left out."""
+    if next(_modules) % _MODULES_PER_SWEEP == 0:
+        _unfreeze()
     gc.collect()
     _freeze()
