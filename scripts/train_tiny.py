@@ -40,13 +40,13 @@ def make_tokenizer(text: str, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
-def make_model(vocab_size: int) -> LlamaForCausalLM:
+def make_model(vocab_size: int, num_layers: int = 3) -> LlamaForCausalLM:
     """An untrained model with seeded weights."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=16,
@@ -80,7 +80,7 @@ def train(model: LlamaForCausalLM, ids_N: Tensor, steps: int) -> float:
     return float(loss.detach())
 
 
-def make_tiny(folder: Path, steps: int) -> float:
+def make_tiny(folder: Path, steps: int, num_layers: int = 3) -> float:
     """Train and save model and tokenizer; returns the last training loss.
 
     Raises:
@@ -89,7 +89,7 @@ def make_tiny(folder: Path, steps: int) -> float:
     folder = folder_to_fill(folder, "train_tiny.py")
     text = read_text("pydoc")
     tokenizer = make_tokenizer(text.content)
-    model = make_model(len(tokenizer))
+    model = make_model(len(tokenizer), num_layers)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     loss = train(model, tokenize(text, tokenizer), steps)

@@ -13,13 +13,13 @@ ARROWS: list[set[str]] = [
     {"cli"},
     {"quantize"},
     {"transform", "tuning"},
-    {"serve", "vllm", "job", "evaluation", "lora"},
+    {"serve", "vllm", "job", "evaluation", "lora", "processes"},
     {"kv", "fusion", "checkpoint"},
     {"models"},
     {"layers"},
     {"rotations"},
     {"solvers", "calibration", "report"},
-    {"formats", "recipe", "numerics", "autocast", "memory", "devices", "disk", "patterns"},
+    {"formats", "recipe", "numerics", "autocast", "memory", "devices", "disk", "patterns", "ranks"},
     {"ops", "phases"},
 ]
 """Packages and modules of rotq; a file imports from its own entry and from later rows only."""

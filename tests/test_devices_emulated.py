@@ -99,10 +99,10 @@ def test_proteins(name: str, tmp_path: Path) -> None:
 
 def test_a_job(tmp_path: Path) -> None:
     """Rotations, moments and the solver on a GPU give what they give on the CPU."""
-    small = {"calibration.num_samples": 4, "calibration.seq_len": 64}
+    small = {"calibration.num_samples": 2, "calibration.seq_len": 32}
     given = [Given(key=key, value=value, origin="test") for key, value in small.items()]
     recipe = resolve(Path(__file__).parents[1] / "configs" / "quarot.yaml", given)
-    model = make_checkpoint(tmp_path / "model")
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
     quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
     with emulated("cuda:0"):
         quantize_model(model, recipe, tmp_path / "cuda", device="cuda:0")
@@ -117,7 +117,7 @@ def test_a_job_without_double(tmp_path: Path) -> None:
     given = [Given(key=key, value=value, origin="test") for key, value in changes.items()]
     given.append(Given(key="output.format", value="rotq", origin="test"))
     recipe = resolve(Path(__file__).parents[1] / "configs" / "rtn.yaml", given)
-    model = make_checkpoint(tmp_path / "model")
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
     theirs = quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
     with emulated("mps"):
         ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
@@ -146,7 +146,7 @@ def test_every_kind_of_job_without_double(name: str, tmp_path: Path) -> None:
     small = {"calibration.num_samples": 2, "calibration.seq_len": 32, "output.format": "rotq"}
     given = [Given(key=k, value=v, origin="test") for k, v in (small | changes).items()]
     recipe = resolve(Path(__file__).parents[1] / "configs" / f"{config}.yaml", given)
-    model = make_checkpoint(tmp_path / "model")
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
     theirs = quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
     with emulated("mps"):
         ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
@@ -174,7 +174,7 @@ def test_solving_without_double() -> None:
 
 def test_a_search_without_double_is_refused(tmp_path: Path) -> None:
     recipe = resolve(Path(__file__).parents[1] / "configs" / "spinquant.yaml", [])
-    model = make_checkpoint(tmp_path / "model")
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
     with emulated("mps"), pytest.raises(RotqError, match=r"--device mps has no fp64, which transf"):
         quantize_model(model, recipe, tmp_path / "out", device="mps")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
-STEPS = ("0", "C0", "C1", "C2", "C3", "C4", "C5", "S1", "G1", "T1", "T2", "T3", "T4", "T5")
+STEPS = ("0", "C0", "C1", "C2", "C3", "C4", "C5", "S1", "G1", "G2", "T1", "T2", "T3", "T4", "T5")
 MODELS = ("E1", "E2", "E3", "E4")
 
 

@@ -84,7 +84,7 @@ def test_layer_overrides() -> None:
         ({"kv_cache": {"bits": 4}}, "kv_cache.bits is applied at run time, which only output.f"),
         ({"kv_cache": {"bits": 9}}, "kv_cache.bits: 9 is not 2 to 8, or 16"),
         ({"activations": {"bits": 4}}, "set weights.symmetric=true or output.format=rotq"),
-        ({"rotation": {"block_size": 16}}, "block_size is of block_hadamard; set"),
+        ({"rotation": {"block_size": 16}}, "block_size is of block_hadamard and of inputs; set"),
         ({"activations": {"bits": 1}}, "activations.bits: 1 is not 2 to 8, or 16"),
         ({"activations": {"bits": 15}}, "activations.bits: 15 is not 2 to 8, or 16"),
         ({"activations": {"symmetric": 1}}, "activations.symmetric: expected bool, got 1"),

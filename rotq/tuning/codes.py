@@ -177,14 +177,15 @@ def _train(
             loss = torch.zeros(())
             if 0 <= number - first < len(streams.batches):
                 loss = _loss(job, index, block, layers, streams, (number - first, part))
-                loss.backward()
-            job.ranks.sum_gradients([*codes, *changes])
             losses += job.ranks.total(loss.item())
             if not losses[-1] < float("inf"):
                 name = job.skeleton.block_name(index)
                 raise RotqError(
                     f"{name}: training codes, the loss is {losses[-1]} at step {step + 1}"
                 )
+            if loss.requires_grad:
+                loss.backward()
+            job.ranks.sum_gradients([*codes, *changes])
             optimizer.step()
     return losses
 

@@ -16,6 +16,7 @@ from job_reports import make_report
 
 from rotq.cli.main import main
 from rotq.errors import RotqError
+from rotq.ranks import ALONE
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
 
@@ -93,6 +94,7 @@ def test_defaults_reach_the_library(pipeline: Pipeline) -> None:
         "trust_remote_code": False,
         "inputs": {},
         "settled": None,
+        "ranks": ALONE,
     }
 
 

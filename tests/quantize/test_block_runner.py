@@ -36,7 +36,7 @@ def test_offloaded_streams_are_files_of_the_job(tmp_path):
     start(make_job(tmp_path / "job", {**CORRECTED, "calibration.offload": True}))
     names = {file.name for file in (tmp_path / "job").iterdir()}
     kinds = ("hidden", "attention")
-    assert names == {f"{kind}-{name}" for kind in kinds for name in ("quantized", "original")}
+    assert names == {f"{kind}-{name}-0" for kind in kinds for name in ("quantized", "original")}
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -49,7 +49,7 @@ def launch(model: Path, out: Path, size: int) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders "1" and "2" with the jobs of as many processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    model = make_checkpoint(folder / "model")
+    model = make_checkpoint(folder / "model", num_layers=2)
     launch(model, folder / "2", 2)
     rank_jobs.run(model, folder / "1")
     return folder

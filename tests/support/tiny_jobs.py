@@ -28,9 +28,9 @@ def load_script(name: str) -> Any:
     return module
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, num_layers: int = 3) -> Path:
     """An untrained model of train_tiny.py and its tokenizer."""
-    load_script("train_tiny").make_tiny(folder, steps=0)
+    load_script("train_tiny").make_tiny(folder, steps=0, num_layers=num_layers)
     return folder
 
 

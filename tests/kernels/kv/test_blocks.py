@@ -76,7 +76,7 @@ def test_tokens_are_written_into_blocks(name: str, encode: Encode) -> None:
 
 
 @pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 18])
 @pytest.mark.parametrize("name", FORMATS)
 def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
     form = FORMATS[name]
@@ -90,7 +90,7 @@ def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
 
 
 @pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 18])
 @pytest.mark.parametrize("hidden", [[0, 4], [17, 40]])
 def test_hidden_tokens_are_as_if_they_were_not_there(
     hidden: list[int], tokens: int, attend: Attend
