@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from fork_server import ForkServer
@@ -13,23 +14,27 @@ from rotq.errors import RotqError
 really = child._run  # before the session puts the server in its place
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "status", "said"),
     [
-        ("rotq", ["--version"], 0, "rotq, version"),
         ("rotq", ["no-such-command"], 2, "no-such-command"),
         ("rotq.checkpoint.reload", ["one"], 1, "ValueError: not enough values to unpack"),
     ],
 )
 def test_forks_are_fresh_processes(
-    module: str, arguments: list[str], status: int, said: str
+    server: ForkServer, module: str, arguments: list[str], status: int, said: str
 ) -> None:
-    server = ForkServer()
-    done = [run(module, arguments, dict(os.environ)) for run in (server.run, really)]
-    server.close()
-    for each in done:
-        assert each.returncode == status
-        assert said in each.stdout + each.stderr
+    for run in (server.run, really):
+        done = run(module, arguments, dict(os.environ))
+        assert done.returncode == status
+        assert said in done.stderr
 
 
 def test_the_module_that_users_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Fresh processes that need not import torch and transformers: forks of one that has.
 
 ``ForkServer().run(module, arguments, environment)`` is ``python -m module`` in a process that has
-run nothing but imports. ``python fork_server.py`` is the process that forks: it reads a request per
-line, and answers with the exit status.
+loaded a model of its own, which imports what loading needs, and has done nothing else. ``python
+fork_server.py`` is the process that forks: it reads a request per line, and answers with the exit
+status.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -70,9 +71,24 @@ def _decisive(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _IGNORED}
 
 
-def _serve() -> None:
-    import transformers  # noqa: F401
+def _load_a_model() -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    import rotq.checkpoint.reload
+    import rotq.cli.main  # noqa: F401
+    from rotq.checkpoint.load import load_model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_attention_heads=1, **sizes))
+    with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        load_model(Path(folder))(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+
+
+def _serve() -> None:
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        _load_a_model()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
