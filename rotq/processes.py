@@ -33,7 +33,8 @@ _FAILURE = "failure"
 
 def launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has started this process as one of several."""
-    return int(environment.get("WORLD_SIZE", "1")) > 1
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    return told and environment["WORLD_SIZE"] != "1"
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def _in_group(store: Store, rank: int, size: int) -> Iterator[Ranks]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     torch.set_num_threads(max(1, threads // size))
     try:
-        yield Ranks(rank=rank, size=size)
+        yield Ranks(rank=rank, size=size, local=int(os.environ.get("LOCAL_RANK", rank)))
     except BaseException as error:
         told = _failure_of_another(store, error)
         if told is not None:

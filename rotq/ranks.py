@@ -30,6 +30,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    local: int = 0
+    """Its number on this machine."""
 
     @property
     def leads(self) -> bool:
@@ -102,13 +104,12 @@ class Ranks:
             return name
         if ":" in name:
             raise RotqError(f"{self.size} processes need a GPU each; --device cuda takes the first")
-        local = self.rank % max(1, torch.cuda.device_count())
-        if torch.cuda.device_count() < self.size and local != self.rank:
+        if self.local >= torch.cuda.device_count():
             raise RotqError(
                 f"{self.size} processes need a GPU each, and there are "
                 f"{torch.cuda.device_count()}; --device cpu needs none"
             )
-        return f"cuda:{local}"
+        return f"cuda:{self.local}"
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Put the sum over all ranks into every gradient; one that is not there counts as 0."""

@@ -17,7 +17,7 @@ from tiny_jobs import make_checkpoint, quantize
 
 from rotq.checkpoint.files import read_json
 from rotq.errors import RotqError
-from rotq.processes import joined
+from rotq.processes import joined, launched
 from rotq.ranks import Ranks
 
 SUPPORT = Path(rank_jobs.__file__)
@@ -78,6 +78,25 @@ def test_shares_follow_each_other() -> None:
     assert [n for share in shares for n in share] == list(range(8))
     assert {len(share) for share in shares} == {2, 3}
     assert [Ranks(rank=rank, size=3).first_of_own(8) for rank in range(3)] == [0, 2, 5]
+
+
+def test_a_gpu_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = Ranks(rank=3, size=4, local=1)
+    assert [second.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert Ranks().device("cuda") == "cuda"
+    with pytest.raises(RotqError, match="need a GPU each; --device cuda takes"):
+        second.device("cuda:0")
+    with pytest.raises(RotqError, match="4 processes need a GPU each, and there are 2"):
+        Ranks(rank=2, size=4, local=2).device("auto")
+
+
+def test_who_was_launched() -> None:
+    shared = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert launched(shared)
+    assert not launched(shared | {"WORLD_SIZE": "1"})
+    assert not launched({"WORLD_SIZE": "2"})
 
 
 def test_a_process_that_ends_early_is_told() -> None:
