@@ -146,4 +146,5 @@ def _failure_of_another(store: Store, error: BaseException) -> str | None:
         if store.check([_FAILURE]):
             return store.get(_FAILURE).decode()
     is_loss = isinstance(error, dist.DistError) or "onnection" in str(error)
-    return f"another process of the job has ended: {reason(error)}" if is_loss else None
+    # a process that is killed, as for want of memory, says nothing
+    return "another process of the job was killed; the same command continues" if is_loss else None
