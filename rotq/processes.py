@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.distributed.rendezvous import rendezvous
 
 from rotq.errors import RotqError, reason
-from rotq.ranks import Ranks
+from rotq.ranks import ALONE, Ranks
 
 PATIENCE = timedelta(days=2)
 """How long ranks wait for each other: the leader fetches, converts and checks on its own."""
@@ -56,7 +56,7 @@ def joined(number: int, command: Sequence[str]) -> Iterator[Ranks]:
         with _leading(number, command) as ranks:
             yield ranks
     else:
-        yield Ranks()
+        yield ALONE
 
 
 @contextmanager

@@ -88,8 +88,10 @@ class Ranks:
         dist.broadcast_object_list(box)
         return cast(T, box[0])
 
-    def wait(self) -> None:
-        """Until all ranks have come here."""
+    def once(self, action: Callable[[], None]) -> None:
+        """Let the leader do it; all go on when it is done."""
+        if self.leads:
+            action()
         if self.size > 1:
             dist.barrier()
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rotq.calibration.batches import Batch
 from rotq.calibration.data import Windows
-from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import Source
 from rotq.devices import exact_device
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
-from rotq.ranks import Ranks
+from rotq.ranks import ALONE, Ranks
 from rotq.recipe import Recipe
 from rotq.report import Progress
 
@@ -39,7 +38,7 @@ class Job:
     dtype: torch.dtype
     """Of activations, and of what stays dense when it is computed with."""
     progress: Progress
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ALONE
     """The processes that share it."""
 
     @property
@@ -54,21 +53,6 @@ class Job:
     def results(self, part: str) -> dict[str, Any]:
         """What was recorded of a finished part, as the leader has it."""
         return self.ranks.told(lambda: self.folder.results(part))
-
-    def keep(
-        self, part: str, tensors: Mapping[str, Tensor], results: Mapping[str, Any] | None
-    ) -> None:
-        """Write a part, and record it as finished; the same on every rank, the leader does it.
-
-        Args:
-            results: What is to be reported about it; None: it belongs to a part that is recorded
-                later.
-        """
-        if self.ranks.leads:
-            save_tensors(self.folder.part(part), dict(tensors))
-            if results is not None:
-                self.folder.record(part, dict(results))
-        self.ranks.wait()
 
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:
         """A block of the original model, on the job's device."""

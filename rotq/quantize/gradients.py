@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rotq.calibration.batches import Batch
 from rotq.calibration.capture import run_block
 from rotq.calibration.streams import BatchStore, Stream
+from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
 from rotq.errors import RotqError
@@ -88,9 +89,7 @@ class GradientPass:
                 states[last] = self._at_the_head(states[last], batch, first + number)
             for index in reversed(range(num_blocks)):
                 self._backward(index, batches, states)
-        if ranks.leads:
-            self._record()
-        ranks.wait()
+        ranks.once(self._record)
         remove(file)
 
     def _record(self) -> None:
@@ -170,7 +169,8 @@ class GradientPass:
         experts = _inside_experts(block)
         for path, square_MG in weights.items():
             weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
-        self.job.keep(gradient_part(index), weights, None)
+        part = self.job.folder.part(gradient_part(index))
+        self.job.ranks.once(lambda: save_tensors(part, weights))
 
     def _window(
         self, index: int, block: nn.Module, paths: Sequence[str], given: Tensor, slope: Tensor

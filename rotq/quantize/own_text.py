@@ -45,9 +45,7 @@ def with_own_text(job: Job, *, trust_remote_code: bool) -> Job:
 
     def write(first: tuple[int, ...], num_windows: int, length: int, seed: int) -> SampledText:
         if not job.finished(OWN_TEXT):
-            if job.ranks.leads:
-                _write(job, first, num_windows, length, seed, trust_remote_code)
-            job.ranks.wait()
+            job.ranks.once(lambda: _write(job, first, num_windows, length, seed, trust_remote_code))
         return SampledText.of(read_tensors(job.folder.part(OWN_TEXT))["ids_BT"])
 
     windows = load_windows(

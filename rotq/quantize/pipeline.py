@@ -39,7 +39,7 @@ from rotq.quantize.quantized_block import save_block
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import choose_grids
 from rotq.quantize.setup import fingerprint, setup
-from rotq.ranks import Ranks
+from rotq.ranks import ALONE, Ranks
 from rotq.recipe import Recipe
 from rotq.report import JobReport, Progress, peak_rss
 from rotq.rotations.basis import Basis
@@ -92,7 +92,7 @@ def quantize_model(
         CheckFailed: the rotated model or the reloaded checkpoint is not the same function.
         Stopped: interrupted; the job can be resumed.
     """
-    started, progress, ranks = time.monotonic(), progress or Progress(), ranks or Ranks()
+    started, progress, ranks = time.monotonic(), progress or Progress(), ranks or ALONE
     found = locate(model)
     options = {
         "device": ranks.device(device),
@@ -200,7 +200,8 @@ def _finished_block(
     else:
         quantized = quantizer.quantize(index, original, streams)
         finished = quantized.block
-        save_block(job, index, quantized, flatness, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        job.ranks.once(lambda: save_block(job, index, quantized, flatness, seconds))
     rotated.check.advance(index, finished)
     if streams is not None and index + 1 < job.skeleton.num_blocks:
         quantizer.runner.advance(index, finished, streams.quantized)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from rotq.checkpoint.export import packed_tensors
+from rotq.checkpoint.shards import save_tensors
 from rotq.devices import double
 from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.integer import Quantized
@@ -62,13 +63,7 @@ def save_block(
     flatness: Mapping[str, FlatnessChange],
     seconds: float,
 ) -> None:
-    """Write the block's part: packed layers, and the rest as the plan stores it.
-
-    The same on every rank; the leader writes.
-    """
-    if not job.ranks.leads:
-        job.ranks.wait()
-        return
+    """Write the block's part: packed layers, and the rest as the plan stores it."""
     prefix = job.skeleton.block_name(index)
     tensors: dict[str, Tensor] = {}
     for name, tensor in quantized.block.state_dict().items():
@@ -78,9 +73,9 @@ def save_block(
     tensors = rest_in(tensors, job.plan.rest_dtype)
     for path, codes in quantized.quantized.items():
         tensors |= packed_tensors(f"{prefix}.{path}", codes)
-    job.keep(
+    save_tensors(job.folder.part(block_part(index)), tensors)
+    job.folder.record(
         block_part(index),
-        tensors,
         {
             "layers": [asdict(layer) for layer in quantized.layers],
             "effective_share": quantized.effective_share,

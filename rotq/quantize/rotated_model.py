@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 from torch import Tensor, nn
 
@@ -43,9 +44,7 @@ class RotatedModel:
         if self.meter is not None:
             self.meter.start_transformed(fused)
         if not job.finished(OUTER):
-            if job.ranks.leads:
-                save_outer(job, fused, self.basis)
-            job.ranks.wait()
+            job.ranks.once(functools.partial(save_outer, job, fused, self.basis))
         exact = self._without_head(fused)
         del fused
         stored = restored_outer(job)

@@ -42,9 +42,7 @@ def search_basis(job: Job, drawn: Basis) -> Basis:
         return drawn
     check_transform(job.recipe.transform, job.skeleton)
     if not job.finished(TRANSFORM):
-        if job.ranks.leads:
-            _search(job, drawn)
-        job.ranks.wait()
+        job.ranks.once(lambda: _search(job, drawn))
     return _restored(job, drawn)
 
 

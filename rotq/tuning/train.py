@@ -63,9 +63,7 @@ def tune(
     outer = TunableOuter(job, original_outer)
     with large_blocks_mapped(MAPPED_FROM):
         divergences = _train(job, trained, outer, original)
-    if job.ranks.leads:
-        _save(job, trained, outer, divergences)
-    job.ranks.wait()
+    job.ranks.once(lambda: _save(job, trained, outer, divergences))
 
 
 def _save(
