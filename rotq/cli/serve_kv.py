@@ -161,7 +161,7 @@ def _is_loopback(host: str) -> bool:
 def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps({"address": address, **facts})
-    warm = facts["warm_up_seconds"]
+    warm, refused = facts["warm_up_seconds"], facts["cuda_graph_refused"]
     return (
         f"{facts['model']} at {address} - cache {facts['kv']}, "
         f"{facts['page_bits_per_element']:.3f} bits per element, "
@@ -169,6 +169,7 @@ def _ready_line(address: str, facts: dict[str, Any], as_json: bool) -> str:
         f"{facts['rows']}"
         + ("" if warm is None else f", kernels compiled in {warm:.0f} s")
         + (", steps in a CUDA graph" if facts["cuda_graph"] else "")
+        + ("" if refused is None else f", steps in no CUDA graph: {refused}")
     )
 
 

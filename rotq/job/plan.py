@@ -293,10 +293,17 @@ def _loader_notes(recipe: Recipe, dtype: torch.dtype, scale_dtype: torch.dtype) 
 
 def _search_notes(recipe: Recipe) -> Iterator[str]:
     """What makes a job slow."""
-    if recipe.solver.rounder == "trellis" and not is_native():
+    if is_native():
+        return
+    if recipe.solver.rounder == "trellis":
         yield (
             "numba is not installed: paths are searched for in plain PyTorch, which on a CPU takes "
             "a hundred times as long; pip install rotq[native]"
+        )
+    elif recipe.solver.method == "gptq":
+        yield (
+            "numba is not installed: columns are rounded in plain PyTorch, slower on a CPU; "
+            "pip install rotq[native]"
         )
 
 

@@ -124,7 +124,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 def _facts(
     engine: Engine, calibration: KVCalibration | None, name: str, model: Any
 ) -> dict[str, Any]:
-    cost, pages = engine.cost, engine.allocator.pages.size
+    cost, pages, captured = engine.cost, engine.allocator.pages.size, engine.runner.captured
     page_bits = 8 * cost.page / (engine.allocator.page_size * cost.elements)
     return {
         "model": name,
@@ -140,7 +140,8 @@ def _facts(
         "max_queue": engine.waiting.limit,
         "rows": engine.runner.rows,
         "warm_up_seconds": engine.warm_seconds,
-        "cuda_graph": engine.runner.captured is not None and engine.runner.captured.is_captured,
+        "cuda_graph": captured is not None and captured.is_captured,
+        "cuda_graph_refused": None if captured is None else captured.refused,
     }
 
 

@@ -22,12 +22,37 @@ from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
 
+from rotq.cli import serve_kv
 from rotq.cli.main import main
 from rotq.kv.calibration.calibrate import calibrate, data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.settings import Settings, parse_size
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("facts", "ending"),
+    [
+        ({"cuda_graph": False, "cuda_graph_refused": None}, "passes of 4"),
+        ({"cuda_graph": True, "cuda_graph_refused": None}, "steps in a CUDA graph"),
+        (
+            {"cuda_graph": False, "cuda_graph_refused": "it waits"},
+            "steps in no CUDA graph: it waits",
+        ),
+    ],
+)
+def test_the_ready_line_says_why_there_is_no_graph(facts: dict[str, Any], ending: str) -> None:
+    of_all = {
+        "model": "m",
+        "kv": "k3v3",
+        "page_bits_per_element": 3.25,
+        "capacity_tokens": 64,
+        "max_batch": 4,
+        "rows": 4,
+        "warm_up_seconds": None,
+    }
+    assert serve_kv._ready_line("http://a", of_all | facts, False).endswith(ending)
 
 
 @pytest.fixture(scope="module")

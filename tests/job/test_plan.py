@@ -82,6 +82,18 @@ def test_scales_found_in_another_dtype_are_noted():
         assert any("activations in bfloat16" in note for note in plan.notes) == noted
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("method", "slow"), [("gptq", True), ("rtn", False)])
+def test_gptq_without_native_code_is_noted(
+    method: str, slow: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rotq.job.plan.is_native", lambda: native)
+    plan = make_plan(
+        skeleton("llama"), recipe(weights__group_size=16, solver__method=method), torch.float32
+    )
+    assert any("numba is not installed" in note for note in plan.notes) == (slow and not native)
+
+
 def test_only_planned_layers_round_their_inputs():
     rules = [{"match": "o_proj", "keep": True}]
     found = skeleton("llama")
