@@ -1,4 +1,4 @@
-"""Checkpoints of a Llama's shape with random weights, written tensor by tensor; and jobs on them."""
+"""Checkpoints of a Llama's shape with random weights, and jobs on them in other processes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Shape:
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """A bf16 checkpoint, normal with deviation 0.02, with a tokenizer of bytes; one that is there stays."""
+    """A bf16 checkpoint (deviation 0.02) with a tokenizer of bytes; one that is there stays."""
     config = {
         **asdict(shape),
         "architectures": ["LlamaForCausalLM"],
