@@ -21,7 +21,6 @@ from rotq.errors import CheckFailed
 from rotq.layers.packed_weight import multiply_as_dense
 from rotq.phases import phase
 
-
 HELD_BYTES = 2 * 10**9
 """Of a checkpoint's weights; of a larger one each layer is read when it is run, and given up."""
 

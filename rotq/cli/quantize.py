@@ -23,6 +23,7 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
+    processes_option,
 )
 from rotq.cli.recipe_options import recipe_options
 from rotq.errors import Stopped
@@ -56,13 +57,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Replace an OUTPUT that rotq wrote, or an empty one, once the new one is complete.",
 )
-@click.option(
-    "--num-processes",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Share the job among processes on this machine, a GPU or some of the cores each; "
-    "several machines: accelerate launch -m rotq quantize ...",
+@processes_option(
+    "Share the job among processes on this machine, a GPU or some of the cores each; "
+    "several machines: accelerate launch -m rotq quantize ..."
 )
 @device_option
 @model_options
