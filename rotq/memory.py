@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,15 @@ def large_blocks_mapped(smallest: int = 8 << 20) -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now, as Linux counts them; None elsewhere."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()
 
 
 def available_memory() -> int | None:

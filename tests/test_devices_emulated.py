@@ -25,7 +25,7 @@ from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
 from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import Given, resolve
-from rotq.solvers.gptq import damp, inverse_factor
+from rotq.solvers.gptq import eliminate
 from rotq.solvers.statistics import corrected_target
 
 IDS = torch.randint(1, VOCAB, (400,), generator=torch.Generator().manual_seed(0))
@@ -160,16 +160,16 @@ def test_solving_without_double() -> None:
     """Factors are the CPU's, and come back to where the Hessian is."""
     x_MK = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
     weight_NK, hessian_KK, cross_KK = x_MK[:4], x_MK.T @ x_MK, x_MK[:16] @ x_MK.T[:, :16]
-    target = {"alpha": 0.5, "damping": 0.1}
-    expected_NK = corrected_target(weight_NK, hessian_KK, cross_KK, **target)
-    expected_KK = inverse_factor(damp(hessian_KK, 0.1)[0])
+    factored = eliminate(hessian_KK, "activation", 0.1)
+    expected_NK = corrected_target(weight_NK, cross_KK, factored, 0.5)
     with emulated("mps") as device:
         held = [Emulated(x, device) for x in (weight_NK, hessian_KK, cross_KK)]
-        found_NK = corrected_target(*held, **target)
-        found_KK = inverse_factor(damp(held[1], 0.1)[0])
-        for found, expected in ((found_NK, expected_NK), (found_KK, expected_KK)):
-            assert found.device.type == "mps"
-            assert torch.equal(found.cpu(), expected)
+        found = eliminate(held[1], "activation", 0.1)
+        found_NK = corrected_target(held[0], held[2], found, 0.5)
+        pairs = ((found_NK, expected_NK), (found.factor_KK, factored.factor_KK))
+        for ours, expected in (*pairs, (found.spread[0], factored.spread[0])):
+            assert ours.device.type == "mps"
+            assert torch.equal(ours.cpu(), expected)
 
 
 def test_a_search_without_double_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from rotq.errors import CheckFailed
 from rotq.layers.packed_weight import multiply_as_dense
 from rotq.phases import phase
 
+HELD_BYTES = 2 * 10**9
+"""Of a checkpoint's weights; of a larger one each layer is read when it is run, and given up."""
+
 
 @phase("checks")
 def check_reload(
@@ -60,7 +63,12 @@ def check_reload(
 def compare(out_dir: Path, probe: Path, *, trust_remote_code: bool) -> dict[str, object]:
     """What the fresh process finds: equal, num, num_different, max_difference."""
     expected = read_tensors(probe)
-    model = load_model(out_dir, trust_remote_code=trust_remote_code)
+    stored = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
+    model = load_model(
+        out_dir,
+        device_map={"": "disk"} if stored > HELD_BYTES else None,
+        trust_remote_code=trust_remote_code,
+    )
     multiply_as_dense(model)
     with torch.no_grad():
         logits_BTV = model(expected["ids_BT"], use_cache=False).logits

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -13,13 +15,26 @@ from rotq.checkpoint.safetensors import Entry, Part, copy_part, read_entries, wr
 from rotq.errors import RotqError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 METADATA = {"format": "pt"}
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is loaded when it is written, and held no longer."""
+
+    dtype: torch.dtype
+    """As it is written."""
+    shape: Sequence[int]
+    load: Callable[[], Tensor]
+
+
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | Deferred],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``tensors`` into one file, whole or not at all.
 
@@ -86,7 +101,7 @@ def assemble(
     return written
 
 
-def _tensor_part(name: str, tensor: Tensor) -> Part:
+def _tensor_part(name: str, tensor: Tensor | Deferred) -> Part:
     import torch
 
     dtypes = {
@@ -106,14 +121,15 @@ def _tensor_part(name: str, tensor: Tensor) -> Part:
         raise ValueError(f"{name}: cannot store {tensor.dtype}")
 
     def write(out: BinaryIO) -> None:
-        flat = tensor.detach().cpu().contiguous().view(-1)
+        found = tensor.load().to(tensor.dtype) if isinstance(tensor, Deferred) else tensor
+        flat = found.detach().cpu().contiguous().view(-1)
         out.write(flat.view(torch.uint8).numpy().data)
 
     return Part(
         name=name,
         dtype=dtypes[tensor.dtype],
         shape=tuple(tensor.shape),
-        num_bytes=tensor.numel() * tensor.element_size(),
+        num_bytes=prod(tensor.shape) * tensor.dtype.itemsize,
         write=write,
     )
 

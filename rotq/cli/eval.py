@@ -14,11 +14,13 @@ from rotq.cli.groups import Group
 from rotq.cli.kv_option import PackedKV, kv_options, named_scheme
 from rotq.cli.loading import (
     check_causal,
+    check_one_place,
     device_map,
     find,
     placed_on,
     say,
     say_device,
+    shared_by,
     show,
 )
 from rotq.cli.options import (
@@ -28,6 +30,7 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
+    processes_option,
     text_option,
     window_options,
 )
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from rotq.checkpoint.location import Location
     from rotq.checkpoint.location import ModelName as Named
     from rotq.evaluation.perplexity import Evaluation, Protocol
+    from rotq.ranks import Ranks
 
 
 @click.group("eval", cls=Group, no_args_is_help=False)
@@ -63,6 +67,10 @@ def eval_group() -> None:
 @kv_options
 @device_option
 @device_map_option
+@processes_option(
+    "Share the windows among processes, each with a model and a GPU or cores of its own; "
+    "several machines: accelerate launch -m rotq eval ppl ..."
+)
 @model_options
 @output_options
 def ppl(
@@ -77,6 +85,7 @@ def ppl(
     kv_calibration: Path | None,
     device: str,
     placed: str | None,
+    num_processes: int,
     dtype: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -94,21 +103,27 @@ def ppl(
     if stride >= seq_len:
         raise click.UsageError(f"--stride {stride} is not below --seq-len {seq_len}")
     packed = named_scheme(kv, kv_calibration)
-    chosen = placed_on(device, placed)
+    check_one_place(num_processes, placed)
     from rotq.evaluation.perplexity import Protocol
 
-    found = measure(
-        find(checkpoint),
-        text,
-        Protocol(windows=windows, seq_len=seq_len, stride=stride),
-        bos=bos,
-        reference=None if reference is None else find(reference),
-        packed=packed,
-        device_map=device_map(chosen),
-        before=lambda: say_device(device if placed is None else placed, chosen),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    protocol = Protocol(windows=windows, seq_len=seq_len, stride=stride)
+    with shared_by(num_processes) as ranks:
+        chosen = placed_on(ranks.device(device), placed)
+        found = measure(
+            find(checkpoint),
+            text,
+            protocol,
+            bos=bos,
+            reference=None if reference is None else find(reference),
+            packed=packed,
+            device_map=device_map(chosen),
+            before=lambda: say_device(device if placed is None else placed, chosen),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            ranks=ranks,
+        )
+    if not ranks.leads:
+        return
     values = found.to_dict() | ({} if packed is None else {"kv": packed.facts()})
     if as_json:
         click.echo(json.dumps(values))
@@ -156,6 +171,7 @@ def measure(
     dtype: str,
     trust_remote_code: bool,
     before: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Load a checkpoint and its reference, and score both on a text.
 
@@ -164,6 +180,8 @@ def measure(
         packed: The checkpoint's keys and values are, where it is given; not the reference's.
         device_map: As for ``load_model``.
         before: Called when nothing is left to refuse.
+        ranks: The processes that call this with the same arguments, and share the windows;
+            alone where left out.
 
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
@@ -171,6 +189,7 @@ def measure(
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.checkpoint.location import locate
     from rotq.evaluation.perplexity import evaluate
+    from rotq.ranks import ALONE
 
     found = [locate(model) for model in (checkpoint, reference) if model is not None]
     # what is refused or cut is so before a model is loaded
@@ -193,6 +212,7 @@ def measure(
         reference=models[1] if reference is not None else None,
         attention=attention,
         on_window=show("window"),
+        ranks=ranks or ALONE,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from rotq.cli.kv_option import kv_options, named_scheme
-from rotq.cli.loading import check_causal, find, load, placed_on
+from rotq.cli.loading import check_causal, check_one_place, find, load, placed_on, shared_by
 from rotq.cli.options import (
     FilePath,
     ModelName,
@@ -18,6 +18,7 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
+    processes_option,
 )
 
 
@@ -52,6 +53,10 @@ from rotq.cli.options import (
 @kv_options
 @device_option
 @device_map_option
+@processes_option(
+    "Share the questions among processes, each with a model and a GPU or cores of its own; "
+    "several machines: accelerate launch -m rotq eval tasks ..."
+)
 @model_options
 @output_options
 def eval_tasks(
@@ -65,6 +70,7 @@ def eval_tasks(
     kv_calibration: Path | None,
     device: str,
     placed: str | None,
+    num_processes: int,
     dtype: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -82,6 +88,7 @@ def eval_tasks(
     from rotq.evaluation.tasks import score_tasks
 
     packed = named_scheme(kv, kv_calibration)
+    check_one_place(num_processes, placed)
     placed_on(device, placed)
     wanted = list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
     library = f"lm-eval {harness_version()}"
@@ -91,20 +98,28 @@ def eval_tasks(
         tasks = load_tasks(wanted, task_files)
     except ValueError as error:
         raise click.UsageError(f"--tasks: {error}") from None
-    loaded, tokenizer = load(
-        place, device=device, placed=placed, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    history = None if packed is None else packed.attention(loaded, tokenizer)
-    scores = score_tasks(
-        loaded,
-        tokenizer,
-        tasks,
-        limit=limit,
-        shots=num_fewshot,
-        batch_size=batch_size,
-        history=history,
-        calibration=None if packed is None else packed.calibration,
-    )
+    with shared_by(num_processes) as ranks:
+        loaded, tokenizer = load(
+            place,
+            device=ranks.device(device),
+            placed=placed,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        history = None if packed is None else packed.attention(loaded, tokenizer)
+        scores = score_tasks(
+            loaded,
+            tokenizer,
+            tasks,
+            limit=limit,
+            shots=num_fewshot,
+            batch_size=batch_size,
+            history=history,
+            calibration=None if packed is None else packed.calibration,
+            ranks=ranks,
+        )
+    if not ranks.leads:
+        return
     found: dict[str, Any] = {"model": model, "library": library, "limit": limit}
     found |= {} if packed is None else {"kv": packed.facts()}
     found["tasks"] = [score.to_dict() for score in scores]

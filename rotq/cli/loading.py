@@ -5,8 +5,10 @@ Everything heavy is imported in the functions: ``rotq -h`` loads no torch.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +19,36 @@ from rotq.errors import RotqError
 if TYPE_CHECKING:
     from rotq.checkpoint.hub import HubModel
     from rotq.checkpoint.location import Location
+    from rotq.ranks import Ranks
+
+
+@contextmanager
+def shared_by(number: int) -> Iterator[Ranks]:
+    """This process among ``number`` of the same command; all but the leader say nothing.
+
+    Raises:
+        RotqError: see ``joined``.
+    """
+    from rotq.processes import joined
+
+    with joined(number, sys.argv[1:]) as ranks, ExitStack() as silence:
+        if not ranks.leads:
+            nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        yield ranks
+
+
+def check_one_place(number: int, placed: str | None) -> None:
+    """Refuse to spread one model over devices where each of several processes loads one.
+
+    Raises:
+        click.UsageError: both are asked for.
+    """
+    from rotq.processes import launched
+
+    if placed is not None and (number > 1 or launched(os.environ)):
+        raise click.UsageError("--device-map spreads one model; several processes load one each")
 
 
 def find(model: str) -> Location:

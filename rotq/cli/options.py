@@ -185,6 +185,21 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
+def processes_option(doing: str) -> Callable[[Command], Command]:
+    """``--num-processes``, as ``joined`` takes it.
+
+    Args:
+        doing: What they do together, and how to name several machines, for the help.
+    """
+    return click.option(
+        "--num-processes",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help=doing,
+    )
+
+
 def device_map_option(command: Command) -> Command:
     """``--device-map``, as ``placed_on`` takes it."""
     return click.option(

@@ -23,6 +23,7 @@ from rotq.cli.options import (
     device_option,
     model_options,
     output_options,
+    processes_option,
 )
 from rotq.cli.recipe_options import recipe_options
 from rotq.errors import Stopped
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print layers, bits, memory and disk; no weight is read, and what the job would refuse "
-    "is refused.",
+    help="Print layers, bits, memory, disk, and the time that a short measurement predicts; no "
+    "weight is read, and what the job would refuse is refused.",
 )
 @click.option(
     "--resume",
@@ -56,13 +57,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Replace an OUTPUT that rotq wrote, or an empty one, once the new one is complete.",
 )
-@click.option(
-    "--num-processes",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Share the job among processes on this machine, a GPU or some of the cores each; "
-    "several machines: accelerate launch -m rotq quantize ...",
+@processes_option(
+    "Share the job among processes on this machine, a GPU or some of the cores each; "
+    "several machines: accelerate launch -m rotq quantize ..."
 )
 @device_option
 @model_options
@@ -114,8 +111,6 @@ def quantize(
         raise click.UsageError("Missing option '-o'")
     if profile is not None and dry_run:
         raise click.UsageError("--profile records a job, and --dry-run runs none")
-    if num_processes > 1 and dry_run:
-        raise click.UsageError("--num-processes share a job, and --dry-run runs none")
     found = find(model)
     scored = None
     if eval_text is not None:
@@ -123,6 +118,7 @@ def quantize(
         bos = recipe.calibration.bos
         scored = EvalText(model=found, text=eval_text, windows=eval_windows, bos=bos, **common)
     if dry_run:
+        job["processes"] = num_processes
         _dry_run(found, recipe, output, scored, recipe_file, as_json=as_json, **job)
         return
     assert output is not None, "refused above"

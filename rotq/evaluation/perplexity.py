@@ -15,7 +15,7 @@ Shape suffixes: N tokens of the text, B windows, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ from rotq.evaluation.divergence import PERCENTILES, Divergence, compare
 from rotq.evaluation.logits import CHUNK, summed_nll, window_logits
 from rotq.models.attention.replaced import Attention, replaced_attention
 from rotq.models.limits import limits_of
+from rotq.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,16 @@ class WindowScores:
     """Empty without a reference, as the next."""
     divergence: Divergence = field(default_factory=Divergence)
 
+    @classmethod
+    def of(cls, runs: Sequence[WindowScores]) -> WindowScores:
+        """Of runs of windows that follow each other."""
+        return cls(
+            nll=[nll for run in runs for nll in run.nll],
+            tokens=[tokens for run in runs for tokens in run.tokens],
+            reference_nll=[nll for run in runs for nll in run.reference_nll],
+            divergence=sum((run.divergence for run in runs), Divergence()),
+        )
+
 
 def evaluate(
     model: Any,
@@ -155,6 +166,7 @@ def evaluate(
     reference: Any = None,
     attention: Attention | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score a text; arguments and errors as ``score_windows``."""
     scores, described = score_windows(
@@ -164,6 +176,7 @@ def evaluate(
         reference=reference,
         attention=attention,
         on_window=on_window,
+        ranks=ranks,
     )
     return summary(scores, described)
 
@@ -192,6 +205,7 @@ def score_windows(
     reference: Any = None,
     attention: Attention | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[WindowScores, str]:
     """Score a text, window by window; one window's logits are held at a time.
 
@@ -202,14 +216,16 @@ def score_windows(
         ids_N: int64 token ids of the whole text.
         reference: The model to compare with; same vocabulary.
         attention: In place of the model's own, as ``QuantizedHistory``; not the reference's.
-        on_window: Called with windows done and windows in all.
+        on_window: Called with windows done and windows in all, of this process.
+        ranks: The processes that call this with the same arguments: each scores a run of the
+            windows, and has the scores of all.
 
     Returns:
         The scores, and the protocol in a line.
 
     Raises:
-        RotqError: text too short, vocabularies differ, a token id outside the vocabulary, or
-            logits that are not finite.
+        RotqError: text too short, fewer windows than processes, vocabularies differ, a token id
+            outside the vocabulary, or logits that are not finite.
     """
     limits = limits_of(model)
     if reference is not None:
@@ -217,8 +233,11 @@ def score_windows(
     protocol = protocol.within(limits)
     ids_BT = protocol.cut(ids_N)
     limits.check(ids_BT)
-    scores = WindowScores()
-    for window, ids_T in enumerate(ids_BT):
+    if len(ids_BT) < ranks.size:
+        raise RotqError(f"{ranks.size} processes share {len(ids_BT)} windows; use fewer processes")
+    scores, windows = WindowScores(), ranks.own(range(len(ids_BT)))
+    for done, window in enumerate(windows, start=1):
+        ids_T = ids_BT[window]
         first = protocol.first_scored(window)
         with _attending(model, attention):
             logits_TV = window_logits(model, ids_T)[first - 1 : -1]
@@ -230,8 +249,8 @@ def score_windows(
             scores.reference_nll.append(summed_nll(reference_TV, target_T))
             scores.divergence += compare(reference_TV, logits_TV, chunk=CHUNK)
         if on_window is not None:
-            on_window(window + 1, len(ids_BT))
-    return scores, protocol.describe(len(ids_BT))
+            on_window(done, len(windows))
+    return WindowScores.of(ranks.gathered(scores)), protocol.describe(len(ids_BT))
 
 
 def _attending(model: Any, attention: Attention | None) -> AbstractContextManager[None]:

@@ -10,9 +10,9 @@ harness pads behind the text, which nothing before it sees. What generates has a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from rotq.evaluation.quantized_history import QuantizedHistory
 from rotq.evaluation.task_files import quiet
 from rotq.kv.calibration.file import KVCalibration
 from rotq.models.attention.replaced import replaced_attention
+from rotq.ranks import ALONE, Ranks
+
+T = TypeVar("T")
 
 BOOTSTRAP = 100_000
 """Draws behind the standard error of a perplexity: the harness's own number."""
@@ -66,6 +69,7 @@ def score_tasks(
     batch_size: int = 1,
     history: QuantizedHistory | None = None,
     calibration: KVCalibration | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[TaskScore]:
     """Figures of each task, and of each group.
 
@@ -78,6 +82,8 @@ def score_tasks(
         batch_size: Rows of a forward pass.
         history: What reads keys and values in place of the model's attention; None leaves it.
         calibration: Behind ``history``, for the caches of what generates.
+        ranks: The processes that call this with the same arguments, and share the questions to
+            the model; each has all answers, and the same figures.
 
     Raises:
         RotqError: the harness cannot score the model.
@@ -85,7 +91,7 @@ def score_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    served = _served(model, tokenizer, batch_size, history, calibration)
+    served = _served(model, tokenizer, batch_size, history, calibration, ranks)
     with told("lm-eval"), quiet():
         wanted = TaskManager(include_defaults=False).load(list(tasks))
         for task in wanted["tasks"].values():
@@ -95,7 +101,7 @@ def score_tasks(
             lm=served,
             task_dict=wanted,
             limit=limit,
-            bootstrap_iters=BOOTSTRAP,
+            bootstrap_iters=BOOTSTRAP if ranks.leads else 0,
             log_samples=False,
         )
     return [
@@ -133,13 +139,26 @@ def _served(
     batch_size: int,
     history: QuantizedHistory | None,
     calibration: KVCalibration | None,
+    ranks: Ranks,
 ) -> Any:
     """The model as the harness takes one."""
     from lm_eval.models.huggingface import HFLM
 
     from rotq.kv.cache.packed_cache import PackedCache
 
-    class Packed(HFLM):  # type: ignore[misc]
+    class Shared(HFLM):  # type: ignore[misc]
+        """Each process answers a run of the questions, and has the answers to all."""
+
+        def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            return _shared(ranks, super().loglikelihood, requests, *args, **kwargs)
+
+        def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            return _shared(ranks, super().loglikelihood_rolling, requests, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            return _shared(ranks, super().generate_until, requests, *args, **kwargs)
+
+    class Packed(Shared):
         """Its keys and values are read from codes."""
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,9 +169,17 @@ def _served(
             cache = PackedCache(self.model, calibration)  # type: ignore[arg-type]
             return super()._model_generate(*args, past_key_values=cache, **kwargs)
 
-    kind = HFLM if history is None else Packed
+    kind = Shared if history is None else Packed
     with told("lm-eval"), quiet():
         return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _shared(
+    ranks: Ranks, answer: Callable[..., list[T]], requests: Sequence[Any], *args: Any, **kwargs: Any
+) -> list[T]:
+    mine = list(ranks.own(requests))
+    answers = answer(mine, *args, **kwargs) if mine else []
+    return [each for some in ranks.gathered(answers) for each in some]
 
 
 def _metrics(values: Mapping[str, Any]) -> Iterable[Metric]:

@@ -9,7 +9,7 @@ A symmetric grid has z = 0 and uses all 2^bits levels.
 Shape suffixes: N out features, K in features, G groups of K.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,11 @@ class Quantized:
         if self.zero_NG is not None:
             level_NGg.sub_(self.zero_NG.to(torch.float32)[..., None])
         return level_NGg
+
+    def some(self, rows: slice) -> "Quantized":
+        """Some rows, where no row knows of another."""
+        zero_NG = None if self.zero_NG is None else self.zero_NG[rows]
+        return replace(self, q_NK=self.q_NK[rows], scale_NG=self.scale_NG[rows], zero_NG=zero_NG)
 
     def to(self, device: torch.device) -> "Quantized":
         """The same there."""

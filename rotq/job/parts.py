@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotq.checkpoint.source import read_tensors
+from rotq.checkpoint.safetensors import read_entries
+from rotq.checkpoint.source import read_tensor, read_tensors
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER
 from rotq.job.plan import Plan
@@ -45,13 +46,20 @@ def _noted(block: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach() for tensor in tensors}
 
 
-def restored_outer(job: Job, part: Path | None = None) -> dict[str, Tensor]:
+def restored_outer(job: Job, part: Path | None = None, *, without: str = "") -> dict[str, Tensor]:
     """Tensors outside the blocks in the job's dtype, packed ones made dense.
 
     Args:
         part: None: as they were before tuning.
+        without: Name of a weight that is not read.
     """
-    return dense_tensors(job.plan, read_tensors(part or job.folder.part(OUTER)), job.dtype)
+    layer = without.removesuffix("weight")
+    stored = {
+        entry.name: read_tensor(entry)
+        for entry in read_entries(part or job.folder.part(OUTER))
+        if not without or not entry.name.startswith(f"{layer}weight")
+    }
+    return dense_tensors(job.plan, stored, job.dtype)
 
 
 def dense_tensors(

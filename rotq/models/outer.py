@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -58,11 +58,16 @@ class OuterModel:
         self.blocks = cast(nn.ModuleList, model.get_submodule(adapter.blocks))
 
     def load(
-        self, source: TensorSource, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        source: TensorSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        without: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """Every tensor outside the blocks by full name; ``Skeleton.load_outer`` says more."""
         present = set(source.names())
-        wanted = self._tensors()
+        wanted = {name: like for name, like in self._tensors().items() if name not in without}
         for name in (name for name in self.ties if name in wanted and name not in present):
             del wanted[name]
         buffers = dict(self.model.named_buffers())

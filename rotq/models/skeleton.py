@@ -11,6 +11,7 @@ Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -146,8 +147,12 @@ class Skeleton:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        without: Collection[str] = (),
     ) -> dict[str, Tensor]:
         """Every tensor outside the blocks by full name; what is tied is left out.
+
+        Args:
+            without: Names of what is not read.
 
         A checkpoint that says it is tied but stores a head that differs from the embedding is
         taken at its tensors, as transformers does: the head is returned. Buffers keep their dtype,
@@ -156,7 +161,26 @@ class Skeleton:
         Raises:
             RotqError: a tensor is missing or has another shape than the configuration says.
         """
-        return self._outer.load(source, dtype=dtype, device=device)
+        return self._outer.load(source, dtype=dtype, device=device, without=without)
+
+    @property
+    def own_head(self) -> str:
+        """Name of the weight that makes logits, if no other part of the model has it; else ""."""
+        name = f"{self.adapter.head}.weight"
+        named = dict(self.model.named_parameters())
+        return "" if self.tied or name not in named else name
+
+    def head_alone(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ``logits`` needs in place of all outer tensors: zeros for an embedding not read.
+
+        Args:
+            outer: May have no embedding where ``own_head`` names a tensor.
+        """
+        name = f"{self.adapter.embedding}.weight"
+        if name in outer:
+            return outer
+        like = next(iter(outer.values()))
+        return {**outer, name: self._outer.zeros(like)[name]}
 
     @torch.no_grad()
     def embed(

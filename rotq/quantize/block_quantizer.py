@@ -27,9 +27,12 @@ from rotq.quantize.global_scales import set_input_scales, weight_scales
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
-from rotq.solvers.solve import Solution, join_rows, solve, split_rows
+from rotq.solvers.solve import Curvature, Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
 from rotq.tuning.codes import train_codes
+
+ROWS_AT_ONCE = 1024
+"""Rows of a weight that are in fp32 at a time when it is made dense."""
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
@@ -47,10 +50,11 @@ class BlockQuantizer:
 
         Args:
             index: Its position in the model.
-            original: Already rotated, on the device, not modified.
+            original: Already rotated, on the device. Not modified where a stream goes through it
+                or codes are trained towards it; else it becomes the quantized block.
             streams: None if the recipe needs no data.
         """
-        job, working = self.job, copy.deepcopy(original)
+        job, working = self.job, self._working(original, streams)
         job.plan.round_online(working, job.skeleton.block_name(index), job.skeleton.adapter)
         global_scales = weight_scales(job, index, original)
         set_input_scales(self.runner, index, working, streams)
@@ -90,6 +94,14 @@ class BlockQuantizer:
             routed=routed,
         )
 
+    def _working(self, original: nn.Module, streams: Streams | None) -> nn.Module:
+        """What is rounded: a block with the original's weights until it is given others."""
+        is_read = streams is not None and streams.original is not None
+        if not is_read and not self.job.recipe.tuning.code_steps:
+            return original
+        # copies of everything but the parameters
+        return copy.deepcopy(original, {id(weight): weight for weight in original.parameters()})
+
     def _round(
         self,
         index: int,
@@ -100,19 +112,23 @@ class BlockQuantizer:
     ) -> tuple[dict[str, Quantized], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
-        The site's moments are taken out of ``moments``.
+        The site's moments are taken out of ``moments``, and used up.
         """
         started = time.monotonic()
         original, working = blocks
         grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
         with large_blocks_mapped():
-            of_site = moments.pop(site.name, [None])
-            solutions = dict(self._solve(site, grids, original, of_site, global_scales))
+            options = self.job.recipe.solver
+            curvatures = [
+                Curvature.of(some, options, spend=True)
+                for some in moments.pop(site.name, [None])  # type: ignore[list-item]
+            ]
+            solutions = dict(self._solve(site, grids, original, curvatures, global_scales))
+            del curvatures
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():
-            weight_NK = _linear(working, name).weight
-            weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
+            _linear(working, name).weight = _dense(working, name, solution.quantized)
             results.append(layer_result(self.job, self._full(index, name), solution, seconds))
             self.job.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results
@@ -146,18 +162,18 @@ class BlockQuantizer:
         site: Site,
         grids: dict[str, Grid],
         original: nn.Module,
-        moments: Sequence[Moments | None],
+        curvatures: Sequence[Curvature],
         global_scales: Mapping[str, Tensor],
     ) -> Iterator[tuple[str, Solution]]:
         """Solve linears of one grid together: rows are independent.
 
         Args:
-            moments: Of each group of their rows; one entry: they share the Hessian.
+            curvatures: Of each group of their rows; one entry: they share the Hessian.
             global_scales: Of layers whose grid has one.
         """
         for names in _stacks(site.linears, grids, original, global_scales):
             weights = [_linear(original, name).weight for name in names]
-            stacked_NK = torch.cat([weight.float() for weight in weights])
+            stacked_NK = weights[0] if len(weights) == 1 else torch.cat(weights)
             solutions = [
                 solve(
                     part_NK,
@@ -169,7 +185,7 @@ class BlockQuantizer:
                     ranks=self.job.ranks,
                 )
                 for part_NK, of_part in zip(
-                    stacked_NK.tensor_split(len(moments)), moments, strict=True
+                    stacked_NK.tensor_split(len(curvatures)), curvatures, strict=True
                 )
             ]
             sizes = [weight.shape[0] for weight in weights]
@@ -180,6 +196,18 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
     return module
+
+
+def _dense(block: nn.Module, name: str, quantized: Quantized) -> nn.Parameter:
+    """The rounded weight in the dtype of the block's, some rows at a time."""
+    weight_NK = torch.empty_like(_linear(block, name).weight)
+    if _is_whole(quantized.grid):
+        weight_NK.copy_(quantized.dequantize(weight_NK.dtype))
+    else:
+        for start in range(0, len(weight_NK), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            weight_NK[rows] = quantized.some(rows).dequantize(weight_NK.dtype)
+    return nn.Parameter(weight_NK, requires_grad=False)
 
 
 def _stacks(

@@ -1,9 +1,12 @@
-"""What a job will cost, before any weight is loaded: bits, bytes on the disk, peak memory."""
+"""What a job will cost, before any weight is loaded: bits, bytes on the disk, memory, time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,22 +14,21 @@ from torch import nn
 from rotq.checkpoint.location import ModelName
 from rotq.formats.integer import Grid
 from rotq.job.plan import Plan, make_plan
+from rotq.memory import available_memory, resident_memory
 from rotq.models.skeleton import Skeleton
-from rotq.ops import is_native
-from rotq.quantize.own_text import writing_memory
-from rotq.quantize.setup import settle_described
+from rotq.quantize.job_seconds import check_counted, job_seconds
+from rotq.quantize.peak_memory import peak_memory
+from rotq.quantize.rates import measure_rates
+from rotq.quantize.setup import Settled, settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
-from rotq.report.lines import larger_line
-from rotq.transform.teacher import TRAINED_POSITIONS
-from rotq.transform.windows import MEASURED_TOKENS
-from rotq.tuning.tunable import TUNED_POSITIONS
+from rotq.report.lines import larger_line, size
 
 IMPORTED_BYTES = 400_000_000
-"""Resident memory of a process that has imported torch and transformers, as measured."""
+"""Resident memory of a process that has imported torch and transformers, where none is measured."""
 
-COMPILER_BYTES = 190_000_000
-"""What numba and its compiler add, as measured."""
+SHARED = ("forward passes", "moments", "solving", "tuning")
+"""Phases that processes share. Threads share these and the factors."""
 
 
 def estimate(
@@ -36,10 +38,12 @@ def estimate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    processes: int = 1,
 ) -> Estimate:
     """What ``quantize_model`` would make and need; no weight is read.
 
-    Calibration windows are drawn and dropped, so that a text is refused here as in the job.
+    Calibration windows are drawn and dropped, so that a text is refused here as in the job. On a
+    CPU its speed is measured for some seconds.
 
     Raises:
         ValueError, RotqError: as ``quantize_model``, before its first block.
@@ -47,19 +51,46 @@ def estimate(
     settled = settle_described(
         model, recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    made = make_estimate(settled.skeleton, recipe, settled.dtype, settled.plan.rest_dtype)
-    source_bytes, is_packed = settled.source.quantized_bytes, bool(settled.plan.outer)
-    larger = larger_line(made.output_bytes, source_bytes, is_packed=is_packed)
-    return replace(made, notes=() if larger is None else (larger,))
+    skeleton, plan, source = settled.skeleton, settled.plan, settled.source
+    seconds: dict[str, float] = {}
+    note = f"time is predicted on CPUs, not on {settled.device}"
+    if settled.device.type == "cpu":
+        seconds, note = _seconds(settled, recipe)
+    base = resident_memory() or IMPORTED_BYTES
+
+    def made(changed: Recipe, number: int) -> Estimate:
+        return make_estimate(
+            skeleton, changed, settled.dtype, plan.rest_dtype, base=base, processes=number
+        )
+
+    found = made(recipe, processes)
+    larger = larger_line(found.output_bytes, source.quantized_bytes, is_packed=bool(plan.outer))
+    notes = [larger, note]
+    if settled.device.type == "cpu":
+        notes += _advice(made, recipe, processes, available_memory())
+    return replace(
+        found,
+        seconds=seconds,
+        wall_seconds=_wall(seconds, processes),
+        notes=tuple(filter(None, notes)),
+    )
 
 
 def make_estimate(
-    skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype, rest_dtype: torch.dtype | None = None
+    skeleton: Skeleton,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    rest_dtype: torch.dtype | None = None,
+    *,
+    base: int = IMPORTED_BYTES,
+    processes: int = 1,
 ) -> Estimate:
     """Bits, bytes and peak memory of a job; nothing but the config is read.
 
     Args:
         dtype, rest_dtype: As for ``make_plan``.
+        base: Bytes of each process before the first block.
+        processes: That share the job; each has a part of the streams.
     """
     plan = make_plan(skeleton, recipe, dtype, rest_dtype)
     sites = _sites(plan, plan.grids)
@@ -75,16 +106,79 @@ def make_estimate(
     output_bytes = int((packed_bits + outer_bits) / 8 + dense * plan.rest_dtype.itemsize)
     streams = _stream_bytes(skeleton, recipe, dtype)
     offload = recipe.calibration.offload
+    threads = max(1, torch.get_num_threads() // processes)
+    steps = peak_memory(skeleton, recipe, plan, dtype, threads)
+    held = 0 if offload else streams
     return Estimate(
         sites=(*sites, *outer),
         bits_per_weight=packed_bits / max(planned, 1),
         output_bytes=output_bytes,
-        peak_memory_bytes=_peak_memory(skeleton, recipe, dtype) + (0 if offload else streams),
+        peak_memory_bytes=processes * (base + max(steps.values())) + held,
+        memory_steps={"the process itself": base, "streams": held} | steps,
         scratch_disk_bytes=2 * output_bytes
         + (streams if offload else 0)
         + _gradient_bytes(skeleton, recipe, dtype),
         limits=plan.limits,
     )
+
+
+def _seconds(settled: Settled, recipe: Recipe) -> tuple[dict[str, float], str]:
+    """Of one processor by phase, and a line that says how they were found, or why not."""
+    plan, skeleton = settled.plan, settled.skeleton
+    started = time.monotonic()
+    try:
+        check_counted(recipe)
+    except ValueError as error:
+        return {}, str(error)
+    name = max(plan.grids, key=lambda name: prod(plan.shapes[name]))
+    rates = measure_rates(
+        recipe, plan.grids[name], plan.shapes[name], settled.dtype, plan.scale_dtype
+    )
+    source_bytes = sum(entry.num_bytes for entry in settled.source.entries.values())
+    found = job_seconds(skeleton, recipe, plan, rates, source_bytes=source_bytes)
+    spent = time.monotonic() - started
+    return found, f"time is predicted from {spent:.0f} s of measurements on this machine"
+
+
+def _wall(seconds: dict[str, float], processes: int) -> float | None:
+    """Seconds that pass if the processors do nothing else."""
+    if not seconds:
+        return None
+    threads = max(1, torch.get_num_threads() // processes)
+    shared = sum(seconds.get(phase, 0.0) for phase in SHARED) / (threads * processes)
+    rest = sum(spent for phase, spent in seconds.items() if phase not in (*SHARED, "factor"))
+    return shared + seconds.get("factor", 0.0) / threads + rest
+
+
+def _advice(
+    made: Callable[[Recipe, int], Estimate], recipe: Recipe, processes: int, free: int | None
+) -> Iterator[str]:
+    """What to change where memory is short; nothing where it is not.
+
+    Args:
+        made: Of a recipe and a number of processes.
+        free: Bytes; None where that is not known.
+    """
+    needed = made(recipe, processes).peak_memory_bytes
+    if free is None or needed <= free:
+        return
+    yield f"it needs {size(needed)} of memory, and {size(free)} are free"
+    calibration, least = recipe.calibration, recipe
+    changes: dict[str, Any] = {"offload": True, "batch_size": 1}
+    for key, value in changes.items():
+        changed = replace(recipe, calibration=replace(calibration, **{key: value}))
+        saved = needed - made(changed, processes).peak_memory_bytes
+        if saved > 0:
+            yield f"calibration.{key}={str(value).lower()} saves {size(saved)}"
+    if processes > 1:
+        saved = needed - made(recipe, 1).peak_memory_bytes
+        yield f"--num-processes 1 saves {size(saved)}"
+    least = replace(recipe, calibration=replace(calibration, **changes))
+    lowest = made(least, 1)
+    if lowest.peak_memory_bytes > free:
+        steps = lowest.memory_steps
+        step = max(list(steps)[2:], key=steps.__getitem__)
+        yield f"with all of that it still needs {size(lowest.peak_memory_bytes)}, for {step}"
 
 
 def _sites(plan: Plan, grids: Mapping[str, Grid]) -> tuple[SiteEstimate, ...]:
@@ -120,69 +214,6 @@ def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> i
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
     return (skeleton.num_blocks + 1) * states
-
-
-def _peak_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Imports, then the larger of the outer tensors and one block with its statistics."""
-    block = skeleton.blocks[0]
-    widest = max(linear.in_features for linear in block.modules() if isinstance(linear, nn.Linear))
-    block_bytes = _numel_of(block.parameters()) * (8 + 2 * dtype.itemsize)
-    solving = 16 * 4 * widest**2
-    tokens = recipe.calibration.batch_size * recipe.calibration.seq_len
-    activations = 6 * tokens * widest * dtype.itemsize
-    outer = 3 * _embedding_numel(skeleton) * dtype.itemsize
-    block_needs = block_bytes + max(solving, activations)
-    tuning, transform = (
-        need(skeleton, recipe, dtype) for need in (_tuning_memory, _transform_memory)
-    )
-    writing = writing_memory(skeleton, recipe.calibration, dtype)
-    imported = IMPORTED_BYTES
-    if recipe.solver.method == "gptq" and is_native():
-        imported += COMPILER_BYTES
-    return imported + max(block_needs, outer, tuning, transform, writing)
-
-
-def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """One block with gradients, hidden states between blocks, outer tensors, a chunk of logits."""
-    if not recipe.tuning.steps:
-        return 0
-    tokens = recipe.tuning.seq_len or recipe.calibration.seq_len
-    hidden = (skeleton.num_blocks + 1) * tokens * skeleton.config.hidden_size * dtype.itemsize
-    weights = _numel_of(skeleton.blocks[0].parameters()) * (4 + 2 * dtype.itemsize)
-    vocabulary = _embedding_numel(skeleton) // skeleton.config.hidden_size
-    logits = 4 * 4 * TUNED_POSITIONS * vocabulary
-    return hidden + weights + logits + _embedding_numel(skeleton) * dtype.itemsize
-
-
-def _transform_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Training a basis: one block fused with gradients, and what grows with the window.
-
-    The block is held as loaded and three times in fp32: fused, a product on the way, gradients. R1
-    is held about twelve times: start, parameters, gradients, moments, factors of its inverse.
-    """
-    options = recipe.transform
-    if options.method == "fixed":
-        return 0
-    config, block = skeleton.config, skeleton.blocks[0]
-    weights = _numel_of(block.parameters()) * (dtype.itemsize + 3 * 4)
-    rotations = 12 * 4 * config.hidden_size**2
-    if options.method == "optrot":
-        return weights + rotations
-    tokens = options.seq_len or recipe.calibration.seq_len
-    states = (skeleton.num_blocks + 1) * tokens * config.hidden_size * dtype.itemsize
-    measured = MEASURED_TOKENS * config.hidden_size * 4
-    if options.layer_steps:
-        measured *= skeleton.num_blocks + 1
-    widths = sum(
-        m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear)
-    )
-    graph = 4 * tokens * widths * 4
-    vocabulary = _embedding_numel(skeleton) // config.hidden_size
-    logits = 4 * 4 * TRAINED_POSITIONS * vocabulary
-    num_windows = min(options.steps, recipe.calibration.num_samples)
-    likely = num_windows * tokens * min(options.top_k, vocabulary) * 8
-    outer = _embedding_numel(skeleton) * dtype.itemsize * (1 if skeleton.tied else 2)
-    return weights + rotations + max(states + graph + logits + likely, measured) + outer
 
 
 def _stored_parameters(skeleton: Skeleton) -> int:

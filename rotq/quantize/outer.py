@@ -11,13 +11,14 @@ Shape suffixes: V vocabulary, D hidden size.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from rotq.checkpoint.export import packed_tensors
-from rotq.checkpoint.shards import save_tensors
+from rotq.checkpoint.shards import Deferred, save_tensors
 from rotq.formats.integer import Grid
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER
@@ -36,20 +37,33 @@ ROWS_AT_ONCE = 1024
 
 
 @phase("packing")
-def save_outer(job: Job, fused: dict[str, Tensor], basis: Basis) -> None:
+def save_outer(
+    job: Job,
+    fused: dict[str, Tensor],
+    basis: Basis,
+    later: Mapping[str, Callable[[], Tensor]] | None = None,
+) -> None:
     """Write the part: what the plan says packed, and the rest as the plan stores it.
 
     Args:
         fused: Tensors outside the blocks, in the basis; a tied head may be missing.
+        later: Weights that are loaded when they are rounded or written, by name.
     """
-    tensors, layers = dict(fused), []
+    tensors, layers, later = dict(fused), [], dict(later or {})
     for name, grid in job.plan.outer.items():
         started = time.monotonic()
-        solution = _rounded(tensors.pop(f"{name}.weight"), grid, job.plan.scale_dtype)
+        weight = f"{name}.weight"
+        weight_VD = later.pop(weight)() if weight in later else tensors.pop(weight)
+        solution = _rounded(weight_VD, grid, job.plan.scale_dtype)
+        del weight_VD
         tensors |= packed_tensors(name, solution.quantized)
         layers.append(layer_result(job, name, solution, time.monotonic() - started))
         job.progress.layer_done(layers[-1])
-    save_tensors(job.folder.part(OUTER), rest_in(tensors, job.plan.rest_dtype))
+    likes = dict(job.skeleton.model.named_parameters())
+    deferred = {
+        name: Deferred(job.plan.rest_dtype, likes[name].shape, later[name]) for name in later
+    }
+    save_tensors(job.folder.part(OUTER), {**rest_in(tensors, job.plan.rest_dtype), **deferred})
     results = {"rotation": basis.checksum(), "layers": [asdict(layer) for layer in layers]}
     job.folder.record(OUTER, results)
 
@@ -57,6 +71,6 @@ def save_outer(job: Job, fused: dict[str, Tensor], basis: Basis) -> None:
 def _rounded(weight_VD: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Solution:
     solutions = []
     for part_VD in weight_VD.split(ROWS_AT_ONCE):
-        solutions.append(solve(part_VD.float(), None, grid, ROUNDING, scale_dtype=scale_dtype))
+        solutions.append(solve(part_VD, None, grid, ROUNDING, scale_dtype=scale_dtype))
         trim_memory()
     return join_rows(solutions)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rotq.checkpoint.card_figures import add_figures
 from rotq.checkpoint.export import quantization_config, write_metadata
@@ -69,8 +69,7 @@ def publish(
         obstacle=obstacle,
     )
     job.progress.message("checking the checkpoint in a fresh process")
-    outer = restored_outer(job, job.folder.latest(OUTER))
-    logits_BTV = check.logits(outer, _shared_head(job))
+    logits_BTV = check.logits(_head_tensors(job), _shared_head(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
     experts = routed_tokens(job)
     notes = (*job.plan.notes, *_new_notes(job, obstacle, experts, weights))
@@ -112,6 +111,15 @@ def _stored_name(job: Job, name: str) -> str:
     """A part's tensor in the checkpoint."""
     layer, stored = name.removesuffix(".weight_packed"), job.source.stored_name(name)
     return stored.removesuffix("_packed") if is_plain(job.plan.grids.get(layer)) else stored
+
+
+def _head_tensors(job: Job) -> dict[str, Tensor]:
+    """What makes logits, outside the blocks: no embedding where the head is another tensor."""
+    skeleton, part = job.skeleton, job.folder.latest(OUTER)
+    if not skeleton.own_head or skeleton.adapter.is_generic:
+        return restored_outer(job, part)
+    embedding = f"{skeleton.adapter.embedding}.weight"
+    return skeleton.head_alone(restored_outer(job, part, without=embedding))
 
 
 def _shared_head(job: Job) -> Head | None:

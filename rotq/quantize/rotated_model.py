@@ -34,6 +34,8 @@ class RotatedModel:
         What is stored is saved.
         """
         job = self.job
+        if self.basis.is_identity and job.skeleton.own_head:
+            return self._outer_as_it_is()
         original = job.skeleton.load_outer(job.source, dtype=job.dtype)
         self.check.start(original)
         if self.meter is not None:
@@ -50,6 +52,27 @@ class RotatedModel:
         stored = restored_outer(job)
         self.check.start_quantized(stored)
         return exact, self._without_head(stored)
+
+    def _outer_as_it_is(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same where nothing is rotated: the head is held while it is written, and alone."""
+        job, head = self.job, self.job.skeleton.own_head
+        exact = job.skeleton.load_outer(job.source, dtype=job.dtype, without={head})
+        if self.meter is not None:
+            self.meter.start(exact)
+            self.meter.start_transformed(exact)
+
+        def load_head() -> Tensor:
+            names = [name for name in exact if name != head]
+            found = job.skeleton.load_outer(job.source, dtype=job.dtype, without=names)
+            return found[head]
+
+        if not job.finished(OUTER):
+            later = {head: load_head}
+            job.ranks.once(functools.partial(save_outer, job, exact, self.basis, later))
+        is_same = job.dtype == job.plan.rest_dtype and not job.plan.outer
+        stored = exact if is_same else restored_outer(job, without=head)
+        self.check.start_quantized(stored)
+        return exact, stored
 
     def original_outer(self) -> dict[str, Tensor]:
         """What lies outside the blocks, rotated, head and all, before any of it is packed."""

@@ -183,6 +183,12 @@ class Estimate:
     output_bytes: int
     peak_memory_bytes: int
     scratch_disk_bytes: int
+    memory_steps: dict[str, int] = field(default_factory=dict)
+    """Bytes of each step of the job; the process itself and the streams are there in all."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of one processor, by phase; empty where none are predicted."""
+    wall_seconds: float | None = None
+    """That pass if the processors do nothing else."""
     notes: tuple[str, ...] = ()
     """Each a line for people."""
     limits: tuple[float, float] | None = None

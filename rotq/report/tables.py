@@ -129,10 +129,28 @@ def estimate_table(estimate: Estimate) -> str:
     rows = [
         ("bits per weight", f"{estimate.bits_per_weight:.3f} in the quantized linears{chosen}"),
         ("output", size(estimate.output_bytes)),
-        ("peak memory", f"{size(estimate.peak_memory_bytes)}, estimated"),
+        ("peak memory", _memory_line(estimate)),
         ("scratch disk", size(estimate.scratch_disk_bytes)),
+        *([("time", _time_line(estimate))] if estimate.seconds else []),
     ]
     return render(table) + "\n" + facts(rows) + _notes(estimate.notes)
+
+
+def _memory_line(estimate: Estimate) -> str:
+    steps = list(estimate.memory_steps.items())[2:]
+    largest = f", in {max(steps, key=lambda step: step[1])[0]}" if steps else ""
+    return f"{size(estimate.peak_memory_bytes)}, estimated{largest}"
+
+
+def _time_line(estimate: Estimate) -> str:
+    """Processor time, what passes where nothing else runs, and the dearest phases."""
+    total = sum(estimate.seconds.values())
+    dearest = sorted(estimate.seconds.items(), key=lambda phase: -phase[1])[:3]
+    shares = ", ".join(f"{phase} {spent / total:.0%}" for phase, spent in dearest)
+    return (
+        f"{duration(total)} of processors, {duration(estimate.wall_seconds or total)} if nothing "
+        f"else runs: {shares}"
+    )
 
 
 def _grid_cells(site: SiteEstimate) -> tuple[str, str, str]:

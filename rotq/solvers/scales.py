@@ -38,7 +38,7 @@ ErrorMeasure = Callable[[Tensor], Tensor]
 @phase("scales")
 def search_scales(
     weight_NK: Tensor,
-    hessian_KK: Tensor,
+    hessian_KK: Tensor | None,
     grid: Grid,
     *,
     judge: str,
@@ -48,7 +48,7 @@ def search_scales(
 
     Args:
         weight_NK: fp32, not modified.
-        hessian_KK: fp32.
+        hessian_KK: fp32; None stands for I.
         grid: Bits, group size, symmetry.
         judge: "minmax", "mse", "diagonal" or "hessian".
         scale_dtype: Scales are rounded to it, so that what is judged is what is stored.
@@ -69,7 +69,7 @@ def search_scales(
         candidates = _candidates(w_NGg, grid, steps, scale_dtype)
         if judge == "hessian" and searches_natively(w_NGg) and w_NGg.shape[-1] <= LARGEST_BLOCK:
             return _native_search(w_NGg, hessian_KK, grid, candidates)
-    measure = _measure(judge, hessian_KK, w_NGg.shape[-1])
+    measure = _measure(judge, hessian_KK, w_NGg)
     best_scale_NG, best_zero_NG = next(candidates)
     least_NG = measure(round_to_grid(w_NGg, best_scale_NG, best_zero_NG, grid) - w_NGg)
     for scale_NG, zero_NG in candidates:
@@ -82,10 +82,13 @@ def search_scales(
 
 
 def _native_search(
-    w_NGg: Tensor, hessian_KK: Tensor, grid: Grid, candidates: Iterator[tuple[Tensor, Tensor]]
+    w_NGg: Tensor,
+    hessian_KK: Tensor | None,
+    grid: Grid,
+    candidates: Iterator[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     scale_CNG, zero_CNG = (torch.stack(each) for each in zip(*candidates, strict=True))
-    block_Ggg = _blocks(hessian_KK, w_NGg.shape[-1])
+    block_Ggg = _blocks(hessian_KK, w_NGg)
     bounds = grid.q_min, grid.q_max
     best_1NG = best_candidates(w_NGg, scale_CNG, zero_CNG, block_Ggg, bounds)[None]
     return scale_CNG.gather(0, best_1NG)[0], zero_CNG.gather(0, best_1NG)[0]
@@ -143,20 +146,26 @@ def _float_candidates(
         yield storable(moved_NG.nan_to_num(LARGEST_E4M3), scale_dtype), zero_NG
 
 
-def _measure(judge: str, hessian_KK: Tensor, g: int) -> ErrorMeasure:
+def _measure(judge: str, hessian_KK: Tensor | None, w_NGg: Tensor) -> ErrorMeasure:
+    g = w_NGg.shape[-1]
     if judge in ("minmax", "mse"):
         return lambda e_NGg: e_NGg.abs_().pow_(2.4).sum(-1)
     if judge == "hessian" and g <= LARGEST_BLOCK:
-        block_Ggg = _blocks(hessian_KK, g)
+        block_Ggg = _blocks(hessian_KK, w_NGg)
         return lambda e_NGg: _block_error(e_NGg, block_Ggg)
     if judge in ("diagonal", "hessian"):
+        if hessian_KK is None:
+            return lambda e_NGg: e_NGg.square_().sum(-1)
         diagonal_Gg = hessian_KK.diagonal().view(-1, g)
         return lambda e_NGg: e_NGg.square_().mul_(diagonal_Gg).sum(-1)
     raise ValueError(f"unknown judge {judge!r}; known: minmax, mse, diagonal, hessian")
 
 
-def _blocks(hessian_KK: Tensor, g: int) -> Tensor:
+def _blocks(hessian_KK: Tensor | None, w_NGg: Tensor) -> Tensor:
     """(G, g, g): each group's part of the Hessian."""
+    G, g = w_NGg.shape[1:]
+    if hessian_KK is None:
+        return torch.eye(g, device=w_NGg.device).repeat(G, 1, 1)
     starts = range(0, hessian_KK.shape[0], g)
     return torch.stack([hessian_KK[k : k + g, k : k + g] for k in starts])
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from rotq.devices import double
 from rotq.phases import phase
 from rotq.ranks import Ranks
+from rotq.solvers.factor import solved_rows, symmetrize_
+from rotq.solvers.gptq import Elimination
 
 
 class Moments:
@@ -58,6 +60,17 @@ class Moments:
         self.weight_sum, tokens = ranks.total(self.weight_sum, self.tokens)
         self.tokens = int(tokens)
 
+    def settle(self) -> None:
+        """Make H and D of their sums where they are: nothing can be added, and no copy is made.
+
+        ``hessian_sum_KK`` and ``cross_sum_KK`` are H and D then; H is exactly symmetric.
+        """
+        for sum_KK in (self.hessian_sum_KK, self.cross_sum_KK):
+            if sum_KK is not None:
+                sum_KK.div_(max(self.weight_sum, 1e-30))
+        self.weight_sum = 1.0
+        symmetrize_(self.hessian_sum_KK)
+
     def hessian_KK(self) -> Tensor:
         """H, the weighted mean of x x^T over tokens, in fp32 and exactly symmetric."""
         mean_KK = self.hessian_sum_KK / max(self.weight_sum, 1e-30)
@@ -72,34 +85,25 @@ class Moments:
 
 @phase("factor")
 def corrected_target(
-    weight_NK: Tensor, hessian_KK: Tensor, cross_KK: Tensor, *, alpha: float, damping: float
+    weight_NK: Tensor, cross_KK: Tensor, elimination: Elimination, alpha: float
 ) -> Tensor:
     """Weights that make the quantized stream's inputs give the original outputs.
 
         W' = W + alpha W D (H + damping mean(diag H) I)^-1
 
     alpha = 1 is the least-squares optimum of || X W^T - X~ W'^T ||^2 (the W* of Qronos), smaller
-    values are QEP's damped form. Solved in fp64.
+    values are QEP's damped form.
 
     Args:
-        weight_NK: Original weights, not modified.
-        hessian_KK: H, not damped.
+        weight_NK: Original weights, fp32, not modified.
         cross_KK: D.
+        elimination: Of the damped H.
         alpha: 0 to 1.
-        damping: Share of the mean diagonal of H.
 
     Returns:
         (N, K) fp32.
-
-    Raises:
-        torch.linalg.LinAlgError: the damped H is not positive definite.
     """
-    # in this order at most two (K, K) matrices in fp64 are held at a time
-    product_KN = (double(weight_NK) @ double(cross_KK)).T
-    damped_KK = double(hessian_KK)
-    damped_KK.diagonal().add_(damping * damped_KK.diagonal().mean().clamp(min=1e-12))
-    factor_KK = torch.linalg.cholesky(damped_KK)
-    del damped_KK
-    change_KN = torch.cholesky_solve(product_KN, factor_KK)
-    target_NK = (double(weight_NK) + alpha * change_KN.T).float()
-    return target_NK.to(weight_NK.device)
+    visit_K = elimination.visit_K
+    product_NK = (weight_NK @ cross_KK)[:, visit_K]
+    change_NK = solved_rows(elimination.factor_KK, product_NK).to(weight_NK)
+    return weight_NK.index_add(1, visit_K, change_NK, alpha=alpha)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotq.formats.integer import Grid
 from rotq.formats.trellis import Trellis
 from rotq.recipe import Solver
-from rotq.solvers.gptq import RowBounds, damp, eliminate, round_columns
+from rotq.solvers.gptq import RowBounds, eliminate, round_columns
 from rotq.solvers.paths import code_columns, path_scales
 from rotq.solvers.scales import search_scales
 
@@ -39,9 +39,10 @@ def trial_losses(
     hessian_KK = (hessian_KK + hessian_KK.T).div_(2)
     if any(isinstance(grid, Trellis) for grid in grids):
         return _trial_paths(weight_NK, hessian_KK, grids, options, scale_dtype)
-    damped_KK, target_NK = hessian_KK, weight_NK
+    damped_KK, target_NK, elimination = hessian_KK, weight_NK, None
     if options.method != "rtn":
-        damped_KK, _ = damp(hessian_KK, options.damping)
+        elimination = eliminate(hessian_KK, options.order, options.damping)
+        damped_KK = elimination.damp_(hessian_KK.clone())
         target_NK = weight_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
     searched = [_searched(target_NK, damped_KK, grid, options, scale_dtype) for grid in grids]
     # all grids side by side: the loop over columns is run once
@@ -51,11 +52,10 @@ def trial_losses(
         q_min=_of_rows(target_NK, [grid.q_min for grid in grids]),
         q_max=_of_rows(target_NK, [grid.q_max for grid in grids]),
     )
-    if options.method == "rtn":
+    if elimination is None:
         q_LK = (target_LK / scale_LK + zero_LK).round_()
         q_LK = torch.clamp(q_LK, bounds.q_min[:, None], bounds.q_max[:, None])
     else:
-        elimination = eliminate(damped_KK, options.order)
         q_LK = round_columns(target_LK, elimination, scale_LK, zero_LK, bounds)
     error_LK = q_LK.sub_(zero_LK).mul_(scale_LK).sub_(target_LK)
     return (error_LK @ hessian_KK).mul_(error_LK).sum(-1).view(len(grids), -1)
@@ -69,9 +69,8 @@ def _trial_paths(
     scale_dtype: torch.dtype,
 ) -> Tensor:
     """``trial_losses`` on trellises: rows that are tried make rings of their own."""
-    damped_KK, _ = damp(hessian_KK, options.damping)
+    elimination = eliminate(hessian_KK, options.order, options.damping)
     target_NK = weight_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
-    elimination = eliminate(damped_KK, options.order)
     losses = []
     for grid in grids:
         assert isinstance(grid, Trellis), "grids to choose from are of one kind"

@@ -30,7 +30,7 @@ from rotq.job.context import Job
 from rotq.models.exact import normalized
 from rotq.models.experts import calibrating
 from rotq.rotations.basis import Basis
-from rotq.solvers.gptq import damp, inverse_factor
+from rotq.solvers.gptq import eliminate
 from rotq.solvers.statistics import Moments
 from rotq.transform.parameters import Parameters
 from rotq.transform.trainer import pass_on
@@ -179,8 +179,9 @@ class LayerLoss:
                 weight_NK = block.get_parameter(f"{path}.weight") * gains.get(site.name, 1.0)
                 products_NK = (weight_NK @ hessian_KK) * weight_NK
                 energy[path] = max(products_NK.double().sum().item(), 1e-30)
-            damped_KK, _ = damp(hessian_KK, job.recipe.solver.damping)
-            spread = inverse_factor(damped_KK).diagonal().double().pow(-2).sum().item()
+            damping = job.recipe.solver.damping
+            factor_KK = eliminate(hessian_KK, "natural", damping, in_place=True).factor_KK
+            spread = factor_KK.diagonal().double().square().sum().item()
             found.append(Readers(site=site.name, linears=planned, spread=spread, energy=energy))
         return found
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from damping import damp
 from torch import Tensor
 
 from rotq.errors import RotqError
 from rotq.formats.integer import Grid
-from rotq.solvers.gptq import damp, eliminate, round_columns
+from rotq.solvers.gptq import eliminate, round_columns
 from rotq.solvers.scales import round_to_grid, search_scales
 
 

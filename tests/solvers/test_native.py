@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from damping import damp
 from torch import Tensor
 
 from rotq.formats.integer import Grid
 from rotq.solvers import gptq, refine, scales
-from rotq.solvers.gptq import RowBounds, damp, eliminate, round_columns
+from rotq.solvers.gptq import RowBounds, eliminate, round_columns
 from rotq.solvers.refine import refine_codes
 from rotq.solvers.scales import search_scales
 

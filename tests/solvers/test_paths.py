@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from damping import damp
 from torch import Tensor
 
 import rotq.solvers.solve
 from rotq.formats.integer import Grid
 from rotq.formats.trellis import Trellis
 from rotq.recipe import Solver
-from rotq.solvers.gptq import damp, eliminate
+from rotq.solvers.gptq import eliminate
 from rotq.solvers.paths import code_columns, path_scales, refine_all
 from rotq.solvers.solve import Solution, solve
 from rotq.solvers.statistics import Moments

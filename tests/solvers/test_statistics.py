@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rotq.solvers.gptq import eliminate
 from rotq.solvers.statistics import Moments, corrected_target
 
 
@@ -46,9 +47,8 @@ def test_corrected_target_interpolates_to_least_squares(alpha):
     x_MK, original_MK, weight_NK = torch.randn(200, 8), torch.randn(200, 8), torch.randn(5, 8)
     moments = Moments(8, cross=True, device=torch.device("cpu"))
     moments.add(x_MK, original_MK, None)
-    target_NK = corrected_target(
-        weight_NK, moments.hessian_KK(), moments.cross_KK(), alpha=alpha, damping=1e-9
-    )
+    elimination = eliminate(moments.hessian_KK(), "activation", 1e-9)
+    target_NK = corrected_target(weight_NK, moments.cross_KK(), elimination, alpha)
     optimum_NK = torch.linalg.lstsq(x_MK.double(), original_MK.double() @ weight_NK.double().T)
     expected = (1 - alpha) * weight_NK + alpha * optimum_NK.solution.T.float()
     torch.testing.assert_close(target_NK, expected, rtol=1e-4, atol=1e-5)
@@ -58,7 +58,6 @@ def test_equal_streams_need_no_correction():
     x_MK, weight_NK = torch.randn(40, 8), torch.randn(3, 8)
     moments = Moments(8, cross=True, device=torch.device("cpu"))
     moments.add(x_MK, x_MK, None)
-    target_NK = corrected_target(
-        weight_NK, moments.hessian_KK(), moments.cross_KK(), alpha=1.0, damping=0.01
-    )
+    elimination = eliminate(moments.hessian_KK(), "natural", 0.01)
+    target_NK = corrected_target(weight_NK, moments.cross_KK(), elimination, 1.0)
     assert torch.equal(target_NK, weight_NK)

@@ -64,7 +64,7 @@ def quantized(folder, **changes):
         streams = BlockRunner(job).start(job.skeleton.load_outer(job.source, dtype=job.dtype))
         original = job.load_block(0, job.dtype)
         given_BTD = copy.copy(streams.quantized.hidden[0])
-        found = BlockQuantizer(job).quantize(0, original, streams)
+        found = BlockQuantizer(job).quantize(0, copy.deepcopy(original), streams)
         kwargs = job.skeleton.block_kwargs(0, given_BTD)
         wanted_BTD, found_BTD = original(given_BTD, **kwargs), found.block(given_BTD, **kwargs)
     error_BT = (found_BTD - wanted_BTD).square().sum(-1) / wanted_BTD.square().sum(-1)

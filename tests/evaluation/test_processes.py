@@ -1,0 +1,107 @@
+"""A score that several processes share is the score of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_jobs import make_checkpoint
+from tiny_served import byte_tokenizer, served_model
+
+from rotq.calibration.texts import read_text
+
+SHARED = ["--num-processes", "2"]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``rotq eval`` in a process of its own, with one thread."""
+    return subprocess.run(
+        [sys.executable, "-m", "rotq", "eval", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def figures(*arguments: str | Path) -> dict[str, Any]:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a text and the rows of a task."""
+    folder = tmp_path_factory.mktemp("shared")
+    make_checkpoint(folder / "model", num_layers=1)
+    (folder / "text.txt").write_text(read_text("pydoc").content[:20_000])
+    served_model().save_pretrained(folder / "served")
+    byte_tokenizer().save_pretrained(folder / "served")
+    rows = [{"query": f"{n} and {n}?", "choices": ["a", f"{n}"], "gold": n % 2} for n in range(5)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_windows_shared_have_the_same_figures(folder: Path) -> None:
+    arguments = ["ppl", folder / "model", "--text", folder / "text.txt", "--seq-len", "64"]
+    arguments += ["--windows", "5", "--stride", "32", "--reference", folder / "model"]
+    alone = figures(*arguments)
+    assert figures(*arguments, *SHARED) == alone
+    assert alone["top1"] == 1.0
+
+
+def test_questions_shared_have_the_same_figures(folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    arguments = ["tasks", folder / "served", "--tasks", "sums", "--task-files", folder]
+    alone = figures(*arguments)
+    assert figures(*arguments, *SHARED) == alone
+    assert alone["tasks"][0]["rows"] == 5
+
+
+def test_ranks_of_a_launcher_print_once(folder: Path) -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+    }
+    arguments = ["ppl", folder / "model", "--text", folder / "text.txt", "--seq-len", "64"]
+    command = [sys.executable, "-m", "rotq", "eval", *map(str, arguments), "--windows", "2"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "perplexity" in said[0][0]
+    assert said[1] == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--windows", "1", *SHARED], 1, "2 processes share 1 windows; use fewer processes"),
+        (["--device-map", "auto", *SHARED], 2, "--device-map spreads one model"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    folder: Path, more: list[str], code: int, message: str
+) -> None:
+    text = ["--text", folder / "text.txt", "--seq-len", "64"]
+    done = run("ppl", folder / "model", *text, *more)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
