@@ -50,6 +50,14 @@ from rotq_kernels.rounding.native import (
 from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
 from rotq_kernels.trellis.linear import packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
+from rotq_kernels.trellis.tiles import (
+    from_rings,
+    pack_tiles,
+    search_tiles,
+    tile_levels,
+    tile_weight,
+    to_rings,
+)
 
 __all__ = [
     "NATIVE_FROM",
@@ -74,6 +82,7 @@ __all__ = [
     "encode_kv",
     "encode_kv_reference",
     "encode_norm",
+    "from_rings",
     "hadamard",
     "hadamard_reference",
     "is_native",
@@ -81,6 +90,7 @@ __all__ = [
     "level_values",
     "pack",
     "pack_kv",
+    "pack_tiles",
     "packed_attention",
     "packed_levels",
     "packed_linear",
@@ -93,7 +103,11 @@ __all__ = [
     "round_block",
     "rounds_natively",
     "search_paths",
+    "search_tiles",
     "searches_natively",
+    "tile_levels",
+    "tile_weight",
+    "to_rings",
     "trellis_linear",
     "turned_mean",
     "unpack",

@@ -125,7 +125,7 @@ def round_columns(
             given = (factor_BB, scale_KN[block], zero_KN[block], bounds_2N)
             return round_block(w_BN, *given, q_KN[block])
 
-        _feed_back_blocks(weight_NK, elimination, errors)
+        feed_back_blocks(weight_NK, elimination, errors)
         return in_place_of(q_KN, visit_K)
 
     def nearest(k: int, w_N: Tensor) -> Tensor:
@@ -158,10 +158,10 @@ def feed_back(
             w_BN[b + 1 :].addr_(row_B, error_BN[b], alpha=-1)
         return error_BN
 
-    _feed_back_blocks(weight_NK, elimination, errors)
+    feed_back_blocks(weight_NK, elimination, errors)
 
 
-def _feed_back_blocks(
+def feed_back_blocks(
     weight_NK: Tensor, elimination: Elimination, errors: Callable[[slice, Tensor], Tensor]
 ) -> None:
     """Blocks of columns in the order of visits, each without the errors of those before it.

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rotq.formats.exl3 import TiledWeight, TileGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
 from rotq.numerics import side_by_side
@@ -22,16 +24,31 @@ from rotq.solvers.paths import code_columns, path_scales, refine_all
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
 from rotq.solvers.statistics import Moments, corrected_target
+from rotq.solvers.tiles import (
+    SIDE,
+    Tiles,
+    choose_scales,
+    code_tiles,
+    eliminate_tiles,
+    fit_scales,
+    join_tiles,
+    packed_tiles,
+)
 
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
+
+TILED_ROWS = 64
+"""The same where the search takes nearly all of the time: many parts keep all threads at work."""
+
+Part = TypeVar("Part", Quantized, Tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
     """What a solver found for one weight."""
 
-    quantized: Quantized
+    quantized: Quantized | TiledWeight
     loss_N: Tensor
     """Per row (W^ - T) H (W^ - T)^T with undamped H: squared output error per token."""
     energy_N: Tensor
@@ -41,6 +58,7 @@ class Solution:
 
     def divided(self, global_scale: Tensor) -> Solution:
         """The solution for the weight, from that for the weight times a global scale."""
+        assert isinstance(self.quantized, Quantized), "tiles have none"
         return Solution(
             quantized=replace(self.quantized, global_scale=global_scale),
             loss_N=self.loss_N / global_scale.square(),
@@ -58,10 +76,12 @@ def solve(
     scale_dtype: torch.dtype,
     global_scale: Tensor | None = None,
     ranks: Ranks = ALONE,
+    seed: int = 0,
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
-    On a trellis one whole weight alone: where paths begin and end depends on its rows.
+    On a trellis, in tiles or not, one whole weight alone: where paths begin and end depends on its
+    rows.
 
     Args:
         weight_NK: fp32, not modified.
@@ -72,6 +92,7 @@ def solve(
         global_scale: (1) fp32, for grids that have one; local scales are those of the weight
             times it.
         ranks: Processes that call this with the same arguments and share the rows of GPTQ.
+        seed: Of the random signs that a weight in tiles is turned with.
 
     Returns:
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
@@ -93,7 +114,7 @@ def solve(
     else:
         hessian_KK, cross_KK = moments.hessian_KK(), moments.cross_KK()
     if options.method == "rtn":
-        if isinstance(grid, Trellis):
+        if isinstance(grid, Trellis | TileGrid):
             raise ValueError("paths through a trellis are found by GPTQ")
         return _round_to_nearest(weight_NK, hessian_KK, grid, options, scale_dtype)
     damped_KK, damping = damp(hessian_KK, options.damping)
@@ -103,6 +124,9 @@ def solve(
         target_NK = corrected_target(weight_NK, hessian_KK, cross_KK, alpha=alpha, damping=damping)
     del cross_KK
     target_NK = target_NK.masked_fill(hessian_KK.diagonal() == 0, 0.0)
+    if isinstance(grid, TileGrid):
+        tiled = _find_tiles(target_NK, damped_KK, grid, options.order, seed, ranks)
+        return _solution(tiled, target_NK, hessian_KK, damping)
     elimination = eliminate(damped_KK, options.order)
 
     rows = grid.ring_rows(len(weight_NK)) if isinstance(grid, Trellis) else 1
@@ -112,19 +136,23 @@ def solve(
             return _find_paths(part_NK, damped_KK, elimination, grid, rows, options, scale_dtype)
         return _descend(part_NK, damped_KK, elimination, grid, options, scale_dtype)
 
-    quantized = _joined(_each_part(descend, target_NK, rows, ranks))
+    at_once = ROWS_IN_CACHE if target_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    quantized = _joined(_each_part(descend, target_NK, rows, at_once, ranks))
     return _solution(quantized, target_NK, hessian_KK, damping)
 
 
 def _each_part(
-    descend: Callable[[Tensor], Quantized], target_NK: Tensor, rows: int, ranks: Ranks
-) -> list[Quantized]:
+    descend: Callable[[Tensor], Part], target_NK: Tensor, rows: int, at_once: int, ranks: Ranks
+) -> list[Part]:
     """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side.
 
     Each process does some, and is given all.
+
+    Args:
+        at_once: Rows of a part, at most.
     """
     on_cpu = target_NK.device.type == "cpu"
-    count = ceil(target_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
+    count = ceil(target_NK.shape[0] / at_once)
     count = ranks.size * ceil(count / ranks.size)
     runs = target_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(target_NK) // rows))
     parts = ranks.own([part.flatten(0, 1) for part in runs])
@@ -186,6 +214,23 @@ def _find_paths(
     )
 
 
+def _find_tiles(
+    target_NK: Tensor, damped_KK: Tensor, grid: TileGrid, order: str, seed: int, ranks: Ranks
+) -> TiledWeight:
+    """Scales, tiles by block LDLQ, then scales again."""
+    turn = choose_scales(target_NK, grid, seed)
+    turned_nk = turn.weight(target_NK)
+    elimination = eliminate_tiles(turn.hessian(damped_KK), order)
+
+    def descend(part_nk: Tensor) -> Tiles:
+        return code_tiles(part_nk, elimination, grid.bits)
+
+    at_once = TILED_ROWS if target_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    tiles = join_tiles(_each_part(descend, turned_nk, SIDE, at_once, ranks))
+    turn = fit_scales(target_NK, damped_KK, tiles.level_nk, turn)
+    return packed_tiles((len(target_NK), target_NK.shape[1]), tiles, turn, grid.bits)
+
+
 def _joined(parts: list[Quantized]) -> Quantized:
     """Weights of one grid, stacked along N."""
     zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
@@ -200,8 +245,12 @@ def _joined(parts: list[Quantized]) -> Quantized:
 
 def join_rows(solutions: list[Solution]) -> Solution:
     """Stack along N what was solved apart, on one grid; the damping is the largest."""
+    if len(solutions) == 1:
+        return solutions[0]
+    parts = [each.quantized for each in solutions if isinstance(each.quantized, Quantized)]
+    assert len(parts) == len(solutions), "a weight in tiles is solved whole"
     return Solution(
-        quantized=_joined([solution.quantized for solution in solutions]),
+        quantized=_joined(parts),
         loss_N=torch.cat([solution.loss_N for solution in solutions]),
         energy_N=torch.cat([solution.energy_N for solution in solutions]),
         damping=max(solution.damping for solution in solutions),
@@ -211,6 +260,9 @@ def join_rows(solutions: list[Solution]) -> Solution:
 def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
     """Undo stacking along N: one solution per entry of ``sizes``."""
     quantized = solution.quantized
+    if isinstance(quantized, TiledWeight):
+        assert len(sizes) == 1, "a weight in tiles is solved alone"
+        return [solution]
     parts = zip(
         quantized.q_NK.split(sizes),
         quantized.scale_NG.split(sizes),
@@ -256,7 +308,7 @@ def _quantized(
 
 
 def _solution(
-    quantized: Quantized, target_NK: Tensor, hessian_KK: Tensor, damping: float
+    quantized: Quantized | TiledWeight, target_NK: Tensor, hessian_KK: Tensor, damping: float
 ) -> Solution:
     error_NK = quantized.dequantize() - target_NK
     return Solution(

@@ -13,7 +13,9 @@ stream of 256 symbols has its first bit in the highest one of its first word; of
 
 Levels are rounded to fp16 once, as exllamav3's kernels do with a fused multiply-add of halves:
 
-    level = fp16(sum of four bytes + 1024) * 0x1EEE + 0xC931       0x1EEE, 0xC931: about 1 / 147.7, -10.4
+    level = fp16(sum of four bytes + 1024) * 0x1EEE + 0xC931
+
+where 0x1EEE is 1 / 147.7 in fp16, and 0xC931 is -10.38.
 
 Shape suffixes: K in features, N out features, I and J tiles along them, T elements of a tile, B
 bits, W words of 16 bits.
@@ -33,13 +35,38 @@ TILE_STATE_BITS = 16
 
 
 @functools.cache
-def tile_levels() -> Tensor:
-    """fp32 (65536): what each state stands for, a number of fp16."""
-    y = (torch.arange(2**TILE_STATE_BITS) * MULTIPLIER) & 0xFFFFFFFF
+def tile_levels(code: str = "mul1") -> Tensor:
+    """fp32 (65536): what each state stands for, a number of fp16.
+
+    Args:
+        code: "mul1"; or "mcg" or "3inst", which files hold that rotq did not write.
+
+    Raises:
+        ValueError: another.
+    """
+    if code not in ("mul1", "mcg", "3inst"):
+        raise ValueError(f"codes of tiles are mul1, mcg and 3inst, got {code!r}")
+    state_P = torch.arange(2**TILE_STATE_BITS)
+    if code == "mcg":
+        return _sum_of_halves((state_P * 0xCBAC1FED) & 0xFFFFFFFF)
+    if code == "3inst":
+        return _sum_of_halves((state_P * 89226354 + 64248484) & 0xFFFFFFFF)
+    y = (state_P * MULTIPLIER) & 0xFFFFFFFF
     total = sum((y >> shift) & 255 for shift in (0, 8, 16, 24))
     unit, centre = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16).view(torch.float16)
     # exact before it is rounded: 11 bits by 11 bits, on a grid of 2^-18 below 2^4
     return ((total + 1024).float() * unit.float() + centre.float()).half().float()
+
+
+def _sum_of_halves(y_P: Tensor) -> Tensor:
+    """Of 3INST (QTIP, arXiv 2406.11235, section 3.1.1): both halves of y with some bits set."""
+    halves_P = (y_P & 0x8FFF8FFF) ^ 0x3B603B60
+    low_P, high_P = halves_P & 0xFFFF, halves_P >> 16
+    as_half = [
+        torch.where(half_P < 2**15, half_P, half_P - 2**16).to(torch.int16).view(torch.float16)
+        for half_P in (low_P, high_P)
+    ]
+    return (as_half[0].float() + as_half[1].float()).half().float()
 
 
 @functools.cache
@@ -106,9 +133,9 @@ def tile_states(packed_IJW: Tensor, bits: int) -> Tensor:
     return (high_IJT | low_IJT) & 0xFFFF
 
 
-def tile_weight(packed_IJW: Tensor, bits: int) -> Tensor:
+def tile_weight(packed_IJW: Tensor, bits: int, code: str = "mul1") -> Tensor:
     """fp32 (K, N): the levels that the packed paths stand for."""
-    levels = tile_levels().to(packed_IJW.device)
+    levels = tile_levels(code).to(packed_IJW.device)
     state_IJT = tile_states(packed_IJW, bits)
     return from_rings(levels.index_select(0, state_IJT.flatten()).view(state_IJT.shape))
 
