@@ -5,6 +5,7 @@ This module is imported while transformers is, as ``quantizer`` is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
