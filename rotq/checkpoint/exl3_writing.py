@@ -1,7 +1,8 @@
-"""What exllamav3 wants beside the tensors of an EXL3 file, and which models it is written for.
+"""What readers want beside the tensors of an EXL3 file, and which models it is written for.
 
     config.json                quantization_config: method, bits, head, calibration, code
     quantization_config.json   the same, with the stored tensors of each quantized layer
+    quantize_config.json       the same for GPTQModel 7, which takes the version for the format
 
 The head stays dense, and tied where it was; exllamav3 loads it so.
 """
@@ -23,7 +24,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.recipe import Calibration
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-STORAGE = "quantization_config.json"
+STORAGE, FOR_GPTQMODEL = "quantization_config.json", "quantize_config.json"
 VERSION = "1.6.5"
 """Of exllamav3, whose files these are like."""
 
@@ -81,7 +82,7 @@ def exl3_config(
 
 
 def write_storage(folder: Path, weights: Sequence[Path], quantization: Mapping[str, Any]) -> None:
-    """Write quantization_config.json.
+    """Write quantization_config.json and quantize_config.json.
 
     Args:
         weights: The checkpoint's safetensors files.
@@ -95,7 +96,10 @@ def write_storage(folder: Path, weights: Sequence[Path], quantization: Mapping[s
         for name, entries in layers.items()
         if f"{name}.trellis" in entries
     }
-    write_json(folder / STORAGE, {**quantization, "tensor_storage": storage})
+    told = {**quantization, "tensor_storage": storage}
+    write_json(folder / STORAGE, told)
+    del told["version"], told["head_bits"]
+    write_json(folder / FOR_GPTQMODEL, {**told, "format": "exl3"})
 
 
 def _stored(name: str, entries: Mapping[str, Entry]) -> dict[str, Any]:
