@@ -81,7 +81,9 @@ class BlockQuantizer:
             self.runner.advance(index, original, streams.original)
         training: dict[str, float] = {}
         if quantized and streams is not None and job.recipe.tuning.code_steps:
-            quantized, training = train_codes(job, index, (original, working), quantized, streams)
+            codes = {n: each for n, each in quantized.items() if isinstance(each, Quantized)}
+            trained, training = train_codes(job, index, (original, working), codes, streams)
+            quantized |= trained
         return QuantizedBlock(
             block=working,
             quantized=quantized,

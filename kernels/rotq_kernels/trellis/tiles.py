@@ -15,7 +15,7 @@ Levels are rounded to fp16 once, as exllamav3's kernels do with a fused multiply
 
     level = fp16(sum of four bytes + 1024) * 0x1EEE + 0xC931
 
-where 0x1EEE is 1 / 147.7 in fp16, and 0xC931 is -10.38.
+where 0x1EEE is 1774 / 2^18, about 1 / 147.8, and 0xC931 is -10.3828125.
 
 Shape suffixes: K in features, N out features, I and J tiles along them, T elements of a tile, B
 bits, W words of 16 bits.
@@ -52,10 +52,10 @@ def tile_levels(code: str = "mul1") -> Tensor:
     if code == "3inst":
         return _sum_of_halves((state_P * 89226354 + 64248484) & 0xFFFFFFFF)
     y = (state_P * MULTIPLIER) & 0xFFFFFFFF
-    total = sum((y >> shift) & 255 for shift in (0, 8, 16, 24))
+    total_P = torch.stack([(y >> shift) & 255 for shift in (0, 8, 16, 24)]).sum(0)
     unit, centre = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16).view(torch.float16)
     # exact before it is rounded: 11 bits by 11 bits, on a grid of 2^-18 below 2^4
-    return ((total + 1024).float() * unit.float() + centre.float()).half().float()
+    return ((total_P + 1024).float() * unit.float() + centre.float()).half().float()
 
 
 def _sum_of_halves(y_P: Tensor) -> Tensor:
