@@ -48,7 +48,7 @@ from rotq_kernels.rounding.native import (
     unpacked_levels,
 )
 from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
-from rotq_kernels.trellis.linear import packed_levels, trellis_linear
+from rotq_kernels.trellis.linear import dequantize_paths, packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
 from rotq_kernels.trellis.tiles import (
     from_rings,
@@ -76,6 +76,7 @@ __all__ = [
     "check_ring",
     "decode_norm",
     "dequantize_kv_reference",
+    "dequantize_paths",
     "dequantize_residual",
     "dequantize_side",
     "dequantize_weight",
