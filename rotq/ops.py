@@ -48,8 +48,16 @@ from rotq_kernels.rounding.native import (
     unpacked_levels,
 )
 from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
-from rotq_kernels.trellis.linear import packed_levels, trellis_linear
+from rotq_kernels.trellis.linear import dequantize_paths, packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
+from rotq_kernels.trellis.tiles import (
+    from_rings,
+    pack_tiles,
+    search_tiles,
+    tile_levels,
+    tile_weight,
+    to_rings,
+)
 
 __all__ = [
     "NATIVE_FROM",
@@ -68,12 +76,14 @@ __all__ = [
     "check_ring",
     "decode_norm",
     "dequantize_kv_reference",
+    "dequantize_paths",
     "dequantize_residual",
     "dequantize_side",
     "dequantize_weight",
     "encode_kv",
     "encode_kv_reference",
     "encode_norm",
+    "from_rings",
     "hadamard",
     "hadamard_reference",
     "is_native",
@@ -81,6 +91,7 @@ __all__ = [
     "level_values",
     "pack",
     "pack_kv",
+    "pack_tiles",
     "packed_attention",
     "packed_levels",
     "packed_linear",
@@ -93,7 +104,11 @@ __all__ = [
     "round_block",
     "rounds_natively",
     "search_paths",
+    "search_tiles",
     "searches_natively",
+    "tile_levels",
+    "tile_weight",
+    "to_rings",
     "trellis_linear",
     "turned_mean",
     "unpack",

@@ -66,6 +66,20 @@ model = {auto}.from_pretrained("PATH")
 ```"""
 
 
+TILES = "- linear layers of the blocks: {bits} bits, tiles of 16 x 16 on a trellis of 2^16 states"
+
+EXL3 = """\
+The weights are stored in EXL3. exllamav3 runs them on CUDA devices, GPTQModel 7 there and on CPUs;
+transformers reads them where rotq is installed, and makes them dense while loading:
+
+```python
+import rotq
+from transformers import {auto}
+
+model = {auto}.from_pretrained("PATH")
+```"""
+
+
 def model_card(
     config: Mapping[str, Any],
     quantization: dict[str, Any],
@@ -84,16 +98,18 @@ def model_card(
         obstacle: Why transformers alone cannot load it; None where it can.
     """
     method = quantization["quant_method"]
-    groups = list(quantization["config_groups"].values())
-    bits = sorted({group["weights"]["num_bits"] for group in groups})
+    groups = list(quantization.get("config_groups", {}).values())
+    bits = sorted({group["weights"]["num_bits"] for group in groups} or {quantization["bits"]})
     front: dict[str, Any] = {"library_name": "transformers"}
     if base_model is not None:
         front |= {"base_model": base_model.name.repo, "base_model_relation": "quantized"}
     front["tags"] = ["rotq", method, *(f"{number}-bit" for number in bits)]
     name = config.get("model_type", "model") if base_model is None else base_model.name.repo
-    grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups)
+    grids = "\n".join(f"- {_describe(group, len(groups))}" for group in groups) or TILES.format(
+        bits=quantization.get("bits")
+    )
     runtime = runtime_line(quantization)
-    kept = ", ".join(f"`{layer}`" for layer in _together(quantization["ignore"]))
+    kept = ", ".join(f"`{layer}`" for layer in _together(quantization.get("ignore", ())))
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, {' and '.join(map(str, bits))} bits",
@@ -101,7 +117,7 @@ def model_card(
         grids=grids + (f"\n- not quantized: {kept}" if kept else ""),
         runtime=f"- at run time: {runtime}\n" if runtime else "",
         loading=_loading(quantization, obstacle).format(
-            auto=auto, obstacle=obstacle, stored=quantization["format"]
+            auto=auto, obstacle=obstacle, stored=quantization.get("format")
         ),
     )
 
@@ -116,8 +132,8 @@ def _together(names: Iterable[str]) -> Iterator[str]:
 
 
 def _loading(quantization: Mapping[str, Any], obstacle: str | None) -> str:
-    if quantization["quant_method"] == "rotq":
-        return ROTQ
+    if quantization["quant_method"] in ("rotq", "exl3"):
+        return ROTQ if quantization["quant_method"] == "rotq" else EXL3
     return COMPRESSED_TENSORS if obstacle is None else NOT_TRANSFORMERS
 
 

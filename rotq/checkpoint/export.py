@@ -11,7 +11,9 @@ from rotq.checkpoint.files import read_json, write_json, write_text
 from rotq.checkpoint.scheme_writing import quantization_config
 from rotq.disk.files import whole_file
 from rotq.errors import RotqError
+from rotq.formats.exl3 import TiledWeight
 from rotq.layers.quant_linear import QuantLinear
+from rotq.layers.tiled_linear import TiledLinear
 from rotq.recipe import write_yaml
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ __all__ = ["packed_tensors", "quantization_config", "stored_scale_dtype", "write
 
 
 def packed_tensors(
-    name: str, quantized: Quantized, signs_R: Tensor | None = None
+    name: str, quantized: Quantized | TiledWeight, signs_R: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The tensors a checkpoint holds for one layer, as compressed-tensors names them.
+    """The tensors a checkpoint holds for one layer, as compressed-tensors or EXL3 name them.
 
     Args:
         name: Full name of the layer.
@@ -37,9 +39,14 @@ def packed_tensors(
     Returns:
         ``.weight_packed`` int32 (N, ceil(K * bits / 32)), ``.weight_scale`` (N, G) as stored,
         ``.weight_shape`` int64 [N, K]; on asymmetric grids ``.weight_zero_point`` int32
-        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (R).
+        (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (R). Of a weight in tiles
+        ``.trellis``, ``.suh``, ``.svh`` and ``.mul1``.
     """
-    layer = QuantLinear.from_quantized(quantized, signs_R=signs_R)
+    layer: QuantLinear | TiledLinear
+    if isinstance(quantized, TiledWeight):
+        layer = TiledLinear.from_tiled(quantized)
+    else:
+        layer = QuantLinear.from_quantized(quantized, signs_R=signs_R)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
 
 
@@ -61,6 +68,8 @@ def stored_scale_dtype(
     """
     import torch
 
+    if format == "exl3":
+        return torch.float16
     any_is_exact = grid.symmetric and not has_experts and model_dtype == torch.float32
     return wanted if format == "rotq" or any_is_exact else model_dtype
 

@@ -38,6 +38,8 @@ def export_checkpoint(
     declared = read_json(found.path / "config.json").get("quantization_config")
     if not declared:
         raise RotqError(f"{checkpoint} is not quantized; rotq export writes codes")
+    if declared.get("quant_method") == "exl3":
+        raise RotqError(f"{checkpoint} is in EXL3, whose codes no other format holds")
     _check_at_rest(checkpoint, read_scheme(declared))
     model = load_model(checkpoint)
     if kind == "gguf":

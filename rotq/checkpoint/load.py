@@ -89,7 +89,7 @@ def load_model(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
-    if quantized and not packed:
+    if quantized and not packed and hasattr(loaded, "hf_quantizer"):
         loaded = loaded.dequantize(loaded.dtype)
     return loaded.eval()
 
@@ -125,13 +125,15 @@ def _as_rotq(path: Path, config: Any) -> bool:
     declared = read_json(path / "config.json").get("quantization_config")
     if not declared:
         return False
+    from rotq.checkpoint.quantizer import register
+
+    register()
+    if declared.get("quant_method") == "exl3":
+        return True
     try:
         read_scheme(declared)
     except RotqError as error:
         raise RotqError(f"{path}: {error}") from error
-    from rotq.checkpoint.quantizer import register
-
-    register()
     kept = ("config_groups", "ignore", "format", "online", "attention")
     config.quantization_config = {
         "quant_method": "rotq",

@@ -31,7 +31,7 @@ def loading_obstacle(
         layers: Full names of the quantized layers.
         stored_name: Of a tensor, in the files (``Source.stored_name``).
     """
-    if quantization["quant_method"] == "rotq":
+    if quantization["quant_method"] in ("rotq", "exl3"):
         return None
     layers = list(layers)
     # Llama 4's experts transformers replaces by a list of its own, one by one, where it quantizes

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rotq.checkpoint import exl3_loading
 from rotq.checkpoint.configuration import torch_dtype
 from rotq.checkpoint.dense import make_dense
 from rotq.checkpoint.packed_embedding import check_shapes, put_quant_embeddings
@@ -271,3 +272,4 @@ def _is_new(name: str, scheme: Scheme, prefix: str, entries: dict[str, Entry]) -
 
 
 register()
+exl3_loading.register()

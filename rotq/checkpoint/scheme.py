@@ -132,7 +132,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme:
     """
     method = config.get("quant_method")
     if method not in METHODS:
-        raise RotqError(f"quantized with {method}; rotq reads {' and '.join(METHODS)}")
+        raise RotqError(f"quantized with {method}; rotq reads {', '.join(METHODS)} and exl3")
     if method == "rotq" and config.get("version") not in range(1, ROTQ_VERSION + 1):
         raise RotqError(f"rotq format {config.get('version')}; this rotq reads 1 to {ROTQ_VERSION}")
     _refuse_transforms(config)

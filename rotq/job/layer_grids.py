@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rotq.formats.exl3 import TileGrid
 from rotq.formats.floats import FloatGrid, float_grid
 from rotq.formats.integer import Grid, legal_group_sizes
 from rotq.formats.trellis import Trellis
@@ -23,7 +24,7 @@ def layer_grid(
         name, in_features: Of the layer.
         weights: Of the recipe.
         override: The one that serves the layer, see ``choose_overrides``.
-        rounder: "scalar", or "trellis" for paths.
+        rounder: "scalar", "trellis" for paths, or "tiles" for those of EXL3.
 
     Raises:
         ValueError: the group size does not divide ``in_features``, and no fallback is allowed.
@@ -33,6 +34,8 @@ def layer_grid(
         if override.keep:
             return None
         bits, group_size = override.bits or bits, override.group_size or group_size
+    if rounder == "tiles":
+        return TileGrid(bits=bits)
     if rounder == "trellis":
         grid: Grid = Trellis(bits=bits, group_size=group_size, state_bits=weights.state_bits)
     elif weights.format != "int":

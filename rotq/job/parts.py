@@ -17,6 +17,7 @@ from rotq.job.part_names import OUTER
 from rotq.job.plan import Plan
 from rotq.job.rest import rest_in
 from rotq.layers.quant_linear import QuantLinear
+from rotq.layers.tiled_linear import TiledLinear
 
 
 def restored_block(job: Job, part: Path, index: int, block: nn.Module) -> nn.Module:
@@ -66,7 +67,8 @@ def dense_tensors(
     plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A part's tensors as a job computes with them: weights dense, and matrices in ``dtype``."""
-    layers = packed_layers(plan, tensors)
+    layers: dict[str, QuantLinear | TiledLinear] = {**packed_layers(plan, tensors)}
+    layers |= tiled_layers(plan, tensors)
     packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in packed}
     weights = {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
@@ -78,6 +80,22 @@ def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantL
     suffix = ".weight_packed"
     names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     return {name: _packed_layer(plan, name, tensors) for name in names}
+
+
+def tiled_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, TiledLinear]:
+    """The layers in tiles among a part's tensors, by full name."""
+    suffix = ".trellis"
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {name: _tiled_layer(plan, name, tensors) for name in names}
+
+
+def _tiled_layer(plan: Plan, full: str, tensors: Mapping[str, Tensor]) -> TiledLinear:
+    out_features, in_features = plan.shapes[full]
+    layer = TiledLinear(in_features, out_features, plan.grid(full).bits, device="meta")
+    layer.load_state_dict(
+        {name: tensors[f"{full}.{name}"] for name in layer.state_dict()}, assign=True
+    )
+    return layer
 
 
 def _packed_layer(plan: Plan, full: str, tensors: Mapping[str, Tensor]) -> QuantLinear:

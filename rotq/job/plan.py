@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from rotq.checkpoint.exl3_writing import check_exl3
 from rotq.checkpoint.export import stored_scale_dtype
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.float_inputs import float_inputs
@@ -138,7 +139,7 @@ def make_plan(
     weights = recipe.weights
     if recipe.is_mixed:
         weights = replace(weights, bits=BITS[0], group_size=GROUP_SIZES[0])
-    rounder = recipe.solver.rounder
+    rounder = "tiles" if recipe.output.format == "exl3" else recipe.solver.rounder
     grids: dict[str, Grid] = {}
     to_choose: dict[str, list[Grid]] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -217,8 +218,11 @@ def _fused(skeleton: Skeleton) -> Iterator[tuple[str, ...]]:
 
 
 def _check_format(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Refuse what compressed-tensors cannot hold."""
+    """Refuse what the output's format cannot hold."""
     if recipe.output.format == "rotq":
+        return
+    if recipe.output.format == "exl3":
+        check_exl3(skeleton)
         return
     if skeleton.adapter.transposed:
         family = skeleton.adapter.family

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.streams import Streams
+from rotq.formats.exl3 import TiledWeight, TileGrid
 from rotq.formats.floats import FloatGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
@@ -59,7 +60,7 @@ class BlockQuantizer:
         global_scales = weight_scales(job, index, original)
         set_input_scales(self.runner, index, working, streams)
         weights = None if streams is None else token_weights(job, index, working, streams)
-        quantized: dict[str, Quantized] = {}
+        quantized: dict[str, Quantized | TiledWeight] = {}
         layers: list[LayerResult] = []
         routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
@@ -84,7 +85,9 @@ class BlockQuantizer:
             self.runner.advance(index, original, streams.original)
         training: dict[str, float] = {}
         if quantized and streams is not None and job.recipe.tuning.code_steps:
-            quantized, training = train_codes(job, index, (original, working), quantized, streams)
+            codes = {n: each for n, each in quantized.items() if isinstance(each, Quantized)}
+            trained, training = train_codes(job, index, (original, working), codes, streams)
+            quantized |= trained
         return QuantizedBlock(
             block=working,
             quantized=quantized,
@@ -109,7 +112,7 @@ class BlockQuantizer:
         blocks: tuple[nn.Module, nn.Module],
         moments: dict[str, list[Moments]],
         global_scales: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Quantized], list[LayerResult]]:
+    ) -> tuple[dict[str, Quantized | TiledWeight], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
         The site's moments are taken out of ``moments``, and used up.
@@ -183,6 +186,7 @@ class BlockQuantizer:
                     scale_dtype=self.job.plan.scale_dtype,
                     global_scale=global_scales.get(names[0]),
                     ranks=self.job.ranks,
+                    seed=self.job.recipe.rotation.seed,
                 )
                 for part_NK, of_part in zip(
                     stacked_NK.tensor_split(len(curvatures)), curvatures, strict=True
@@ -241,4 +245,6 @@ def _stacks(
 
 def _is_whole(grid: Grid) -> bool:
     """Whether a layer's rows know of each other."""
-    return isinstance(grid, Trellis) or (isinstance(grid, FloatGrid) and grid.block_rows > 1)
+    return isinstance(grid, Trellis | TileGrid) or (
+        isinstance(grid, FloatGrid) and grid.block_rows > 1
+    )

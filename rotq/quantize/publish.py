@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rotq.checkpoint.card_figures import add_figures
+from rotq.checkpoint.exl3_writing import exl3_config, write_storage
 from rotq.checkpoint.export import quantization_config, write_metadata
 from rotq.checkpoint.files import write_json
 from rotq.checkpoint.inspection import PROVENANCE, REPORT
@@ -68,6 +69,8 @@ def publish(
         untied=_is_untied(job),
         obstacle=obstacle,
     )
+    if job.recipe.output.format == "exl3":
+        write_storage(folder, weights, quantization)
     job.progress.message("checking the checkpoint in a fresh process")
     logits_BTV = check.logits(_head_tensors(job), _shared_head(job))
     check_reload(folder, check.ids_BT, logits_BTV, trust_remote_code=trust_remote_code)
@@ -140,6 +143,8 @@ def _is_untied(job: Job) -> bool:
 
 def _quantization(job: Job, basis: Basis) -> dict[str, Any]:
     """The config's section: grids, layers that are kept, what happens at run time."""
+    if job.recipe.output.format == "exl3":
+        return exl3_config(job.plan.grids, job.plan.shapes, job.recipe.calibration)
     adapter, outer = job.skeleton.adapter, job.plan.outer
     packed = {*job.plan.grids, *outer}
     if _shared_head(job) is not None:
@@ -188,6 +193,10 @@ def _new_notes(
         notes.append(f"transformers cannot load this checkpoint without rotq: {obstacle}")
     if job.recipe.output.format == "rotq":
         notes.append("transformers loads the rotq format where rotq is installed, and nowhere else")
+    if job.recipe.output.format == "exl3":
+        notes.append(
+            "transformers loads EXL3 where rotq or exllamav3 is installed, and makes it dense"
+        )
     for note in notes:
         job.progress.message(note)
         yield note

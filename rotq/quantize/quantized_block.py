@@ -11,6 +11,7 @@ from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.shards import save_tensors
 from rotq.devices import double
 from rotq.evaluation.flatness import FlatnessChange
+from rotq.formats.exl3 import TiledWeight
 from rotq.formats.integer import Quantized
 from rotq.job.context import Job
 from rotq.job.part_names import block_part
@@ -26,7 +27,7 @@ class QuantizedBlock:
 
     block: nn.Module
     """Dense, with the rounded weights in the model's dtype; rounds at run time as planned."""
-    quantized: Mapping[str, Quantized]
+    quantized: Mapping[str, Quantized | TiledWeight]
     """By path inside the block."""
     layers: tuple[LayerResult, ...]
     effective_share: float
@@ -41,6 +42,9 @@ def layer_result(job: Job, full: str, solution: Solution, seconds: float) -> Lay
     """What became of one weight, by its full name."""
     grid, shape = job.plan.grid(full), job.plan.shapes[full]
     loss = double(solution.loss_N).sum().item()
+    bits_per_weight = grid.bits_per_weight(shape[1], job.plan.scale_dtype.itemsize * 8)
+    if isinstance(solution.quantized, TiledWeight):
+        bits_per_weight = solution.quantized.bits_per_weight()
     return LayerResult(
         name=full,
         shape=shape,
@@ -51,7 +55,7 @@ def layer_result(job: Job, full: str, solution: Solution, seconds: float) -> Lay
         relative_error=loss / max(double(solution.energy_N).sum().item(), 1e-30),
         damping=solution.damping,
         seconds=seconds,
-        bits_per_weight=grid.bits_per_weight(shape[1], job.plan.scale_dtype.itemsize * 8),
+        bits_per_weight=bits_per_weight,
     )
 
 

@@ -243,8 +243,9 @@ class Solver:
 class Output:
     """The format and the files of the checkpoint."""
 
-    format: Literal["compressed-tensors", "rotq"] = "compressed-tensors"
-    """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations."""
+    format: Literal["compressed-tensors", "rotq", "exl3"] = "compressed-tensors"
+    """compressed-tensors loads in transformers and vLLM; rotq also holds online rotations; exl3
+    holds paths through a trellis of 2^16 states, which exllamav3 and GPTQModel run."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in 10^9 bytes; a tensor that is larger has a file of its own."""
 

@@ -51,6 +51,8 @@ class Recipe:
             self._check_inputs()
         if self.output.format != "rotq":
             self._check_expressible()
+        if self.output.format == "exl3":
+            self._check_exl3()
         fixed = self.transform.method == "fixed" and not self.transform.scalings
         ends = self.rotation.residual_ends
         if ends != "fused" and not fixed:
@@ -113,9 +115,10 @@ class Recipe:
         ]
 
     def _check_trellis(self) -> None:
-        """What is of scalar codes, and what no file but rotq's holds."""
+        """What is of scalar codes, and what compressed-tensors has no words for."""
+        if self.output.format == "compressed-tensors":
+            raise ValueError("solver.rounder=trellis needs output.format=rotq, or exl3")
         for key, value, wanted in (
-            ("output.format", self.output.format, "rotq"),
             ("solver.method", self.solver.method, "gptq"),
             ("importance.groups", self.importance.groups, 1),
             ("tuning.code_steps", self.tuning.code_steps, 0),
@@ -128,8 +131,29 @@ class Recipe:
                 "codes; set transform.method to fixed or optrot"
             )
 
+    def _check_exl3(self) -> None:
+        """What the files of exllamav3 settle."""
+        weights = self.weights
+        for key, value, wanted in (
+            ("solver.rounder", self.solver.rounder, "trellis"),
+            ("weights.state_bits", weights.state_bits, 16),
+            ("weights.group_size", weights.group_size, -1),
+            ("weights.average_bits", weights.average_bits, 0),
+            ("weights.embedding", weights.embedding, 16),
+            ("weights.head", weights.head, 16),
+            ("activations.bits", self.activations.bits, 16),
+            ("solver.refine_sweeps", self.solver.refine_sweeps, 0),
+            ("tuning.steps", self.tuning.steps, 0),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"output.format=exl3 needs {key}={wanted}, got {value}; -c exl3 has all of it"
+                )
+        if any(each.group_size for each in weights.overrides):
+            raise ValueError("output.format=exl3: overrides can set bits or keep layers")
+
     def _check_expressible(self) -> None:
-        """compressed-tensors has no words for some of what happens at run time."""
+        """Files of others have no words for some of what happens at run time."""
         for key, wanted in (
             ("rotation.down", self.rotation.down != "none"),
             ("rotation.inputs", self.rotation.inputs != "none"),

@@ -47,6 +47,8 @@ def quantization_line(config: dict[str, Any] | None) -> str:
     parts = [str(config.get("quant_method")), str(config.get("format", ""))]
     groups = config.get("config_groups") or {}
     kinds = sorted({f"{group['weights']['num_bits']} bits" for group in groups.values()})
+    if "bits" in config:  # of EXL3, on average
+        kinds.append(f"{config['bits']} bits")
     ignored = config.get("ignore") or []
     kept = f"{len(ignored)} modules kept" if ignored else ""
     return ", ".join(part for part in (*parts, *kinds, kept) if part)

@@ -101,7 +101,7 @@ def eliminate(
             return Elimination(
                 visit_K=visit_K,
                 factor_KK=factor_KK,
-                spread=_inverted_corners(factor_KK),
+                spread=inverted_corners(factor_KK),
                 damping=share,
                 added_K=alive_K + share * mean - diagonal_K,
             )
@@ -109,7 +109,7 @@ def eliminate(
     raise RotqError(f"the Hessian is not positive definite with damping up to {share:g}")
 
 
-def _inverted_corners(factor_KK: Tensor) -> tuple[Tensor, ...]:
+def inverted_corners(factor_KK: Tensor) -> tuple[Tensor, ...]:
     """V^-1 of the blocks on the diagonal."""
     corners = (
         double(factor_KK[at : at + BLOCK, at : at + BLOCK]).triu()
@@ -154,7 +154,7 @@ def round_columns(
             given = (spread_BB, scale_KN[block], zero_KN[block], bounds_2N)
             return round_block(w_BN, *given, q_KN[block])
 
-        _feed_back_blocks(weight_NK, elimination, errors)
+        feed_back_blocks(weight_NK, elimination, errors)
         return in_place_of(q_KN, visit_K)
 
     def nearest(k: int, w_N: Tensor) -> Tensor:
@@ -185,10 +185,10 @@ def feed_back(
             w_BN[b + 1 :].addr_(spread_BB[b, b + 1 :], error_BN[b], alpha=-1)
         return error_BN
 
-    _feed_back_blocks(weight_NK, elimination, errors)
+    feed_back_blocks(weight_NK, elimination, errors)
 
 
-def _feed_back_blocks(
+def feed_back_blocks(
     weight_NK: Tensor,
     elimination: Elimination,
     errors: Callable[[slice, Tensor, Tensor], Tensor],

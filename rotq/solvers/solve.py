@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rotq.formats.exl3 import TiledWeight, TileGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
 from rotq.numerics import side_by_side
@@ -22,16 +24,29 @@ from rotq.solvers.paths import code_columns, path_scales, refine_all
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
 from rotq.solvers.statistics import Moments, corrected_target
+from rotq.solvers.tiles import (
+    SIDE,
+    Tiles,
+    choose_scales,
+    code_tiles,
+    eliminate_tiles,
+    fit_scales,
+    join_tiles,
+    packed_tiles,
+)
 
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
+
+TILED_ROWS = 64
+"""The same where the search takes nearly all of the time: many parts keep all threads at work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
     """What a solver found for one weight."""
 
-    quantized: Quantized
+    quantized: Quantized | TiledWeight
     loss_N: Tensor
     """Per row (W^ - T) H (W^ - T)^T with undamped H: squared output error per token."""
     energy_N: Tensor
@@ -50,12 +65,16 @@ class Solution:
 
     def divided(self, global_scale: Tensor) -> Solution:
         """The solution for the weight, from that for the weight times a global scale."""
+        assert isinstance(self.quantized, Quantized), "tiles have none"
         return Solution(
             quantized=replace(self.quantized, global_scale=global_scale),
             loss_N=self.loss_N / global_scale.square(),
             energy_N=self.energy_N / global_scale.square(),
             damping=self.damping,
         )
+
+
+Part = TypeVar("Part", Solution, Tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +148,12 @@ def solve(
     scale_dtype: torch.dtype,
     global_scale: Tensor | None = None,
     ranks: Ranks = ALONE,
+    seed: int = 0,
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
-    On a trellis one whole weight alone: where paths begin and end depends on its rows. Some rows
-    are in fp32 at a time, and what is found for them.
+    On a trellis, in tiles or not, one whole weight alone: where paths begin and end depends on its
+    rows. Elsewhere some rows are in fp32 at a time, and what is found for them.
 
     Args:
         weight_NK: Any float dtype, not modified.
@@ -145,6 +165,7 @@ def solve(
         global_scale: (1) fp32, for grids that have one; local scales are those of the weight
             times it.
         ranks: Processes that call this with the same arguments and share the rows of GPTQ.
+        seed: Of the random signs that a weight in tiles is turned with.
 
     Returns:
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
@@ -154,9 +175,11 @@ def solve(
             trellis without GPTQ, or one that is longer than the weight's columns.
         RotqError: the Hessian is not finite or cannot be made positive definite.
     """
-    if options.method == "rtn" and isinstance(grid, Trellis):
+    if options.method == "rtn" and isinstance(grid, Trellis | TileGrid):
         raise ValueError("paths through a trellis are found by GPTQ")
     curvature = moments if isinstance(moments, Curvature) else Curvature.of(moments, options)
+    if isinstance(grid, TileGrid):
+        return _solve_tiles(weight_NK, curvature, grid, options, seed, ranks)
     elimination = curvature.elimination
     rows = grid.ring_rows(len(weight_NK)) if isinstance(grid, Trellis) else 1
 
@@ -180,7 +203,8 @@ def solve(
         return solution if global_scale is None else solution.divided(global_scale)
 
     shared = ALONE if elimination is None else ranks
-    return join_rows(_each_part(solved, weight_NK, rows, shared))
+    at_once = ROWS_IN_CACHE if weight_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    return join_rows(_each_part(solved, weight_NK, rows, at_once, shared))
 
 
 def _target(weight_NK: Tensor, curvature: Curvature, options: Solver) -> Tensor:
@@ -194,14 +218,17 @@ def _target(weight_NK: Tensor, curvature: Curvature, options: Solver) -> Tensor:
 
 
 def _each_part(
-    solved: Callable[[Tensor], Solution], weight_NK: Tensor, rows: int, ranks: Ranks
-) -> list[Solution]:
+    solved: Callable[[Tensor], Part], weight_NK: Tensor, rows: int, at_once: int, ranks: Ranks
+) -> list[Part]:
     """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side.
 
     Each process does some, and is given all.
+
+    Args:
+        at_once: Rows of a part, at most.
     """
     on_cpu = weight_NK.device.type == "cpu"
-    count = ceil(weight_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
+    count = ceil(weight_NK.shape[0] / at_once)
     count = ranks.size * ceil(count / ranks.size)
     runs = weight_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(weight_NK) // rows))
     parts = ranks.own([part.flatten(0, 1) for part in runs])
@@ -272,6 +299,37 @@ def _find_paths(
     )
 
 
+def _solve_tiles(
+    weight_NK: Tensor,
+    curvature: Curvature,
+    grid: TileGrid,
+    options: Solver,
+    seed: int,
+    ranks: Ranks,
+) -> Solution:
+    """Scales, tiles by block LDLQ, then scales again."""
+    assert curvature.elimination is not None
+    assert curvature.hessian_KK is not None, "scales of tiles are fitted to the Hessian"
+    target_NK = _target(weight_NK.float(), curvature, options)
+    turn = choose_scales(target_NK, grid, seed)
+    turned_nk = turn.weight(target_NK)
+    elimination = eliminate_tiles(turn.hessian(curvature.hessian_KK), options.order)
+
+    def solved(part_nk: Tensor) -> Tiles:
+        return code_tiles(part_nk, elimination, grid.bits)
+
+    at_once = TILED_ROWS if target_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    tiles = join_tiles(_each_part(solved, turned_nk, SIDE, at_once, ranks))
+    turn = fit_scales(target_NK, curvature.hessian_KK, tiles.level_nk, turn)
+    quantized = packed_tiles((len(target_NK), target_NK.shape[1]), tiles, turn, grid.bits)
+    return Solution(
+        quantized=quantized,
+        loss_N=curvature.quadratic(quantized.dequantize().sub_(target_NK)),
+        energy_N=curvature.quadratic(target_NK),
+        damping=curvature.elimination.damping,
+    )
+
+
 def _joined(parts: list[Quantized]) -> Quantized:
     """Weights of one grid, stacked along N."""
     zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
@@ -286,8 +344,12 @@ def _joined(parts: list[Quantized]) -> Quantized:
 
 def join_rows(solutions: list[Solution]) -> Solution:
     """Stack along N what was solved apart, on one grid; the damping is the largest."""
+    if len(solutions) == 1:
+        return solutions[0]
+    parts = [each.quantized for each in solutions if isinstance(each.quantized, Quantized)]
+    assert len(parts) == len(solutions), "a weight in tiles is solved whole"
     return Solution(
-        quantized=_joined([solution.quantized for solution in solutions]),
+        quantized=_joined(parts),
         loss_N=torch.cat([solution.loss_N for solution in solutions]),
         energy_N=torch.cat([solution.energy_N for solution in solutions]),
         damping=max(solution.damping for solution in solutions),
@@ -297,6 +359,9 @@ def join_rows(solutions: list[Solution]) -> Solution:
 def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
     """Undo stacking along N: one solution per entry of ``sizes``."""
     quantized = solution.quantized
+    if isinstance(quantized, TiledWeight):
+        assert len(sizes) == 1, "a weight in tiles is solved alone"
+        return [solution]
     parts = zip(
         quantized.q_NK.split(sizes),
         quantized.scale_NG.split(sizes),

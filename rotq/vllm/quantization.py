@@ -1,7 +1,8 @@
 """``quant_method: rotq`` in vLLM: compressed-tensors, and what happens to inputs at run time.
 
 Weights are those of compressed-tensors, so vLLM's own class does fused layers, targets, ignore
-lists and tensor parallelism; the rotation and rounding of inputs is added here. Both need the whole
+lists and tensor parallelism; the rotation and rounding of inputs is added here, and weights on a
+trellis, which compressed-tensors does not know (``trellis``). Both need the whole
 row of an input, but for a rotation in blocks: a layer that has a rank's share of it gathers the
 row, and gives the weight its share of the result; where the share is whole blocks, it rotates them.
 
@@ -35,6 +36,7 @@ from rotq.formats.floats import FloatGrid
 from rotq.formats.trellis import Trellis
 from rotq.layers.online_linear import prepare_input
 from rotq.vllm.targets import in_vllm
+from rotq.vllm.trellis import TrellisMethod
 
 
 class RotqConfig(CompressedTensorsConfig):
@@ -54,8 +56,6 @@ class RotqConfig(CompressedTensorsConfig):
             RotqError: it says something that is not run here.
         """
         scheme = read_scheme(config)
-        if any(isinstance(group.grid, Trellis) for group in scheme.groups):
-            raise RotqError("weights on a trellis are not run in vLLM yet; transformers runs them")
         if any(isinstance(group.grid, FloatGrid) for group in scheme.groups):
             raise RotqError(
                 "floats of 4 bits in the rotq format are not run in vLLM; quantize with "
@@ -66,10 +66,13 @@ class RotqConfig(CompressedTensorsConfig):
                 "the checkpoint turns its residual stream at run time (rotation.residual_ends="
                 "online), which is not run in vLLM; rotq serve-kv runs it"
             )
-        # with input_activations vLLM would look for kernels of integer products
+        # with input_activations vLLM would look for kernels of integer products; paths it knows not
         groups = {
             name: {**group, "input_activations": None}
-            for name, group in config["config_groups"].items()
+            for (name, group), read in zip(
+                config["config_groups"].items(), scheme.groups, strict=True
+            )
+            if not isinstance(read.grid, Trellis)
         }
         made = super().from_config({**config, "config_groups": groups})
         made.scheme = scheme
@@ -110,11 +113,11 @@ class RotqConfig(CompressedTensorsConfig):
             )
         if isinstance(layer, RoutedExperts):
             self._check_experts(layer, prefix)
-        method = super().get_quant_method(layer, prefix)
         if not isinstance(layer, LinearBase):
-            return method
+            return super().get_quant_method(layer, prefix)
         before, _, last = prefix.rpartition(".")
         parts = [f"{before}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        method = self._trellis_method(prefix, parts) or super().get_quant_method(layer, prefix)
         found = {
             (self.scheme.rotation_size(part, layer.input_size), self._input_grid(part))
             for part in parts
@@ -128,6 +131,20 @@ class RotqConfig(CompressedTensorsConfig):
             return method
         return OnlineMethod(method, rotation_size, grid)
 
+    def _trellis_method(self, prefix: str, parts: list[str]) -> TrellisMethod | None:
+        """How layers on a trellis are run; None for others.
+
+        Raises:
+            RotqError: of the layer's parts some are on a trellis, and some are not.
+        """
+        grids = [self.scheme.grid(part) for part in parts]
+        on_trellis = [grid for grid in grids if isinstance(grid, Trellis)]
+        if not on_trellis:
+            return None
+        if len(on_trellis) < len(grids):
+            raise RotqError(f"{prefix}: some of {', '.join(parts)} are on a trellis, some are not")
+        return TrellisMethod(prefix, on_trellis)
+
     def _check_experts(self, layer: Any, prefix: str) -> None:
         projections = (
             layer.ckpt_gate_proj_name,
@@ -139,6 +156,8 @@ class RotqConfig(CompressedTensorsConfig):
             raise RotqError(
                 f"{prefix}: experts whose inputs are rotated or rounded are not run in vLLM"
             )
+        if any(isinstance(self.scheme.grid(name), Trellis) for name in names):
+            raise RotqError(f"{prefix}: experts on a trellis are not run in vLLM")
 
     def _input_grid(self, name: str) -> ActivationGrid | None:
         group = self.scheme.group(name)

@@ -2,10 +2,12 @@
 
     python scripts/consumers/check.py OUT --work DIR --transformers ENV/bin/python \\
         --gptqmodel ENV/bin/python --xllamacpp ENV/bin/python
+    python scripts/consumers/check.py OUT-exl3 --work DIR --gptqmodel_exl3 ENV/bin/python
 
-OUT is in compressed-tensors' format. Each reader runs in an environment of its own, without rotq,
-on its file: the checkpoint itself, or what ``rotq export`` makes of it. Greedy text is
-compared with rotq's token by token, logits where a reader gives them, both in the reader's dtype.
+OUT is in compressed-tensors' format, or in EXL3 for the reader of that. Each reader runs in an
+environment of its own, without rotq, on its file: the checkpoint itself, or what ``rotq export``
+makes of it. Greedy text is compared with rotq's token by token, logits where a reader gives them,
+both in the reader's dtype.
 README.md has the environments. Exit 1 where a text differs before its end.
 """
 
@@ -26,13 +28,14 @@ from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.layers.quant_linear import QuantLinear
 
 HERE = Path(__file__).parent
-FORMATS = {"transformers": None, "gptqmodel": "gptq", "xllamacpp": "gguf"}
+FORMATS = {"transformers": None, "gptqmodel": "gptq", "xllamacpp": "gguf", "gptqmodel_exl3": None}
 """What each reader is given; None for the checkpoint as it is."""
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
     "def fibonacci(n):",
     "In 1969, the first people to walk on the Moon",
+    "She opened the old wooden door and",
 )
 
 
@@ -101,6 +104,16 @@ class Ours:
     """Of the last prompt."""
     weights: str
     """``digest`` of the quantized layers' weights."""
+    model: Any
+    """With dense weights."""
+
+    def furthest(self, dense: Mapping[str, Tensor]) -> float:
+        """The largest difference from a reader's weights, as a share of a layer's largest."""
+        shares = []
+        for name, theirs_NK in dense.items():
+            own_NK = self.model.get_submodule(name).weight.float()
+            shares.append(float((theirs_NK - own_NK).abs().max() / own_NK.abs().max()))
+        return max(shares)
 
 
 def ours_of(checkpoint: Path, dtype: str, asked: Mapping[str, Any]) -> Ours:
@@ -115,7 +128,7 @@ def ours_of(checkpoint: Path, dtype: str, asked: Mapping[str, Any]) -> Ours:
     with torch.no_grad():
         logits = model(torch.tensor([asked["prompts"][-1]])).logits.float()
     texts = [greedy(model, prompt, asked["tokens"]) for prompt in asked["prompts"]]
-    return Ours(texts, logits, digest(weights))
+    return Ours(texts, logits, digest(weights), model)
 
 
 def compare(reader: str, found: Mapping[str, Any], ours: Ours, tokenizer: Any) -> bool:
@@ -123,6 +136,10 @@ def compare(reader: str, found: Mapping[str, Any], ours: Ours, tokenizer: Any) -
     print(f"{reader}: {found['dtype']}, {found['versions']}")
     if "weights" in found:
         print(f"  weights: {'bit by bit ours' if found['weights'] == ours.weights else 'not ours'}")
+    if "dense" in found:
+        dense = torch.load(found["dense"])
+        share = ours.furthest(dense)
+        print(f"  weights: {len(dense)} layers, {share:.1e} of a layer's largest apart at most")
     if "logits" in found:
         theirs = torch.load(found["logits"]).float()
         largest = (theirs - ours.logits).abs().max() / ours.logits.abs().max()

@@ -18,11 +18,12 @@ def digest(weights):
 
 
 @torch.no_grad()
-def answer(model, versions, weights=None):
+def answer(model, versions, weights=None, dense=None):
     """Texts behind the prompts, and logits of the last prompt, as check.py reads them.
 
     Args:
-        weights: Dense, (N, K) by name, where the reader can be asked for them.
+        weights: Dense, (N, K) by name, where the reader can be asked for them, and has ours.
+        dense: The same where the reader rounds otherwise: they are compared as numbers.
     """
     asked, found = json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     model.eval()
@@ -42,4 +43,7 @@ def answer(model, versions, weights=None):
     told = {"greedy": greedy, "logits": str(logits), "dtype": dtype, "versions": versions}
     if weights is not None:
         told["weights"] = digest(weights)
+    if dense is not None:
+        told["dense"] = str(found.with_suffix(".dense.pt"))
+        torch.save(dense, told["dense"])
     found.write_text(json.dumps(told))

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 
-def search_native(x_SR: Tensor, levels_P: Tensor, bits: int) -> Tensor:
+def search_native(
+    x_SR: Tensor, levels_P: Tensor, bits: int, around: tuple[int, int] | None = None
+) -> Tensor:
     """int32 (S, R) states of the closed path of each ring.
 
     The interpreter's lock is not held: calls on several threads run at the same time.
@@ -26,10 +28,14 @@ def search_native(x_SR: Tensor, levels_P: Tensor, bits: int) -> Tensor:
         x_SR: fp32 on the CPU, finite.
         levels_P: fp32 (2^L).
         bits: Of a symbol, at most L.
+        around: Steps of the first search before and behind where a ring closes; None: all of the
+            ring, turned by half.
     """
+    rows = x_SR.shape[1]
+    before, behind = around or (rows - rows // 2, rows // 2)
     state_SR = torch.empty(x_SR.shape, dtype=torch.int32)
     search = _compiled(bits, len(levels_P).bit_length() - 1)
-    search(x_SR.contiguous().numpy(), levels_P.numpy(), state_SR.numpy())
+    search(x_SR.contiguous().numpy(), levels_P.numpy(), state_SR.numpy(), before, behind)
     return state_SR
 
 
@@ -44,26 +50,25 @@ def _compiled(bits: int, state_bits: int) -> Any:
     groups = 1 << (state_bits - bits)
 
     @jit
-    def search(x_SR, levels_P, state_SR):
+    def search(x_SR, levels_P, state_SR, before, behind):
         rings, rows = x_SR.shape
-        half = rows // 2
         x_T = np.empty(rows, np.float32)
-        turned_T = np.empty(rows, np.float32)
+        middle_T = np.empty(before + behind, np.float32)
         least_G = np.empty(groups, np.float32)
         history_TG = np.empty((rows, groups), np.float32)
         unused_T = np.empty(rows, np.int32)
         for ring in range(rings):
             for t in range(rows):
                 x_T[t] = x_SR[ring, rows - 1 - t]
-            for t in range(rows):
-                turned_T[t] = x_T[(t + half) % rows]
+            for t in range(before + behind):
+                middle_T[t] = x_T[(rows - before + t) % rows]
             least_G[:] = 0.0
-            forward(turned_T, levels_P, least_G, history_TG)
+            forward(middle_T, levels_P, least_G, history_TG)
             end = 0
             for u in range(1, groups):
                 if least_G[u] < least_G[end]:
                     end = u
-            middle = back(turned_T, levels_P, history_TG, end, rows - half, unused_T)
+            middle = back(middle_T, levels_P, history_TG, end, before, unused_T)
             least_G[:] = np.inf
             least_G[middle] = 0.0
             forward(x_T, levels_P, least_G, history_TG)

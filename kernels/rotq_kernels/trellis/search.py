@@ -10,7 +10,8 @@ With u a state without its lowest symbol (what it shares with the state before i
 and the way back takes the first j that has the minimum: costs of states are never stored. A closed
 path begins with the u that it ends in. That u is taken from a first, open search on the ring turned
 by half, at its middle, where both ends are far away; a second search has both ends held there
-(QTIP, arXiv 2406.11235, algorithm 4).
+(QTIP, arXiv 2406.11235, algorithm 4). The first search may be over a part of the ring alone,
+``reach`` rows to each side of the middle: what is further away hardly decides there.
 
 Two implementations find the same paths, bit by bit: native code for CPUs, compiled by numba when it
 is first called, and plain PyTorch, which is many times slower there.
@@ -25,13 +26,16 @@ from rotq_kernels.launching import is_native
 from rotq_kernels.trellis.code import check_ring, code_levels
 
 
-def search_paths(x_SR: Tensor, bits: int, state_bits: int) -> tuple[Tensor, Tensor]:
+def search_paths(
+    x_SR: Tensor, bits: int, state_bits: int, *, reach: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The best closed path of each ring, or close to it.
 
     Args:
         x_SR: fp32, finite, in units of the code's levels; not modified.
         bits: 1 to 8.
         state_bits: L, 8 to 16.
+        reach: Rows to each side of where a ring closes that decide how; None: half of them.
 
     Returns:
         symbol_SR: int8, symbol - 2^(bits-1).
@@ -46,27 +50,47 @@ def search_paths(x_SR: Tensor, bits: int, state_bits: int) -> tuple[Tensor, Tens
         raise ValueError(f"bits must be 1 to 8, got {bits}")
     check_ring(x_SR.shape[1], bits, state_bits)
     levels = code_levels(state_bits, x_SR.device)
-    if x_SR.device.type == "cpu" and is_native():
-        from rotq_kernels.trellis.native import search_native
-
-        state_SR = search_native(x_SR, levels, bits)
-    else:
-        state_SR = search_reference(x_SR, levels, bits)
+    state_SR = find_states(x_SR, levels, bits, reach=reach)
     level_SR = levels.index_select(0, state_SR.flatten().long()).view(x_SR.shape)
     symbol_SR = (state_SR & (2**bits - 1)) - 2 ** (bits - 1)
     return symbol_SR.to(torch.int8), level_SR
 
 
-def search_reference(x_SR: Tensor, levels_P: Tensor, bits: int) -> Tensor:
+def find_states(x_SR: Tensor, levels_P: Tensor, bits: int, *, reach: int | None = None) -> Tensor:
+    """int32 (S, R) states of the closed paths, by the native search where there is one.
+
+    Args:
+        x_SR: fp32, finite; not modified.
+        levels_P: fp32 (2^L).
+        bits: Of a symbol; a ring is as long as a state.
+        reach: As for ``search_paths``.
+    """
+    around = closing(x_SR.shape[1], reach)
+    if x_SR.device.type == "cpu" and is_native():
+        from rotq_kernels.trellis.native import search_native
+
+        return search_native(x_SR, levels_P, bits, around)
+    return search_reference(x_SR, levels_P, bits, around)
+
+
+def closing(rows: int, reach: int | None = None) -> tuple[int, int]:
+    """Steps before and behind the place where a ring closes that the first search takes."""
+    before, behind = rows - rows // 2, rows // 2
+    return (before, behind) if reach is None else (min(reach, before), min(reach, behind))
+
+
+def search_reference(
+    x_SR: Tensor, levels_P: Tensor, bits: int, around: tuple[int, int] | None = None
+) -> Tensor:
     """int32 (S, R) states of the closed paths, in plain PyTorch; arguments as ``search_native``."""
     S, R = x_SR.shape
-    groups, half = len(levels_P) >> bits, R // 2
+    before, behind = around or closing(R)
     # a path goes from the last row to the first
     x_ST = x_SR.flip(1)
-    turned_ST = x_ST.roll(-half, dims=1)
-    M_SG = torch.zeros(S, groups, device=x_SR.device)
-    history, M_SG = _forward(turned_ST, levels_P, bits, M_SG)
-    _, middle_S = _back(turned_ST, levels_P, bits, history, M_SG.argmin(1), R - half)
+    middle_ST = torch.cat([x_ST[:, R - before :], x_ST[:, :behind]], dim=1)
+    M_SG = torch.zeros(S, len(levels_P) >> bits, device=x_SR.device)
+    history, M_SG = _forward(middle_ST, levels_P, bits, M_SG)
+    _, middle_S = _back(middle_ST, levels_P, bits, history, M_SG.argmin(1), before)
     M_SG = torch.full_like(M_SG, float("inf")).scatter_(1, middle_S[:, None], 0.0)
     history, _ = _forward(x_ST, levels_P, bits, M_SG)
     states, _ = _back(x_ST, levels_P, bits, history, middle_S, 0)
