@@ -202,10 +202,10 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _dense(block: nn.Module, name: str, quantized: Quantized) -> nn.Parameter:
+def _dense(block: nn.Module, name: str, quantized: Quantized | TiledWeight) -> nn.Parameter:
     """The rounded weight in the dtype of the block's, some rows at a time."""
     weight_NK = torch.empty_like(_linear(block, name).weight)
-    if _is_whole(quantized.grid):
+    if isinstance(quantized, TiledWeight) or _is_whole(quantized.grid):
         weight_NK.copy_(quantized.dequantize(weight_NK.dtype))
     else:
         for start in range(0, len(weight_NK), ROWS_AT_ONCE):
