@@ -47,6 +47,7 @@ from rotq_kernels.rounding.native import (
     searches_natively,
     unpacked_levels,
 )
+from rotq_kernels.rounding.two_sided import refine_column, round_column
 from rotq_kernels.trellis.code import check_ring, path_levels, ring_rows
 from rotq_kernels.trellis.linear import dequantize_paths, packed_levels, trellis_linear
 from rotq_kernels.trellis.search import search_paths
@@ -100,8 +101,10 @@ __all__ = [
     "quantize_residual",
     "quantize_side",
     "refine_block",
+    "refine_column",
     "ring_rows",
     "round_block",
+    "round_column",
     "rounds_natively",
     "search_paths",
     "search_tiles",

@@ -25,6 +25,7 @@ from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.global_scales import set_input_scales, weight_scales
+from rotq.quantize.output_moments import output_moments
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
@@ -60,6 +61,8 @@ class BlockQuantizer:
         global_scales = weight_scales(job, index, original)
         set_input_scales(self.runner, index, working, streams)
         weights = None if streams is None else token_weights(job, index, working, streams)
+        two_sided = streams is not None and job.recipe.solver.two_sided
+        outputs = output_moments(job, index) if two_sided else {}
         quantized: dict[str, Quantized | TiledWeight] = {}
         layers: list[LayerResult] = []
         routed: dict[str, list[int]] = {}
@@ -75,7 +78,7 @@ class BlockQuantizer:
                     routed[path] = [int(count) for count in job.ranks.total(*counts)]
             for site in stage:
                 solutions, results = self._round(
-                    index, site, (original, working), moments, global_scales
+                    index, site, (original, working), moments, global_scales, outputs
                 )
                 quantized |= solutions
                 layers += results
@@ -112,6 +115,7 @@ class BlockQuantizer:
         blocks: tuple[nn.Module, nn.Module],
         moments: dict[str, list[Moments]],
         global_scales: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
     ) -> tuple[dict[str, Quantized | TiledWeight], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
@@ -126,7 +130,7 @@ class BlockQuantizer:
                 Curvature.of(some, options, spend=True)
                 for some in moments.pop(site.name, [None])  # type: ignore[list-item]
             ]
-            solutions = dict(self._solve(site, grids, original, curvatures, global_scales))
+            solutions = dict(self._solve(site, grids, original, curvatures, global_scales, outputs))
             del curvatures
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
@@ -139,7 +143,8 @@ class BlockQuantizer:
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
         """Sites whose moments are collected in one pass; kept layers are left out.
 
-        Where gradients weigh the tokens every layer has moments, and so a site, of its own.
+        Where gradients weigh the tokens every layer has moments, and so a site, of its own; and
+        where they tell how rows feel each other, as rows of two layers do not.
         """
         sites = self.job.skeleton.adapter.sites(block)
         kinds = list(dict.fromkeys(site.name.split(".")[0] for site in sites))
@@ -151,11 +156,16 @@ class BlockQuantizer:
             if planned:
                 position = kinds.index(site.name.split(".")[0])
                 stage = stages.setdefault(min(position, self.job.recipe.solver.passes - 1), [])
-                if self.job.recipe.importance.strategy == "gradient":
+                if self._are_alone:
                     stage += [Site(name=name, linears=(name,)) for name in planned]
                 else:
                     stage.append(Site(name=site.name, linears=planned))
         return [tuple(stage) for stage in stages.values()]
+
+    @property
+    def _are_alone(self) -> bool:
+        recipe = self.job.recipe
+        return recipe.importance.strategy == "gradient" or recipe.solver.two_sided
 
     def _full(self, index: int, name: str) -> str:
         return f"{self.job.skeleton.block_name(index)}.{name}"
@@ -167,12 +177,14 @@ class BlockQuantizer:
         original: nn.Module,
         curvatures: Sequence[Curvature],
         global_scales: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
     ) -> Iterator[tuple[str, Solution]]:
         """Solve linears of one grid together: rows are independent.
 
         Args:
             curvatures: Of each group of their rows; one entry: they share the Hessian.
             global_scales: Of layers whose grid has one.
+            outputs: Moments of the slopes of layers whose rows feel each other.
         """
         for names in _stacks(site.linears, grids, original, global_scales):
             weights = [_linear(original, name).weight for name in names]
@@ -187,6 +199,7 @@ class BlockQuantizer:
                     global_scale=global_scales.get(names[0]),
                     ranks=self.job.ranks,
                     seed=self.job.recipe.rotation.seed,
+                    output_NN=outputs.get(names[0]),
                 )
                 for part_NK, of_part in zip(
                     stacked_NK.tensor_split(len(curvatures)), curvatures, strict=True

@@ -40,6 +40,7 @@ from rotq.models.experts import UnfusedExperts, calibrating
 from rotq.models.streaming import through_head
 from rotq.numerics import matmul_precision
 from rotq.phases import phase
+from rotq.quantize.output_moments import SUFFIX, OutputMoments
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import Sensitivities
 
@@ -55,6 +56,7 @@ class GradientPass:
     def __init__(self, job: Job, rotated: RotatedModel) -> None:
         self.job, self.rotated = job, rotated
         self.weighs_tokens = job.recipe.importance.strategy == "gradient"
+        self.two_sided = job.recipe.solver.two_sided
         self.sensitivities = Sensitivities(job) if job.plan.units else None
 
     @phase("gradients")
@@ -68,7 +70,10 @@ class GradientPass:
             RotqError: the loss has no gradient somewhere, or one that is not finite; no room on the
                 disk.
         """
-        names = {GRADIENTS: self.weighs_tokens, SENSITIVITIES: self.sensitivities is not None}
+        names = {
+            GRADIENTS: self.weighs_tokens or self.two_sided,
+            SENSITIVITIES: self.sensitivities is not None,
+        }
         if all(self.job.finished(name) for name, wanted in names.items() if wanted):
             return
         what = "tokens" if self.weighs_tokens else "layers"
@@ -93,7 +98,7 @@ class GradientPass:
         remove(file)
 
     def _record(self) -> None:
-        if self.weighs_tokens:
+        if self.weighs_tokens or self.two_sided:
             parts = [gradient_part(index) for index in range(self.job.skeleton.num_blocks)]
             self.job.folder.record(GRADIENTS, {}, parts)
         if self.sensitivities is not None:
@@ -136,7 +141,8 @@ class GradientPass:
         block, prefix = self.rotated.plain_block(index), self.job.skeleton.block_name(index)
         full = [name for name in self.job.plan.grids if name.startswith(f"{prefix}.")]
         paths = [name.removeprefix(f"{prefix}.") for name in full]
-        found: dict[str, list[Tensor]] = {path: [] for path in paths}
+        found: dict[str, list[Tensor]] = {path: [] for path in paths if self.weighs_tokens}
+        outputs = OutputMoments() if self.two_sided else None
         if self.sensitivities is not None:
             self.sensitivities.start(block)
         for number, batch in enumerate(batches, index * len(batches)):
@@ -144,23 +150,29 @@ class GradientPass:
             # window by window: a batch's graph would take a multiple of the memory
             for part in batch.windows():
                 given = state_BTD[part].to(self.job.device).requires_grad_()
-                seen = self._window(index, block, paths, given, slope_BTD[part])
+                seen = self._window(index, block, paths, given, slope_BTD[part], outputs)
                 assert given.grad is not None, "a block's input reaches its output"
                 state_BTD[part] = given.grad.to(state_BTD)
                 if self.sensitivities is not None:
                     self.sensitivities.end_window(given.shape[1])
-                for path in paths if self.weighs_tokens else ():
+                for path in found:
                     square_TG = _of_tokens(f"{prefix}.{path}", seen.get(path), given.shape[1])
                     found[path].append(square_TG)
             states[number] = state_BTD
         if self.sensitivities is not None:
             self.sensitivities.finish(index, block)
-        if self.weighs_tokens:
-            self._save(index, block, found)
+        if self.weighs_tokens or outputs is not None:
+            self._save(index, block, found, outputs)
         release_memory()
 
-    def _save(self, index: int, block: nn.Module, found: dict[str, list[Tensor]]) -> None:
-        """Write what was found of each layer's tokens, with mean one."""
+    def _save(
+        self,
+        index: int,
+        block: nn.Module,
+        found: dict[str, list[Tensor]],
+        outputs: OutputMoments | None,
+    ) -> None:
+        """Write what was found of each layer's tokens, with mean one, and of its rows."""
         prefix = self.job.skeleton.block_name(index)
         weights = {
             path: torch.cat(self.job.ranks.gathered(torch.cat(parts)))
@@ -169,16 +181,30 @@ class GradientPass:
         experts = _inside_experts(block)
         for path, square_MG in weights.items():
             weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
+        if outputs is not None:
+            weights |= outputs.stored(prefix, self.job.ranks)
         part = self.job.folder.part(gradient_part(index))
         self.job.ranks.once(lambda: save_tensors(part, weights))
 
     def _window(
-        self, index: int, block: nn.Module, paths: Sequence[str], given: Tensor, slope: Tensor
+        self,
+        index: int,
+        block: nn.Module,
+        paths: Sequence[str],
+        given: Tensor,
+        slope: Tensor,
+        outputs: OutputMoments | None,
     ) -> dict[str, Tensor]:
         """Mean squared slopes (T, G) at the layers' outputs; ``given`` (1, T, D) gets its slope."""
         kwargs = self.job.skeleton.block_kwargs(index, given.detach())
         groups = self.job.recipe.importance.groups
-        see = None if self.sensitivities is None else self.sensitivities.see
+
+        def see(path: str, x: Tensor, slope: Tensor) -> None:
+            if self.sensitivities is not None:
+                self.sensitivities.see(path, x, slope)
+            if outputs is not None:
+                outputs.see(path, slope)
+
         with torch.enable_grad(), calibrating(block), _observed(block, paths, groups, see) as seen:
             run_block(block, given, kwargs).backward(slope.to(given))
         return seen
@@ -193,7 +219,11 @@ def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
     """
     sizes = [batch.num_tokens for batch in job.windows.batches]
     stored = read_tensors(job.folder.part(gradient_part(index)))
-    return {path: list(job.ranks.own(weight_MG.split(sizes))) for path, weight_MG in stored.items()}
+    return {
+        path: list(job.ranks.own(weight_MG.split(sizes)))
+        for path, weight_MG in stored.items()
+        if not path.endswith(SUFFIX)
+    }
 
 
 def _checked(slope_BTD: Tensor) -> Tensor:

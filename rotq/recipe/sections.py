@@ -227,8 +227,19 @@ class Solver:
     refine_sweeps: int = 0
     """After GPTQ: alternations of exact scale refinement and coordinate descent on the codes."""
 
+    two_sided: bool = False
+    """Errors of a layer's rows feed back on each other, too, by a second Hessian: that of the
+    slopes of the model's own loss at the layer's output (YAQA, arXiv 2505.22988). Needs numba."""
+    output_damping: float = 0.2
+    """Of two_sided: share of that Hessian's mean diagonal added to it."""
+
     def __post_init__(self) -> None:
         check("damping", self.damping, 0 < self.damping <= 1, "above 0, at most 1")
+        check(
+            "output_damping", self.output_damping, 0 < self.output_damping <= 10, "above 0, to 10"
+        )
+        if self.two_sided and self.method != "gptq":
+            raise ValueError("two_sided is of method=gptq")
         alpha = self.target_correction
         check("target_correction", alpha, 0 <= alpha <= 1, "0 to 1")
         check("refine_sweeps", self.refine_sweeps, 0 <= self.refine_sweeps <= 1000, "0 to 1000")

@@ -47,6 +47,8 @@ class Recipe:
             check("weights.bits", 1, 1 not in bits, "2 to 8, or 1 to 8 with solver.rounder=trellis")
         if self.weights.format != "int":
             self._check_floats()
+        if self.solver.two_sided:
+            self._check_two_sided()
         if self.rotation.inputs != "none":
             self._check_inputs()
         if self.output.format != "rotq":
@@ -70,6 +72,15 @@ class Recipe:
                 "rotation.inputs rotates every layer as drawn: set transform.method=fixed, no "
                 "scalings, and no weights.overrides"
             )
+
+    def _check_two_sided(self) -> None:
+        """What rows that feel each other do not go with."""
+        if self.weights.format != "int":
+            raise ValueError(f"solver.two_sided rounds integers, not {self.weights.format}")
+        if self.output.format == "exl3":
+            raise ValueError("solver.two_sided is not for output.format=exl3; rotq holds its codes")
+        if self.importance.groups != 1:
+            raise ValueError("solver.two_sided weighs all rows together: set importance.groups=1")
 
     def _check_floats(self) -> None:
         """What the format of the weights settles, and what is of integers alone."""
@@ -188,7 +199,9 @@ class Recipe:
     @property
     def needs_gradients(self) -> bool:
         """Whether the gradient of the original model's loss is wanted."""
-        return self.needs_data and (self.importance.strategy == "gradient" or self.is_mixed)
+        return self.needs_data and (
+            self.importance.strategy == "gradient" or self.solver.two_sided or self.is_mixed
+        )
 
     @property
     def needs_original(self) -> bool:

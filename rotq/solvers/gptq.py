@@ -6,8 +6,10 @@ Work is done on the transposed weight, where a column is one contiguous row.
 Shape suffixes: N out features, K in features, B columns of one block.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ class Elimination:
     """Share of the mean diagonal that was added to H."""
     added_K: Tensor
     """What that is, in the stored order of columns; a dead column has the mean diagonal besides."""
+
+    def to(self, device: torch.device) -> Elimination:
+        """The same there."""
+        return replace(
+            self,
+            visit_K=self.visit_K.to(device),
+            factor_KK=self.factor_KK.to(device),
+            spread=tuple(each.to(device) for each in self.spread),
+            added_K=self.added_K.to(device),
+        )
 
     def damp_(self, hessian_KK: Tensor) -> Tensor:
         """The damped H, where H is; returns it."""

@@ -16,6 +16,7 @@ Shape suffixes: N out features, K in features, G groups of K, S rings, R rows of
 of one block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,12 @@ def path_scales(target_NK: Tensor, grid: Trellis, scale_dtype: torch.dtype) -> T
 
 @phase("columns")
 def code_columns(
-    target_NK: Tensor, elimination: Elimination, scale_NG: Tensor, grid: Trellis, rows: int
+    target_NK: Tensor,
+    elimination: Elimination,
+    scale_NG: Tensor,
+    grid: Trellis,
+    rows: int,
+    spreads: Sequence[Tensor] | None = None,
 ) -> Paths:
     """Run the column loop with fixed scales.
 
@@ -60,6 +66,8 @@ def code_columns(
         elimination: Of the layer's damped Hessian.
         scale_NG: fp32.
         rows: R, which divides N.
+        spreads: What an error of each ring's rows asks of the rows after it, as ``ring_spreads``
+            has it; None: nothing.
     """
     N, K = target_NK.shape
     visit_K = elimination.visit_K
@@ -71,7 +79,17 @@ def code_columns(
         symbol_KN[k], level_KN[k] = _search(w_N / scale_KN[k], grid, rows)
         return level_KN[k] * scale_KN[k]
 
-    feed_back(target_NK, elimination, best_path)
+    def best_rings(k: int, w_N: Tensor) -> Tensor:
+        wanted_N = w_N.clone()
+        for start, spread_RN in zip(range(0, N, rows), spreads or (), strict=True):
+            ring = slice(start, start + rows)
+            found = _search(wanted_N[ring] / scale_KN[k, ring], grid, rows)
+            symbol_KN[k, ring], level_KN[k, ring] = found
+            error_R = wanted_N[ring] - level_KN[k, ring] * scale_KN[k, ring]
+            wanted_N[ring.stop :] += error_R @ spread_RN
+        return level_KN[k] * scale_KN[k]
+
+    feed_back(target_NK, elimination, best_path if spreads is None else best_rings)
     return Paths(symbol_NK=in_place_of(symbol_KN, visit_K), level_NK=in_place_of(level_KN, visit_K))
 
 

@@ -34,6 +34,13 @@ from rotq.solvers.tiles import (
     join_tiles,
     packed_tiles,
 )
+from rotq.solvers.two_sided import (
+    eliminate_rows,
+    refine_both,
+    refine_scales_both,
+    ring_spreads,
+    round_both,
+)
 
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
@@ -117,6 +124,7 @@ class Curvature:
             return cls(hessian_KK=hessian_KK, cross_KK=None, elimination=None, dead_K=None)
         dead_K = hessian_KK.diagonal() == 0
         looks = options.scale_search in ("diagonal", "hessian") or options.rounder == "trellis"
+        looks |= options.two_sided
         kept = not spend or options.refine_sweeps > 0 or looks
         elimination = eliminate(hessian_KK, options.order, options.damping, in_place=not kept)
         return cls(
@@ -125,6 +133,13 @@ class Curvature:
             elimination=elimination,
             dead_K=dead_K,
         )
+
+    def to(self, device: torch.device) -> Curvature:
+        """The same there."""
+        moved = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return Curvature(**moved)
 
     def quadratic(self, x_NK: Tensor) -> Tensor:
         """x H x^T of each row, H not damped: (N) fp32."""
@@ -149,6 +164,7 @@ def solve(
     global_scale: Tensor | None = None,
     ranks: Ranks = ALONE,
     seed: int = 0,
+    output_NN: Tensor | None = None,
 ) -> Solution:
     """Quantize one weight, or several stacked along N that read the same input.
 
@@ -166,6 +182,8 @@ def solve(
             times it.
         ranks: Processes that call this with the same arguments and share the rows of GPTQ.
         seed: Of the random signs that a weight in tiles is turned with.
+        output_NN: Of one whole weight: the moments of the loss's slopes at its outputs, if errors
+            of its rows are to feed back on each other. On the CPU, wherever the weight is.
 
     Returns:
         Codes int8, scales in ``scale_dtype``, zeros int8 or None.
@@ -180,6 +198,8 @@ def solve(
     curvature = moments if isinstance(moments, Curvature) else Curvature.of(moments, options)
     if isinstance(grid, TileGrid):
         return _solve_tiles(weight_NK, curvature, grid, options, seed, ranks)
+    if output_NN is not None:
+        return _solve_both(weight_NK, curvature, output_NN, grid, options, scale_dtype)
     elimination = curvature.elimination
     rows = grid.ring_rows(len(weight_NK)) if isinstance(grid, Trellis) else 1
 
@@ -328,6 +348,49 @@ def _solve_tiles(
         energy_N=curvature.quadratic(target_NK),
         damping=curvature.elimination.damping,
     )
+
+
+def _solve_both(
+    weight_NK: Tensor,
+    curvature: Curvature,
+    output_NN: Tensor,
+    grid: Grid,
+    options: Solver,
+    scale_dtype: torch.dtype,
+) -> Solution:
+    """The same where rows feel each other's errors: scales, codes or paths, then both in turn."""
+    device, curvature = weight_NK.device, curvature.to(torch.device("cpu"))
+    elimination, hessian_KK = curvature.elimination, curvature.hessian_KK
+    assert elimination is not None
+    assert hessian_KK is not None, "sweeps look at the Hessian"
+    target_NK = _target(weight_NK.float().cpu(), curvature, options)
+    rows = eliminate_rows(output_NN, options.output_damping)
+    if isinstance(grid, Trellis):
+        ring = grid.ring_rows(len(target_NK))
+        scale_NG = path_scales(target_NK, grid, scale_dtype)
+        spreads = ring_spreads(rows.hessian_NN, ring)
+        paths = code_columns(target_NK, elimination, scale_NG, grid, ring, spreads)
+        codes = (paths.level_NK, scale_NG, torch.zeros_like(scale_NG))
+        scale_NG = refine_scales_both(target_NK, hessian_KK, rows, codes, scale_dtype=scale_dtype)
+        quantized = Quantized(
+            q_NK=paths.symbol_NK, scale_NG=scale_NG.to(scale_dtype), zero_NG=None, grid=grid
+        )
+    else:
+        scale_NG, zero_NG = search_scales(
+            target_NK, hessian_KK, grid, judge=options.scale_search, scale_dtype=scale_dtype
+        )
+        q_NK = round_both(target_NK, elimination, rows, scale_NG, zero_NG, grid)
+        codes, sweeps = (q_NK, scale_NG, zero_NG), options.refine_sweeps
+        q_NK, scale_NG = refine_both(
+            target_NK, hessian_KK, rows, codes, grid, sweeps=sweeps, scale_dtype=scale_dtype
+        )
+        quantized = _quantized((q_NK, scale_NG, zero_NG), grid, scale_dtype)
+    return Solution(
+        quantized=quantized,
+        loss_N=curvature.quadratic(quantized.dequantize().sub_(target_NK)),
+        energy_N=curvature.quadratic(target_NK),
+        damping=elimination.damping,
+    ).to(device)
 
 
 def _joined(parts: list[Quantized]) -> Quantized:
