@@ -160,6 +160,8 @@ def make_plan(
                     to_choose[name] = choices(grid, linear.in_features, override)
         if len({grids.get(name) for name in site}) > 1:
             notes.append(f"{next(iter(site))} and its siblings have several grids: vLLM fuses them")
+    if recipe.solver.two_sided and not is_native():
+        raise ValueError("solver.two_sided needs numba: pip install rotq[native]")
     if not grids:
         raise ValueError("nothing to quantize: the recipe keeps every linear layer the model has")
     first = next(iter(grids.values()))

@@ -127,12 +127,19 @@ class _Sizes:
         """Moments and a factor beside them, or in their place; and rows that are solved."""
         solver = self.recipe.solver
         widest = max(K for kind in self.sites.values() for _, K in kind)
-        looks = solver.scale_search in ("diagonal", "hessian") or solver.rounder == "trellis"
-        kept = solver.refine_sweeps > 0 or looks
-        factor = 4 * widest**2 * (solver.method == "gptq" and kept)
+        factor = 4 * widest**2 * (solver.method == "gptq" and solver.looks_at_hessian)
         panels = 3 * 8 * PANEL * widest * (solver.method == "gptq")
         rows = self.threads * ROWS_IN_CACHE * widest * 4 * COPIES_OF_ROWS
+        if solver.two_sided:
+            rows = self.rows_together()
         return self.weights + self.moments() + factor + max(panels, rows)
+
+    def rows_together(self) -> int:
+        """H_O of all layers, of the tallest as it is factored, and copies of its weight."""
+        shapes = [linear.weight.shape for linear in self.linears.values()]
+        tallest, numel = max(N for N, _ in shapes), max(N * K for N, K in shapes)
+        moments = sum(4 * N**2 for N, _ in shapes)
+        return moments + 4 * 8 * tallest**2 + 4 * COPIES_OF_ROWS * numel
 
     def packing(self) -> int:
         """All codes and what they are packed to, with the words of the largest layer."""

@@ -109,9 +109,7 @@ def products_of_solving(recipe: Recipe, N: int, K: int) -> float:
     solver = recipe.solver
     if solver.method == "rtn":
         return 2.0 * N * K**2 * recipe.needs_data
-    looks = solver.scale_search in ("diagonal", "hessian") or solver.rounder == "trellis"
-    kept = solver.refine_sweeps > 0 or looks
-    columns, judged = 0.5, 2.0 if kept else 1.0
+    columns, judged = 0.5, 2.0 if solver.looks_at_hessian else 1.0
     sweeps = 3.5 * solver.refine_sweeps + 2.0 * (solver.refine_sweeps > 0)
     corrected = 1.0 if recipe.solver.needs_original else 0.0
     return (columns + judged + sweeps + corrected) * N * K**2

@@ -245,6 +245,12 @@ class Solver:
         check("refine_sweeps", self.refine_sweeps, 0 <= self.refine_sweeps <= 1000, "0 to 1000")
 
     @property
+    def looks_at_hessian(self) -> bool:
+        """Whether more than its factor is needed while columns are rounded and after."""
+        judged = self.scale_search in ("diagonal", "hessian") or self.rounder == "trellis"
+        return judged or self.refine_sweeps > 0 or self.two_sided
+
+    @property
     def needs_original(self) -> bool:
         """Whether the solver compares with the original model's activations."""
         return self.method == "gptq" and self.target_correction > 0

@@ -123,9 +123,7 @@ class Curvature:
         if options.method == "rtn":
             return cls(hessian_KK=hessian_KK, cross_KK=None, elimination=None, dead_K=None)
         dead_K = hessian_KK.diagonal() == 0
-        looks = options.scale_search in ("diagonal", "hessian") or options.rounder == "trellis"
-        looks |= options.two_sided
-        kept = not spend or options.refine_sweeps > 0 or looks
+        kept = not spend or options.looks_at_hessian
         elimination = eliminate(hessian_KK, options.order, options.damping, in_place=not kept)
         return cls(
             hessian_KK=elimination.damp_(hessian_KK) if kept else None,

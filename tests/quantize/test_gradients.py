@@ -13,6 +13,7 @@ from rotq.fusion.draw import build_basis
 from rotq.quantize import gradients
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.gradients import GradientPass, gradient_weights
+from rotq.quantize.output_moments import output_moments
 from rotq.quantize.rotated_model import RotatedModel
 
 CHOICES = {
@@ -50,8 +51,8 @@ def passed(folder, choices=CHOICES, name="llama", batches=None):
     return job
 
 
-def whole_model_weights(name, ids_BT, asked_BT, groups=1, mask_BT=None):
-    """Mean squared slopes at every linear layer's outputs by plain autograd in fp64, mean one."""
+def whole_model_slopes(name, ids_BT, asked_BT, mask_BT=None):
+    """Slopes (M, N) at every linear layer's outputs by plain autograd in fp64."""
     model = tiny_model(name)
     slopes = {}
 
@@ -68,6 +69,12 @@ def whole_model_weights(name, ids_BT, asked_BT, groups=1, mask_BT=None):
     embedded.remove()
     log_p_BT = logits_BTV.log_softmax(-1).amin(-1)
     (-log_p_BT * asked_BT).sum().backward()
+    return slopes
+
+
+def whole_model_weights(name, ids_BT, asked_BT, groups=1, mask_BT=None):
+    """Mean squared slopes of rows that are no padding, mean one."""
+    slopes = whole_model_slopes(name, ids_BT, asked_BT, mask_BT)
     real_M = torch.ones_like(ids_BT).flatten().bool() if mask_BT is None else mask_BT.flatten() > 0
     found = {}
     for path, slope_MN in slopes.items():
@@ -93,6 +100,26 @@ def test_weights_are_squared_gradients_of_the_whole_model(name, groups, tmp_path
             wanted_MG = expected[f"{prefix}.{path}"]
             torch.testing.assert_close(weight_MG, wanted_MG, rtol=2e-3, atol=2e-3)
             assert weight_MG.std() > 0.1
+
+
+@pytest.mark.parametrize("strategy", ["none", "gradient"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_moments_of_outputs_are_those_of_the_whole_model(name, strategy, tmp_path):
+    choices = {**CHOICES, "importance.strategy": strategy, "solver.two_sided": True}
+    job = passed(tmp_path / "job", choices, name)
+    ids_BT = job.windows.ids_BT
+    slopes = whole_model_slopes(name, ids_BT, torch.ones_like(ids_BT))
+    for index in range(job.skeleton.num_blocks):
+        prefix = job.skeleton.block_name(index)
+        found = output_moments(job, index)
+        assert "self_attn.q_proj" in found
+        for path, moment_NN in found.items():
+            slope_MN = slopes.get(f"{prefix}.{path}")
+            if slope_MN is not None:  # experts are modules of their own only in the job
+                wanted_NN = (slope_MN.T @ slope_MN).float()
+                scale = wanted_NN.diagonal().mean()
+                torch.testing.assert_close(moment_NN / scale, wanted_NN / scale, rtol=0, atol=5e-3)
+        assert bool(gradient_weights(job, index)) == (strategy == "gradient")
 
 
 def test_an_orthogonal_basis_changes_no_weight_of_whole_layers(tmp_path):

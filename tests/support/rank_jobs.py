@@ -31,6 +31,7 @@ JOBS: dict[str, tuple[str, dict[str, object]]] = {
         "nvfp4",
         {"importance.strategy": "attention", "output.format": "compressed-tensors"},
     ),
+    "two_sided": ("w3", {"solver.two_sided": True, "tuning.steps": 0}),
     "trellis": ("t3", {"tuning.steps": 0, "weights.state_bits": 8, "weights.bits": 2}),
 }
 
