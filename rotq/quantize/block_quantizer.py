@@ -116,6 +116,9 @@ class BlockQuantizer:
         for name, solution in solutions.items():
             weight_NK = _linear(working, name).weight
             weight_NK.copy_(solution.quantized.dequantize(weight_NK.dtype))
+            bias_N = _linear(working, name).bias
+            if isinstance(solution.quantized, TiledWeight) and bias_N is not None:
+                bias_N.copy_(bias_N.half())  # as the file has it
             results.append(layer_result(self.job, self._full(index, name), solution, seconds))
             self.job.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results
