@@ -256,6 +256,11 @@ def test_recipes_that_the_format_has_no_place_for(
         recipe(tmp_path, **changes)
 
 
+def test_another_trellis_preset_is_told_which_one_to_take() -> None:
+    with pytest.raises(ValueError, match="state_bits=16, got 12; -c exl3 has all of it"):
+        load_recipe(PRESET.with_name("t3.yaml"), {"output.format": "exl3"})
+
+
 def test_other_families_and_biases_to_pad_are_refused_before_the_work(tmp_path: Path) -> None:
     gemma = write_model("gemma3", tmp_path / "gemma")
     with pytest.raises(ValueError, match="exl3 is for llama, mistral, qwen2, qwen3, not gemma3"):
