@@ -40,6 +40,10 @@ class TileGrid(Grid):
         if self.group_size != -1 or not self.symmetric:
             raise ValueError("tiles have no groups of columns and no zero points")
 
+    def bits_per_weight(self, in_features: int, scale_bits: float = 16) -> float:
+        """Stored bits per weight before the out features are known: padding along K is counted."""
+        return (self.bits * padded(in_features) + scale_bits) / in_features
+
 
 @dataclass(frozen=True, kw_only=True)
 class TiledWeight:
@@ -77,16 +81,6 @@ class TiledWeight:
         weight_kn = tile_weight(self.trellis_IJW, self.bits, self.code)
         weight_nk = unturned(weight_kn.T, self.suh_k.float(), self.svh_n.float())
         return weight_nk[:N, :K].to(dtype).contiguous()
-
-    def to(self, device: torch.device) -> TiledWeight:
-        """The same there."""
-        return TiledWeight(
-            shape=self.shape,
-            trellis_IJW=self.trellis_IJW.to(device),
-            suh_k=self.suh_k.to(device),
-            svh_n=self.svh_n.to(device),
-            code=self.code,
-        )
 
 
 def padded(size: int) -> int:

@@ -135,7 +135,12 @@ class BlockQuantizer:
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():
-            _linear(working, name).weight = _dense(working, name, solution.quantized)
+            linear = _linear(working, name)
+            linear.weight = _dense(working, name, solution.quantized)
+            if isinstance(solution.quantized, TiledWeight) and linear.bias is not None:
+                # as the file has it; the original keeps its own
+                halved_N = linear.bias.half().to(linear.bias)
+                linear.bias = nn.Parameter(halved_N, requires_grad=False)
             results.append(layer_result(self.job, self._full(index, name), solution, seconds))
             self.job.progress.layer_done(results[-1])
         return {name: solution.quantized for name, solution in solutions.items()}, results

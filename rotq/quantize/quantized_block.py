@@ -77,6 +77,9 @@ def save_block(
     tensors = rest_in(tensors, job.plan.rest_dtype)
     for path, codes in quantized.quantized.items():
         tensors |= packed_tensors(f"{prefix}.{path}", codes)
+        bias = f"{prefix}.{path}.bias"
+        if isinstance(codes, TiledWeight) and bias in tensors:
+            tensors[bias] = tensors[bias].half()
     save_tensors(job.folder.part(block_part(index)), tensors)
     job.folder.record(
         block_part(index),

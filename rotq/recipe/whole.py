@@ -51,10 +51,10 @@ class Recipe:
             self._check_two_sided()
         if self.rotation.inputs != "none":
             self._check_inputs()
-        if self.output.format != "rotq":
-            self._check_expressible()
         if self.output.format == "exl3":
             self._check_exl3()
+        if self.output.format != "rotq":
+            self._check_expressible()
         fixed = self.transform.method == "fixed" and not self.transform.scalings
         ends = self.rotation.residual_ends
         if ends != "fused" and not fixed:

@@ -1,8 +1,8 @@
 """Linear layers on a trellis in vLLM: paths stay packed as the checkpoint has them.
 
 A path goes down the rows of one layer of the checkpoint, so the parts of a layer that vLLM fuses
-are multiplied one by one. On a CPU ``rotq_linear`` says when paths become numbers, as for integers; in
-vLLM's processes there is no native code, so "once" is much faster.
+are multiplied one by one. On a CPU ``rotq_linear`` says when paths become numbers, as for integers;
+in vLLM's processes there is no native code, so "once" is much faster.
 
 Shape suffixes: N out features, K in features, G groups of K, W words of packed symbols.
 """

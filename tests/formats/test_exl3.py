@@ -62,6 +62,7 @@ def test_a_padded_weight_is_the_corner_of_a_whole_one() -> None:
 def test_bits_count_padding_and_both_scales() -> None:
     weight = random_tiled(100, 200, 3)
     assert weight.grid == TileGrid(bits=3)
+    assert weight.grid.bits_per_weight(200) == (3 * 256 + 16) / 200
     assert weight.bits_per_weight() == (3 * 128 * 256 + 16 * (128 + 256)) / (100 * 200)
 
 

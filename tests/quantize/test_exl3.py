@@ -155,6 +155,22 @@ def test_it_is_inspected_and_measured(made: Path) -> None:
     assert 0 < json.loads(done.stdout)["kl"] < 0.2
 
 
+def test_biases_are_stored_as_exllamav3_wants_them(tmp_path: Path) -> None:
+    """The reload check of the job compares logits bit by bit."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 32}
+    source = write_model("qwen2", tmp_path / "model", dtype=torch.bfloat16, **sizes)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    tensors[name] = torch.linspace(-1e-6, 1e-6, 128).bfloat16()  # not all are numbers of fp16
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    run(source, tmp_path / "out")
+    stored_N = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert stored_N.dtype == torch.float16
+    assert torch.equal(stored_N, tensors[name].half())
+    bias_N = load_model(tmp_path / "out", dtype="float32").get_parameter(name)
+    assert torch.equal(bias_N, stored_N.float())
+
+
 def test_a_stopped_job_continues_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
     class Stop(Progress):
         def block_done(self, index: int, *_: object) -> None:
@@ -238,6 +254,11 @@ def test_recipes_that_the_format_has_no_place_for(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(tmp_path, **changes)
+
+
+def test_another_trellis_preset_is_told_which_one_to_take() -> None:
+    with pytest.raises(ValueError, match="state_bits=16, got 12; -c exl3 has all of it"):
+        load_recipe(PRESET.with_name("t3.yaml"), {"output.format": "exl3"})
 
 
 def test_other_families_and_biases_to_pad_are_refused_before_the_work(tmp_path: Path) -> None:

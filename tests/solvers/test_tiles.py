@@ -10,6 +10,7 @@ from damping import damp
 from torch import Tensor
 
 from rotq.formats.exl3 import TiledWeight, TileGrid, unturned
+from rotq.numerics import inverse
 from rotq.ops import from_rings, search_tiles, to_rings
 from rotq.recipe import Solver
 from rotq.solvers.solve import solve
@@ -80,7 +81,7 @@ def test_each_tile_of_columns_takes_up_the_errors_of_those_before() -> None:
     x = torch.randn(200, 64, generator=generator)
     hessian_kk, _ = damp(x.T @ (x * torch.linspace(0.2, 3, 200)[:, None]) / 200, 0.01)
     elimination = eliminate_tiles(hessian_kk, "activation")
-    tiles = code_tiles(turned_nk, elimination, 8)
+    tiles = code_tiles(turned_nk, elimination, 2)
     order = elimination.visit_K
     assert sorted(order.view(-1, 16)[:, 0].tolist()) == [0, 16, 32, 48]
     H = hessian_kk[order[:, None], order].double()
@@ -88,13 +89,12 @@ def test_each_tile_of_columns_takes_up_the_errors_of_those_before() -> None:
     for start in range(0, 64, 16):
         done, tile, rest = slice(start), slice(start, start + 16), slice(start, 64)
         error_nd = level_nk[:, done] - w_nk[:, done]
-        change_nr = -torch.linalg.solve(H[rest, rest], H[rest, done] @ error_nd.T).T
+        change_nr = -(inverse(H[rest, rest]) @ H[rest, done] @ error_nd.T).T
         wanted_n16 = (w_nk[:, rest] + change_nr)[:, :16]
         ring_11T = to_rings(wanted_n16.T.float())
-        _, found_1T = search_tiles(ring_11T[0], 8, reach=REACH)
-        # fp32 may take another path where two are as good; its levels are as near
-        missed = (from_rings(found_1T[None]).T.double() - wanted_n16).square().mean()
-        assert (level_nk[:, tile] - wanted_n16).square().mean() < 1.2 * missed + 1e-6
+        _, found_1T = search_tiles(ring_11T[0], 2, reach=REACH)
+        # sums in fp32 may find another path where two are as good
+        assert (level_nk[:, tile] != from_rings(found_1T[None]).T).double().mean() < 0.1
 
 
 def test_feedback_and_fitted_scales_lower_the_loss() -> None:
@@ -113,6 +113,14 @@ def test_feedback_and_fitted_scales_lower_the_loss() -> None:
     fitted = fit_scales(weight_NK, hessian_KK, fed.level_nk, turn)
     assert loss(fed.level_nk, turn) < 0.7 * loss(blind.level_nk, turn)
     assert loss(fed.level_nk, fitted) < loss(fed.level_nk, turn)
+    # scales of either side that were wrong come back
+    wrong = torch.linspace(0.5, 2, 256)
+    for spoilt in (
+        Turn(suh_k=turn.suh_k * wrong, svh_n=turn.svh_n),
+        Turn(suh_k=turn.suh_k, svh_n=turn.svh_n * wrong[: len(turn.svh_n)]),
+    ):
+        found = fit_scales(weight_NK, hessian_KK, fed.level_nk, spoilt, rounds=4)
+        assert loss(fed.level_nk, found) < 1.05 * loss(fed.level_nk, fitted)
 
 
 def test_rows_in_parts_are_those_of_the_whole() -> None:

@@ -25,6 +25,9 @@ from torch import Tensor
 from rotq_kernels.launching import is_native
 from rotq_kernels.trellis.code import check_ring, code_levels
 
+REMEMBERED = 2 << 30
+"""Bytes of M, of all steps, that plain PyTorch keeps at a time."""
+
 
 def search_paths(
     x_SR: Tensor, bits: int, state_bits: int, *, reach: int | None = None
@@ -70,7 +73,10 @@ def find_states(x_SR: Tensor, levels_P: Tensor, bits: int, *, reach: int | None 
         from rotq_kernels.trellis.native import search_native
 
         return search_native(x_SR, levels_P, bits, around)
-    return search_reference(x_SR, levels_P, bits, around)
+    # what a search remembers of each ring, as many rings at a time as leave room for the rest
+    ring_bytes = 4 * x_SR.shape[1] * (len(levels_P) >> bits)
+    parts = x_SR.split(max(1, REMEMBERED // ring_bytes))
+    return torch.cat([search_reference(part, levels_P, bits, around) for part in parts])
 
 
 def closing(rows: int, reach: int | None = None) -> tuple[int, int]:

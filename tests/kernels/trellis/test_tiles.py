@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from rotq_kernels.trellis import search
+from rotq_kernels.trellis.code import code_levels
 from rotq_kernels.trellis.search import closing, find_states, search_reference
 from rotq_kernels.trellis.tiles import (
     from_rings,
@@ -110,11 +113,26 @@ def test_what_the_search_found_is_what_the_file_stands_for(bits: int) -> None:
 @needs_numba
 @pytest.mark.parametrize("reach", [4, 8, 100])
 def test_both_programs_reach_as_far(reach: int) -> None:
-    from rotq_kernels.trellis.code import code_levels
-
     x_SR = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     found_SR = find_states(x_SR, code_levels(8), 3, reach=reach)
     expected_SR = search_reference(x_SR, code_levels(8), 3, closing(40, reach))
     assert torch.equal(found_SR, expected_SR)
     if reach == 100:
         assert torch.equal(found_SR, search_reference(x_SR, code_levels(8), 3))
+
+
+def test_plain_pytorch_takes_some_rings_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the five here; each has 40 steps of 32 values."""
+    x_SR = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    expected_SR = search_reference(x_SR, code_levels(8), 3)
+    sizes: list[int] = []
+
+    def noted(part_SR: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(part_SR))
+        return search_reference(part_SR, *rest)
+
+    monkeypatch.setattr(search, "is_native", lambda: False)
+    monkeypatch.setattr(search, "search_reference", noted)
+    monkeypatch.setattr(search, "REMEMBERED", 2 * 4 * 40 * 32)
+    assert torch.equal(find_states(x_SR, code_levels(8), 3), expected_SR)
+    assert sizes == [2, 2, 1]
