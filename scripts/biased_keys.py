@@ -1,4 +1,4 @@
-"""Give a Llama's keys large biases, as Qwen2's have: what they cost a KV cache that nobody calibrated.
+"""Give a Llama large biases of its keys, as Qwen2 has: what they cost a cache without calibration.
 
     python scripts/biased_keys.py out/tiny out/biased [--size 100] [--pairs 2]
 
