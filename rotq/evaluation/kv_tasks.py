@@ -126,7 +126,7 @@ def _caches(
 ) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     yield UNQUANTIZED, nullcontext()
     for scheme in schemes:
-        yield scheme.name, replaced_attention(model, QuantizedHistory(scheme))
+        yield scheme.name, replaced_attention(model, QuantizedHistory(scheme, compares=False))
 
 
 @torch.inference_mode()
@@ -159,7 +159,7 @@ def measure_drift(
     same: dict[str, list[int]] = {scheme.name: [] for scheme in schemes}
     for number, ids_T in enumerate(written_BT):
         for scheme in schemes:
-            with replaced_attention(model, QuantizedHistory(scheme)):
+            with replaced_attention(model, QuantizedHistory(scheme, compares=False)):
                 logits = StreamedLogits(model, ids_T)
             best_A = logits[slice(length - 1, len(ids_T) - 1)].argmax(-1).cpu()
             same[scheme.name].append(_first_false(best_A == ids_T[length:]))

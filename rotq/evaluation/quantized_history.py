@@ -84,12 +84,15 @@ class QuantizedHistory:
         scheme: For the model.
         step: Tokens of a forward pass, which see each other whole; 1 is decoding.
         chunk: Queries whose scores are held at a time.
+        compares: Whether the exact attention is computed as well, for ``attention_error``.
     """
 
-    def __init__(self, scheme: KVScheme, *, step: int = 1, chunk: int = 256) -> None:
+    def __init__(
+        self, scheme: KVScheme, *, step: int = 1, chunk: int = 256, compares: bool = True
+    ) -> None:
         self.sinks, self.recent = scheme.sinks, scheme.recent
         self.coders, self.step = scheme.coders, step
-        self.chunk = chunk
+        self.chunk, self.compares = chunk, compares
         self.error_energy = dict.fromkeys(self.coders, 0.0)
         self.energy = dict.fromkeys(self.coders, 0.0)
         self.calls = dict.fromkeys(self.coders, 0)
@@ -99,7 +102,7 @@ class QuantizedHistory:
         """Relative squared error of each layer's output so far; 0 where the output was zero.
 
         Raises:
-            RotqError: the model never called a layer's attention.
+            RotqError: the model never called a layer's attention, or nothing was compared.
         """
         unseen = [layer for layer, calls in self.calls.items() if not calls]
         if unseen:
@@ -127,7 +130,8 @@ class QuantizedHistory:
             hat = (coded[0][:, :, :end], coded[1][:, :, :end])
             whole = {"recent": self.recent, "step": self.step}
             outputs.append(mixed_attention(q_BHGQD, hat, exact, visible_QS, **whole))
-            self._compare(call.layer, outputs[-1], attend(q_BHGQD, *exact, visible_QS))
+            if self.compares:
+                self._compare(call.layer, outputs[-1], attend(q_BHGQD, *exact, visible_QS))
         return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)
 
     def _compare(self, layer: int, output: Tensor, exact: Tensor) -> None:

@@ -42,6 +42,9 @@ from rotq.ops import (
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Tried for values, and for keys where the scheme leaves alpha open."""
 
+_TRIED_ROWS = 1024
+"""That they are tried on, of all samples."""
+
 
 def fit_layer(statistics: LayerStatistics, spec: KVSpec, format: KVFormat) -> KVConstants:
     """Constants of one layer under a scheme."""
@@ -208,6 +211,7 @@ def _best_side(
     if len(sides) == 1:
         return sides[0]
     assert metric_HDD is not None
+    x_HND = x_HND[:, :: -(-x_HND.shape[1] // _TRIED_ROWS)]
     errors = [coding_error(x_HND, side, bits, spec.norm, metric_HDD) for side in sides]
     return _pick(sides, torch.stack(errors).argmin(0))
 
