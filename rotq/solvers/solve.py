@@ -26,6 +26,9 @@ from rotq.solvers.statistics import Moments, corrected_target
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
 
+NUMBERS_AT_ONCE = 1 << 22
+"""Of a CPU's rows, at most: wide layers are solved fewer rows at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -183,6 +186,11 @@ def solve(
     return join_rows(_each_part(solved, weight_NK, rows, shared))
 
 
+def rows_at_once(features: int) -> int:
+    """Rows of a layer that one thread of a CPU solves together."""
+    return min(ROWS_IN_CACHE, max(1, NUMBERS_AT_ONCE // features))
+
+
 def _target(weight_NK: Tensor, curvature: Curvature, options: Solver) -> Tensor:
     """What codes are to come near, (N, K) fp32: dead columns are 0."""
     assert curvature.elimination is not None
@@ -201,7 +209,8 @@ def _each_part(
     Each process does some, and is given all.
     """
     on_cpu = weight_NK.device.type == "cpu"
-    count = ceil(weight_NK.shape[0] / (ROWS_IN_CACHE if on_cpu else ROWS_ON_DEVICE))
+    at_once = rows_at_once(weight_NK.shape[1]) if on_cpu else ROWS_ON_DEVICE
+    count = ceil(weight_NK.shape[0] / at_once)
     count = ranks.size * ceil(count / ranks.size)
     runs = weight_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(weight_NK) // rows))
     parts = ranks.own([part.flatten(0, 1) for part in runs])

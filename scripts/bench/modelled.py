@@ -36,8 +36,8 @@ H100 = Rates(
     start=10.0,
     compiling=0.0,
     passes=2 / (0.5 * 989e12),  # half of the bf16 tensor cores' peak
-    moments=2 / (0.5 * 67e12),  # fp32, without TF32
-    single=2 / (0.5 * 67e12),
+    moments=2 / (0.5 * 495e12),  # TF32, which calibration.precision=medium allows
+    single=2 / (0.5 * 67e12),  # fp32
     double=2 / (0.3 * 67e12),  # fp64 tensor cores, thin panels
     solved=4e-9,  # eight launches of 4 us for each column of 8192 rows
     factored=4 * 8 / 3.35e12,
@@ -118,7 +118,7 @@ def _print(name: str, recipe: Recipe, model: Model, here: Rates) -> None:
     streams = tokens * one.config.hidden_size * 2 * (2 if recipe.needs_original else 1)
     print(
         f"{name}, {model.name}: {total / 1e9:.0f} G parameters, {steps[step] / 1e9:.1f} GB in "
-        f"{step}, streams {streams / 1e9:.1f} GB"
+        f"{step}, {steps['solving'] / 1e9:.1f} in solving, streams {streams / 1e9:.1f} GB"
     )
     for machine, rates, share in (
         ("one H100", H100, 1),

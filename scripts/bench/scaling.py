@@ -2,7 +2,7 @@
 
     python scripts/bench/scaling.py --work /tmp/scaling -c gptq
 
-A Llama of random weights (hidden 512, MLP 1792, two blocks, 2048 words) is quantized on 16 windows
+A Llama of random weights (hidden 512, MLP 1792, two blocks, 2048 words) is quantized on 128 windows
 of 256 tokens. One size at a time is doubled, twice; the MLP and the number of heads grow with the
 hidden size. An exponent e says that twice the size takes 2^e times as much, of processor seconds
 and of peak memory. What a job of next to nothing takes (hidden 64, one block) is subtracted first:
@@ -38,7 +38,7 @@ LEAST = Shape(
     num_hidden_layers=1,
     vocab_size=512,
 )
-WINDOWS, LENGTH = 16, 256
+WINDOWS, LENGTH = 128, 256
 
 
 def main() -> None:
