@@ -138,8 +138,8 @@ class _Sizes:
         weights = self.weights
         if solver.method == "gptq" and 4 * widest**2 >= LARGE_HESSIAN:
             # what was rounded before the widest site is given up
-            kept = sum(N * K for kind in self.sites.values() for N, K in kind if widest == K)
-            weights -= (self.parameters - kept) * self.dtype.itemsize
+            own = sum(N * K for kind in self.sites.values() for N, K in kind if widest == K)
+            weights -= (self.parameters - own) * self.dtype.itemsize
         return weights + self.moments() + factor + max(panels, rows)
 
     def packing(self) -> int:
