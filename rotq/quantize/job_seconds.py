@@ -34,12 +34,18 @@ and to go on to the next block. Attention is replayed once it is settled."""
 
 
 def job_seconds(
-    skeleton: Skeleton, recipe: Recipe, plan: Plan, rates: Rates, *, source_bytes: int
+    skeleton: Skeleton,
+    recipe: Recipe,
+    plan: Plan,
+    rates: Rates,
+    *,
+    source_bytes: int,
+    output_bytes: int,
 ) -> dict[str, float]:
     """Seconds of one processor by phase.
 
     Args:
-        source_bytes: Of the checkpoint's weights.
+        source_bytes, output_bytes: Of the checkpoint's weights, and of the result's.
 
     Raises:
         ValueError: the recipe trains what no rate is measured of; names it.
@@ -54,7 +60,8 @@ def job_seconds(
     tables = table * (1 if skeleton.tied else 2)
     seconds["start"] += STARTS * rates.start + rates.compiling
     seconds["load"] += source_bytes * rates.hashed + 4 * tables * rates.simple
-    seconds["packing"] += source_bytes * rates.hashed
+    # written and hashed as parts, hashed again and copied
+    seconds["packing"] += 3 * output_bytes * rates.hashed
     if plan.outer:
         seconds["packing"] += tables * (rates.packed + rates.solved)
     seconds["checks"] += CHECKED_TOKENS * table * 2 * rates.passes
@@ -85,6 +92,8 @@ def _block(
     seconds["load"] += 3 * parameters * rates.simple
     seconds["packing"] += parameters * rates.packed
     seconds["checks"] += 2 * CHECKED_TOKENS * parameters * rates.single
+    # made dense of codes here and in the process that reloads them, four numbers touched for each
+    seconds["checks"] += 2 * 4 * parameters * rates.simple
     if any(getattr(recipe.rotation, name) != "none" for name in ROTATIONS):
         hidden = skeleton.config.hidden_size
         seconds["checks"] += parameters * (hidden + 2 * CHECKED_TOKENS) * rates.double

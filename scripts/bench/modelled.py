@@ -154,6 +154,7 @@ def _seconds(
             make_plan(each, recipe, torch.bfloat16, torch.bfloat16),
             rates,
             source_bytes=source_bytes,
+            output_bytes=int(source_bytes / 2 * (recipe.weights.bits + 0.3) / 8),
         )
         for each in skeletons
     )
