@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["packed_tensors", "quantization_config", "stored_scale_dtype", "write_metadata"]
 
 
+def packed_layer(
+    quantized: Quantized | TiledWeight, signs_R: Tensor | None = None
+) -> QuantLinear | TiledLinear:
+    """The layer that holds a weight as a checkpoint does; ``signs_R`` as below."""
+    if isinstance(quantized, TiledWeight):
+        return TiledLinear.from_tiled(quantized)
+    return QuantLinear.from_quantized(quantized, signs_R=signs_R)
+
+
 def packed_tensors(
     name: str, quantized: Quantized | TiledWeight, signs_R: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -42,11 +51,7 @@ def packed_tensors(
         (ceil(N * bits / 32), G); with signs ``.input_signs`` int8 (R). Of a weight in tiles
         ``.trellis``, ``.suh``, ``.svh`` and ``.mul1``.
     """
-    layer: QuantLinear | TiledLinear
-    if isinstance(quantized, TiledWeight):
-        layer = TiledLinear.from_tiled(quantized)
-    else:
-        layer = QuantLinear.from_quantized(quantized, signs_R=signs_R)
+    layer = packed_layer(quantized, signs_R)
     return {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
 
 

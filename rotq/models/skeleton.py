@@ -11,13 +11,14 @@ Shape suffixes: B batch, T positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rotq.errors import RotqError, told
 from rotq.models.adapter import Adapter
@@ -32,8 +33,32 @@ from rotq.models.survey import kind_of, survey
 from rotq.models.task import auto_class, is_masked, text_config
 from rotq.models.ties import ties_of
 
+_LARGE = 1 << 20
+"""Numbers of a tensor from which on it is a weight, and no buffer."""
+
 _KEPT_SHAPES = 4
 """Recorded keyword arguments are kept for this many; a mask can take B T^2 bytes."""
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """No memory is asked for, not even for a moment, for what can only be a weight.
+
+    The fused experts of one block of a 600B model are a parameter of 15 G numbers.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.numel() >= _LARGE:
+                return made
+        return func(*args, **kwargs)
 
 
 class Skeleton:
@@ -75,7 +100,8 @@ class Skeleton:
         config = copy.deepcopy(source.config)
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
-        with told("cannot build the model"), init_empty_weights(include_buffers=False):
+        empty = init_empty_weights(include_buffers=False)
+        with told("cannot build the model"), empty, _LargeOnMeta():
             model = auto_class(config).from_config(
                 config,
                 dtype=torch.float32,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from rotq.calibration.streams import Streams
-from rotq.formats.exl3 import TiledWeight, TileGrid
-from rotq.formats.floats import FloatGrid
-from rotq.formats.integer import Grid, Quantized
-from rotq.formats.trellis import Trellis
+from rotq.checkpoint.export import packed_layer
+from rotq.formats.integer import Grid
 from rotq.job.context import Job
+from rotq.layers.quant_linear import QuantLinear
+from rotq.layers.tiled_linear import TiledLinear
 from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
@@ -27,14 +27,12 @@ from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.global_scales import set_input_scales, weight_scales
 from rotq.quantize.output_moments import output_moments
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
+from rotq.quantize.rounded_weights import given_up, is_whole, linear_at, put_rounded
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
 from rotq.solvers.solve import Curvature, Solution, join_rows, solve, split_rows
 from rotq.solvers.statistics import Moments
 from rotq.tuning.codes import train_codes
-
-ROWS_AT_ONCE = 1024
-"""Rows of a weight that are in fp32 at a time when it is made dense."""
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
@@ -63,7 +61,7 @@ class BlockQuantizer:
         weights = None if streams is None else token_weights(job, index, working, streams)
         two_sided = streams is not None and job.recipe.solver.two_sided
         outputs = output_moments(job, index) if two_sided else {}
-        quantized: dict[str, Quantized | TiledWeight] = {}
+        packed: dict[str, QuantLinear | TiledLinear] = {}
         layers: list[LayerResult] = []
         routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
@@ -77,23 +75,29 @@ class BlockQuantizer:
                 for path, counts in routed_tokens(working).items():
                     routed[path] = [int(count) for count in job.ranks.total(*counts)]
             for site in stage:
-                solutions, results = self._round(
-                    index, site, (original, working), moments, global_scales, outputs
-                )
-                quantized |= solutions
+                features = linear_at(working, site.linears[0]).in_features
+                with given_up(working, packed, features, job.device):
+                    solutions, results = self._round(
+                        index, site, (original, working), moments, global_scales, outputs
+                    )
+                packed |= solutions
                 layers += results
                 # what a solver has freed would add to what the next one needs
                 trim_memory()
         if not stages and streams is not None and streams.original is not None:
             self.runner.advance(index, original, streams.original)
         training: dict[str, float] = {}
-        if quantized and streams is not None and job.recipe.tuning.code_steps:
-            codes = {n: each for n, each in quantized.items() if isinstance(each, Quantized)}
-            trained, training = train_codes(job, index, (original, working), codes, streams)
-            quantized |= trained
+        if packed and streams is not None and job.recipe.tuning.code_steps:
+            solved = {
+                path: layer.quantized()
+                for path, layer in packed.items()
+                if isinstance(layer, QuantLinear)
+            }
+            trained, training = train_codes(job, index, (original, working), solved, streams)
+            packed |= {path: packed_layer(codes) for path, codes in trained.items()}
         return QuantizedBlock(
             block=working,
-            quantized=quantized,
+            packed=packed,
             layers=tuple(layers),
             training=training,
             effective_share=1.0 if weights is None else weights.effective_share(job.ranks),
@@ -116,7 +120,7 @@ class BlockQuantizer:
         moments: dict[str, list[Moments]],
         global_scales: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Quantized | TiledWeight], list[LayerResult]]:
+    ) -> tuple[dict[str, QuantLinear | TiledLinear], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
         The site's moments are taken out of ``moments``, and used up.
@@ -135,15 +139,11 @@ class BlockQuantizer:
         seconds = (time.monotonic() - started) / len(solutions)
         results = []
         for name, solution in solutions.items():
-            linear = _linear(working, name)
-            linear.weight = _dense(working, name, solution.quantized)
-            if isinstance(solution.quantized, TiledWeight) and linear.bias is not None:
-                # as the file has it; the original keeps its own
-                halved_N = linear.bias.half().to(linear.bias)
-                linear.bias = nn.Parameter(halved_N, requires_grad=False)
+            put_rounded(working, name, solution.quantized, self.job.device)
             results.append(layer_result(self.job, self._full(index, name), solution, seconds))
             self.job.progress.layer_done(results[-1])
-        return {name: solution.quantized for name, solution in solutions.items()}, results
+        packed = {name: packed_layer(found.quantized) for name, found in solutions.items()}
+        return packed, results
 
     def _stages(self, index: int, block: nn.Module) -> list[tuple[Site, ...]]:
         """Sites whose moments are collected in one pass; kept layers are left out.
@@ -192,7 +192,7 @@ class BlockQuantizer:
             outputs: Moments of the slopes of layers whose rows feel each other.
         """
         for names in _stacks(site.linears, grids, original, global_scales):
-            weights = [_linear(original, name).weight for name in names]
+            weights = [linear_at(original, name).weight for name in names]
             stacked_NK = weights[0] if len(weights) == 1 else torch.cat(weights)
             solutions = [
                 solve(
@@ -214,24 +214,6 @@ class BlockQuantizer:
             yield from zip(names, split_rows(join_rows(solutions), sizes), strict=True)
 
 
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear), f"{name} is planned, so it is a linear layer"
-    return module
-
-
-def _dense(block: nn.Module, name: str, quantized: Quantized | TiledWeight) -> nn.Parameter:
-    """The rounded weight in the dtype of the block's, some rows at a time."""
-    weight_NK = torch.empty_like(_linear(block, name).weight)
-    if isinstance(quantized, TiledWeight) or _is_whole(quantized.grid):
-        weight_NK.copy_(quantized.dequantize(weight_NK.dtype))
-    else:
-        for start in range(0, len(weight_NK), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            weight_NK[rows] = quantized.some(rows).dequantize(weight_NK.dtype)
-    return nn.Parameter(weight_NK, requires_grad=False)
-
-
 def _stacks(
     names: Sequence[str],
     grids: Mapping[str, Grid],
@@ -248,8 +230,8 @@ def _stacks(
     stack: list[str] = []
     rows = 0
     for name in names:
-        size = _linear(block, name).out_features
-        alone = _is_whole(grids[name]) or (
+        size = linear_at(block, name).out_features
+        alone = is_whole(grids[name]) or (
             bool(stack) and global_scales.get(name) is not global_scales.get(stack[0])
         )
         if stack and (alone or grids[name] != grids[stack[0]] or rows + size > ROWS_PER_SOLVE):
@@ -259,10 +241,3 @@ def _stacks(
         rows += size
     if stack:
         yield stack
-
-
-def _is_whole(grid: Grid) -> bool:
-    """Whether a layer's rows know of each other."""
-    return isinstance(grid, Trellis | TileGrid) or (
-        isinstance(grid, FloatGrid) and grid.block_rows > 1
-    )

@@ -135,7 +135,15 @@ def _seconds(settled: Settled, recipe: Recipe) -> tuple[dict[str, float], str]:
         recipe, plan.grids[name], plan.shapes[name], settled.dtype, plan.scale_dtype
     )
     source_bytes = sum(entry.num_bytes for entry in settled.source.entries.values())
-    found = job_seconds(skeleton, recipe, plan, rates, source_bytes=source_bytes)
+    made = make_estimate(skeleton, recipe, settled.dtype, plan.rest_dtype)
+    found = job_seconds(
+        skeleton,
+        recipe,
+        plan,
+        rates,
+        source_bytes=source_bytes,
+        output_bytes=made.output_bytes,
+    )
     spent = time.monotonic() - started
     return found, f"time is predicted from {spent:.0f} s of measurements on this machine"
 

@@ -17,10 +17,11 @@ from torch import nn
 from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.own_text import writing_memory
+from rotq.quantize.rounded_weights import LARGE_HESSIAN
 from rotq.recipe import Recipe
 from rotq.report.lines import ROTATIONS
 from rotq.solvers.factor import PANEL
-from rotq.solvers.solve import ROWS_IN_CACHE
+from rotq.solvers.solve import rows_at_once
 from rotq.transform.teacher import TRAINED_POSITIONS
 from rotq.transform.windows import MEASURED_TOKENS
 from rotq.tuning.tunable import TUNED_POSITIONS
@@ -78,9 +79,10 @@ class _Sizes:
 
     @property
     def weights(self) -> int:
-        """The block, twice where a stream goes through the original too; and codes so far."""
+        """The block, twice where a stream goes through the original too; and what is packed."""
         copies = 2 if self.recipe.needs_original or self.recipe.tuning.code_steps else 1
-        return self.parameters * (copies * self.dtype.itemsize + 1)
+        bits = max(grid.bits for grid in self.plan.grids.values())
+        return int(self.parameters * (copies * self.dtype.itemsize + bits / 8))
 
     def outer(self) -> int:
         """Embedding and head: as loaded, and as they are written or read back."""
@@ -127,12 +129,18 @@ class _Sizes:
         """Moments and a factor beside them, or in their place; and rows that are solved."""
         solver = self.recipe.solver
         widest = max(K for kind in self.sites.values() for _, K in kind)
-        factor = 4 * widest**2 * (solver.method == "gptq" and solver.looks_at_hessian)
-        panels = 3 * 8 * PANEL * widest * (solver.method == "gptq")
-        rows = self.threads * ROWS_IN_CACHE * widest * 4 * COPIES_OF_ROWS
+        factored = int(solver.method == "gptq")
+        factor = 4 * widest**2 * factored * int(solver.looks_at_hessian)
+        panels = 3 * 8 * PANEL * widest * factored
+        rows = self.threads * rows_at_once(widest) * widest * 4 * COPIES_OF_ROWS
         if solver.two_sided:
             rows = self.rows_together()
-        return self.weights + self.moments() + factor + max(panels, rows)
+        weights = self.weights
+        if solver.method == "gptq" and 4 * widest**2 >= LARGE_HESSIAN:
+            # what was rounded before the widest site is given up
+            own = sum(N * K for kind in self.sites.values() for N, K in kind if widest == K)
+            weights -= (self.parameters - own) * self.dtype.itemsize
+        return weights + self.moments() + factor + max(panels, rows)
 
     def rows_together(self) -> int:
         """H_O of all layers, of the tallest as it is factored, and copies of its weight."""
@@ -142,10 +150,10 @@ class _Sizes:
         return moments + 4 * 8 * tallest**2 + 4 * COPIES_OF_ROWS * numel
 
     def packing(self) -> int:
-        """All codes and what they are packed to, with the words of the largest layer."""
-        bits = max(grid.bits for grid in self.plan.grids.values())
+        """Codes of the largest site, and the words of the largest layer of it."""
         largest = max(linear.weight.numel() for linear in self.linears.values())
-        return self.weights + int(self.parameters * bits / 8) + 4 * largest
+        site = max(N * K for kind in self.sites.values() for N, K in kind)
+        return self.weights + site + 4 * largest
 
 
 def _tuning_memory(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from rotq.checkpoint.export import packed_tensors
 from rotq.checkpoint.shards import save_tensors
 from rotq.devices import double
 from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.exl3 import TiledWeight
-from rotq.formats.integer import Quantized
 from rotq.job.context import Job
 from rotq.job.part_names import block_part
 from rotq.job.rest import rest_in
+from rotq.layers.quant_linear import QuantLinear
+from rotq.layers.tiled_linear import TiledLinear
 from rotq.phases import phase
 from rotq.report import LayerResult, peak_rss
 from rotq.solvers.solve import Solution
@@ -27,7 +27,7 @@ class QuantizedBlock:
 
     block: nn.Module
     """Dense, with the rounded weights in the model's dtype; rounds at run time as planned."""
-    quantized: Mapping[str, Quantized | TiledWeight]
+    packed: Mapping[str, QuantLinear | TiledLinear]
     """By path inside the block."""
     layers: tuple[LayerResult, ...]
     effective_share: float
@@ -72,13 +72,14 @@ def save_block(
     tensors: dict[str, Tensor] = {}
     for name, tensor in quantized.block.state_dict().items():
         path, _, leaf = name.rpartition(".")
-        if path not in quantized.quantized or leaf != "weight":
+        if path not in quantized.packed or leaf != "weight":
             tensors[f"{prefix}.{name}"] = tensor
     tensors = rest_in(tensors, job.plan.rest_dtype)
-    for path, codes in quantized.quantized.items():
-        tensors |= packed_tensors(f"{prefix}.{path}", codes)
+    for path, layer in quantized.packed.items():
+        state = layer.state_dict()
+        tensors |= {f"{prefix}.{path}.{key}": tensor for key, tensor in state.items()}
         bias = f"{prefix}.{path}.bias"
-        if isinstance(codes, TiledWeight) and bias in tensors:
+        if isinstance(layer, TiledLinear) and bias in tensors:
             tensors[bias] = tensors[bias].half()
     save_tensors(job.folder.part(block_part(index)), tensors)
     job.folder.record(

@@ -49,6 +49,8 @@ class Rates:
     """The same of fp64."""
     solved: float
     """A number of a weight that is solved, products with its Hessian apart."""
+    factored: float
+    """An element of a Hessian that is factored, products apart."""
     simple: float
     """A number that is read, changed and written."""
     packed: float
@@ -85,8 +87,11 @@ def measure_rates(
         double = _seconds(lambda: exact[0] @ exact[1]) / WIDTH**3
         x = torch.randn(ELEMENTS, generator=generator).to(dtype)
         codes = torch.randint(-4, 4, (ROWS_IN_CACHE, WIDTH), dtype=torch.int8, generator=generator)
-        first, again, numbers, products = _solving(recipe, grid, shape, scale_dtype, generator)
-        solved = max(0.0, again - products * single) / numbers
+        curvature, factoring = _factoring(recipe, grid, shape, generator)
+        first, again, numbers, products = _solving(recipe, curvature, grid, shape, scale_dtype)
+        K = _width(grid, shape)
+        exact_products = numbers * K * recipe.solver.needs_original
+        solved = max(0.0, again - products * single - exact_products * double) / numbers
         content = x.view(torch.uint8).numpy().data
         rates = Rates(
             start=start,
@@ -96,6 +101,7 @@ def measure_rates(
             single=single,
             double=double,
             solved=solved,
+            factored=max(0.0, factoring - K**3 / 6 * double) / K**2,
             simple=_seconds(lambda: F.silu(x)) / ELEMENTS,
             packed=_seconds(lambda: pack(codes, 4)) / codes.numel(),
             hashed=_seconds(lambda: hashlib.sha256(content)) / len(content) * 1.5,
@@ -115,30 +121,39 @@ def products_of_solving(recipe: Recipe, N: int, K: int) -> float:
     return (columns + judged + sweeps + corrected) * N * K**2
 
 
+def _factoring(
+    recipe: Recipe, grid: Grid, shape: tuple[int, int], generator: torch.Generator
+) -> tuple[Curvature, float]:
+    """What solving looks at, of random inputs, and the seconds that it took."""
+    if not recipe.needs_data:
+        return Curvature.of(None, recipe.solver), 0.0
+    width, cross = _width(grid, shape), recipe.solver.needs_original
+    moments = Moments(width, cross=cross, device=torch.device("cpu"))
+    x_MK = torch.randn(2 * width, width, generator=generator)
+    moments.add(x_MK, x_MK if cross else None, None)
+    before = time.process_time()
+    curvature = Curvature.of(moments, recipe.solver, spend=True)
+    return curvature, time.process_time() - before
+
+
 def _solving(
-    recipe: Recipe,
-    grid: Grid,
-    shape: tuple[int, int],
-    scale_dtype: torch.dtype,
-    generator: torch.Generator,
+    recipe: Recipe, curvature: Curvature, grid: Grid, shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[float, float, int, float]:
     """Seconds of solving rows for the first time and again; numbers and products in them."""
-    rows, most, size = min(ROWS_IN_CACHE, shape[0]), min(WIDTH, shape[1]), grid.group_size
-    width = most if size < 1 else most // size * size
-    weight_NK = torch.randn(rows, width, generator=generator)
-    moments = None
-    if recipe.needs_data:
-        cross = recipe.solver.needs_original
-        moments = Moments(width, cross=cross, device=torch.device("cpu"))
-        x_MK = torch.randn(2 * width, width, generator=generator)
-        moments.add(x_MK, x_MK if cross else None, None)
-    curvature = Curvature.of(moments, recipe.solver, spend=True)
+    rows, width = min(ROWS_IN_CACHE, shape[0]), _width(grid, shape)
+    weight_NK = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
 
     def run() -> None:
-        solve(weight_NK, curvature, grid, recipe.solver, scale_dtype=scale_dtype)
+        solve(weight_NK, curvature, grid, recipe.solver, scale_dtype=dtype)
 
     first, again = _once(run), _seconds(run)
     return first, again, rows * width, products_of_solving(recipe, rows, width)
+
+
+def _width(grid: Grid, shape: tuple[int, int]) -> int:
+    """Columns of the layer that is solved: whole groups."""
+    most, size = min(WIDTH, shape[1]), grid.group_size
+    return most if size < 1 else most // size * size
 
 
 def _seconds(action: Callable[[], object]) -> float:

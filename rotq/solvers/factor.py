@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rotq.devices import double
 
-PANEL = 512
+PANEL = 256
 """Columns that are held in fp64 at a time."""
 
 

@@ -45,6 +45,9 @@ from rotq.solvers.two_sided import (
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
 
+NUMBERS_AT_ONCE = 1 << 22
+"""Of a CPU's rows, at most: wide layers are solved fewer rows at a time."""
+
 TILED_ROWS = 64
 """The same where the search takes nearly all of the time: many parts keep all threads at work."""
 
@@ -63,6 +66,7 @@ class Solution:
 
     def to(self, device: torch.device) -> Solution:
         """The same there."""
+        assert isinstance(self.quantized, Quantized), "tiles stay where they were found"
         return replace(
             self,
             quantized=self.quantized.to(device),
@@ -221,8 +225,14 @@ def solve(
         return solution if global_scale is None else solution.divided(global_scale)
 
     shared = ALONE if elimination is None else ranks
-    at_once = ROWS_IN_CACHE if weight_NK.device.type == "cpu" else ROWS_ON_DEVICE
+    on_cpu = weight_NK.device.type == "cpu"
+    at_once = rows_at_once(weight_NK.shape[1]) if on_cpu else ROWS_ON_DEVICE
     return join_rows(_each_part(solved, weight_NK, rows, at_once, shared))
+
+
+def rows_at_once(features: int) -> int:
+    """Rows of a layer that one thread of a CPU solves together."""
+    return min(ROWS_IN_CACHE, max(1, NUMBERS_AT_ONCE // features))
 
 
 def _target(weight_NK: Tensor, curvature: Curvature, options: Solver) -> Tensor:

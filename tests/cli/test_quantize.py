@@ -204,6 +204,7 @@ def test_dry_run(pipeline: Pipeline) -> None:
         "device": "auto",
         "dtype": "bfloat16",
         "trust_remote_code": False,
+        "processes": 1,
     }
     found = json.loads(run("model", "--dry-run", "--json").stdout)
     assert found["output_bytes"] == 7

@@ -20,6 +20,8 @@ W3 = {
     "solver.refine_sweeps": 1,
     "calibration.precision": "highest",
 }
+PLAIN = {**W3, "solver.target_correction": 0.0, "solver.scale_search": "minmax"}
+PLAIN["solver.refine_sweeps"] = 0
 ROUNDED = {**W3, "activations.bits": 4, "kv_cache.bits": 4, "output.format": "rotq"}
 
 
@@ -76,3 +78,21 @@ def test_the_original_is_left_alone_and_its_stream_is_behind_the_block(tmp_path)
     runner = BlockQuantizer(job).runner
     runner.advance(0, quantized.block, streams.quantized)
     torch.testing.assert_close(streams.quantized.hidden[0], quantized.block(hidden_BTD, **kwargs))
+
+
+@pytest.mark.parametrize("choices", [W3, PLAIN], ids=["two", "one"])
+def test_weights_that_are_given_up_for_a_solve_are_there_after_it(tmp_path, monkeypatch, choices):
+    _, expected, _ = quantized_first_block(make_job(tmp_path / "held", choices))
+    monkeypatch.setattr("rotq.quantize.rounded_weights.LARGE_HESSIAN", 0)
+    _, found, _ = quantized_first_block(make_job(tmp_path / "given-up", choices))
+    for name, tensor in expected.block.state_dict().items():
+        assert torch.equal(found.block.state_dict()[name], tensor), name
+
+
+def test_a_block_with_one_stream_is_rounded_where_it_is(tmp_path):
+    original, quantized, _ = quantized_first_block(make_job(tmp_path / "job", PLAIN))
+    assert quantized.block is original
+    original, quantized, _ = quantized_first_block(make_job(tmp_path / "two", W3))
+    assert quantized.block is not original
+    assert quantized.block.input_layernorm.weight is original.input_layernorm.weight
+    assert not torch.equal(quantized.block.mlp.up_proj.weight, original.mlp.up_proj.weight)

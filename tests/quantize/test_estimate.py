@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_jobs import make_checkpoint
 from tiny_models import MemorySource, tiny_model
 from transformers import LlamaConfig
 
 from rotq.models.skeleton import Skeleton
-from rotq.quantize.estimate import make_estimate
+from rotq.quantize import estimate as estimates
+from rotq.quantize.estimate import estimate, make_estimate
 from rotq.recipe import load_recipe
 
 
@@ -61,3 +63,59 @@ def test_training_a_basis_is_in_the_estimate_and_fits_a_small_gpu_for_7b():
     assert needs[0] < 16e9
     # all hidden states between blocks, at least
     assert needs[1] > 33 * 16384 * 4096 * 2
+
+
+LLAMA_70B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=2,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"],
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "room"), [({"solver__method": "rtn"}, 2e9), ({"solver__refine_sweeps": 0}, 2.6e9)]
+)
+def test_a_block_of_70b_needs_little_more_than_itself_in_fp32(changes: object, room: float):
+    large = Skeleton.open(SimpleNamespace(config=LLAMA_70B, names=list, load=None))
+    choices = {"calibration__num_samples": 4, "calibration__seq_len": 128, **changes}
+    choices |= {"calibration__batch_size": 1}
+    choices |= {"solver__scale_search": "minmax", "solver__target_correction": 0.0}
+    made = make_estimate(large, recipe(**choices), torch.bfloat16)
+    block = sum(parameter.numel() for parameter in large.blocks[0].parameters())
+    assert made.peak_memory_bytes < 4 * block + room
+
+
+def test_memory_that_is_short_is_told_with_what_saves_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
+    sizes = {"calibration__num_samples": 4, "calibration__seq_len": 64, "weights__group_size": 16}
+    wanted = recipe(**sizes, calibration__batch_size=4)
+    monkeypatch.setattr(estimates, "available_memory", lambda: 1000)
+    found = estimate(model, wanted, device="cpu", processes=2)
+    told = "\n".join(found.notes)
+    assert "it needs" in told
+    assert "calibration.offload=true saves" in told
+    assert "--num-processes 1 saves" in told
+    assert "with all of that it still needs" in told
+    monkeypatch.setattr(estimates, "available_memory", lambda: 10**12)
+    assert not any("it needs" in note for note in estimate(model, wanted, device="cpu").notes)
+
+
+def test_time_is_predicted_by_phase_or_the_reason_is_told(tmp_path: Path):
+    model = make_checkpoint(tmp_path / "model", num_layers=1)
+    small = {"calibration__num_samples": 2, "calibration__seq_len": 32, "weights__group_size": 16}
+    found = estimate(model, recipe(**small), device="cpu")
+    assert found.seconds.keys() >= {"start", "load", "forward passes", "factor", "solving"}
+    assert min(found.seconds.values()) >= 0
+    assert found.wall_seconds == pytest.approx(sum(found.seconds.values()), rel=0.5)
+    searched = recipe(**small, transform__method="optrot", rotation__residual="hadamard")
+    found = estimate(model, searched, device="cpu")
+    assert not found.seconds
+    assert found.wall_seconds is None
+    assert "no time is predicted with transform.method=optrot" in found.notes

@@ -71,16 +71,17 @@ def quantized(folder, **changes):
     return found, error_BT.mean()
 
 
+def _codes(block, path):
+    return block.packed[path].quantized().q_NK
+
+
 def test_training_lowers_the_blocks_error_and_moves_codes(tmp_path):
     plain, error = quantized(tmp_path / "plain", **{"tuning.code_steps": 0})
     trained, lower = quantized(tmp_path / "trained")
     assert lower < 0.85 * error
     assert trained.training["loss_last"] < trained.training["loss_first"]
     assert plain.training == {}
-    moved = [
-        (trained.quantized[path].q_NK != plain.quantized[path].q_NK).float().mean()
-        for path in plain.quantized
-    ]
+    moved = [(_codes(trained, path) != _codes(plain, path)).float().mean() for path in plain.packed]
     assert all(0.005 < share < 0.5 for share in moved)
 
 
@@ -98,7 +99,7 @@ def test_the_stream_goes_through_the_block_as_it_was_trained(tmp_path):
 
 def test_what_is_stored_is_what_the_block_computes_with(tmp_path):
     trained, _ = quantized(tmp_path / "job")
-    for path, codes_of in trained.quantized.items():
+    for path, codes_of in trained.packed.items():
         weight_NK = trained.block.get_submodule(path).weight
         assert torch.equal(weight_NK, codes_of.dequantize(weight_NK.dtype))
 
