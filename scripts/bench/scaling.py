@@ -38,13 +38,16 @@ LEAST = Shape(
     num_hidden_layers=1,
     vocab_size=512,
 )
-WINDOWS, LENGTH = 128, 256
+LENGTH = 256
+SIZES = ("hidden size", "depth", "tokens")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of models and outputs")
     parser.add_argument("-c", dest="recipe", default="gptq")
+    parser.add_argument("--size", dest="sizes", choices=SIZES, action="append", help="these alone")
+    parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--set", dest="choices", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
 
@@ -53,22 +56,22 @@ def main() -> None:
 
     least = cost(LEAST, 2)
     print(f"least job: {least[0]:.1f} s of processors, {least[1] / 1e9:.3f} GB", flush=True)
-    base = cost(BASE, WINDOWS)
-    for name in ("hidden size", "depth", "tokens"):
+    base = cost(BASE, given.windows)
+    for name in given.sizes or SIZES:
         found = [base]
         for factor in (2, 4):
-            shape, windows = _grown(name, factor)
-            found.append(cost(shape, windows))
+            windows = given.windows * (factor if name == "tokens" else 1)
+            found.append(cost(_grown(name, factor), windows))
         _print(name, found, least)
 
 
-def _grown(name: str, factor: int) -> tuple[Shape, int]:
+def _grown(name: str, factor: int) -> Shape:
     if name == "depth":
-        return replace(BASE, num_hidden_layers=factor * BASE.num_hidden_layers), WINDOWS
+        return replace(BASE, num_hidden_layers=factor * BASE.num_hidden_layers)
     if name == "tokens":
-        return BASE, factor * WINDOWS
+        return BASE
     widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return replace(BASE, **{width: factor * getattr(BASE, width) for width in widths}), WINDOWS
+    return replace(BASE, **{width: factor * getattr(BASE, width) for width in widths})
 
 
 def _cost(
