@@ -30,7 +30,9 @@ from rotq.quantize.quantized_block import QuantizedBlock, layer_result
 from rotq.quantize.rounded_weights import given_up, is_whole, linear_at, put_rounded
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
-from rotq.solvers.solve import Curvature, Solution, join_rows, solve, split_rows
+from rotq.solvers.curvature import Curvature
+from rotq.solvers.solution import Solution, join_rows, split_rows
+from rotq.solvers.solve import solve
 from rotq.solvers.statistics import Moments
 from rotq.tuning.codes import train_codes
 

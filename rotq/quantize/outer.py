@@ -28,7 +28,8 @@ from rotq.phases import phase
 from rotq.quantize.quantized_block import layer_result
 from rotq.recipe import Solver
 from rotq.rotations.basis import Basis
-from rotq.solvers.solve import Solution, join_rows, solve
+from rotq.solvers.solution import Solution, join_rows
+from rotq.solvers.solve import solve
 
 ROUNDING = Solver(method="rtn", scale_search="mse")
 

@@ -21,7 +21,7 @@ from rotq.quantize.rounded_weights import LARGE_HESSIAN
 from rotq.recipe import Recipe
 from rotq.report.lines import ROTATIONS
 from rotq.solvers.factor import PANEL
-from rotq.solvers.solve import rows_at_once
+from rotq.solvers.parts import rows_at_once
 from rotq.transform.teacher import TRAINED_POSITIONS
 from rotq.transform.windows import MEASURED_TOKENS
 from rotq.tuning.tunable import TUNED_POSITIONS

@@ -18,7 +18,7 @@ from rotq.layers.quant_linear import QuantLinear
 from rotq.layers.tiled_linear import TiledLinear
 from rotq.phases import phase
 from rotq.report import LayerResult, peak_rss
-from rotq.solvers.solve import Solution
+from rotq.solvers.solution import Solution
 
 
 @dataclass(frozen=True, kw_only=True)

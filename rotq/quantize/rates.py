@@ -21,7 +21,9 @@ from rotq.memory import trim_memory
 from rotq.numerics import matmul_precision, single_threaded
 from rotq.ops import pack
 from rotq.recipe import Recipe
-from rotq.solvers.solve import ROWS_IN_CACHE, Curvature, solve
+from rotq.solvers.curvature import Curvature
+from rotq.solvers.parts import ROWS_IN_CACHE
+from rotq.solvers.solve import solve
 from rotq.solvers.statistics import Moments
 
 WIDTH = 1024

@@ -5,35 +5,23 @@ Shape suffixes: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import ceil
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-from rotq.formats.exl3 import TiledWeight, TileGrid
+from rotq.formats.exl3 import TileGrid
 from rotq.formats.integer import Grid, Quantized
 from rotq.formats.trellis import Trellis
-from rotq.numerics import side_by_side
 from rotq.ranks import ALONE, Ranks
 from rotq.recipe import Solver
-from rotq.solvers.gptq import Elimination, eliminate, round_columns
+from rotq.solvers.curvature import Curvature
+from rotq.solvers.gptq import round_columns
+from rotq.solvers.parts import ROWS_ON_DEVICE, each_part, rows_at_once
 from rotq.solvers.paths import code_columns, path_scales, refine_all
 from rotq.solvers.refine import refine
 from rotq.solvers.scales import search_scales
-from rotq.solvers.statistics import Moments, corrected_target
-from rotq.solvers.tiles import (
-    SIDE,
-    Tiles,
-    choose_scales,
-    code_tiles,
-    eliminate_tiles,
-    fit_scales,
-    join_tiles,
-    packed_tiles,
-)
+from rotq.solvers.solution import Solution, join_rows
+from rotq.solvers.statistics import Moments
+from rotq.solvers.tiles import solve_tiles
 from rotq.solvers.two_sided import (
     eliminate_rows,
     refine_both,
@@ -41,119 +29,6 @@ from rotq.solvers.two_sided import (
     ring_spreads,
     round_both,
 )
-
-ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
-"""Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
-
-NUMBERS_AT_ONCE = 1 << 22
-"""Of a CPU's rows, at most: wide layers are solved fewer rows at a time."""
-
-TILED_ROWS = 64
-"""The same where the search takes nearly all of the time: many parts keep all threads at work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """What a solver found for one weight."""
-
-    quantized: Quantized | TiledWeight
-    loss_N: Tensor
-    """Per row (W^ - T) H (W^ - T)^T with undamped H: squared output error per token."""
-    energy_N: Tensor
-    """Per row T H T^T: squared output per token."""
-    damping: float
-    """Share of the mean diagonal that made H positive definite."""
-
-    def to(self, device: torch.device) -> Solution:
-        """The same there."""
-        assert isinstance(self.quantized, Quantized), "tiles stay where they were found"
-        return replace(
-            self,
-            quantized=self.quantized.to(device),
-            loss_N=self.loss_N.to(device),
-            energy_N=self.energy_N.to(device),
-        )
-
-    def divided(self, global_scale: Tensor) -> Solution:
-        """The solution for the weight, from that for the weight times a global scale."""
-        assert isinstance(self.quantized, Quantized), "tiles have none"
-        return Solution(
-            quantized=replace(self.quantized, global_scale=global_scale),
-            loss_N=self.loss_N / global_scale.square(),
-            energy_N=self.energy_N / global_scale.square(),
-            damping=self.damping,
-        )
-
-
-Part = TypeVar("Part", Solution, Tiles)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curvature:
-    """What a site's moments come to, once for all weights that read its input."""
-
-    hessian_KK: Tensor | None
-    """H, damped where columns were factored; None: the factor has its place, or it is I."""
-    cross_KK: Tensor | None
-    """D, where targets are corrected."""
-    elimination: Elimination | None
-    """None where rows are rounded to nearest."""
-    dead_K: Tensor | None
-    """bool, columns that no token reaches, where columns were factored."""
-
-    @classmethod
-    def of(cls, moments: Moments | None, options: Solver, *, spend: bool = False) -> Curvature:
-        """Damp and factor.
-
-        Args:
-            moments: None (round to nearest only) stands for H = I.
-            options: The recipe's.
-            spend: Nothing else needs the moments: their memory is worked in, and H is given up
-                where nothing but its factor is looked at.
-
-        Raises:
-            ValueError: an unknown order, or GPTQ without moments.
-            RotqError: the Hessian is not finite or cannot be made positive definite.
-        """
-        if moments is None:
-            if options.method != "rtn":
-                raise ValueError(f"{options.method} needs moments of the inputs")
-            return cls(hessian_KK=None, cross_KK=None, elimination=None, dead_K=None)
-        if spend:
-            moments.settle()
-            hessian_KK, cross_KK = moments.hessian_sum_KK, moments.cross_sum_KK
-        else:
-            hessian_KK, cross_KK = moments.hessian_KK(), moments.cross_KK()
-        if options.method == "rtn":
-            return cls(hessian_KK=hessian_KK, cross_KK=None, elimination=None, dead_K=None)
-        dead_K = hessian_KK.diagonal() == 0
-        kept = not spend or options.looks_at_hessian
-        elimination = eliminate(hessian_KK, options.order, options.damping, in_place=not kept)
-        return cls(
-            hessian_KK=elimination.damp_(hessian_KK) if kept else None,
-            cross_KK=cross_KK if options.target_correction else None,
-            elimination=elimination,
-            dead_K=dead_K,
-        )
-
-    def to(self, device: torch.device) -> Curvature:
-        """The same there."""
-        moved = {
-            name: None if value is None else value.to(device) for name, value in vars(self).items()
-        }
-        return Curvature(**moved)
-
-    def quadratic(self, x_NK: Tensor) -> Tensor:
-        """x H x^T of each row, H not damped: (N) fp32."""
-        if self.hessian_KK is None and self.elimination is None:
-            return x_NK.square().sum(-1)
-        if self.hessian_KK is None:
-            assert self.elimination is not None
-            return self.elimination.quadratic(x_NK).to(x_NK)
-        sums_N = (x_NK @ self.hessian_KK).mul_(x_NK).sum(-1)
-        if self.elimination is None:
-            return sums_N
-        return sums_N - x_NK.square() @ self.elimination.added_K
 
 
 def solve(
@@ -199,7 +74,7 @@ def solve(
         raise ValueError("paths through a trellis are found by GPTQ")
     curvature = moments if isinstance(moments, Curvature) else Curvature.of(moments, options)
     if isinstance(grid, TileGrid):
-        return _solve_tiles(weight_NK, curvature, grid, options, seed, ranks)
+        return solve_tiles(weight_NK, curvature, grid, options, seed, ranks)
     if output_NN is not None:
         return _solve_both(weight_NK, curvature, output_NN, grid, options, scale_dtype)
     elimination = curvature.elimination
@@ -212,7 +87,7 @@ def solve(
         if elimination is None:
             quantized = _nearest(target_NK, curvature.hessian_KK, grid, options, scale_dtype)
         else:
-            target_NK = _target(target_NK, curvature, options)
+            target_NK = curvature.target(target_NK, options.target_correction)
             find = _find_paths if isinstance(grid, Trellis) else _descend
             quantized = find(target_NK, curvature, grid, rows, options, scale_dtype)
         error_NK = quantized.dequantize().sub_(target_NK)
@@ -227,44 +102,7 @@ def solve(
     shared = ALONE if elimination is None else ranks
     on_cpu = weight_NK.device.type == "cpu"
     at_once = rows_at_once(weight_NK.shape[1]) if on_cpu else ROWS_ON_DEVICE
-    return join_rows(_each_part(solved, weight_NK, rows, at_once, shared))
-
-
-def rows_at_once(features: int) -> int:
-    """Rows of a layer that one thread of a CPU solves together."""
-    return min(ROWS_IN_CACHE, max(1, NUMBERS_AT_ONCE // features))
-
-
-def _target(weight_NK: Tensor, curvature: Curvature, options: Solver) -> Tensor:
-    """What codes are to come near, (N, K) fp32: dead columns are 0."""
-    assert curvature.elimination is not None
-    assert curvature.dead_K is not None
-    if curvature.cross_KK is not None:
-        alpha = options.target_correction
-        weight_NK = corrected_target(weight_NK, curvature.cross_KK, curvature.elimination, alpha)
-    return weight_NK.masked_fill(curvature.dead_K, 0.0)
-
-
-def _each_part(
-    solved: Callable[[Tensor], Part], weight_NK: Tensor, rows: int, at_once: int, ranks: Ranks
-) -> list[Part]:
-    """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side.
-
-    Each process does some, and is given all.
-
-    Args:
-        at_once: Rows of a part, at most.
-    """
-    on_cpu = weight_NK.device.type == "cpu"
-    count = ceil(weight_NK.shape[0] / at_once)
-    count = ranks.size * ceil(count / ranks.size)
-    runs = weight_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(weight_NK) // rows))
-    parts = ranks.own([part.flatten(0, 1) for part in runs])
-    done = side_by_side(solved, parts) if on_cpu else [solved(part_NK) for part_NK in parts]
-    if ranks.size == 1:
-        return done
-    sent = [part.to(torch.device("cpu")) for part in done]
-    return [part.to(weight_NK.device) for some in ranks.gathered(sent) for part in some]
+    return join_rows(each_part(solved, weight_NK, rows, at_once, shared))
 
 
 def _descend(
@@ -327,37 +165,6 @@ def _find_paths(
     )
 
 
-def _solve_tiles(
-    weight_NK: Tensor,
-    curvature: Curvature,
-    grid: TileGrid,
-    options: Solver,
-    seed: int,
-    ranks: Ranks,
-) -> Solution:
-    """Scales, tiles by block LDLQ, then scales again."""
-    assert curvature.elimination is not None
-    assert curvature.hessian_KK is not None, "scales of tiles are fitted to the Hessian"
-    target_NK = _target(weight_NK.float(), curvature, options)
-    turn = choose_scales(target_NK, grid, seed)
-    turned_nk = turn.weight(target_NK)
-    elimination = eliminate_tiles(turn.hessian(curvature.hessian_KK), options.order)
-
-    def solved(part_nk: Tensor) -> Tiles:
-        return code_tiles(part_nk, elimination, grid.bits)
-
-    at_once = TILED_ROWS if target_NK.device.type == "cpu" else ROWS_ON_DEVICE
-    tiles = join_tiles(_each_part(solved, turned_nk, SIDE, at_once, ranks))
-    turn = fit_scales(target_NK, curvature.hessian_KK, tiles.level_nk, turn)
-    quantized = packed_tiles((len(target_NK), target_NK.shape[1]), tiles, turn, grid.bits)
-    return Solution(
-        quantized=quantized,
-        loss_N=curvature.quadratic(quantized.dequantize().sub_(target_NK)),
-        energy_N=curvature.quadratic(target_NK),
-        damping=curvature.elimination.damping,
-    )
-
-
 def _solve_both(
     weight_NK: Tensor,
     curvature: Curvature,
@@ -371,7 +178,7 @@ def _solve_both(
     elimination, hessian_KK = curvature.elimination, curvature.hessian_KK
     assert elimination is not None
     assert hessian_KK is not None, "sweeps look at the Hessian"
-    target_NK = _target(weight_NK.float().cpu(), curvature, options)
+    target_NK = curvature.target(weight_NK.float().cpu(), options.target_correction)
     rows = eliminate_rows(output_NN, options.output_damping)
     if isinstance(grid, Trellis):
         ring = grid.ring_rows(len(target_NK))
@@ -399,57 +206,6 @@ def _solve_both(
         energy_N=curvature.quadratic(target_NK),
         damping=elimination.damping,
     ).to(device)
-
-
-def _joined(parts: list[Quantized]) -> Quantized:
-    """Weights of one grid, stacked along N."""
-    zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
-    return Quantized(
-        q_NK=torch.cat([part.q_NK for part in parts]),
-        scale_NG=torch.cat([part.scale_NG for part in parts]),
-        zero_NG=torch.cat(zeros) if zeros else None,
-        grid=parts[0].grid,
-        global_scale=parts[0].global_scale,
-    )
-
-
-def join_rows(solutions: list[Solution]) -> Solution:
-    """Stack along N what was solved apart, on one grid; the damping is the largest."""
-    if len(solutions) == 1:
-        return solutions[0]
-    parts = [each.quantized for each in solutions if isinstance(each.quantized, Quantized)]
-    assert len(parts) == len(solutions), "a weight in tiles is solved whole"
-    return Solution(
-        quantized=_joined(parts),
-        loss_N=torch.cat([solution.loss_N for solution in solutions]),
-        energy_N=torch.cat([solution.energy_N for solution in solutions]),
-        damping=max(solution.damping for solution in solutions),
-    )
-
-
-def split_rows(solution: Solution, sizes: list[int]) -> list[Solution]:
-    """Undo stacking along N: one solution per entry of ``sizes``."""
-    quantized = solution.quantized
-    if isinstance(quantized, TiledWeight):
-        assert len(sizes) == 1, "a weight in tiles is solved alone"
-        return [solution]
-    parts = zip(
-        quantized.q_NK.split(sizes),
-        quantized.scale_NG.split(sizes),
-        [None] * len(sizes) if quantized.zero_NG is None else quantized.zero_NG.split(sizes),
-        solution.loss_N.split(sizes),
-        solution.energy_N.split(sizes),
-        strict=True,
-    )
-    return [
-        Solution(
-            quantized=replace(quantized, q_NK=q_NK, scale_NG=scale_NG, zero_NG=zero_NG),
-            loss_N=loss_N,
-            energy_N=energy_N,
-            damping=solution.damping,
-        )
-        for q_NK, scale_NG, zero_NG, loss_N, energy_N in parts
-    ]
 
 
 def _nearest(

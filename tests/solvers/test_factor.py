@@ -9,9 +9,10 @@ from torch import Tensor
 from rotq.formats.integer import Grid
 from rotq.recipe import Solver
 from rotq.solvers import factor, gptq
+from rotq.solvers.curvature import Curvature
 from rotq.solvers.factor import factor_, mirror_, permute_, solved_rows, symmetrize_, upper_panels
 from rotq.solvers.gptq import eliminate
-from rotq.solvers.solve import Curvature, solve
+from rotq.solvers.solve import solve
 from rotq.solvers.statistics import Moments
 
 K = 37

@@ -7,13 +7,14 @@ import torch
 from damping import damp
 from torch import Tensor
 
-import rotq.solvers.solve
+import rotq.solvers.parts
 from rotq.formats.integer import Grid
 from rotq.formats.trellis import Trellis
 from rotq.recipe import Solver
 from rotq.solvers.gptq import eliminate
 from rotq.solvers.paths import code_columns, path_scales, refine_all
-from rotq.solvers.solve import Solution, solve
+from rotq.solvers.solution import Solution
+from rotq.solvers.solve import solve
 from rotq.solvers.statistics import Moments
 
 TRELLIS = Trellis(bits=3, group_size=-1, state_bits=8)
@@ -93,7 +94,7 @@ def test_refinement_never_raises_the_loss() -> None:
 def test_parts_and_groups_change_nothing_but_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings are solved side by side; that is not seen in the result."""
     whole = solved(TRELLIS, N=512)
-    monkeypatch.setattr(rotq.solvers.solve, "ROWS_IN_CACHE", 100)
+    monkeypatch.setattr(rotq.solvers.parts, "ROWS_IN_CACHE", 100)
     parts = solved(TRELLIS, N=512)
     assert torch.equal(whole.quantized.q_NK, parts.quantized.q_NK)
     grouped = solved(replace(TRELLIS, group_size=8), N=512)

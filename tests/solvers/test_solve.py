@@ -10,7 +10,7 @@ from torch import Tensor
 from rotq.formats.integer import Grid
 from rotq.recipe import Solver
 from rotq.solvers.scales import search_scales
-from rotq.solvers.solve import Solution, split_rows
+from rotq.solvers.solution import Solution, split_rows
 from rotq.solvers.solve import solve as solve_for
 from rotq.solvers.statistics import Moments
 from rotq.solvers.trial import trial_losses
@@ -99,7 +99,7 @@ def test_few_rows_at_a_time_give_what_all_at_once_give(monkeypatch, symmetric):
     weight_NK, moments = problem(N=50)
     grid = Grid(bits=3, group_size=32, symmetric=symmetric)
     whole = solve(weight_NK, moments, grid, OPTIONS).quantized
-    monkeypatch.setattr("rotq.solvers.solve.ROWS_IN_CACHE", 16)
+    monkeypatch.setattr("rotq.solvers.parts.ROWS_IN_CACHE", 16)
     parts = solve(weight_NK, moments, grid, OPTIONS).quantized
     assert (parts.q_NK != whole.q_NK).float().mean() < 0.01
     assert (parts.scale_NG != whole.scale_NG).float().mean() < 0.05
