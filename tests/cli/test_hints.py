@@ -69,7 +69,7 @@ def test_commands(arguments: str, hint: str) -> None:
 @pytest.mark.parametrize("config", ["w44", "W4", "w4.yaml", "configs/w4.yml", "w-4"])
 def test_presets(config: str) -> None:
     said = line("quantize", "m", "-c", config)
-    assert f"no recipe {config}: neither a file nor a preset; presets: fp8, gptq, " in said
+    assert f"no recipe {config}: neither a file nor a preset; presets: exl3, fp8, gptq, " in said
     assert "; did you mean w4?" in said
 
 
