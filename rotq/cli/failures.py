@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -90,3 +91,9 @@ def _leave_pipe() -> NoReturn:
     """Whoever reads has gone, as ``head`` does; what is buffered goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def ignore_signals() -> None:
+    """Of what ends a program; for atexit, where Python would print a traceback."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

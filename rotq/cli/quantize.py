@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.eval_text import EvalText
+from rotq.cli.failures import ignore_signals
 from rotq.cli.loading import find, say, say_device
 from rotq.cli.options import (
     FilePath,
@@ -258,8 +259,8 @@ def _interruptible() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         if over:
             return
-        atexit.unregister(_ignore_signals)
-        atexit.register(_ignore_signals)
+        atexit.unregister(ignore_signals)
+        atexit.register(ignore_signals)
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         raise KeyboardInterrupt
 
@@ -274,8 +275,3 @@ def _interruptible() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

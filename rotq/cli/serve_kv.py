@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import click
 
+from rotq.cli.failures import ignore_signals
 from rotq.cli.kv_bits import kv_bits_option
 from rotq.cli.loading import load_to_serve
 from rotq.cli.options import ModelName, debug_wanted, model_options, output_options
@@ -129,6 +131,8 @@ def serve_kv(
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         click.echo(_ready_line(address, served.facts, as_json))
 
+    # until it runs the server itself answers signals
+    atexit.register(ignore_signals)
     run(served, host, port, settings, on_ready=ready)
 
 

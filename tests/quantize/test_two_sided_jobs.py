@@ -71,7 +71,9 @@ def test_without_native_code_it_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotq.job.plan.is_native", lambda: False)
-    result = run(make_checkpoint(tmp_path / "model"), tmp_path / "out", "w3", solver__two_sided="true")
+    result = run(
+        make_checkpoint(tmp_path / "model"), tmp_path / "out", "w3", solver__two_sided="true"
+    )
     assert result.exit_code == 2
     assert "solver.two_sided needs numba" in result.stderr
     assert not (tmp_path / "out.partial").exists()
