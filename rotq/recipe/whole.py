@@ -79,6 +79,8 @@ class Recipe:
             raise ValueError(f"solver.two_sided rounds integers, not {self.weights.format}")
         if self.output.format == "exl3":
             raise ValueError("solver.two_sided is not for output.format=exl3; rotq holds its codes")
+        if self.solver.rounder == "trellis" and self.solver.refine_sweeps:
+            raise ValueError("solver.two_sided sweeps no paths: set solver.refine_sweeps=0")
         if self.importance.groups != 1:
             raise ValueError("solver.two_sided weighs all rows together: set importance.groups=1")
 

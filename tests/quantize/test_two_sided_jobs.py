@@ -61,6 +61,12 @@ def test_what_it_does_not_go_with_is_refused(choices: dict[str, Any], says: str)
         load_recipe(None, {"solver.two_sided": True, **choices})
 
 
+def test_sweeps_over_paths_are_refused() -> None:
+    preset = Path(__file__).parents[2] / "configs" / "t3.yaml"
+    with pytest.raises(ValueError, match=r"set solver\.refine_sweeps=0"):
+        load_recipe(preset, {"solver.two_sided": True, "solver.refine_sweeps": 2})
+
+
 def test_an_exl3_file_is_refused() -> None:
     preset = Path(__file__).parents[2] / "configs" / "exl3.yaml"
     with pytest.raises(ValueError, match=r"not for output\.format=exl3"):
