@@ -9,7 +9,7 @@ The head stays dense, and tied where it was; exllamav3 loads it so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from rotq.checkpoint.files import write_json
 from rotq.checkpoint.safetensors import Entry, read_entries
 from rotq.formats.exl3 import BLOCK, MARKS
 from rotq.formats.integer import Grid
-from rotq.models.skeleton import Skeleton
 from rotq.recipe import Calibration
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -31,32 +30,26 @@ VERSION = "1.6.5"
 DTYPES = {"I16": "int16", "I32": "int32", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
-def check_exl3(skeleton: Skeleton) -> None:
+def check_exl3(kind: str, linears: Mapping[str, nn.Linear]) -> None:
     """Refuse a model that exllamav3's files are not written for.
+
+    Args:
+        kind: Its ``model_type``.
+        linears: Of its blocks, by full name.
 
     Raises:
         ValueError: another family, or a bias that would have to be padded.
     """
-    kind = skeleton.config.model_type
     if kind not in FAMILIES:
         raise ValueError(
             f"output.format=exl3 is for {', '.join(FAMILIES)}, not {kind}; set output.format=rotq"
         )
-    for path, linear in _linears(skeleton):
+    for path, linear in linears.items():
         if linear.bias is not None and linear.out_features % BLOCK:
             raise ValueError(
                 f"output.format=exl3: {path} has a bias for {linear.out_features} features, which "
                 f"are no multiple of {BLOCK}; set output.format=rotq"
             )
-
-
-def _linears(skeleton: Skeleton) -> Iterator[tuple[str, nn.Linear]]:
-    for index, block in enumerate(skeleton.blocks):
-        for site in skeleton.adapter.sites(block):
-            for path in site.linears:
-                linear = block.get_submodule(path)
-                assert isinstance(linear, nn.Linear), f"{path} is a linear layer"
-                yield f"{skeleton.block_name(index)}.{path}", linear
 
 
 def exl3_config(

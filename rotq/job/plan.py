@@ -224,7 +224,8 @@ def _check_format(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> Non
     if recipe.output.format == "rotq":
         return
     if recipe.output.format == "exl3":
-        check_exl3(skeleton)
+        linears = {name: linear for site in _sites(skeleton) for name, linear in site.items()}
+        check_exl3(skeleton.config.model_type, linears)
         return
     if skeleton.adapter.transposed:
         family = skeleton.adapter.family
