@@ -7,7 +7,7 @@
                   block-00000.safetensors, ...
                   tuned-*.safetensors
                   gradient-*.safetensors  weights of tokens, where gradients decide them
-                  hidden-*, attention-*  activations, where they are kept on the disk
+                  hidden-*, attention-*, inputs-*  activations, where they are kept on the disk
                   source/            a GGUF file made dense
                   checkpoint/        assembled at the end, then renamed to OUT
                   replaced/          what was OUT, until the new one has its name

@@ -37,3 +37,8 @@ def block_part(index: int) -> str:
 def tuned_part(name: str) -> str:
     """Name of what ``tune`` made of a part."""
     return f"tuned-{name}"
+
+
+def inputs_file(site: str, batch: int, rank: int) -> str:
+    """Name of what a site has read of a batch of a process, until the site is solved."""
+    return f"inputs-{site}-{batch}-{rank}"

@@ -24,6 +24,7 @@ from rotq.memory import large_blocks_mapped, trim_memory
 from rotq.models.adapter import Site
 from rotq.models.experts import routed_tokens
 from rotq.quantize.block_runner import BlockRunner
+from rotq.quantize.collected import Collected
 from rotq.quantize.global_scales import set_input_scales, weight_scales
 from rotq.quantize.output_moments import output_moments
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
@@ -33,7 +34,6 @@ from rotq.report import LayerResult
 from rotq.solvers.curvature import Curvature
 from rotq.solvers.solution import Solution, join_rows, split_rows
 from rotq.solvers.solve import solve
-from rotq.solvers.statistics import Moments
 from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
@@ -68,10 +68,10 @@ class BlockQuantizer:
         routed: dict[str, list[int]] = {}
         stages = self._stages(index, working)
         for stage in stages:
-            moments: dict[str, list[Moments]] = {}
+            collected: Collected | None = None
             if streams is not None:
                 last = stage is stages[-1]
-                moments = self.runner.collect(
+                collected = self.runner.collect(
                     index, stage, (original, working), streams, weights, last
                 )
                 for path, counts in routed_tokens(working).items():
@@ -80,7 +80,7 @@ class BlockQuantizer:
                 features = linear_at(working, site.linears[0]).in_features
                 with given_up(working, packed, features, job.device):
                     solutions, results = self._round(
-                        index, site, (original, working), moments, global_scales, outputs
+                        index, site, (original, working), collected, global_scales, outputs
                     )
                 packed |= solutions
                 layers += results
@@ -119,23 +119,22 @@ class BlockQuantizer:
         index: int,
         site: Site,
         blocks: tuple[nn.Module, nn.Module],
-        moments: dict[str, list[Moments]],
+        collected: Collected | None,
         global_scales: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> tuple[dict[str, QuantLinear | TiledLinear], list[LayerResult]]:
         """Solve a site's layers from the original block, put the result into the working one.
 
-        The site's moments are taken out of ``moments``, and used up.
+        The site's moments are taken out of what was ``collected``, and used up.
         """
         started = time.monotonic()
         original, working = blocks
         grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
         with large_blocks_mapped():
             options = self.job.recipe.solver
-            curvatures = [
-                Curvature.of(some, options, spend=True)
-                for some in moments.pop(site.name, [None])  # type: ignore[list-item]
-            ]
+            moments = [None] if collected is None else collected.take(site.name)
+            curvatures = [Curvature.of(some, options, spend=True) for some in moments]
+            del moments
             solutions = dict(self._solve(site, grids, original, curvatures, global_scales, outputs))
             del curvatures
         seconds = (time.monotonic() - started) / len(solutions)

@@ -24,8 +24,8 @@ from rotq.models.experts import calibrating
 from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
 from rotq.phases import phase
+from rotq.quantize.collected import Collected
 from rotq.quantize.token_weights import TokenWeights
-from rotq.solvers.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class BlockRunner:
         streams: Streams,
         weights: TokenWeights | None,
         last: bool,
-    ) -> dict[str, list[Moments]]:
-        """One pass over the batches: moments of every site of the stage.
+    ) -> Collected:
+        """One pass over the batches: what every site of the stage reads.
 
         Args:
             index: Position of the block in the model.
@@ -114,12 +114,8 @@ class BlockRunner:
             blocks: The original one, and the one whose earlier stages are rounded.
             weights: Importance of the tokens; None counts all once.
             last: Take the original stream to the end of the block.
-
-        Returns:
-            By name of the site, for each group of rows that has weights of its own; over the
-            windows of all processes.
         """
-        moments: dict[str, list[Moments]] = {}
+        collected = Collected(self.job, weights)
         with (
             matmul_precision(self.job.recipe.calibration.precision),
             calibrating(blocks[0]),
@@ -128,21 +124,11 @@ class BlockRunner:
             for number in range(len(streams.batches)):
                 seen, targets = self._both_inputs(index, stage, blocks, streams, number, last)
                 for name, x_MK in seen.items():
-                    groups = [None] if weights is None else weights.of(name, number).unbind(-1)
-                    if name not in moments:
-                        cross = streams.original is not None
-                        moments[name] = [
-                            Moments(x_MK.shape[-1], cross=cross, device=self.job.device)
-                            for _ in groups
-                        ]
-                    for sums, weight_M in zip(moments[name], groups, strict=True):
-                        sums.add(x_MK, targets.get(name), weight_M)
+                    collected.add(name, number, x_MK, targets.get(name))
         if last and streams.original is not None:
             streams.original.forget()
-        for site in stage:
-            for sums in moments.get(site.name, []):
-                sums.sum_over(self.job.ranks)
-        return moments
+        collected.share([site.name for site in stage])
+        return collected
 
     def _both_inputs(
         self,

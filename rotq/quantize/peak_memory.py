@@ -17,7 +17,7 @@ from torch import nn
 from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
 from rotq.quantize.own_text import writing_memory
-from rotq.quantize.rounded_weights import LARGE_HESSIAN
+from rotq.quantize.rounded_weights import is_large
 from rotq.recipe import Recipe
 from rotq.report.lines import ROTATIONS
 from rotq.solvers.factor import PANEL
@@ -105,14 +105,25 @@ class _Sizes:
         return self.parameters * 8 + plain + 3 * largest * 8
 
     def moments(self) -> int:
-        """H, and D, of all sites of the kind that has the most."""
+        """H, and D, of all sites of the stage that has the most; of large ones, one at a time."""
         if not self.recipe.needs_data:
             return 0
-        each = 8 if self.recipe.needs_original else 4
         kinds = list(self.sites.values())
         passes = self.recipe.solver.passes
         stages = [*kinds[: passes - 1], [site for kind in kinds[passes - 1 :] for site in kind]]
-        return max(sum(each * K**2 for _, K in stage) for stage in stages if stage)
+        sums = [[self._moments(K) for _, K in stage if not self._is_kept(K)] for stage in stages]
+        return max(0, *map(sum, sums))
+
+    def _moments(self, features: int) -> int:
+        return (8 if self.recipe.needs_original else 4) * features**2
+
+    def _is_kept(self, features: int) -> bool:
+        """Whether the inputs are on the disk until such a site is solved."""
+        return self.recipe.calibration.offload and is_large(features)
+
+    @property
+    def _widest(self) -> int:
+        return max(K for kind in self.sites.values() for _, K in kind)
 
     def passes(self) -> int:
         """Moments, and what a batch of windows comes to inside the block."""
@@ -120,27 +131,27 @@ class _Sizes:
             return 0
         calibration = self.recipe.calibration
         tokens = calibration.batch_size * calibration.seq_len
-        widest = max(K for kind in self.sites.values() for _, K in kind)
         widths = sum(linear.out_features for linear in self.linears.values())
-        inside = tokens * (widths + 3 * widest) * self.dtype.itemsize
-        return self.weights + self.moments() + inside + 2 * 4 * tokens * widest
+        inside = tokens * (widths + 3 * self._widest) * self.dtype.itemsize
+        return self.weights + self.moments() + inside + 2 * 4 * tokens * self._widest
 
     def solving(self) -> int:
         """Moments and a factor beside them, or in their place; and rows that are solved."""
-        solver = self.recipe.solver
-        widest = max(K for kind in self.sites.values() for _, K in kind)
+        solver, widest = self.recipe.solver, self._widest
         factored = int(solver.method == "gptq")
         factor = 4 * widest**2 * factored * int(solver.looks_at_hessian)
         panels = 3 * 8 * PANEL * widest * factored
         rows = self.threads * rows_at_once(widest) * widest * 4 * COPIES_OF_ROWS
         if solver.two_sided:
             rows = self.rows_together()
-        weights = self.weights
-        if solver.method == "gptq" and 4 * widest**2 >= LARGE_HESSIAN:
+        weights, moments = self.weights, self.moments()
+        if self.recipe.needs_data and self._is_kept(widest):
+            moments = max(moments, self._moments(widest))
+        if solver.method == "gptq" and is_large(widest):
             # what was rounded before the widest site is given up
             own = sum(N * K for kind in self.sites.values() for N, K in kind if widest == K)
             weights -= (self.parameters - own) * self.dtype.itemsize
-        return weights + self.moments() + factor + max(panels, rows)
+        return weights + moments + factor + max(panels, rows)
 
     def rows_together(self) -> int:
         """H_O of all layers, of the tallest as it is factored, and copies of its weight."""

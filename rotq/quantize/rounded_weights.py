@@ -22,7 +22,12 @@ ROWS_AT_ONCE = 1024
 """Rows of a weight that are in fp32 at a time when it is made dense."""
 
 LARGE_HESSIAN = 1 << 30
-"""Bytes from which on a Hessian is solved without the block's other weights beside it."""
+"""Bytes from which on a Hessian is made and solved without the block's other weights beside it."""
+
+
+def is_large(features: int) -> bool:
+    """Whether that holds for an fp32 Hessian of so many features."""
+    return 4 * features**2 >= LARGE_HESSIAN
 
 
 def linear_at(block: nn.Module, name: str) -> nn.Linear:
@@ -75,7 +80,7 @@ def given_up(
         features: K of the Hessian.
         device: Of the block.
     """
-    parked = packed if 4 * features**2 >= LARGE_HESSIAN else {}
+    parked = packed if is_large(features) else {}
     for name in parked:
         linear = linear_at(block, name)
         linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)

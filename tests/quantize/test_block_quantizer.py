@@ -7,10 +7,12 @@ import torch
 from memory_jobs import make_job
 
 from rotq.checkpoint.safetensors import read_entries
+from rotq.job.marks import is_ours
 from rotq.job.part_names import block_part
 from rotq.job.parts import restored_block
 from rotq.layers.online_linear import OnlineLinear
 from rotq.quantize.block_quantizer import BlockQuantizer
+from rotq.quantize.collected import Collected
 from rotq.quantize.quantized_block import save_block
 
 W3 = {
@@ -85,6 +87,27 @@ def test_weights_that_are_given_up_for_a_solve_are_there_after_it(tmp_path, monk
     _, expected, _ = quantized_first_block(make_job(tmp_path / "held", choices))
     monkeypatch.setattr("rotq.quantize.rounded_weights.LARGE_HESSIAN", 0)
     _, found, _ = quantized_first_block(make_job(tmp_path / "given-up", choices))
+    for name, tensor in expected.block.state_dict().items():
+        assert torch.equal(found.block.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("choices", [W3, PLAIN], ids=["two", "one"])
+def test_inputs_kept_on_the_disk_give_the_same_moments(tmp_path, monkeypatch, choices):
+    offloaded = {**choices, "calibration.offload": True}
+    _, expected, _ = quantized_first_block(make_job(tmp_path / "summed", offloaded))
+    monkeypatch.setattr("rotq.quantize.rounded_weights.LARGE_HESSIAN", 0)
+    kept = set()
+    take = Collected.take
+
+    def watched(self, name):
+        kept.update(file.name for file in (tmp_path / "kept").glob("inputs-*"))
+        return take(self, name)
+
+    monkeypatch.setattr(Collected, "take", watched)
+    _, found, _ = quantized_first_block(make_job(tmp_path / "kept", offloaded))
+    assert {name.split("-")[1] for name in kept} >= {"qkv", "down"}
+    assert all(is_ours(name) for name in kept)
+    assert not list((tmp_path / "kept").glob("inputs-*"))
     for name, tensor in expected.block.state_dict().items():
         assert torch.equal(found.block.state_dict()[name], tensor), name
 
