@@ -10,7 +10,7 @@ import click
 from rotq.cli.groups import Group
 from rotq.cli.loading import load_to_serve
 from rotq.cli.options import ModelName, Seed, model_options, output_options
-from rotq.cli.serve_options import checked_settings, find_calibration, serving_options
+from rotq.cli.serve_options import checked_settings, find_calibration, named_caches, serving_options
 
 
 @click.group("bench", cls=Group, no_args_is_help=False)
@@ -66,6 +66,7 @@ def bench_serve(
     seed: int,
     kv_calibration: Path | None,
     kv_memory: str,
+    sinks: int | None,
     max_batch: int,
     prefill_chunk: int,
     device: str,
@@ -87,20 +88,14 @@ def bench_serve(
         prefill_chunk=prefill_chunk,
         max_queue=clients,
     )
-    chosen = [name.strip() for name in names.split(",")]
-    if len(set(chosen)) < len(chosen):
-        raise click.UsageError(f"--kv {names}: a cache is named twice")
+    specs = named_caches(names, kv_calibration, sinks)
     _, loaded, tokenizer = load_to_serve(
-        model, chosen, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model, specs, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
 
     from rotq.serve.bench import Load, measure
-    from rotq.serve.settings import DENSE
 
-    caches = [
-        find_calibration(loaded, tokenizer, name, kv_calibration if name != DENSE else None)
-        for name in chosen
-    ]
+    caches = [find_calibration(loaded, tokenizer, spec, kv_calibration) for spec in specs]
     load = Load(
         requests=requests,
         clients=clients,

@@ -41,10 +41,10 @@ class NamedSchemes:
         if len(set(listed)) < len(listed):
             raise click.UsageError(f"--kv {names}: a preset is named twice")
         own = ",".join(name for name in listed if name not in PEERS)
-        whole = _with_window(preset("k3v3"), sinks, recent)
+        whole = with_window(preset("k3v3"), sinks, recent)
         return cls(
             names=listed,
-            specs=[_with_window(s, sinks, recent) for s in (named_specs(own) if own else [])],
+            specs=[with_window(s, sinks, recent) for s in (named_specs(own) if own else [])],
             peers=[PEERS[name] for name in listed if name in PEERS],
             sinks=whole.sinks,
             recent=whole.recent,
@@ -132,7 +132,12 @@ def _oblivious(model: Any, spec: KVSpec) -> KVCalibration:
         raise RotqError(f"{error}; leave out --kv-calibration none") from None
 
 
-def _with_window(spec: KVSpec, sinks: int | None, recent: int | None) -> KVSpec:
+def with_window(spec: KVSpec, sinks: int | None, recent: int | None = None) -> KVSpec:
+    """The scheme with so many whole tokens; None leaves a number as it is.
+
+    Raises:
+        click.UsageError: no scheme keeps so many.
+    """
     try:
         return replace(
             spec,

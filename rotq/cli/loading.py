@@ -19,6 +19,7 @@ from rotq.errors import RotqError
 if TYPE_CHECKING:
     from rotq.checkpoint.hub import HubModel
     from rotq.checkpoint.location import Location
+    from rotq.kv.presets import KVSpec
     from rotq.ranks import Ranks
 
 
@@ -167,19 +168,17 @@ def _places(model: Any) -> str:
 
 
 def load_to_serve(
-    model: str, caches: Iterable[str], *, device: str, dtype: str, trust_remote_code: bool
+    model: str, caches: Iterable[KVSpec | None], *, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple[Location, Any, Any]:
     """Where a model is, the model and its tokenizer, for a server or what measures one.
 
     Args:
-        caches: As ``--kv`` names them; those that are packed need fp64.
+        caches: None is dense; those that are packed need fp64.
 
     Raises:
         RotqError: it predicts no next token, or see ``find`` and ``load``.
     """
-    from rotq.serve.settings import DENSE
-
-    packed = next((f"--kv {name}" for name in caches if name != DENSE), "")
+    packed = next((f"--kv {spec.name}" for spec in caches if spec is not None), "")
     choose(device, in_double=packed)
     place = find(model)
     check_causal(place, trust_remote_code=trust_remote_code)

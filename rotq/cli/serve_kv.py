@@ -20,6 +20,7 @@ from rotq.cli.options import ModelName, debug_wanted, model_options, output_opti
 from rotq.cli.serve_options import (
     checked_settings,
     find_calibration,
+    named_caches,
     require_packages,
     serving_options,
 )
@@ -84,6 +85,7 @@ def serve_kv(
     name: str,
     kv_calibration: Path | None,
     kv_memory: str,
+    sinks: int | None,
     device: str,
     host: str,
     port: int,
@@ -104,15 +106,18 @@ def serve_kv(
     rotq serve-kv out/llama-w3 --kv k4v3 --port 8080
     """
     require_packages("fastapi", "uvicorn", "prometheus_client")
+    spec, *others = named_caches(name, kv_calibration, sinks)
+    if others:
+        raise click.UsageError(f"--kv {name}: a server has one scheme")
     settings = checked_settings(kv_memory=kv_memory, **limits)
     key = _key()
     local = _is_loopback(host)
     if not local and key is None:
         click.echo(f"warning: {host} is open to others and {KEY_VARIABLE} is not set", err=True)
     place, loaded, tokenizer = load_to_serve(
-        model, [name], device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model, [spec], device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    calibration = find_calibration(loaded, tokenizer, name, kv_calibration)
+    calibration = find_calibration(loaded, tokenizer, spec, kv_calibration)
 
     from rotq.serve.run import build_server, run
 

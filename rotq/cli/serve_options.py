@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.calibrate_kv import NONE, calibrator, named_specs
-from rotq.cli.kv_schemes import constants_in
+from rotq.cli.kv_schemes import constants_in, with_window
 from rotq.cli.loading import say
 from rotq.cli.options import Command, FilePath, device_option
 from rotq.errors import RotqError
@@ -47,6 +47,11 @@ def serving_options(command: Command) -> Command:
             help="Bytes of the cache, allocated at start: 512MiB, 4GB, ...",
         ),
         click.option(
+            "--sinks",
+            type=click.IntRange(min=0),
+            help="First tokens of a sequence kept whole; if left out, as many as the scheme has.",
+        ),
+        click.option(
             "--kv-calibration",
             type=FilePath(),
             metavar="FILE|none",
@@ -59,36 +64,54 @@ def serving_options(command: Command) -> Command:
     return command
 
 
+def named_caches(names: str, file: Path | None, sinks: int | None) -> list[KVSpec | None]:
+    """What ``--kv`` names, before anything is read; None stands for dense.
+
+    Args:
+        names: Separated by commas.
+        file: As ``--kv-calibration`` has it.
+        sinks: First tokens that packed caches keep whole; None: as their schemes have it.
+
+    Raises:
+        click.UsageError: no such scheme, one named twice, or options that no cache takes.
+    """
+    from rotq.serve.settings import DENSE
+
+    listed = [name.strip() for name in names.split(",")]
+    if len(set(listed)) < len(listed):
+        raise click.UsageError(f"--kv {names}: a cache is named twice")
+    if listed == [DENSE] and file is not None:
+        raise click.UsageError("--kv dense has no calibration")
+    if listed == [DENSE] and sinks is not None:
+        raise click.UsageError("--kv dense keeps all tokens whole: it has no --sinks")
+    packed = (None if name == DENSE else named_specs(name)[0] for name in listed)
+    return [None if spec is None else with_window(spec, sinks) for spec in packed]
+
+
 def find_calibration(
-    model: Any, tokenizer: Any, name: str, file: Path | None
+    model: Any, tokenizer: Any, spec: KVSpec | None, file: Path | None
 ) -> KVCalibration | None:
-    """Constants of a scheme for a model; None for dense.
+    """Constants of a scheme for a model; None for dense, which needs none.
 
     Args:
         model: That is to be served.
         tokenizer: Its.
-        name: As ``--kv`` has it.
+        spec: Of ``named_caches``.
         file: As ``--kv-calibration`` has it.
 
     Raises:
         RotqError: the file does not serve the scheme, or the model has nothing to pack.
     """
     from rotq.models.attention.online import rounds_heads
-    from rotq.serve.settings import DENSE
 
-    if name == DENSE:
-        if file is not None:
-            raise click.UsageError("--kv dense has no calibration")
+    if spec is None:
         return None
     if rounds_heads(model):
         click.echo(
-            f"{name}: the cache packs keys and values in place of the model's own rounding of them "
-            "(kv_cache.bits), which --kv dense keeps",
+            f"{spec.name}: the cache packs keys and values in place of the model's own rounding of "
+            "them (kv_cache.bits), which --kv dense keeps",
             err=True,
         )
-    spec, *others = named_specs(name)
-    if others:
-        raise click.UsageError(f"--kv {name}: a server has one scheme")
     if file is None or str(file) == NONE:
         return _without_file(model, tokenizer, spec, calibrate=file is None)
     return constants_in(file, model, spec)

@@ -18,6 +18,7 @@ from rotq.cli.main import main
 from rotq.cli.serve_options import find_calibration
 from rotq.errors import RotqError
 from rotq.kv.calibration.file import load_calibration
+from rotq.kv.presets import preset
 
 KEYS = {
     "preset",
@@ -311,7 +312,7 @@ def test_every_reader_refuses_a_changed_calibration(tmp_path: Path, text: str) -
     assert result.stderr.count("\n") == 1
     # servers and rotq bench serve
     with pytest.raises(RotqError, match=r"1\.value\.levels_HL"):
-        find_calibration(tiny_model("llama"), Letters(), "k3v3", Path(output))
+        find_calibration(tiny_model("llama"), Letters(), preset("k3v3"), Path(output))
 
 
 @pytest.mark.parametrize(

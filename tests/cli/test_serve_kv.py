@@ -1,5 +1,6 @@
 """`rotq serve-kv` as a process, with real checkpoints; `rotq bench serve`."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from tiny_served import byte_tokenizer, served_model
 
 from rotq.cli import serve_kv
 from rotq.cli.main import main
+from rotq.kv import PackedCache
 from rotq.kv.calibration.calibrate import calibrate, data_oblivious
 from rotq.kv.presets import preset
 from rotq.serve.settings import Settings, parse_size
@@ -221,6 +223,42 @@ def test_advice_works(tmp_path: Path) -> None:
     result = run("serve-kv", uneven)
     assert result.exit_code == 1
     assert "--kv dense" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [("serve-kv",), ("bench", "serve")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kv", "nope"], "no KV preset"),
+        (["--kv", "k3v3,k3v3"], "named twice"),
+        (["--kv", "dense", "--sinks", "2"], "no --sinks"),
+        (["--kv", "dense", "--kv-calibration", "none"], "no calibration"),
+        (["--kv", "k3v3", "--sinks", "2000"], "sinks"),
+    ],
+)
+def test_caches_are_refused_before_the_model_is_looked_for(
+    command: tuple[str, ...], options: list[str], message: str
+) -> None:
+    result = run(*command, "no/such/model", *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_a_server_keeps_as_many_sinks_whole_as_asked(folder: Path, sinks: int) -> None:
+    chosen = ["--kv", "k2v2", "--kv-calibration", "none", "--sinks", str(sinks)]
+    with serving(folder, *chosen) as server:
+        answer = server.ask(prompt="a cat sat on the mat" * 2, max_tokens=8, ignore_eos=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    spec = dataclasses.replace(preset("k2v2"), sinks=sinks)
+    cache = PackedCache(model, data_oblivious(model.config, spec))
+    assert cache.calibration.sinks == sinks
+    ids = torch.tensor([byte_tokenizer()("a cat sat on the mat" * 2)["input_ids"]])
+    written = model.generate(
+        ids, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False
+    )
+    text = byte_tokenizer().decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer.json()["choices"][0]["text"] == text
 
 
 def test_results_that_round_keys_and_values_are_served(tmp_path: Path) -> None:
