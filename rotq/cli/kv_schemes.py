@@ -101,6 +101,8 @@ def find_constants(
             found[spec.name] = held.under(spec)
     missing = [spec for spec in specs if spec.name not in found]
     if held is not None:
+        free = [spec for spec in specs if not spec.needs_calibration]
+        say(f"{spec.name}: needs no calibration, {file} is not used" for spec in free)
         say(f"{spec.name}: not served by {file}" for spec in missing)
     fitted = fitting.kept(missing) if missing else []
     found |= {spec.name: held for spec, held in zip(missing, fitted, strict=True)}

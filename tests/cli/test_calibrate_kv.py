@@ -167,9 +167,10 @@ def test_a_file_serves_other_bits_and_the_rest_is_calibrated_aloud(
     assert [values["preset"] for values in found] == names.split(",")
     assert found[0]["kl"] > found[1]["kl"]
     said = result.stderr.splitlines()
-    assert said[0] == f"turboesm: not served by {output}"
-    assert said[1].startswith(f"turboesm: calibrated on {text}, 2 windows of 64 tokens; kept as ")
-    assert len(said) == 2
+    assert said[0] == f"turboquant: needs no calibration, {output} is not used"
+    assert said[1] == f"turboesm: not served by {output}"
+    assert said[2].startswith(f"turboesm: calibrated on {text}, 2 windows of 64 tokens; kept as ")
+    assert len(said) == 3
 
 
 def test_file_and_calibration_now_agree(tmp_path: Path, text: str) -> None:
