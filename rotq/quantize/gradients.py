@@ -19,8 +19,7 @@ padding included, N out features, G groups of rows, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +30,25 @@ from rotq.calibration.streams import BatchStore, Stream
 from rotq.checkpoint.shards import save_tensors
 from rotq.checkpoint.source import read_tensors
 from rotq.disk.files import remove
-from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.part_names import GRADIENTS, SENSITIVITIES, gradient_part
 from rotq.job.parts import restored_outer
 from rotq.memory import release_memory
-from rotq.models.experts import UnfusedExperts, calibrating
+from rotq.models.experts import calibrating
 from rotq.models.streaming import through_head
 from rotq.numerics import matmul_precision
 from rotq.phases import phase
 from rotq.quantize.output_moments import SUFFIX, OutputMoments
 from rotq.quantize.rotated_model import RotatedModel
 from rotq.quantize.sensitivity import Sensitivities
-
-Listener = Callable[[str, Tensor, Tensor], None]
+from rotq.quantize.slopes import (
+    checked,
+    inside_experts,
+    observed,
+    of_tokens,
+    sampled_slope,
+    with_mean_one,
+)
 
 SCORED_POSITIONS = 64
 """Positions whose logits are held at a time."""
@@ -130,11 +134,11 @@ class GradientPass:
         asked_BT1 = batch.asked_BT[..., None].to(self.job.device)
 
         def slope(logits_BCV: Tensor, part: slice) -> Tensor:
-            return _sampled_slope(logits_BCV.float(), generator) * asked_BT1[:, part]
+            return sampled_slope(logits_BCV.float(), generator) * asked_BT1[:, part]
 
         logits = functools.partial(self.job.skeleton.logits, self._outer)
         last_BTD = last_BTD.to(self.job.device)
-        return _checked(through_head(logits, last_BTD, SCORED_POSITIONS, slope).cpu())
+        return checked(through_head(logits, last_BTD, SCORED_POSITIONS, slope).cpu())
 
     def _backward(self, index: int, batches: Sequence[Batch], states: BatchStore) -> None:
         """Put the slope at the block's input in its place, and write the block's part."""
@@ -156,7 +160,7 @@ class GradientPass:
                 if self.sensitivities is not None:
                     self.sensitivities.end_window(given.shape[1])
                 for path in found:
-                    square_TG = _of_tokens(f"{prefix}.{path}", seen.get(path), given.shape[1])
+                    square_TG = of_tokens(f"{prefix}.{path}", seen.get(path), given.shape[1])
                     found[path].append(square_TG)
             states[number] = state_BTD
         if self.sensitivities is not None:
@@ -178,9 +182,9 @@ class GradientPass:
             path: torch.cat(self.job.ranks.gathered(torch.cat(parts)))
             for path, parts in found.items()
         }
-        experts = _inside_experts(block)
+        experts = inside_experts(block)
         for path, square_MG in weights.items():
-            weights[path] = _with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
+            weights[path] = with_mean_one(f"{prefix}.{path}", square_MG, path in experts)
         if outputs is not None:
             weights |= outputs.stored(prefix, self.job.ranks)
         part = self.job.folder.part(gradient_part(index))
@@ -205,7 +209,7 @@ class GradientPass:
             if outputs is not None:
                 outputs.see(path, slope)
 
-        with torch.enable_grad(), calibrating(block), _observed(block, paths, groups, see) as seen:
+        with torch.enable_grad(), calibrating(block), observed(block, paths, groups, see) as seen:
             run_block(block, given, kwargs).backward(slope.to(given))
         return seen
 
@@ -224,95 +228,3 @@ def gradient_weights(job: Job, index: int) -> dict[str, list[Tensor]]:
         for path, weight_MG in stored.items()
         if not path.endswith(SUFFIX)
     }
-
-
-def _checked(slope_BTD: Tensor) -> Tensor:
-    """Slopes at the last block's output as they are.
-
-    Raises:
-        RotqError: a window has none, or one that is not finite.
-    """
-    largest_B = slope_BTD.abs().amax((1, 2))
-    if not largest_B.isfinite().all():
-        raise RotqError("the gradient of the loss at the head is not finite")
-    if not largest_B.all():
-        raise RotqError("a calibration window has no gradient: nothing in it is asked of the model")
-    return slope_BTD
-
-
-def _sampled_slope(logits_BCV: Tensor, generator: torch.Generator) -> Tensor:
-    """Of - log p(z) with z drawn from p, at the logits: p - onehot(z); fp32."""
-    slope_BCV = logits_BCV.softmax(-1)
-    drawn_M1 = torch.multinomial(slope_BCV.flatten(0, 1).cpu(), 1, generator=generator)
-    drawn_BC1 = drawn_M1.view(*slope_BCV.shape[:2], 1).to(slope_BCV.device)
-    return slope_BCV.scatter_add_(-1, drawn_BC1, -torch.ones_like(slope_BCV[..., :1]))
-
-
-@contextmanager
-def _observed(
-    block: nn.Module, paths: Sequence[str], groups: int, tell: Listener | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Mean squared slopes at the outputs of linear layers, (M, G) fp32 by path, once known.
-
-    Args:
-        tell: Is given each layer's path, its input and the slope at its output.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def see(path: str, x: Tensor, slope: Tensor) -> None:
-        if tell is not None:
-            tell(path, x, slope)
-        slope_MN = slope.flatten(0, -2).float()
-        means = [part_MN.square().mean(-1) for part_MN in slope_MN.tensor_split(groups, dim=-1)]
-        square_MG = torch.stack(means, dim=-1)
-        seen[path] = seen[path] + square_MG if path in seen else square_MG
-
-    def watch(path: str, module: nn.Module, args: object, output: Tensor) -> None:
-        assert isinstance(args, tuple)
-        output.register_hook(functools.partial(see, path, args[0].detach()))
-
-    handles = [
-        block.get_submodule(path).register_forward_hook(functools.partial(watch, path))
-        for path in paths
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _of_tokens(name: str, square_TG: Tensor | None, length: int) -> Tensor:
-    """On the CPU.
-
-    Raises:
-        RotqError: the layer was not called, or not for every token once.
-    """
-    if square_TG is None or len(square_TG) != length:
-        calls = "does not reach the loss" if square_TG is None else "is not given every token"
-        raise RotqError(f"{name} {calls}, so importance.strategy=gradient cannot weigh its inputs")
-    return square_TG.cpu()
-
-
-def _with_mean_one(name: str, square_MG: Tensor, is_expert: bool) -> Tensor:
-    """Divided by the mean over the tokens; ones for an expert that no token was sent to.
-
-    Raises:
-        RotqError: nothing reaches another layer, or what reaches it is not finite.
-    """
-    mean_G = square_MG.double().mean(0)
-    if not mean_G.isfinite().all():
-        raise RotqError(f"{name}: the gradient of the loss is not finite")
-    if is_expert:
-        square_MG = torch.where(mean_G == 0, 1.0, square_MG)
-        mean_G = torch.where(mean_G == 0, 1.0, mean_G)
-    if not (mean_G > 0).all():
-        raise RotqError(f"{name}: the loss has no gradient there; importance.strategy=none works")
-    return (square_MG / mean_G).float().contiguous()
-
-
-def _inside_experts(block: nn.Module) -> set[str]:
-    """Paths of everything inside experts."""
-    mixtures = [name for name, m in block.named_modules() if isinstance(m, UnfusedExperts)]
-    names = [name for name, _ in block.named_modules()]
-    return {name for name in names if any(name.startswith(f"{mixture}.") for mixture in mixtures)}

@@ -25,7 +25,7 @@ CHOICES = {
 ROTATED = {"rotation.residual": "hadamard", "rotation.value": "hadamard"}
 
 
-sampled_slope = gradients._sampled_slope
+sampled_slope = gradients.sampled_slope
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _least_likely(monkeypatch):
         least_BC1 = logits_BCV.argmin(-1, keepdim=True)
         return logits_BCV.softmax(-1).scatter_add(-1, least_BC1, -torch.ones_like(logits_BCV))
 
-    monkeypatch.setattr(gradients, "_sampled_slope", slope)
+    monkeypatch.setattr(gradients, "sampled_slope", slope)
 
 
 def passed(folder, choices=CHOICES, name="llama", batches=None):
@@ -184,7 +184,7 @@ def test_a_window_that_asks_nothing_is_refused(tmp_path):
 
 
 def test_a_head_that_is_not_finite_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients, "_sampled_slope", lambda logits_BCV, _: logits_BCV / 0)
+    monkeypatch.setattr(gradients, "sampled_slope", lambda logits_BCV, _: logits_BCV / 0)
     with pytest.raises(RotqError, match="at the head is not finite"):
         passed(tmp_path / "job")
 
@@ -192,10 +192,10 @@ def test_a_head_that_is_not_finite_is_refused(tmp_path, monkeypatch):
 def test_a_layer_without_gradient_is_named():
     none_MG = torch.zeros(5, 1)
     with pytest.raises(RotqError, match=r"h\.0\.fc: the loss has no gradient there"):
-        gradients._with_mean_one("h.0.fc", none_MG, False)
-    assert (gradients._with_mean_one("h.0.fc", none_MG, True) == 1).all()
+        gradients.with_mean_one("h.0.fc", none_MG, False)
+    assert (gradients.with_mean_one("h.0.fc", none_MG, True) == 1).all()
     with pytest.raises(RotqError, match=r"h\.0\.fc: the gradient of the loss is not finite"):
-        gradients._with_mean_one("h.0.fc", none_MG / 0, False)
+        gradients.with_mean_one("h.0.fc", none_MG / 0, False)
 
 
 def test_the_loss_is_of_tokens_drawn_from_the_model():
