@@ -60,8 +60,8 @@ def test_two_processes_make_what_one_makes(made: Path, name: str) -> None:
     one, two = (made / size / name for size in ("1", "2"))
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (two, one))
     assert ours.keys() == theirs.keys()
-    # Adam makes steps of slopes that are nothing but rounding; where rows feed back on each other one
-    # code near a tie moves all behind it
+    # Adam makes steps of slopes that are nothing but rounding; where rows feed back on each
+    # other, one code near a tie moves all behind it
     if name not in ("trained", "two_sided"):
         same = [torch.equal(ours[key], tensor) for key, tensor in theirs.items()]
         assert sum(same) >= 0.8 * len(same)  # a code near a tie may go the other way
