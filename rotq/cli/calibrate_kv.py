@@ -74,7 +74,8 @@ def _calibration_options(
             type=click.IntRange(min=64),
             default=seq_len,
             show_default=True,
-            help="Tokens per calibration window; no more than the model has positions.",
+            help="Tokens per calibration window; no more than the model has positions. As long as "
+            "the contexts that will be served is best.",
         ),
         click.option(
             "--num-samples",
