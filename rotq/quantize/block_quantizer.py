@@ -28,7 +28,7 @@ from rotq.quantize.collected import Collected
 from rotq.quantize.global_scales import set_input_scales, weight_scales
 from rotq.quantize.output_moments import output_moments
 from rotq.quantize.quantized_block import QuantizedBlock, layer_result
-from rotq.quantize.rounded_weights import given_up, is_large, is_whole, linear_at, put_rounded
+from rotq.quantize.rounded_weights import given_up, is_whole, linear_at, put_rounded
 from rotq.quantize.token_weights import token_weights
 from rotq.report import LayerResult
 from rotq.solvers.curvature import Curvature
@@ -38,9 +38,6 @@ from rotq.tuning.codes import train_codes
 
 ROWS_PER_SOLVE = 16384
 """Rows of linears that share an input are solved together up to this many."""
-
-MAPPED_FROM, MAPPED_BESIDE_LARGE = 8 << 20, 1 << 20
-"""Bytes from which on a solver's tensors are mapped: of what is freed the heap keeps holes."""
 
 
 class BlockQuantizer:
@@ -133,8 +130,7 @@ class BlockQuantizer:
         started = time.monotonic()
         original, working = blocks
         grids = {name: self.job.plan.grids[self._full(index, name)] for name in site.linears}
-        features = linear_at(original, site.linears[0]).in_features
-        with large_blocks_mapped(MAPPED_BESIDE_LARGE if is_large(features) else MAPPED_FROM):
+        with large_blocks_mapped():
             options = self.job.recipe.solver
             moments = [None] if collected is None else collected.take(site.name)
             curvatures = [Curvature.of(some, options, spend=True) for some in moments]
