@@ -18,7 +18,7 @@ from rotq.ranks import Ranks
 ROWS_IN_CACHE, ROWS_ON_DEVICE = 512, 16384
 """Rows solved at a time: by a CPU's thread, in whose cache few stay; on a GPU, which wants many."""
 
-NUMBERS_AT_ONCE = 1 << 21
+NUMBERS_AT_ONCE = 1 << 22
 """Of a CPU's rows, at most: wide layers are solved fewer rows at a time."""
 
 
