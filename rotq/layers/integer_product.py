@@ -10,6 +10,8 @@ Shape suffixes: M tokens, N out features, K in features, G groups of K.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,22 @@ def can_multiply_integers(x: Tensor, grid: Grid, input_grid: ActivationGrid | No
     fits = grid.symmetric or grid.bits < TOKEN_BITS
     is_differentiated = x.requires_grad and torch.is_grad_enabled()
     usable = x.dtype != torch.float64 and not is_differentiated
-    return fits and usable and torch.cpu._is_vnni_supported()
+    return fits and usable and multiplies_exactly()
+
+
+@functools.cache
+def multiplies_exactly() -> bool:
+    """Whether this process's int8 products are fast, and right.
+
+    torch looks for VNNI in the processor, oneDNN may have been told to use less of it
+    (``ONEDNN_MAX_CPU_ISA``), and what they make of int8 together is wrong then (torch 2.13).
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    left_MK = torch.arange(32 * 64).remainder(255).sub(127).to(torch.int8).view(32, 64)
+    right_KN = left_MK[:16].T.flip(0)
+    exact_MN = left_MK.double() @ right_KN.double()
+    return torch.equal(torch._int_mm(left_MK, right_KN).double(), exact_MN)
 
 
 def integer_linear(

@@ -1,16 +1,27 @@
 """Products in integers against the definition in fp64, and where they are not taken."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rotq.formats.activations import ActivationGrid, fake_quantize, token_codes
 from rotq.formats.integer import Grid, Quantized
-from rotq.layers.integer_product import can_multiply_integers, integer_linear
+from rotq.layers.integer_product import (
+    can_multiply_integers,
+    integer_linear,
+    multiplies_exactly,
+)
 from rotq.layers.quant_linear import QuantLinear, multiply_integers
 
 K, N = 96, 40
 BYTES = ActivationGrid(bits=8, symmetric=False)
+VNNI = pytest.mark.skipif(not multiplies_exactly(), reason="no VNNI, or oneDNN does without it")
+WRONG = torch.cpu._is_vnni_supported() and not multiplies_exactly()
+"""What torch makes of int8 where oneDNN was told to do without VNNI."""
 
 
 def weight(grid: Grid) -> Quantized:
@@ -61,6 +72,7 @@ def test_codes_are_those_of_the_rounded_values(symmetric: bool) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(WRONG, reason="products of int8 are wrong here, and not taken")
 def test_no_worse_than_the_dense_product(grid: Grid, inputs: bool, dtype: torch.dtype) -> None:
     held, x = weight(grid), tokens(dtype)
     input_grid = ActivationGrid(bits=8, symmetric=inputs)
@@ -74,7 +86,7 @@ def test_no_worse_than_the_dense_product(grid: Grid, inputs: bool, dtype: torch.
     assert errors[0] <= 2 * errors[1] + 1e-4
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the processor has no VNNI")
+@VNNI
 def test_layers_take_it_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = QuantLinear.from_quantized(
         weight(Grid(bits=8, symmetric=True, group_size=-1)), input_grid=BYTES
@@ -91,7 +103,7 @@ def test_layers_take_it_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert x.grad is not None
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the processor has no VNNI")
+@VNNI
 def test_where_it_is_not_taken() -> None:
     x, symmetric = tokens(torch.float32), Grid(bits=8, symmetric=True, group_size=-1)
     assert can_multiply_integers(x, symmetric, BYTES)
@@ -101,3 +113,20 @@ def test_where_it_is_not_taken() -> None:
     # a code less its zero point takes 9 bits
     assert not can_multiply_integers(x, Grid(bits=8, symmetric=False, group_size=-1), BYTES)
     assert not can_multiply_integers(x.requires_grad_(), symmetric, BYTES)
+
+
+LIMITED = """
+import torch
+from rotq.layers.integer_product import multiplies_exactly
+a_MK, b_KN = (torch.randint(-127, 128, (64, 64), dtype=torch.int8) for _ in range(2))
+found = torch._int_mm(a_MK, b_KN).double()
+print(not multiplies_exactly() or torch.equal(found, a_MK.double() @ b_KN.double()))
+"""
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_products_that_a_limited_library_gets_wrong_are_not_taken(limit: str) -> None:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    command = [sys.executable, "-c", LIMITED]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == "True"
