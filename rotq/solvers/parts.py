@@ -5,7 +5,7 @@ Shape suffixes: N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil
 from typing import Protocol, Self, TypeVar
 
@@ -38,29 +38,22 @@ def rows_at_once(features: int) -> int:
 
 
 def each_part(
-    solved: Callable[..., Part], matrices: Sequence[Tensor], rows: int, at_once: int, ranks: Ranks
+    solved: Callable[[Tensor], Part], weight_NK: Tensor, rows: int, at_once: int, ranks: Ranks
 ) -> list[Part]:
     """Runs of ``rows`` do not know of each other: parts of equal size, on a CPU side by side.
 
     Each process does some, and is given all.
 
     Args:
-        solved: Is given the same rows of each matrix.
-        matrices: (N, K), the weight first.
         at_once: Rows of a part, at most.
     """
-    device, num_rows = matrices[0].device, len(matrices[0])
-    count = ceil(num_rows / at_once)
-    count = min(ranks.size * ceil(count / ranks.size), num_rows // rows)
-    runs = (some_NK.unflatten(0, (-1, rows)).tensor_split(count) for some_NK in matrices)
-    parts = ranks.own([[run.flatten(0, 1) for run in part] for part in zip(*runs, strict=True)])
-
-    def solved_part(part: list[Tensor]) -> Part:
-        return solved(*part)
-
-    on_cpu = device.type == "cpu"
-    done = side_by_side(solved_part, parts) if on_cpu else list(map(solved_part, parts))
+    on_cpu = weight_NK.device.type == "cpu"
+    count = ceil(weight_NK.shape[0] / at_once)
+    count = ranks.size * ceil(count / ranks.size)
+    runs = weight_NK.unflatten(0, (-1, rows)).tensor_split(min(count, len(weight_NK) // rows))
+    parts = ranks.own([part.flatten(0, 1) for part in runs])
+    done = side_by_side(solved, parts) if on_cpu else [solved(part_NK) for part_NK in parts]
     if ranks.size == 1:
         return done
     sent = [part.to(torch.device("cpu")) for part in done]
-    return [part.to(device) for some in ranks.gathered(sent) for part in some]
+    return [part.to(weight_NK.device) for some in ranks.gathered(sent) for part in some]

@@ -47,13 +47,11 @@ class Solution:
         )
 
 
-def _joined(parts: list[Quantized], codes_NK: Tensor | None) -> Quantized:
+def _joined(parts: list[Quantized]) -> Quantized:
     """Weights of one grid, stacked along N."""
-    if codes_NK is None:
-        codes_NK = torch.cat([part.q_NK for part in parts])
     zeros = [part.zero_NG for part in parts if part.zero_NG is not None]
     return Quantized(
-        q_NK=codes_NK,
+        q_NK=torch.cat([part.q_NK for part in parts]),
         scale_NG=torch.cat([part.scale_NG for part in parts]),
         zero_NG=torch.cat(zeros) if zeros else None,
         grid=parts[0].grid,
@@ -61,18 +59,14 @@ def _joined(parts: list[Quantized], codes_NK: Tensor | None) -> Quantized:
     )
 
 
-def join_rows(solutions: list[Solution], codes_NK: Tensor | None = None) -> Solution:
-    """Stack along N what was solved apart, on one grid; the damping is the largest.
-
-    Args:
-        codes_NK: Of all of them, where their codes are parts of it.
-    """
+def join_rows(solutions: list[Solution]) -> Solution:
+    """Stack along N what was solved apart, on one grid; the damping is the largest."""
     if len(solutions) == 1:
         return solutions[0]
     parts = [each.quantized for each in solutions if isinstance(each.quantized, Quantized)]
     assert len(parts) == len(solutions), "a weight in tiles is solved whole"
     return Solution(
-        quantized=_joined(parts, codes_NK),
+        quantized=_joined(parts),
         loss_N=torch.cat([solution.loss_N for solution in solutions]),
         energy_N=torch.cat([solution.energy_N for solution in solutions]),
         damping=max(solution.damping for solution in solutions),

@@ -5,8 +5,6 @@ Shape suffixes: N out features, K in features.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -82,10 +80,7 @@ def solve(
     elimination = curvature.elimination
     rows = grid.ring_rows(len(weight_NK)) if isinstance(grid, Trellis) else 1
 
-    # parts find their codes a place in it, so that there are no second ones when they are joined
-    codes_NK = torch.empty(weight_NK.shape, dtype=torch.int8, device=weight_NK.device)
-
-    def solved(part_NK: Tensor, code_NK: Tensor) -> Solution:
+    def solved(part_NK: Tensor) -> Solution:
         target_NK = part_NK.float()
         if global_scale is not None:
             target_NK = target_NK * global_scale
@@ -97,7 +92,7 @@ def solve(
             quantized = find(target_NK, curvature, grid, rows, options, scale_dtype)
         error_NK = quantized.dequantize().sub_(target_NK)
         solution = Solution(
-            quantized=replace(quantized, q_NK=code_NK.copy_(quantized.q_NK)),
+            quantized=quantized,
             loss_N=curvature.quadratic(error_NK),
             energy_N=curvature.quadratic(target_NK),
             damping=0.0 if elimination is None else elimination.damping,
@@ -107,8 +102,7 @@ def solve(
     shared = ALONE if elimination is None else ranks
     on_cpu = weight_NK.device.type == "cpu"
     at_once = rows_at_once(weight_NK.shape[1]) if on_cpu else ROWS_ON_DEVICE
-    solutions = each_part(solved, [weight_NK, codes_NK], rows, at_once, shared)
-    return join_rows(solutions, codes_NK if shared.size == 1 else None)
+    return join_rows(each_part(solved, weight_NK, rows, at_once, shared))
 
 
 def _descend(

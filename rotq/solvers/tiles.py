@@ -228,7 +228,7 @@ def solve_tiles(
         return code_tiles(part_nk, elimination, grid.bits)
 
     at_once = ROWS_AT_ONCE if target_NK.device.type == "cpu" else ROWS_ON_DEVICE
-    tiles = join_tiles(each_part(solved, [turned_nk], SIDE, at_once, ranks))
+    tiles = join_tiles(each_part(solved, turned_nk, SIDE, at_once, ranks))
     turn = fit_scales(target_NK, curvature.hessian_KK, tiles.level_nk, turn)
     quantized = packed_tiles((len(target_NK), target_NK.shape[1]), tiles, turn, grid.bits)
     return Solution(
