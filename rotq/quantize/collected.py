@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from rotq.calibration.streams import BatchStore
@@ -22,7 +21,13 @@ from rotq.job.part_names import inputs_file
 from rotq.numerics import matmul_precision
 from rotq.quantize.rounded_weights import is_large
 from rotq.quantize.token_weights import TokenWeights
+from rotq.recipe import Recipe
 from rotq.solvers.statistics import Moments
+
+
+def waits_on_disk(recipe: Recipe, features: int) -> bool:
+    """Whether what a site of so many in features reads is kept until the site is solved."""
+    return recipe.calibration.offload and is_large(features)
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Collected:
             x_MK: In the quantized stream.
             target_MK: In the original stream; None where the recipe needs none.
         """
-        if self.job.recipe.calibration.offload and is_large(x_MK.shape[-1]):
+        if waits_on_disk(self.job.recipe, x_MK.shape[-1]):
             self._keep(name, number, [x_MK] if target_MK is None else [x_MK, target_MK])
         else:
             self._sum(name, number, x_MK, target_MK)
@@ -79,11 +84,7 @@ class Collected:
         weights = [None] if self.weights is None else self.weights.of(name, number).unbind(-1)
         if name not in self._sums:
             self._sums[name] = [
-                Moments(
-                    x_MK.shape[-1],
-                    cross=target_MK is not None,
-                    device=torch.device(self.job.device),
-                )
+                Moments(x_MK.shape[-1], cross=target_MK is not None, device=self.job.device)
                 for _ in weights
             ]
         for sums, weight_M in zip(self._sums[name], weights, strict=True):

@@ -19,6 +19,7 @@ from rotq.models.skeleton import Skeleton
 from rotq.quantize.job_seconds import check_counted, job_seconds
 from rotq.quantize.peak_memory import peak_memory
 from rotq.quantize.rates import measure_rates
+from rotq.quantize.scratch_disk import scratch_bytes, stream_bytes
 from rotq.quantize.setup import Settled, settle_described
 from rotq.recipe import Recipe
 from rotq.report import Estimate, SiteEstimate
@@ -104,20 +105,16 @@ def make_estimate(
     untied = _untied_head(skeleton, recipe)
     dense = _stored_parameters(skeleton) + untied - planned - planned_outer
     output_bytes = int((packed_bits + outer_bits) / 8 + dense * plan.rest_dtype.itemsize)
-    streams = _stream_bytes(skeleton, recipe, dtype)
-    offload = recipe.calibration.offload
     threads = max(1, torch.get_num_threads() // processes)
     steps = peak_memory(skeleton, recipe, plan, dtype, threads)
-    held = 0 if offload else streams
+    held = 0 if recipe.calibration.offload else stream_bytes(skeleton, recipe, dtype)
     return Estimate(
         sites=(*sites, *outer),
         bits_per_weight=packed_bits / max(planned, 1),
         output_bytes=output_bytes,
         peak_memory_bytes=processes * (base + max(steps.values())) + held,
         memory_steps={"the process itself": base, "streams": held} | steps,
-        scratch_disk_bytes=2 * output_bytes
-        + (streams if offload else 0)
-        + _gradient_bytes(skeleton, recipe, dtype),
+        scratch_disk_bytes=2 * output_bytes + scratch_bytes(skeleton, recipe, plan, dtype),
         limits=plan.limits,
     )
 
@@ -206,22 +203,6 @@ def _sites(plan: Plan, grids: Mapping[str, Grid]) -> tuple[SiteEstimate, ...]:
         )
         for name, grid in grids.items()
     )
-
-
-def _stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Hidden states of all calibration windows between two blocks."""
-    tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-    streams = 2 if recipe.needs_original else 1
-    return int(tokens * skeleton.config.hidden_size * dtype.itemsize * streams)
-
-
-def _gradient_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Hidden states between all blocks, where gradients weigh tokens or layers."""
-    if not recipe.needs_gradients:
-        return 0
-    tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-    states = tokens * int(skeleton.config.hidden_size) * dtype.itemsize
-    return (skeleton.num_blocks + 1) * states
 
 
 def _stored_parameters(skeleton: Skeleton) -> int:

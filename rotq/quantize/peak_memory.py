@@ -16,6 +16,7 @@ from torch import nn
 
 from rotq.job.plan import Plan
 from rotq.models.skeleton import Skeleton
+from rotq.quantize.collected import waits_on_disk
 from rotq.quantize.own_text import writing_memory
 from rotq.quantize.rounded_weights import is_large
 from rotq.recipe import Recipe
@@ -111,15 +112,11 @@ class _Sizes:
         kinds = list(self.sites.values())
         passes = self.recipe.solver.passes
         stages = [*kinds[: passes - 1], [site for kind in kinds[passes - 1 :] for site in kind]]
-        sums = [[self._moments(K) for _, K in stage if not self._is_kept(K)] for stage in stages]
-        return max(0, *map(sum, sums))
+        summed = [[K for _, K in stage if not waits_on_disk(self.recipe, K)] for stage in stages]
+        return max(sum(map(self._moments, features)) for features in summed)
 
     def _moments(self, features: int) -> int:
         return (8 if self.recipe.needs_original else 4) * features**2
-
-    def _is_kept(self, features: int) -> bool:
-        """Whether the inputs are on the disk until such a site is solved."""
-        return self.recipe.calibration.offload and is_large(features)
 
     @property
     def _widest(self) -> int:
@@ -145,7 +142,7 @@ class _Sizes:
         if solver.two_sided:
             rows = self.rows_together()
         weights, moments = self.weights, self.moments()
-        if self.recipe.needs_data and self._is_kept(widest):
+        if self.recipe.needs_data and waits_on_disk(self.recipe, widest):
             moments = max(moments, self._moments(widest))
         if solver.method == "gptq" and is_large(widest):
             # what was rounded before the widest site is given up

@@ -20,7 +20,7 @@ Listener = Callable[[str, Tensor, Tensor], None]
 
 
 def checked(slope_BTD: Tensor) -> Tensor:
-    """Slopes at the last block's output as they are.
+    """Slopes at the last block's output, (B, T, D), as they are.
 
     Raises:
         RotqError: a window has none, or one that is not finite.
@@ -34,7 +34,12 @@ def checked(slope_BTD: Tensor) -> Tensor:
 
 
 def sampled_slope(logits_BCV: Tensor, generator: torch.Generator) -> Tensor:
-    """Of - log p(z) with z drawn from p, at the logits: p - onehot(z); fp32."""
+    """Slope of - log p(z) with z drawn from p, at the logits: p - onehot(z).
+
+    Args:
+        logits_BCV: fp32, not modified.
+        generator: On the CPU, where is drawn.
+    """
     slope_BCV = logits_BCV.softmax(-1)
     drawn_M1 = torch.multinomial(slope_BCV.flatten(0, 1).cpu(), 1, generator=generator)
     drawn_BC1 = drawn_M1.view(*slope_BCV.shape[:2], 1).to(slope_BCV.device)
@@ -76,7 +81,7 @@ def observed(
 
 
 def of_tokens(name: str, square_TG: Tensor | None, length: int) -> Tensor:
-    """On the CPU.
+    """The mean squared slopes (T, G) fp32 of a window at one layer, moved to the CPU.
 
     Raises:
         RotqError: the layer was not called, or not for every token once.
@@ -88,7 +93,9 @@ def of_tokens(name: str, square_TG: Tensor | None, length: int) -> Tensor:
 
 
 def with_mean_one(name: str, square_MG: Tensor, is_expert: bool) -> Tensor:
-    """Divided by the mean over the tokens; ones for an expert that no token was sent to.
+    """Squared slopes (M, G), divided by their mean over the tokens: fp32, of mean one.
+
+    Ones for an expert that no token was sent to.
 
     Raises:
         RotqError: nothing reaches another layer, or what reaches it is not finite.

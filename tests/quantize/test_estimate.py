@@ -78,7 +78,12 @@ LLAMA_70B = LlamaConfig(
 
 
 @pytest.mark.parametrize(
-    ("changes", "room"), [({"solver__method": "rtn"}, 2e9), ({"solver__refine_sweeps": 0}, 2.6e9)]
+    ("changes", "room"),
+    [
+        ({"solver__method": "rtn"}, 2e9),
+        ({"solver__refine_sweeps": 0}, 2.6e9),
+        ({"solver__refine_sweeps": 0, "calibration__offload": True}, 2e9),
+    ],
 )
 def test_a_block_of_70b_needs_little_more_than_itself_in_fp32(changes: object, room: float):
     large = Skeleton.open(SimpleNamespace(config=LLAMA_70B, names=list, load=None))
@@ -88,6 +93,22 @@ def test_a_block_of_70b_needs_little_more_than_itself_in_fp32(changes: object, r
     made = make_estimate(large, recipe(**choices), torch.bfloat16)
     block = sum(parameter.numel() for parameter in large.blocks[0].parameters())
     assert made.peak_memory_bytes < 4 * block + room
+
+
+@pytest.mark.parametrize(("correction", "streams"), [(0.0, 1), (0.5, 2)])
+def test_inputs_that_wait_for_a_large_hessian_are_on_the_scratch_disk(
+    correction: float, streams: int
+):
+    large = Skeleton.open(SimpleNamespace(config=LLAMA_70B, names=list, load=None))
+    choices = {"calibration__num_samples": 4, "calibration__seq_len": 128}
+    choices |= {"solver__target_correction": correction}
+    held, kept = (
+        make_estimate(large, recipe(**choices, calibration__offload=on), torch.bfloat16)
+        for on in (False, True)
+    )
+    # hidden states between blocks, and what down_proj reads
+    wanted = streams * 4 * 128 * 2 * (8192 + 28672)
+    assert kept.scratch_disk_bytes - held.scratch_disk_bytes == wanted
 
 
 def test_memory_that_is_short_is_told_with_what_saves_some(
