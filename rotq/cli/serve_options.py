@@ -78,14 +78,16 @@ def named_caches(names: str, file: Path | None, sinks: int | None) -> list[KVSpe
     from rotq.serve.settings import DENSE
 
     listed = [name.strip() for name in names.split(",")]
-    if len(set(listed)) < len(listed):
-        raise click.UsageError(f"--kv {names}: a cache is named twice")
     if listed == [DENSE] and file is not None:
         raise click.UsageError("--kv dense has no calibration")
     if listed == [DENSE] and sinks is not None:
         raise click.UsageError("--kv dense keeps all tokens whole: it has no --sinks")
-    packed = (None if name == DENSE else named_specs(name)[0] for name in listed)
-    return [None if spec is None else with_window(spec, sinks) for spec in packed]
+    caches = [
+        None if name == DENSE else with_window(named_specs(name)[0], sinks) for name in listed
+    ]
+    if any(cache in caches[:place] for place, cache in enumerate(caches)):
+        raise click.UsageError(f"--kv {names}: a cache is named twice")
+    return caches
 
 
 def find_calibration(

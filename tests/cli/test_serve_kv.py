@@ -231,6 +231,8 @@ def test_advice_works(tmp_path: Path) -> None:
     [
         (["--kv", "nope"], "no KV preset"),
         (["--kv", "k3v3,k3v3"], "named twice"),
+        (["--kv", "kv2.5,kv2.50"], "named twice"),
+        (["--kv", "k3v3,dense,dense"], "named twice"),
         (["--kv", "dense", "--sinks", "2"], "no --sinks"),
         (["--kv", "dense", "--kv-calibration", "none"], "no calibration"),
         (["--kv", "k3v3", "--sinks", "2000"], "sinks"),
