@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rotq.errors import RotqError
@@ -72,6 +73,42 @@ def has_double(device: torch.device) -> bool:
 def exact_device(device: torch.device) -> torch.device:
     """Where fp64 is computed for a device: there, or on the CPU."""
     return device if has_double(device) else usable_device("cpu")
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has products of matrices in a dtype.
+
+    A CPU without them makes those of 16 bits number by number, several times as slow as in fp32
+    (docs/speed.md).
+    """
+    import torch
+
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    try:
+        found = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    except AttributeError:  # a torch without oneDNN
+        return False
+    return bool(found)
+
+
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype in which a device computes fast, and every value of ``dtype`` exists."""
+    import torch
+
+    return dtype if multiplies(dtype, device) else torch.float32
+
+
+def slow_products(dtype: torch.dtype, computed: torch.dtype, device: torch.device) -> Iterator[str]:
+    """A line where a CPU has no products in a model's dtype, and what is computed in."""
+    name, other = (str(each).removeprefix("torch.") for each in (dtype, computed))
+    if multiplies(dtype, device):
+        return
+    if computed == dtype:
+        yield f"this CPU has no products in {name}; --dtype float32 is several times as fast"
+    else:
+        yield f"this CPU has no products in {name}: computed in {other}; --dtype {name} does not"
 
 
 def double(x: Tensor) -> Tensor:

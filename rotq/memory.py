@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ def release_memory() -> None:
     """Collect garbage, and give back what that freed."""
     gc.collect()
     trim_memory()
+
+
+def physical_memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from click.testing import CliRunner
 
 from rotq.checkpoint.load import load_model
 from rotq.cli.main import main
-from rotq.devices import check_device_name, choose_device, has_double, usable_device
+from rotq.devices import (
+    check_device_name,
+    choose_device,
+    fast_dtype,
+    has_double,
+    multiplies,
+    usable_device,
+)
 from rotq.errors import RotqError
 
 MISSING = ["nonsense", "cuda:99", "meta", *(["cuda"] if not torch.cuda.is_available() else [])]
@@ -101,3 +108,19 @@ def test_commands(command: list[str], tmp_path: Path) -> None:
     line = "rotq: error: --device cuda: this machine has none that torch can use\n"
     assert result.stderr == line
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_cpu_multiplies_16_bits_where_onednn_does(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, asked = torch.device("cpu"), f"_is_mkldnn_{name}_supported"
+    for found in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, asked, lambda found=found: found)
+        assert multiplies(dtype, cpu) is found
+        assert fast_dtype(dtype, cpu) == (dtype if found else torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert fast_dtype(dtype, cpu) == torch.float32
+    for other in (torch.float32, torch.float64):
+        assert fast_dtype(other, cpu) == other
+    assert fast_dtype(dtype, torch.device("cuda")) == dtype

@@ -77,6 +77,14 @@ def declares_dtype(path: Path) -> bool:
     return _declared(path) not in (None, "auto")
 
 
+def declared_dtype(path: Path) -> torch.dtype | None:
+    """Of the whole model by config.json; None where it says none, or none that there is."""
+    import torch
+
+    declared = _declared(path)
+    return getattr(torch, declared) if declared in NAMES else None
+
+
 def unusable_dtype(path: Path) -> dict[str, None]:
     """What to pass on to transformers where config.json has a dtype that it stumbles over.
 

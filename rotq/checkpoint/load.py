@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,15 @@ from rotq.checkpoint.gguf import find_gguf, load_gguf
 from rotq.checkpoint.location import ModelName, locate
 from rotq.checkpoint.scheme import ROTQ_VERSION, read_scheme
 from rotq.checkpoint.weight_files import find_entries
-from rotq.devices import usable_device
+from rotq.devices import fast_dtype, usable_device
 from rotq.errors import RotqError
+from rotq.memory import physical_memory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rotq.checkpoint.safetensors import Entry
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """What accelerate takes besides the name of a device."""
@@ -41,7 +44,9 @@ def load_model(
         model: Folder of a dense, rotq or compressed-tensors (``pack-quantized``) checkpoint, a
             folder that holds one .gguf file, or that file; or a hub id (see ``locate``).
             compressed-tensors checkpoints need no other package.
-        dtype: Of dense weights and activations; ``auto`` takes the config's, fp32 for GGUF.
+        dtype: Of dense weights and activations; ``auto`` takes the config's, fp32 for GGUF;
+            ``fast`` does too, but fp32 for one that a CPU has no products in, where the weights
+            take no more than half of the machine's memory so.
         device_map: As for ``from_pretrained``.
         trust_remote_code: Let transformers run the checkpoint's own code.
         packed: Keep quantized weights packed; else they are made dense, with equal results.
@@ -67,7 +72,9 @@ def load_model(
             )
         with library_errors(gguf):
             return load_gguf(
-                gguf, dtype=torch.float32 if dtype == "auto" else dtype, device_map=device_map
+                gguf,
+                dtype=torch.float32 if dtype in ("auto", "fast") else dtype,
+                device_map=device_map,
             )
     config = load_config(path, trust_remote_code=trust_remote_code)
     for name, value in settings.items():
@@ -78,8 +85,9 @@ def load_model(
     found.fetch_weights(pickled=True)
     # transformers would follow an index out of the folder, and says less about what is damaged
     entries = [] if _is_pickled(path) else find_entries(path)
-    if dtype == "auto":
-        dtype = checkpoint_dtype(config, entries, path)
+    if dtype in ("auto", "fast"):
+        stored = checkpoint_dtype(config, entries, path)
+        dtype = _fast(stored, entries, device_map) if dtype == "fast" else stored
     loaded = _from_pretrained(
         path,
         auto,
@@ -92,6 +100,15 @@ def load_model(
     if quantized and not packed and hasattr(loaded, "hf_quantizer"):
         loaded = loaded.dequantize(loaded.dtype)
     return loaded.eval()
+
+
+def _fast(stored: torch.dtype, entries: Iterable[Entry], device_map: Any) -> torch.dtype:
+    import torch
+
+    in_fp32 = 2 * sum(entry.num_bytes for entry in entries)
+    if device_map not in (None, "cpu") or in_fp32 > physical_memory() // 2:
+        return stored
+    return fast_dtype(stored, torch.device("cpu"))
 
 
 def load_tokenizer(model: ModelName, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rotq.cli.eval import scored_tokens
-from rotq.cli.loading import choose, device_map, say_device, show
+from rotq.cli.loading import choose, device_map, run_dtype, say_computed, say_device, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,11 +89,12 @@ def compare_all(
     )
     say_device(loading.device, chosen)
     options: dict[str, Any] = {
-        "dtype": loading.dtype,
+        "dtype": run_dtype(loading.dtype),
         "device_map": device_map(chosen),
         "trust_remote_code": loading.trust_remote_code,
     }
     theirs = load_model(original, **options)
+    say_computed(loading.dtype, original, theirs)
     if watched is not None:
         watched(reference[0], theirs, ids_N, protocol)
     scores, costs, described = [], [], ""

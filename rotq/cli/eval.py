@@ -18,7 +18,9 @@ from rotq.cli.loading import (
     device_map,
     find,
     placed_on,
+    run_dtype,
     say,
+    say_computed,
     say_device,
     shared_by,
     show,
@@ -198,9 +200,15 @@ def measure(
     )
     before()
     models = [
-        load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        load_model(
+            model,
+            dtype=run_dtype(dtype),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
         for model in found
     ]
+    say_computed(dtype, found[0], models[0])
     attention = None
     if packed is not None:
         tokenizer = load_tokenizer(found[0], trust_remote_code=trust_remote_code)

@@ -134,7 +134,7 @@ def load(
         model: From ``find``.
         device: As the command was given it; a line says which one ``auto`` is, or where the parts
             of a model are that was spread.
-        dtype: Of the computation; ``auto`` is the checkpoint's.
+        dtype: Of the computation; ``auto`` is what ``load_model`` calls ``fast``.
         trust_remote_code: Run the code that the model brings.
         placed: As for ``placed_on``.
         in_double: As for ``choose_device``.
@@ -151,8 +151,12 @@ def load(
     if placed is None:
         say_device(device, chosen)
     loaded = load_model(
-        model, dtype=dtype, device_map=device_map(chosen), trust_remote_code=trust_remote_code
+        model,
+        dtype=run_dtype(dtype),
+        device_map=device_map(chosen),
+        trust_remote_code=trust_remote_code,
     )
+    say_computed(dtype, model, loaded)
     if placed is not None:
         say([f"device map {placed}: {_places(loaded)}"])
     if in_integers:
@@ -196,6 +200,20 @@ def say_device(asked: str, chosen: str) -> None:
     """A line for the device that was not named, and for what it leaves to the CPU."""
     without = "; what needs fp64 is computed on the CPU" if chosen.startswith("mps") else ""
     say([f"device: {chosen}{without}"] if asked == AUTO or without else [])
+
+
+def run_dtype(asked: str) -> str:
+    """What ``load_model`` is given for ``--dtype``."""
+    return "fast" if asked == AUTO else asked
+
+
+def say_computed(asked: str, place: Location, loaded: Any) -> None:
+    """A line where a model runs in another dtype than its checkpoint's, or in a slow one."""
+    from rotq.checkpoint.configuration import declared_dtype
+    from rotq.devices import slow_products
+
+    declared = loaded.dtype if asked != AUTO else declared_dtype(place.path) or loaded.dtype
+    say(slow_products(declared, loaded.dtype, loaded.device))
 
 
 def device_map(chosen: str) -> str | None:

@@ -166,7 +166,8 @@ def model_options(command: Command) -> Command:
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto",
             show_default=True,
-            help="Of the computation; auto is the checkpoint's.",
+            help="Of the computation; auto is the checkpoint's, or float32 on a CPU that "
+            "multiplies no such numbers.",
         ),
     ):
         command = option(command)

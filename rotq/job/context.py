@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rotq.calibration.batches import Batch
 from rotq.calibration.data import Windows
@@ -15,6 +15,7 @@ from rotq.checkpoint.source import Source
 from rotq.devices import exact_device
 from rotq.job.folder import JobFolder
 from rotq.job.plan import Plan
+from rotq.job.rest import rest_in
 from rotq.models.skeleton import Skeleton
 from rotq.ranks import ALONE, Ranks
 from rotq.recipe import Recipe
@@ -36,7 +37,8 @@ class Job:
     device: torch.device
     """Where blocks are run and solved."""
     dtype: torch.dtype
-    """Of activations, and of what stays dense when it is computed with."""
+    """Of activations, and of what stays dense when it is computed with: the model's, or fp32 on a
+    CPU that has no products in that."""
     progress: Progress
     ranks: Ranks = ALONE
     """The processes that share it."""
@@ -53,6 +55,10 @@ class Job:
     def results(self, part: str) -> dict[str, Any]:
         """What was recorded of a finished part, as the leader has it."""
         return self.ranks.told(lambda: self.folder.results(part))
+
+    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that stay dense, by name, in the dtypes that the checkpoint has them in."""
+        return rest_in(tensors, self.plan.rest_dtype, {self.dtype: self.plan.dtype})
 
     def load_block(self, index: int, dtype: torch.dtype) -> nn.Module:
         """A block of the original model, on the job's device."""

@@ -47,12 +47,15 @@ def _noted(block: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach() for tensor in tensors}
 
 
-def restored_outer(job: Job, part: Path | None = None, *, without: str = "") -> dict[str, Tensor]:
-    """Tensors outside the blocks in the job's dtype, packed ones made dense.
+def restored_outer(
+    job: Job, part: Path | None = None, *, without: str = "", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Tensors outside the blocks, packed ones made dense.
 
     Args:
         part: None: as they were before tuning.
         without: Name of a weight that is not read.
+        dtype: None: the job's.
     """
     layer = without.removesuffix("weight")
     stored = {
@@ -60,19 +63,19 @@ def restored_outer(job: Job, part: Path | None = None, *, without: str = "") -> 
         for entry in read_entries(part or job.folder.part(OUTER))
         if not without or not entry.name.startswith(f"{layer}weight")
     }
-    return dense_tensors(job.plan, stored, job.dtype)
+    return dense_tensors(job.plan, stored, dtype or job.dtype)
 
 
 def dense_tensors(
     plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A part's tensors as a job computes with them: weights dense, and matrices in ``dtype``."""
+    """A part's tensors as a job computes with them: weights dense, matrices in ``dtype``."""
     layers: dict[str, QuantLinear | TiledLinear] = {**packed_layers(plan, tensors)}
     layers |= tiled_layers(plan, tensors)
     packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in packed}
     weights = {f"{name}.weight": layer.dequantize(dtype) for name, layer in layers.items()}
-    return rest_in(rest, dtype) | weights
+    return rest_in(rest, dtype, {plan.dtype: dtype}) | weights
 
 
 def packed_layers(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, QuantLinear]:

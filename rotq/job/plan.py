@@ -48,6 +48,8 @@ class Plan:
     """Out features, in features of every planned layer."""
     scale_dtype: torch.dtype
     """Of stored scales: the recipe's, or the model's where the format's loaders need it."""
+    dtype: torch.dtype
+    """Of the model, as its loaders run it."""
     rest_dtype: torch.dtype
     """In which matrices that stay dense are stored."""
     notes: tuple[str, ...]
@@ -126,8 +128,8 @@ def make_plan(
     """Give each linear layer of the blocks its grid, and embedding and head theirs.
 
     Args:
-        dtype: That the job computes in.
-        rest_dtype: Of what stays dense, as stored; None: ``dtype``.
+        dtype: Of the model, as its loaders run it.
+        rest_dtype: Of matrices that stay dense, as stored; None: ``dtype``.
 
     Raises:
         ValueError: a group size does not divide a layer's columns and the recipe does not say
@@ -177,6 +179,7 @@ def make_plan(
         grids=grids if outer.grids else _as_stored(grids, recipe),
         shapes={**shapes, **outer.shapes},
         scale_dtype=scale_dtype,
+        dtype=dtype,
         rest_dtype=rest_dtype or dtype,
         outer=outer.grids,
         notes=(

@@ -19,6 +19,7 @@ from rotq.calibration.capture import run_block
 from rotq.errors import CheckFailed
 from rotq.fusion.fuse import fuse_block, fuse_outer, in_basis
 from rotq.job.context import Job
+from rotq.job.rest import module_in
 from rotq.models.exact import InDouble
 from rotq.models.outer import Head
 from rotq.numerics import matmul_precision
@@ -37,7 +38,7 @@ class InvarianceCheck:
     """Takes a few tokens through the original, the rotated and the rounded blocks, and compares."""
 
     def __init__(self, job: Job, basis: Basis) -> None:
-        self.skeleton, self.basis = job.skeleton, basis
+        self.skeleton, self.basis, self.dtype = job.skeleton, basis, job.plan.dtype
         self.ids_BT = job.windows.first_BT[:, :CHECKED_TOKENS]
         self.worst = 0.0
         """Largest relative difference so far."""
@@ -69,7 +70,7 @@ class InvarianceCheck:
     @torch.no_grad()
     @phase("checks")
     def start_quantized(self, stored: dict[str, Tensor]) -> None:
-        """Embed the tokens with the embedding as it is stored."""
+        """Embed the tokens with the embedding as it is stored, in the model's dtype."""
         self.quantized_BTD = self.skeleton.embed(stored, self.ids_BT)
         self._embedded_BTD = self.quantized_BTD
 
@@ -108,6 +109,8 @@ class InvarianceCheck:
         """
         if next(block.parameters()).device.type != "cpu":
             block = copy.deepcopy(block).cpu()
+        if next(block.parameters()).dtype != self.dtype:
+            block = module_in(block, self.dtype)
         with matmul_precision("highest"):
             kwargs = self.skeleton.block_kwargs(index, self.quantized_BTD)
             self.quantized_BTD = run_block(block, self.quantized_BTD, kwargs)

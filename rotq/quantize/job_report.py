@@ -48,7 +48,7 @@ def make_report(
         bits_per_weight=_bits_per_weight(layers),
         bits_per_weight_all_in=8 * total_bytes / parameters,
         bytes=total_bytes,
-        original_bytes=parameters * job.dtype.itemsize,
+        original_bytes=parameters * job.plan.dtype.itemsize,
         seconds=seconds,
         peak_rss=peak_rss(),
         mixed=predicted(job),

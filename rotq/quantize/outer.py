@@ -22,7 +22,6 @@ from rotq.checkpoint.shards import Deferred, save_tensors
 from rotq.formats.integer import Grid
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER
-from rotq.job.rest import rest_in
 from rotq.memory import trim_memory
 from rotq.phases import phase
 from rotq.quantize.quantized_block import layer_result
@@ -51,20 +50,24 @@ def save_outer(
         later: Weights that are loaded when they are rounded or written, by name.
     """
     tensors, layers, later = dict(fused), [], dict(later or {})
+    packed: dict[str, Tensor] = {}
     for name, grid in job.plan.outer.items():
         started = time.monotonic()
         weight = f"{name}.weight"
         weight_VD = later.pop(weight)() if weight in later else tensors.pop(weight)
         solution = _rounded(weight_VD, grid, job.plan.scale_dtype)
         del weight_VD
-        tensors |= packed_tensors(name, solution.quantized)
+        packed |= packed_tensors(name, solution.quantized)
         layers.append(layer_result(job, name, solution, time.monotonic() - started))
         job.progress.layer_done(layers[-1])
     likes = dict(job.skeleton.model.named_parameters())
     deferred = {
         name: Deferred(job.plan.rest_dtype, likes[name].shape, later[name]) for name in later
     }
-    save_tensors(job.folder.part(OUTER), {**rest_in(tensors, job.plan.rest_dtype), **deferred})
+    buffers = {n: tensors.pop(n) for n, _ in job.skeleton.model.named_buffers() if n in tensors}
+    save_tensors(
+        job.folder.part(OUTER), {**job.as_stored(tensors), **buffers, **packed, **deferred}
+    )
     results = {"rotation": basis.checksum(), "layers": [asdict(layer) for layer in layers]}
     job.folder.record(OUTER, results)
 

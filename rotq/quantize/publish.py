@@ -65,7 +65,7 @@ def publish(
         quantization=quantization,
         recipe=job.recipe.to_dict(),
         provenance={},
-        dtype=job.dtype,
+        dtype=job.plan.dtype,
         untied=_is_untied(job),
         obstacle=obstacle,
     )
@@ -118,11 +118,11 @@ def _stored_name(job: Job, name: str) -> str:
 
 def _head_tensors(job: Job) -> dict[str, Tensor]:
     """What makes logits, outside the blocks: no embedding where the head is another tensor."""
-    skeleton, part = job.skeleton, job.folder.latest(OUTER)
+    skeleton, part, dtype = job.skeleton, job.folder.latest(OUTER), job.plan.dtype
     if not skeleton.own_head or skeleton.adapter.is_generic:
-        return restored_outer(job, part)
+        return restored_outer(job, part, dtype=dtype)
     embedding = f"{skeleton.adapter.embedding}.weight"
-    return skeleton.head_alone(restored_outer(job, part, without=embedding))
+    return skeleton.head_alone(restored_outer(job, part, without=embedding, dtype=dtype))
 
 
 def _shared_head(job: Job) -> Head | None:

@@ -13,7 +13,6 @@ from rotq.evaluation.flatness import FlatnessChange
 from rotq.formats.exl3 import TiledWeight
 from rotq.job.context import Job
 from rotq.job.part_names import block_part
-from rotq.job.rest import rest_in
 from rotq.layers.quant_linear import QuantLinear
 from rotq.layers.tiled_linear import TiledLinear
 from rotq.phases import phase
@@ -74,7 +73,7 @@ def save_block(
         path, _, leaf = name.rpartition(".")
         if path not in quantized.packed or leaf != "weight":
             tensors[f"{prefix}.{name}"] = tensor
-    tensors = rest_in(tensors, job.plan.rest_dtype)
+    tensors = job.as_stored(tensors)
     for path, layer in quantized.packed.items():
         state = layer.state_dict()
         tensors |= {f"{prefix}.{path}.{key}": tensor for key, tensor in state.items()}

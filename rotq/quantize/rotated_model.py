@@ -50,7 +50,7 @@ class RotatedModel:
         exact = self._without_head(fused)
         del fused
         stored = restored_outer(job)
-        self.check.start_quantized(stored)
+        self._start_check(stored)
         return exact, self._without_head(stored)
 
     def _outer_as_it_is(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -71,8 +71,14 @@ class RotatedModel:
             job.ranks.once(functools.partial(save_outer, job, exact, self.basis, later))
         is_same = job.dtype == job.plan.rest_dtype and not job.plan.outer
         stored = exact if is_same else restored_outer(job, without=head)
-        self.check.start_quantized(stored)
+        self._start_check(stored)
         return exact, stored
+
+    def _start_check(self, stored: dict[str, Tensor]) -> None:
+        """``stored`` is in the job's dtype; the check is in the model's."""
+        job = self.job
+        is_same = job.dtype == job.plan.dtype
+        self.check.start_quantized(stored if is_same else restored_outer(job, dtype=job.plan.dtype))
 
     def original_outer(self) -> dict[str, Tensor]:
         """What lies outside the blocks, rotated, head and all, before any of it is packed."""
@@ -83,7 +89,7 @@ class RotatedModel:
 
     @phase("load")
     def block(self, index: int) -> tuple[nn.Module, dict[str, FlatnessChange]]:
-        """A block in the model's dtype, and what the rotation did to its sites' inputs."""
+        """A block in the job's dtype, and what the rotation did to its sites' inputs."""
         if self.basis.is_identity:
             same = self._as_stored(index, self.job.load_block(index, self.job.dtype))
             return same, {} if self.meter is None else self.meter.measure(index, same, same)
@@ -97,7 +103,7 @@ class RotatedModel:
 
     @phase("load")
     def plain_block(self, index: int) -> nn.Module:
-        """A block in the basis and the model's dtype, without the check; in any order."""
+        """A block in the basis and the job's dtype, without the check; in any order."""
         if self.basis.is_identity:
             return self._as_stored(index, self.job.load_block(index, self.job.dtype))
         exact = self.job.load_exact(index)
@@ -105,8 +111,9 @@ class RotatedModel:
         return self._as_stored(index, exact)
 
     def _as_stored(self, index: int, block: nn.Module) -> nn.Module:
-        """The block in the model's dtype; what stays dense has the values that are stored."""
-        block, prefix = block.to(self.job.dtype), self.job.skeleton.block_name(index)
+        """The block in the job's dtype with the values that the model's has, or what is stored."""
+        block, prefix = block.to(self.job.plan.dtype), self.job.skeleton.block_name(index)
+        block = block.to(self.job.dtype)
         kept = {
             name: parameter
             for name, parameter in block.named_parameters()

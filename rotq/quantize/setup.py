@@ -16,7 +16,7 @@ from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.opening import describe_source, open_source
 from rotq.checkpoint.source import Source
-from rotq.devices import AUTO, choose_device
+from rotq.devices import AUTO, choose_device, fast_dtype, slow_products
 from rotq.errors import RotqError
 from rotq.fusion.draw import build_basis
 from rotq.job.context import Job
@@ -52,7 +52,7 @@ class Settled:
     windows: Windows
     device: torch.device
     dtype: torch.dtype
-    """That the job computes in, and the checkpoint's model."""
+    """That the job computes in."""
 
 
 def settle(
@@ -90,17 +90,19 @@ def settle(
     if dtype == AUTO and recipe.weights.format in FOUR_BITS and recipe.output.format != "rotq":
         wanted = torch.bfloat16  # whatever the model's, transformers makes such weights bfloat16
     rest = torch.bfloat16 if dtype == AUTO and wanted == torch.float32 else wanted
+    computed = fast_dtype(wanted, usable) if dtype == AUTO else wanted
     plan = make_plan(skeleton, recipe, wanted, rest)
-    check_room(skeleton, recipe.calibration, wanted, usable)
+    check_room(skeleton, recipe.calibration, computed, usable)
     kept = find_kept(source, skeleton, rotated=drawn.turns_outer)
+    notes = (*_dtype_notes(source, wanted, rest), *slow_products(wanted, computed, usable))
     return Settled(
         source=source,
         skeleton=skeleton,
         drawn=drawn,
-        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *_dtype_notes(source, wanted, rest))),
+        plan=replace(plan, notes=(*plan.notes, *kept.notes(), *notes)),
         windows=windows,
         device=usable,
-        dtype=wanted,
+        dtype=computed,
     )
 
 
@@ -205,7 +207,8 @@ def fingerprint(job: Job, *, trust_remote_code: bool) -> dict[str, object]:
         "recipe": job.recipe.to_dict(),
         "model": job.source.fingerprint(),
         "data": job.windows.sha256,
-        "dtype": str(job.dtype),
+        "dtype": str(job.plan.dtype),
+        "computed": str(job.dtype),
         "rest": str(job.plan.rest_dtype),
         "device": job.device.type,
         "trust_remote_code": trust_remote_code,

@@ -24,12 +24,9 @@ from rotq.formats.floats import FloatGrid
 from rotq.job.context import Job
 from rotq.job.part_names import OUTER, block_part
 from rotq.job.parts import dense_tensors, packed_layers
-from rotq.job.rest import rest_in
+from rotq.job.rest import is_global, rest_in
 from rotq.layers.quant_linear import QuantLinear
 from rotq.models.streaming import through_head
-
-GLOBAL = "_global_scale"
-"""Of weights and inputs: kept, as layers that engines fuse have it in common."""
 
 TUNED_POSITIONS = 32
 """Positions whose logits tuning holds at a time."""
@@ -42,7 +39,7 @@ class Vectors:
         self.stored = {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.ndim == 1 and tensor.is_floating_point() and not name.endswith(GLOBAL)
+            if tensor.ndim == 1 and tensor.is_floating_point() and not is_global(name)
         }
         self.changes = {name: _change(tensor) for name, tensor in self.stored.items()}
 
@@ -109,7 +106,8 @@ class TunableBlock:
                 weights[f"{name}.weight"] = _Weight.apply(scale_NG, layer, dtype)
             else:
                 weights[f"{name}.weight"] = layer.dequantize(dtype)
-        return rest_in(stored, dtype) | self.vectors.current() | weights
+        others = {self.job.plan.dtype: dtype}
+        return rest_in(stored | self.vectors.current(), dtype, others) | weights
 
     def _stored(self) -> dict[str, Tensor]:
         return _read(self.job, block_part(self.index))
@@ -140,9 +138,12 @@ class TunableOuter:
         """
         self.skeleton = job.skeleton
         self._part = _read(job, OUTER)
+        self._dtype, self._others = job.dtype, {job.plan.dtype: job.dtype}
         self.stored = dense_tensors(job.plan, self._part, job.dtype)
         self.original = self.stored if original is None else dict(original)
-        self.vectors = Vectors(self.stored)
+        self.vectors = Vectors(
+            {name: self._part[name] for name in self.stored if name in self._part}
+        )
 
     def divergence(self, hidden_BTD: Tensor, original_BTD: Tensor) -> tuple[float, Tensor]:
         """KL(original || quantized) in nats per token, and its slope at ``hidden_BTD``."""
@@ -164,7 +165,7 @@ class TunableOuter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Dense, by full name, with the changes as they are now."""
-        return self.stored | self.vectors.current()
+        return self.stored | rest_in(self.vectors.current(), self._dtype, self._others)
 
     def tuned(self) -> dict[str, Tensor]:
         """The part's tensors with the changes applied, as stored."""

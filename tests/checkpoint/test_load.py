@@ -19,6 +19,7 @@ from tiny_checkpoints import (
 from tiny_models import random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
+import rotq.devices
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.safetensors import read_entries
 from rotq.checkpoint.scheme import ROTQ_VERSION
@@ -184,6 +185,26 @@ def test_another_dtype_keeps_scales_as_stored(tmp_path: Path) -> None:
     assert layer.weight_scale.dtype == torch.float16
     assert layer.weight_packed.dtype == torch.int32
     assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["dense", *FORMATS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fast_is_fp32_on_a_cpu_without_products_in_16_bits(
+    format: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dense"
+    if format == "dense":
+        tiny_model("llama", dtype=dtype).save_pretrained(path)
+    else:
+        path = write_checkpoint(tmp_path, format=format, dtype=dtype).path
+    monkeypatch.setattr(rotq.devices, "multiplies", lambda *_: True)
+    assert load_model(path, dtype="fast").dtype == dtype
+    monkeypatch.setattr(rotq.devices, "multiplies", lambda *_: False)
+    fast, auto = load_model(path, dtype="fast"), load_model(path)
+    assert (fast.dtype, auto.dtype) == (torch.float32, dtype)
+    assert torch.equal(logits(fast), logits(load_model(path, dtype=torch.float32)))
+    monkeypatch.setattr("rotq.checkpoint.load.physical_memory", lambda: 10_000)
+    assert load_model(path, dtype="fast").dtype == dtype
 
 
 def test_dense_checkpoint(tmp_path: Path) -> None:

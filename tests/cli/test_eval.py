@@ -36,7 +36,7 @@ def _models(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
     def load_model(model: Location, **options: Any) -> Any:
         seed = {"a": 0, "b": 1}[model.name]
-        dtype = torch.float32 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
+        dtype = torch.float32 if options["dtype"] == "fast" else getattr(torch, options["dtype"])
         return tiny_model("llama", seed=seed, dtype=dtype)
 
     monkeypatch.setattr("rotq.checkpoint.load.load_model", load_model)
