@@ -17,13 +17,14 @@ from rotq.errors import RotqError
 from rotq.job.context import Job
 from rotq.job.part_names import gradient_part
 from rotq.ranks import Ranks
+from rotq.solvers.factor import add_lower_, mirror_
 
 SUFFIX = ":output"
 """Behind a layer's path, in the part of its block."""
 
 
 class OutputMoments:
-    """Sums for the layers of one block, fp32."""
+    """Sums for the layers of one block, fp32; from the diagonal down until they are stored."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -37,7 +38,7 @@ class OutputMoments:
         slope_MN = slope.flatten(0, -2).float()
         N = slope_MN.shape[1]
         sum_NN = self._sums.setdefault(path, slope_MN.new_zeros(N, N))
-        sum_NN.addmm_(slope_MN.T, slope_MN)
+        add_lower_(sum_NN, slope_MN, slope_MN)
 
     def stored(self, prefix: str, ranks: Ranks) -> dict[str, Tensor]:
         """Over all processes, (N, N) on the CPU, as a part of the job holds them.
@@ -50,6 +51,7 @@ class OutputMoments:
         """
         for path, sum_NN in self._sums.items():
             ranks.sum_(sum_NN)
+            mirror_(sum_NN)
             if not sum_NN.isfinite().all():
                 raise RotqError(f"{prefix}.{path}: the gradient of the loss is not finite")
         return {f"{path}{SUFFIX}": sum_NN.cpu() for path, sum_NN in self._sums.items()}

@@ -23,6 +23,9 @@ from rotq.devices import double
 PANEL = 256
 """Columns that are held in fp64 at a time."""
 
+SPLIT_FROM, PRODUCTS = 512, 4
+"""A symmetric product is made in so many, where it has so many rows."""
+
 
 def factor_(matrix_KK: Tensor) -> bool:
     """Put V over H, on and above the diagonal; False: H is not positive definite.
@@ -48,13 +51,17 @@ def factor_(matrix_KK: Tensor) -> bool:
     return True
 
 
-def symmetrize_(matrix_KK: Tensor) -> None:
-    """Put the mean of the two halves into both."""
-    for panel in _panels(len(matrix_KK)):
-        row_BL, column_LB = matrix_KK[panel, panel.start :], matrix_KK[panel.start :, panel]
-        mean_BL = (row_BL + column_LB.T).div_(2)
-        column_LB.copy_(mean_BL.T)
-        row_BL.copy_(mean_BL)
+def add_lower_(sum_KK: Tensor, left_MK: Tensor, right_MK: Tensor) -> None:
+    """Add left^T right, (M, K) each, where that is symmetric; above the diagonal parts are missing.
+
+    Of four panels of rows, each up to its end: 5 of 8 of the products.
+    """
+    K = len(sum_KK)
+    width = -(-K // PRODUCTS) if K >= SPLIT_FROM else K
+    for start in range(0, K, width):
+        stop = min(start + width, K)
+        panel_BL = sum_KK[start:stop, :stop]
+        panel_BL.addmm_(left_MK[:, start:stop].T, right_MK[:, :stop])
 
 
 def mirror_(matrix_KK: Tensor) -> None:

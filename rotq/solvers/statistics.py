@@ -14,12 +14,12 @@ from torch import Tensor
 from rotq.devices import double
 from rotq.phases import phase
 from rotq.ranks import Ranks
-from rotq.solvers.factor import solved_rows, symmetrize_
+from rotq.solvers.factor import add_lower_, mirror_, solved_rows
 from rotq.solvers.gptq import Elimination
 
 
 class Moments:
-    """Running sums of H and D in fp32 over batches of tokens."""
+    """Running sums of H, from the diagonal down, and of D in fp32 over batches of tokens."""
 
     def __init__(self, features: int, *, cross: bool, device: torch.device) -> None:
         self.hessian_sum_KK = torch.zeros(features, features, device=device)
@@ -41,7 +41,7 @@ class Moments:
         """
         x_MK = x_MK.float()
         weighted_MK = x_MK if weight_M is None else x_MK * weight_M.to(x_MK)[:, None]
-        self.hessian_sum_KK.addmm_(weighted_MK.T, x_MK)
+        add_lower_(self.hessian_sum_KK, weighted_MK, x_MK)
         if self.cross_sum_KK is not None:
             if original_MK is None:
                 raise ValueError("cross moments need the original stream's inputs")
@@ -69,12 +69,13 @@ class Moments:
             if sum_KK is not None:
                 sum_KK.div_(max(self.weight_sum, 1e-30))
         self.weight_sum = 1.0
-        symmetrize_(self.hessian_sum_KK)
+        mirror_(self.hessian_sum_KK)
 
     def hessian_KK(self) -> Tensor:
         """H, the weighted mean of x x^T over tokens, in fp32 and exactly symmetric."""
         mean_KK = self.hessian_sum_KK / max(self.weight_sum, 1e-30)
-        return (mean_KK + mean_KK.T).div_(2)
+        mirror_(mean_KK)
+        return mean_KK
 
     def cross_KK(self) -> Tensor | None:
         """D, fp32, or None if it was not asked for."""

@@ -10,7 +10,14 @@ from rotq.formats.integer import Grid
 from rotq.recipe import Solver
 from rotq.solvers import factor, gptq
 from rotq.solvers.curvature import Curvature
-from rotq.solvers.factor import factor_, mirror_, permute_, solved_rows, symmetrize_, upper_panels
+from rotq.solvers.factor import (
+    add_lower_,
+    factor_,
+    mirror_,
+    permute_,
+    solved_rows,
+    upper_panels,
+)
 from rotq.solvers.gptq import eliminate
 from rotq.solvers.solve import solve
 from rotq.solvers.statistics import Moments
@@ -53,10 +60,21 @@ def test_what_is_not_positive_definite_can_be_tried_again() -> None:
     assert torch.equal(work_KK, symmetric_KK)
 
 
-def test_halves_are_averaged_and_rows_permuted_in_place() -> None:
-    matrix_KK = torch.randn(K, K)
-    expected_KK, order_K = (matrix_KK + matrix_KK.T) / 2, torch.randperm(K)
-    symmetrize_(matrix_KK)
+@pytest.mark.parametrize("columns", [1, 70, 513, 640])
+def test_the_lower_half_of_a_symmetric_product_is_enough(columns: int) -> None:
+    x_MK, weight_M = torch.randn(24, columns), torch.rand(24)
+    expected_KK = 3 + x_MK.double().T @ (weight_M.double()[:, None] * x_MK.double())
+    sum_KK = torch.full((columns, columns), 3.0)
+    add_lower_(sum_KK, weight_M[:, None] * x_MK, x_MK)
+    mirror_(sum_KK)
+    assert torch.equal(sum_KK, sum_KK.T)
+    torch.testing.assert_close(sum_KK.double(), expected_KK, atol=1e-4, rtol=1e-5)
+
+
+def test_rows_are_mirrored_and_permuted_in_place() -> None:
+    matrix_KK, order_K = torch.randn(K, K), torch.randperm(K)
+    expected_KK = matrix_KK.tril() + matrix_KK.tril(-1).T
+    mirror_(matrix_KK)
     assert torch.equal(matrix_KK, expected_KK)
     permute_(matrix_KK, order_K)
     assert torch.equal(matrix_KK, expected_KK[order_K][:, order_K])
