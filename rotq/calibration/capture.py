@@ -6,9 +6,28 @@ Shape suffixes: B windows of a batch, T positions, D hidden size, M tokens, K fe
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """A module of a block that ends with a linear layer."""
+
+    path: str
+    """Of the module in the block."""
+    projection: str
+    """Path in the block of the layer that the module ends with, or that reads what it returns."""
+    in_tuple: bool
+    """It returns (output, attention weights), as transformers' attention does."""
+
+    def features(self, block: nn.Module) -> int:
+        """What the module's last layer reads, a token."""
+        linear = block.get_submodule(self.projection)
+        assert isinstance(linear, nn.Linear), f"{self.projection} is a linear layer"
+        return linear.in_features
 
 
 class _Seen(Exception):  # noqa: N818 - not an error
@@ -68,20 +87,21 @@ def capture_inputs(
 
 
 @contextmanager
-def replayed(
-    block: nn.Module, path: str, output_projection: str, attention_BTK: Tensor
-) -> Iterator[None]:
-    """Let the block's attention end with remembered values instead of computing them.
+def replayed(block: nn.Module, ending: Ending, given_BTK: Tensor) -> Iterator[None]:
+    """Let a module of the block end with remembered values instead of computing them.
 
     Args:
-        block: Its attention returns (output, attention weights), as transformers' do.
-        path: Of the attention in the block.
-        output_projection: Path of the layer that the attention ends with, or that reads it.
-        attention_BTK: What that layer reads.
+        ending: Which module.
+        given_BTK: What its last layer reads.
     """
-    module, last = block.get_submodule(path), block.get_submodule(output_projection)
-    inside = output_projection.startswith(f"{path}.")
-    module.forward = lambda *_, **__: (last(attention_BTK) if inside else attention_BTK, None)
+    module, last = block.get_submodule(ending.path), block.get_submodule(ending.projection)
+    inside = ending.projection.startswith(f"{ending.path}.")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        output_BTD = last(given_BTK) if inside else given_BTK
+        return (output_BTD, None) if ending.in_tuple else output_BTD
+
+    module.forward = forward
     try:
         yield
     finally:

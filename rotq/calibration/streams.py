@@ -1,12 +1,12 @@
 """Hidden states of all calibration windows between two blocks.
 
-Shape suffixes: B windows of a batch, T positions, D hidden size, K features the output projection
-reads.
+Shape suffixes: B windows of a batch, T positions, D hidden size, K features that the last layer of
+a module reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -44,6 +44,11 @@ class BatchStore:
     def __len__(self) -> int:
         return len(self._shapes)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self._shapes[0][-1]
+
     def __getitem__(self, index: int) -> Tensor:
         """(B, T, D) hidden states of one batch, on the CPU."""
         if self._file is None:
@@ -76,25 +81,38 @@ class BatchStore:
 
 
 class Stream:
-    """One model's way through the blocks: its hidden states, and what its attention came to.
+    """One model's way through the blocks: its hidden states, and what modules of a block came to.
 
     Once queries, keys and values of a block change no more, what the attention's output projection
-    reads is remembered, and later passes over the block replay it instead of computing it again.
+    reads is remembered, and later passes over the block replay it instead of computing it again;
+    so is what the MLP's last layer reads.
     """
 
-    def __init__(self, hidden: BatchStore, attention: BatchStore, batches: Sequence[Batch]) -> None:
-        self.hidden, self._attention = hidden, attention
+    def __init__(
+        self, hidden: BatchStore, ends: Mapping[str, BatchStore], batches: Sequence[Batch]
+    ) -> None:
+        """
+        Args:
+            hidden: (B, T, D) of every batch.
+            ends: Room for what the last layer of a module reads, (B, T, K), by the module's path.
+            batches: That they belong to.
+        """
+        self.hidden, self._ends = hidden, ends
         self.batches = batches
-        self._remembered: set[int] = set()
+        self._remembered: set[tuple[str, int]] = set()
 
-    def remember(self, batch: int, attention_BTK: Tensor) -> None:
-        """Keep what the output projection reads, for one batch, until ``forget``."""
-        self._attention[batch] = attention_BTK
-        self._remembered.add(batch)
+    def has_room(self, path: str, features: int) -> bool:
+        """Whether what the last layer of a module reads can be remembered."""
+        return path in self._ends and self._ends[path].width == features
 
-    def attention(self, batch: int) -> Tensor | None:
+    def remember(self, path: str, batch: int, given_BTK: Tensor) -> None:
+        """Keep what the last layer of a module reads, for one batch, until ``forget``."""
+        self._ends[path][batch] = given_BTK
+        self._remembered.add((path, batch))
+
+    def remembered(self, path: str, batch: int) -> Tensor | None:
         """What was remembered, (B, T, K) on the CPU, or None."""
-        return self._attention[batch] if batch in self._remembered else None
+        return self._ends[path][batch] if (path, batch) in self._remembered else None
 
     def forget(self) -> None:
         """The hidden states are those before the next block now."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rotq.calibration.capture import Ending
 from rotq.recipe import Rotation
 
 
@@ -175,6 +176,19 @@ class Adapter:
         assert not getattr(experts, "own_rows", False), "sites of such experts are found by running"
         per_expert = (Site(name=f"down.{e}", linears=(path,)) for e, path in enumerate(downs))
         return (*attention, gate_up, *per_expert)
+
+    def attention_ending(self) -> Ending | None:
+        """How attention ends; None where it is not a module of its own."""
+        if not self.attention:
+            return None
+        return Ending(path=self.attention, projection=self.attention_output, in_tuple=True)
+
+    def mlp_ending(self, block: nn.Module) -> Ending | None:
+        """How the MLP ends; None for a mixture, and where it is not a module of its own."""
+        if self.is_generic or not self.mlp or self.has_experts(block):
+            return None
+        path = _join(self.mlp, self.mlp_output)
+        return Ending(path=self.mlp, projection=path, in_tuple=False)
 
     def mlp_readers(self, block: nn.Module) -> tuple[str, ...]:
         """Paths of the linears that read the MLP norm, of all experts; the router is not one."""

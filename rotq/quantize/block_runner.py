@@ -6,8 +6,8 @@ Shape suffixes: B windows, T positions, D hidden size, K in features, M tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotq.calibration.capture import capture_inputs, replayed, run_block
+from rotq.calibration.capture import Ending, capture_inputs, replayed, run_block
 from rotq.calibration.streams import BatchStore, Stream, Streams
 from rotq.job.context import Job
 from rotq.layers.online_linear import prepared_input
 from rotq.models.adapter import Site
 from rotq.models.experts import calibrating
-from rotq.models.skeleton import Skeleton
 from rotq.numerics import matmul_precision
 from rotq.phases import phase
 from rotq.quantize.collected import Collected
 from rotq.quantize.token_weights import TokenWeights
+
+QUANTIZED, ORIGINAL = "quantized", "original"
+"""Names of the streams, in those of their files."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class BlockRunner:
         job = self.job
         if not job.recipe.needs_data:
             return None
-        quantized = _empty_stream(job, "quantized")
-        original = _empty_stream(job, "original") if job.recipe.needs_original else None
+        quantized = _empty_stream(job, QUANTIZED)
+        original = _empty_stream(job, ORIGINAL) if job.recipe.needs_original else None
         for number, batch in enumerate(job.batches):
             for stream, outer in ((quantized, stored or exact), (original, exact)):
                 if stream is not None:
@@ -167,19 +169,19 @@ class BlockRunner:
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """What the sites' weights multiply, and the block's output if it was run whole.
 
-        What the attention's output projection is given is remembered once it is settled.
+        What the last layers of attention and MLP are given is remembered once it is settled.
         """
         hidden_BTD, kwargs = self._given(index, stream, batch)
         firsts = {site.name: site.linears[0] for site in stage}
-        output_projection = self.job.skeleton.adapter.attention_output
-        new = self._attention_is_settled(stage) and stream.attention(batch) is None
-        wanted = {*firsts.values(), *([output_projection] if new else [])}
+        settled = self._settled(stage, block, stream, batch)
+        wanted = {*firsts.values(), *(ending.projection for ending in settled)}
         with self._replayed(block, stream, batch):
             seen, output_BTD = capture_inputs(
                 block, wanted, hidden_BTD, kwargs, to_the_end=to_the_end
             )
-        if new:
-            stream.remember(batch, seen[output_projection].unflatten(0, hidden_BTD.shape[:2]))
+        for ending in settled:
+            given_BTK = seen[ending.projection].unflatten(0, hidden_BTD.shape[:2])
+            stream.remember(ending.path, batch, given_BTK)
         without_padding = stream.batches[batch].without_padding
         multiplied = {
             name: without_padding(prepared_input(block.get_submodule(path), seen[path]))
@@ -193,45 +195,59 @@ class BlockRunner:
         mask_BT = stream.batches[batch].mask_on(self.job.device)
         return hidden_BTD, self.job.skeleton.block_kwargs(index, hidden_BTD, mask_BT)
 
-    def _attention_is_settled(self, stage: Iterable[Site]) -> bool:
-        """Whether what the attention's output projection reads changes no more."""
+    def _settled(
+        self, stage: Iterable[Site], block: nn.Module, stream: Stream, batch: int
+    ) -> list[Ending]:
+        """Modules of which what their last layer reads changes no more, and is not remembered."""
         adapter = self.job.skeleton.adapter
-        names = [name for site in stage for name in site.linears]
-        inner = [name for name in names if name.startswith(f"{adapter.attention}.")]
-        return bool(adapter.attention) and set(inner) <= {adapter.attention_output}
+        names = {name for site in stage for name in site.linears}
+        attention, mlp = adapter.attention_ending(), adapter.mlp_ending(block)
+        settled = []
+        if attention and {n for n in names if _inside(n, attention)} <= {attention.projection}:
+            settled.append(attention)
+        if mlp and names == {mlp.projection}:
+            settled.append(mlp)
+        return [
+            ending
+            for ending in settled
+            if stream.has_room(ending.path, ending.features(block))
+            and stream.remembered(ending.path, batch) is None
+        ]
 
-    def _replayed(
-        self, block: nn.Module, stream: Stream, batch: int
-    ) -> AbstractContextManager[None]:
-        attention_BTK, adapter = stream.attention(batch), self.job.skeleton.adapter
-        if attention_BTK is None:
-            return nullcontext()
-        return replayed(
-            block, adapter.attention, adapter.attention_output, attention_BTK.to(self.job.device)
-        )
+    @contextmanager
+    def _replayed(self, block: nn.Module, stream: Stream, batch: int) -> Iterator[None]:
+        adapter = self.job.skeleton.adapter
+        with ExitStack() as stack:
+            for ending in filter(None, (adapter.attention_ending(), adapter.mlp_ending(block))):
+                given_BTK = stream.remembered(ending.path, batch)
+                if given_BTK is not None:
+                    stack.enter_context(replayed(block, ending, given_BTK.to(self.job.device)))
+            yield
 
 
 def _empty_stream(job: Job, name: str) -> Stream:
-    """Room for hidden states and attention of all windows, on the disk if the recipe says so."""
-    widths = {
-        "hidden": job.skeleton.config.hidden_size,
-        "attention": _attended(job.skeleton),
-    }
-    stores = {}
-    for kind, width in widths.items():
+    """Room for what is kept of all windows, on the disk if the recipe says so.
+
+    The quantized stream runs the MLP twice in a block, and its ends are remembered on the disk
+    alone: they are several times as large as hidden states.
+    """
+    adapter, block = job.skeleton.adapter, job.skeleton.blocks[0]
+
+    def store(kind: str, width: int) -> BatchStore:
         file: Path | None = None
         if job.recipe.calibration.offload:
             file = job.folder.path / f"{kind}-{name}-{job.ranks.rank}"
         shapes = [torch.Size((*batch.ids_BT.shape, width)) for batch in job.batches]
-        stores[kind] = BatchStore.empty(shapes, job.dtype, file)
-    return Stream(stores["hidden"], stores["attention"], job.batches)
+        return BatchStore.empty(shapes, job.dtype, file)
+
+    ends: dict[str, BatchStore] = {}
+    attention, mlp = adapter.attention_ending(), adapter.mlp_ending(block)
+    if attention is not None:
+        ends[attention.path] = store("attention", attention.features(block))
+    if mlp is not None and name == QUANTIZED and job.recipe.calibration.offload:
+        ends[mlp.path] = store("mlp", mlp.features(block))
+    return Stream(store("hidden", job.skeleton.config.hidden_size), ends, job.batches)
 
 
-def _attended(skeleton: Skeleton) -> int:
-    """Features that the attention's output projection reads; 0 where it is not known."""
-    if not skeleton.adapter.attention:
-        return 0
-    path = skeleton.adapter.attention_output
-    linear = skeleton.blocks[0].get_submodule(path)
-    assert isinstance(linear, nn.Linear), f"{path} is a linear layer"
-    return linear.in_features
+def _inside(name: str, ending: Ending) -> bool:
+    return name.startswith(f"{ending.path}.")

@@ -14,14 +14,26 @@ from rotq.recipe import Recipe
 
 
 def stream_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Hidden states of all calibration windows between two blocks, wherever they are."""
-    return _activations(recipe, dtype, int(skeleton.config.hidden_size)) * _streams(recipe)
+    """Hidden states and ends of attention of all calibration windows, wherever they are."""
+    attention = skeleton.adapter.attention_ending()
+    attended_K = 0 if attention is None else attention.features(skeleton.blocks[0])
+    features = int(skeleton.config.hidden_size) + attended_K
+    return _activations(recipe, dtype, features) * _streams(recipe)
 
 
 def scratch_bytes(skeleton: Skeleton, recipe: Recipe, plan: Plan, dtype: torch.dtype) -> int:
     """Activations on the disk: of a block at a time, and of all where gradients are taken."""
-    streams = stream_bytes(skeleton, recipe, dtype) if recipe.calibration.offload else 0
+    streams = 0
+    if recipe.calibration.offload and recipe.needs_data:
+        streams = stream_bytes(skeleton, recipe, dtype) + _mlp_bytes(skeleton, recipe, dtype)
     return streams + _waiting_bytes(recipe, plan, dtype) + _gradient_bytes(skeleton, recipe, dtype)
+
+
+def _mlp_bytes(skeleton: Skeleton, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Ends of the MLP, which the quantized stream keeps on the disk."""
+    block = skeleton.blocks[0]
+    mlp = skeleton.adapter.mlp_ending(block)
+    return 0 if mlp is None else _activations(recipe, dtype, mlp.features(block))
 
 
 def _waiting_bytes(recipe: Recipe, plan: Plan, dtype: torch.dtype) -> int:

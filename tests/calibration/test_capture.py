@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rotq.calibration.capture import capture_inputs, replayed, run_block
+from rotq.calibration.capture import Ending, capture_inputs, replayed, run_block
 from rotq.calibration.streams import BatchStore
 from rotq.formats.activations import ActivationGrid
 from rotq.layers.online_linear import OnlineLinear
@@ -63,7 +63,8 @@ def test_remembered_attention_gives_the_same_block_output():
     expected = run_block(block, hidden_BTD, {})
     block.attention.ended = False
     remembered = seen["attention.second"].unflatten(0, (2, 3))
-    with replayed(block, "attention", "attention.second", remembered):
+    ending = Ending(path="attention", projection="attention.second", in_tuple=True)
+    with replayed(block, ending, remembered):
         assert torch.equal(run_block(block, hidden_BTD, {}), expected)
         # the projection is run on what was remembered, so its own input is seen again
         again, _ = capture_inputs(block, ["attention.second"], hidden_BTD, {})

@@ -7,7 +7,7 @@ import torch
 from memory_jobs import make_job
 
 from rotq.calibration.batches import Batch
-from rotq.calibration.capture import capture_inputs
+from rotq.calibration.capture import capture_inputs, run_block
 from rotq.models.adapter import Site
 from rotq.quantize.block_runner import BlockRunner
 from rotq.quantize.token_weights import TokenWeights
@@ -36,7 +36,8 @@ def test_offloaded_streams_are_files_of_the_job(tmp_path):
     start(make_job(tmp_path / "job", {**CORRECTED, "calibration.offload": True}))
     names = {file.name for file in (tmp_path / "job").iterdir()}
     kinds = ("hidden", "attention")
-    assert names == {f"{kind}-{name}-0" for kind in kinds for name in ("quantized", "original")}
+    both = {f"{kind}-{name}-0" for kind in kinds for name in ("quantized", "original")}
+    assert names == both | {"mlp-quantized-0"}
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -80,3 +81,29 @@ def test_weights_count_tokens_and_zero_leaves_one_out(tmp_path):
     # of a sum over 48 tokens, the mean over 72
     ratio = found.hessian_KK() / (x_MK.T @ x_MK).float()
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("offload", "runs"), [(False, 2), (True, 1)])
+def test_the_mlp_before_its_last_layer_is_run_once_where_its_end_is_on_the_disk(
+    tmp_path, offload, runs
+):
+    job = make_job(tmp_path / "job", {**PLAIN, "calibration.offload": offload})
+    streams, block, runner = start(job), job.load_block(0, job.dtype), BlockRunner(job)
+    hidden_BTD, calls = streams.quantized.hidden[0], []
+    expected_BTD = run_block(block, hidden_BTD, job.skeleton.block_kwargs(0, hidden_BTD))
+    block.mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    site = Site(name="down", linears=("mlp.down_proj",))
+    runner.collect(0, (site,), (block, block), streams, None, last=True)
+    runner.advance(0, block, streams.quantized)
+    assert len(calls) == runs * len(streams.batches)
+    assert torch.equal(streams.quantized.hidden[0], expected_BTD)
+
+
+def test_what_unrounded_layers_decide_is_not_remembered(tmp_path):
+    job = make_job(tmp_path / "job", {**PLAIN, "calibration.offload": True})
+    streams, block = start(job), job.load_block(0, job.dtype)
+    linears = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    for names in (("self_attn.q_proj",), ("mlp.gate_proj", "mlp.up_proj"), linears):
+        stage = tuple(Site(name=name, linears=(name,)) for name in names)
+        BlockRunner(job).collect(0, stage, (block, block), streams, None, last=False)
+        assert streams.quantized.remembered("mlp", 0) is None

@@ -106,8 +106,8 @@ def test_inputs_that_wait_for_a_large_hessian_are_on_the_scratch_disk(
         make_estimate(large, recipe(**choices, calibration__offload=on), torch.bfloat16)
         for on in (False, True)
     )
-    # hidden states between blocks, and what down_proj reads
-    wanted = streams * 4 * 128 * 2 * (8192 + 28672)
+    # hidden states between blocks, and what o_proj and down_proj read; the end of the MLP
+    wanted = 4 * 128 * 2 * (streams * (8192 + 8192 + 28672) + 28672)
     assert kept.scratch_disk_bytes - held.scratch_disk_bytes == wanted
 
 
