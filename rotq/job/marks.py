@@ -21,7 +21,7 @@ _FILES = re.compile(
     rf"{LOCK}|{re.escape(RECORD)}|{ASIDE}"
     r"|((tuned-)?(outer|block-\d{5,})|kept|own-text|gradient-\d{5,}|transform(-[a-z]+-\d{5,})?)"
     r"\.safetensors|((hidden|attention)-(quantized|original)|hidden-gradients)(-[0-9]+)?"
-    r"|inputs-[\w.]+-\d+-\d+"
+    r"|mlp-quantized-[0-9]+|inputs-[\w.]+-\d+-\d+"
 )
 _FOLDERS = re.compile(rf"{SOURCE}(\.partial)?|{CHECKPOINT}|{REPLACED}|{ASIDE}")
 _ASSEMBLED = re.compile(

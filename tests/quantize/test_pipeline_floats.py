@@ -169,7 +169,8 @@ def test_ranges_of_inputs_are_those_of_the_calibration_text(tmp_path: Path) -> N
     with torch.no_grad():
         dense(torch.tensor([[int(word[1:]) for word in words]]))
     scale = stored(out)["model.layers.0.self_attn.q_proj.input_global_scale"].item()
-    assert 1 <= scale / (448 * 6 / seen[0]) < 3
+    # the scale is rounded to bf16, and the job computes in fp32 where the CPU has no other products
+    assert 1 - 2**-7 <= scale / (448 * 6 / seen[0]) < 3
 
 
 def test_tuning_trains_gains_and_keeps_scales(tmp_path: Path) -> None:

@@ -108,18 +108,25 @@ class EncoderProcess:
     def close(self) -> None:
         """End the process, even in the middle of a job, for good; again is harmless."""
         self.closed = True
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                self._connection.close()
+        # the thread of a job may end both at the same time, and forget them
+        process, connection = self._process, self._connection
+        if process is not None:
+            process.kill()
+            process.wait()
+        if connection is not None:
+            _close(connection)
 
     def _end(self) -> int:
         """Reap the process, and forget it; its exit code."""
         assert self._process is not None
         assert self._connection is not None
-        self._connection.close()
+        _close(self._connection)
         code = self._process.wait()
         self._connection = self._process = None
         return code
+
+
+def _close(connection: Connection) -> None:
+    """Close it, though another thread may have."""
+    with contextlib.suppress(OSError):
+        connection.close()
