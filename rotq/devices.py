@@ -106,9 +106,12 @@ def slow_products(dtype: torch.dtype, computed: torch.dtype, device: torch.devic
     if multiplies(dtype, device):
         return
     if computed == dtype:
-        yield f"this CPU has no products in {name}; --dtype float32 is several times as fast"
+        yield f"this CPU multiplies no {name} numbers; --dtype float32 is several times as fast"
     else:
-        yield f"this CPU has no products in {name}: computed in {other}; --dtype {name} does not"
+        yield (
+            f"this CPU multiplies no {name} numbers: computed in {other}, which is several times as "
+            f"fast; --dtype {name} insists"
+        )
 
 
 def double(x: Tensor) -> Tensor:
