@@ -109,8 +109,8 @@ def slow_products(dtype: torch.dtype, computed: torch.dtype, device: torch.devic
         yield f"this CPU multiplies no {name} numbers; --dtype float32 is several times as fast"
     else:
         yield (
-            f"this CPU multiplies no {name} numbers: computed in {other}, which is several times as "
-            f"fast; --dtype {name} insists"
+            f"this CPU multiplies no {name} numbers: computed in {other}, which is several times "
+            f"as fast; --dtype {name} insists"
         )
 
 
