@@ -101,9 +101,10 @@ class Stream:
         self.batches = batches
         self._remembered: set[tuple[str, int]] = set()
 
-    def has_room(self, path: str, features: int) -> bool:
-        """Whether what the last layer of a module reads can be remembered."""
-        return path in self._ends and self._ends[path].width == features
+    def wants(self, path: str, batch: int, features: int) -> bool:
+        """Whether there is room for what the last layer of a module reads, and it is not there."""
+        has_room = path in self._ends and self._ends[path].width == features
+        return has_room and (path, batch) not in self._remembered
 
     def remember(self, path: str, batch: int, given_BTK: Tensor) -> None:
         """Keep what the last layer of a module reads, for one batch, until ``forget``."""

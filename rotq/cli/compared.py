@@ -94,13 +94,14 @@ def compare_all(
         "trust_remote_code": loading.trust_remote_code,
     }
     theirs = load_model(original, **options)
-    say_computed(loading.dtype, original, theirs)
+    told = say_computed(loading.dtype, (original, theirs))
     if watched is not None:
         watched(reference[0], theirs, ids_N, protocol)
     scores, costs, described = [], [], ""
     for name, place in zip(names, places, strict=True):
         # one at a time: only its scores are kept
         model = load_model(place, **options)
+        told = say_computed(loading.dtype, (place, model), told=told)
         costs.append(_cost(place, model))
         score, described = score_windows(
             model,

@@ -208,7 +208,7 @@ def measure(
         )
         for model in found
     ]
-    say_computed(dtype, found[0], models[0])
+    say_computed(dtype, *zip(found, models, strict=True))
     attention = None
     if packed is not None:
         tokenizer = load_tokenizer(found[0], trust_remote_code=trust_remote_code)

@@ -156,7 +156,7 @@ def load(
         device_map=device_map(chosen),
         trust_remote_code=trust_remote_code,
     )
-    say_computed(dtype, model, loaded)
+    say_computed(dtype, (model, loaded))
     if placed is not None:
         say([f"device map {placed}: {_places(loaded)}"])
     if in_integers:
@@ -207,13 +207,26 @@ def run_dtype(asked: str) -> str:
     return "fast" if asked == AUTO else asked
 
 
-def say_computed(asked: str, place: Location, loaded: Any) -> None:
-    """A line where a model runs in another dtype than its checkpoint's, or in a slow one."""
+def say_computed(
+    asked: str, *models: tuple[Location, Any], told: Iterable[str] = ()
+) -> frozenset[str]:
+    """A line where one runs in another dtype than its checkpoint's, or in a slow one; each once.
+
+    Args:
+        told: Lines that were said before, and are not again.
+
+    Returns:
+        All that were said.
+    """
     from rotq.checkpoint.configuration import declared_dtype
     from rotq.devices import slow_products
 
-    declared = loaded.dtype if asked != AUTO else declared_dtype(place.path) or loaded.dtype
-    say(slow_products(declared, loaded.dtype, loaded.device))
+    lines = dict.fromkeys(told)
+    for place, loaded in models:
+        declared = loaded.dtype if asked != AUTO else declared_dtype(place.path) or loaded.dtype
+        lines |= dict.fromkeys(slow_products(declared, loaded.dtype, loaded.device))
+    say(line for line in lines if line not in told)
+    return frozenset(lines)
 
 
 def device_map(chosen: str) -> str | None:

@@ -51,10 +51,11 @@ def rest_in(
 def module_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a module with its floats in ``dtype``, global scales as they are."""
     made = copy.deepcopy(module)
-    for part in made.modules():
-        kept = {name: buffer for name, buffer in part._buffers.items() if is_global(name)}
-        part.to(dtype)
-        part._buffers |= kept
+    kept = {name: buffer for name, buffer in made.named_buffers() if is_global(name)}
+    made.to(dtype)
+    for name, buffer in kept.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(path), leaf, buffer)
     return made
 
 

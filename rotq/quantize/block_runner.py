@@ -208,10 +208,7 @@ class BlockRunner:
         if mlp and names == {mlp.projection}:
             settled.append(mlp)
         return [
-            ending
-            for ending in settled
-            if stream.has_room(ending.path, ending.features(block))
-            and stream.remembered(ending.path, batch) is None
+            ending for ending in settled if stream.wants(ending.path, batch, ending.features(block))
         ]
 
     @contextmanager

@@ -71,14 +71,15 @@ class RotatedModel:
             job.ranks.once(functools.partial(save_outer, job, exact, self.basis, later))
         is_same = job.dtype == job.plan.rest_dtype and not job.plan.outer
         stored = exact if is_same else restored_outer(job, without=head)
-        self._start_check(stored)
+        self._start_check(stored, without=head)
         return exact, stored
 
-    def _start_check(self, stored: dict[str, Tensor]) -> None:
-        """``stored`` is in the job's dtype; the check is in the model's."""
+    def _start_check(self, stored: dict[str, Tensor], *, without: str = "") -> None:
+        """``stored`` is in the job's dtype, without that weight; the check is in the model's."""
         job = self.job
-        is_same = job.dtype == job.plan.dtype
-        self.check.start_quantized(stored if is_same else restored_outer(job, dtype=job.plan.dtype))
+        if job.dtype != job.plan.dtype:
+            stored = restored_outer(job, without=without, dtype=job.plan.dtype)
+        self.check.start_quantized(stored)
 
     def original_outer(self) -> dict[str, Tensor]:
         """What lies outside the blocks, rotated, head and all, before any of it is packed."""

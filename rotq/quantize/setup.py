@@ -208,7 +208,7 @@ def fingerprint(job: Job, *, trust_remote_code: bool) -> dict[str, object]:
         "model": job.source.fingerprint(),
         "data": job.windows.sha256,
         "dtype": str(job.plan.dtype),
-        "computed": str(job.dtype),
+        "dtype of computation": str(job.dtype),
         "rest": str(job.plan.rest_dtype),
         "device": job.device.type,
         "trust_remote_code": trust_remote_code,

@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner, Result
 from tiny_models import VOCAB, tiny_model
 
-from rotq.checkpoint.location import Location
+from rotq.checkpoint.location import Location, locate
+from rotq.cli.loading import say_computed
 from rotq.cli.main import main
 from rotq.kv.calibration.calibrate import data_oblivious
 from rotq.kv.presets import preset
@@ -152,3 +153,22 @@ def test_a_calibration_of_another_scheme_is_refused(text: str, tmp_path: Path) -
     done = run("a", *small(text), "--kv", "k3v3", "--kv-calibration", str(file))
     assert done.exit_code == 1
     assert "is for turboquant and does not serve k3v3" in done.stderr
+
+
+def test_a_line_for_each_dtype_that_the_cpu_does_not_multiply(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotq.devices.multiplies", lambda dtype, _: dtype == torch.float32)
+    model, places = tiny_model("llama", dtype=torch.float32), []
+    for name in ("bfloat16", "bfloat16", "float16", "float32"):
+        folder = tmp_path / f"{name}-{len(places)}"
+        model.config.dtype = name
+        model.config.save_pretrained(folder)
+        places.append(locate(folder))
+    told = say_computed("auto", *((place, model) for place in places[:2]))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["this CPU multiplies no bfloat16 numbers"]
+    say_computed("auto", *((place, model) for place in places), told=told)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["this CPU multiplies no float16 numbers"]
+    assert say_computed("float32", (places[0], model)) == frozenset()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbered_words import write_model
+from numbered_words import SMALL, write_model
 from torch import Tensor
 from transformers import AutoModel
 
@@ -23,17 +23,7 @@ from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import Recipe, load_recipe
 from rotq.report import JobReport, Progress
 
-SMALL = {
-    "calibration.num_samples": 3,
-    "calibration.seq_len": 24,
-    "calibration.batch_size": 2,
-    "weights.bits": 4,
-    "weights.group_size": 16,
-    "weights.outer_group_size": 16,
-    "solver.target_correction": 0.5,
-    "tuning.steps": 2,
-    "output.format": "rotq",
-}
+IN_ROTQ = {**SMALL, "output.format": "rotq"}
 PLAIN = {"rotation.residual": "hadamard"}
 ENDS = {**PLAIN, "rotation.residual_ends": "online"}
 EIGHT_BITS = {"weights.bits": 8, "weights.group_size": 8, "tuning.steps": 0}
@@ -44,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
 
 def recipe(model: Path, changes: dict[str, Any]) -> Recipe:
     source = {"calibration.source": str(model / "text.txt")}
-    return load_recipe(None, {**SMALL, **source, **changes})
+    return load_recipe(None, {**IN_ROTQ, **source, **changes})
 
 
 def run(model: Path, output: Path, changes: dict[str, Any], **options: Any) -> JobReport:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbered_words import write_model
+from numbered_words import SMALL, write_model
 from tiny_models import CONFIGS
 from torch import Tensor
 from transformers import AutoConfig
@@ -21,17 +21,7 @@ from rotq.quantize.pipeline import quantize_model
 from rotq.recipe import load_recipe
 from rotq.report import JobReport
 
-SMALL = {
-    "calibration.num_samples": 3,
-    "calibration.seq_len": 24,
-    "calibration.batch_size": 2,
-    "weights.bits": 4,
-    "weights.group_size": 16,
-    "weights.group_fallback": "auto",
-    "output.format": "rotq",
-    "solver.target_correction": 0.5,
-    "tuning.steps": 2,
-}
+IN_ROTQ = {**SMALL, "weights.group_fallback": "auto", "output.format": "rotq"}
 
 pytestmark = pytest.mark.usefixtures("reloaded_here", "numbered_words")
 
@@ -59,7 +49,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
 
 
 def run(model: Path, output: Path, dtype: str = "auto", **changes: Any) -> JobReport:
-    values = {**SMALL, "calibration.source": str(model / "text.txt"), **changes}
+    values = {**IN_ROTQ, "calibration.source": str(model / "text.txt"), **changes}
     return quantize_model(model, load_recipe(None, values), output, dtype=dtype)
 
 

@@ -9,6 +9,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+SMALL = {
+    "calibration.num_samples": 3,
+    "calibration.seq_len": 24,
+    "calibration.batch_size": 2,
+    "weights.bits": 4,
+    "weights.group_size": 16,
+    "weights.outer_group_size": 16,
+    "solver.target_correction": 0.5,
+    "tuning.steps": 2,
+}
+"""A recipe for a job on such a model that takes a second."""
+
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """transformers would pick a class by model type."""
