@@ -97,13 +97,14 @@ def test_everything_a_recipe_can_ask_for(
     assert set(stored(tmp_path / "out").values()) == {"BF16"}
 
 
-def test_scales_of_a_packed_table_stay_as_the_recipe_has_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "short"), [("float16", "F16"), ("float32", "F32")])
+def test_scales_of_a_packed_table_stay_as_the_recipe_has_them(
+    name: str, short: str, tmp_path: Path
+) -> None:
     model = write_model("llama", tmp_path / "model", torch.bfloat16)
-    run(model, tmp_path / "out", **{"weights.embedding": 6})
-    scales = {
-        e.dtype for e in read_entries(tmp_path / "out/model.safetensors") if "scale" in e.name
-    }
-    assert scales == {"F16"}
+    run(model, tmp_path / "out", **{"weights.embedding": 6, "weights.scale_dtype": name})
+    entries = read_entries(tmp_path / "out/model.safetensors")
+    assert {entry.dtype for entry in entries if "scale" in entry.name} == {short}
 
 
 def test_fp16_too(tmp_path: Path, computed: set[torch.dtype]) -> None:

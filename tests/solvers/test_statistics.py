@@ -20,6 +20,19 @@ def test_moments_equal_their_definition_over_batches():
     assert moments.tokens == 50
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_hessian_of_which_a_half_is_summed_is_whole(settled):
+    K = 520  # from 512 on
+    x_MK, moments = torch.randn(9, K), Moments(K, cross=False, device=torch.device("cpu"))
+    moments.add(x_MK[:4], None, None)
+    moments.add(x_MK[4:], None, None)
+    if settled:
+        moments.settle()
+    found_KK = moments.hessian_sum_KK if settled else moments.hessian_KK()
+    assert torch.equal(found_KK, found_KK.T)
+    torch.testing.assert_close(found_KK, x_MK.T @ x_MK / 9)
+
+
 def test_equal_weights_are_no_weights():
     x_MK = torch.randn(30, 6)
     plain, weighted = (Moments(6, cross=False, device=torch.device("cpu")) for _ in range(2))
