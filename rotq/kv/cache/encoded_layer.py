@@ -27,11 +27,9 @@ from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
 
-POSTPONED = 16
-"""Up to so many columns are left to be coded with those of other layers."""
-
-BATCHED = ("cpu", "cuda")
-"""Devices on which they are."""
+POSTPONED = {"cpu": 128, "cuda": 16}
+"""Up to so many columns are left to be coded with those of other layers, by device: those of a
+decode step, and of a pass over a prompt where coding it is many small operations."""
 
 
 class EncodedLayer(CacheLayerMixin):
@@ -150,7 +148,7 @@ class EncodedLayer(CacheLayerMixin):
                 layout.encode_position_BE[:, first],
                 layout.encode_slot_BE[:, first] >= 0,
             )
-        if k_BHED.device.type in BATCHED and 0 < k_BHED.shape[2] <= POSTPONED:
+        if 0 < k_BHED.shape[2] <= POSTPONED.get(k_BHED.device.type, 0):
             self.uncoded = k_BHED, v_BHED
             return
         self._encode_now(layout, k_BHED, v_BHED)

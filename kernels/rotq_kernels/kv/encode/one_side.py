@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rotq_kernels.kv.encode.native_search import search_codes_native, searches_rows_natively
 from rotq_kernels.kv.encode.search import search_codes
 from rotq_kernels.kv.format import (
     TABLE_BITS,
@@ -107,6 +108,16 @@ def _searched(
 ) -> tuple[Tensor, Tensor]:
     """Codes that are better together, and their scale; rows whose steps are tiny stay."""
     assert side.metric_HDD is not None
+    if bits <= TABLE_BITS and searches_rows_natively(y_BHTD):
+        return search_codes_native(
+            y_BHTD,
+            codes_BHTD,
+            side.metric_HDD,
+            side.unit_H,
+            side.search,
+            side.thresholds_HL,
+            level_values(side.levels_HL, bits),
+        )
     return search_codes(
         y_BHTD,
         codes_BHTD,
@@ -197,7 +208,10 @@ def dequantize_residual(
 
 def rotate(x_BHTD: Tensor, side: SideConstants) -> Tensor:
     """y = A x in fp32."""
-    return x_BHTD.float() @ side.matrix_HDD.mT
+    # a sequence at a time: matmul would copy A for each of them, and as rows of one product they
+    # would have other roundings in other company
+    # [H, T, D] @ [H, D, D]
+    return torch.stack([x_HTD @ side.matrix_HDD.mT for x_HTD in x_BHTD.float()])
 
 
 def side_levels(codes_BHTD: Tensor, side: SideConstants, bits: int) -> Tensor:
