@@ -60,11 +60,14 @@ def packed_attention(
     _check_integers(q_BMTD, position_BT, history)
     if history.window < 0:
         raise ValueError(f"window must be 0 (none) or positive, got {history.window}")
+    # what the operator would do, without taking the history apart and putting it together
+    is_direct = type(q_BMTD) is Tensor and not torch.compiler.is_compiling()
     if not q_BMTD.is_cuda:
+        if is_direct and q_BMTD.device.type == "cpu" and not q_BMTD.requires_grad:
+            return packed_attention_cpu(q_BMTD, position_BT, history, scale=scale)
         return _op(q_BMTD, position_BT, scale, [], *flatten_history(history))
     tables = step_tables(q_BMTD, history)
-    if type(q_BMTD) is Tensor and not torch.compiler.is_compiling():
-        # what the operator would do, without taking the history apart and putting it together
+    if is_direct:
         return packed_attention_triton(q_BMTD, position_BT, history, scale=scale, tables=tables)
     return _op(q_BMTD, position_BT, scale, tables.flat(), *flatten_history(history))
 
