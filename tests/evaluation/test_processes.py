@@ -6,32 +6,44 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner, Result
 from tiny_jobs import make_checkpoint
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.calibration.texts import read_text
+from rotq.cli.main import main
 
 SHARED = ["--num-processes", "2"]
 
 
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``rotq eval`` in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", "rotq", "eval", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this process, and in those that it starts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments: str | Path) -> Result:
+    """``rotq eval`` in this process, which leads those that it starts."""
+    command = ["eval", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rotq", *command])
+        return CliRunner().invoke(main, command, prog_name="rotq")
 
 
 def figures(*arguments: str | Path) -> dict[str, Any]:
     done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -103,5 +115,5 @@ def test_what_cannot_be_shared_is_refused(
 ) -> None:
     text = ["--text", folder / "text.txt", "--seq-len", "64"]
     done = run("ppl", folder / "model", *text, *more)
-    assert done.returncode == code, done.stderr
+    assert done.exit_code == code, done.stderr
     assert message in done.stderr
