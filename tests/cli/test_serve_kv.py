@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from fork_server import Fork, ForkServer
 from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
@@ -85,18 +86,10 @@ class Server:
 
 
 class Process(Server):
-    """A server of its own."""
+    """One of its own: of Python, or a fork of what has imported everything."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "rotq", "serve-kv", str(folder), "--port", "0", "--json"]
-        self.process = subprocess.Popen(
-            [*command, "--kv-memory", "2MiB", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-        )
+    def __init__(self, process: subprocess.Popen[str] | Fork) -> None:
+        self.process = process
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.process.stderr and self.process.stderr.read()
@@ -105,7 +98,8 @@ class Process(Server):
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Exit code and what was said on stderr."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate()
+        assert self.process.returncode is not None
         return self.process.returncode, said
 
     def stats(self) -> dict[str, Any]:
@@ -128,13 +122,27 @@ def unread_stream(server: Process, body: dict[str, Any]) -> socket.socket:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Process]:
-    process = Process(folder, *arguments, **environment)
+def serving(
+    folder: Path, *arguments: str, forks: ForkServer | None = None, **environment: str
+) -> Iterator[Process]:
+    command = ["serve-kv", str(folder), "--port", "0", "--json", "--kv-memory", "2MiB", *arguments]
+    process: subprocess.Popen[str] | Fork
+    if forks is not None:
+        process = forks.start("rotq", command, **environment)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rotq", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+        )
     try:
-        yield process
+        yield Process(process)
     finally:
-        process.process.kill()
-        process.process.communicate()
+        process.kill()
+        process.communicate()
 
 
 Asked = Callable[..., tuple[httpx.Response, str]]
@@ -164,9 +172,10 @@ def asked_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
         yield asked
 
 
-def test_it_serves_and_drains(folder: Path) -> None:
+def test_it_serves_and_drains(folder: Path, fresh_processes: ForkServer) -> None:
     """On the loopback, under another name, with a key from the environment."""
-    with serving(folder, "--model-name", "other", ROTQ_API_KEY="right") as server:
+    name = ["--model-name", "other"]
+    with serving(folder, *name, forks=fresh_processes, ROTQ_API_KEY="right") as server:
         assert server.url.startswith("http://127.0.0.1:")
         assert server.facts["model"] == "other"
         assert server.facts["kv"] == "k3v3"
@@ -187,8 +196,9 @@ def test_it_serves_and_drains(folder: Path) -> None:
         assert "Traceback" not in said
 
 
-def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
-    with serving(folder, "--drain-timeout", "0.2", "--kv", "dense") as server:
+def test_what_does_not_end_in_time_gets_an_error(folder: Path, fresh_processes: ForkServer) -> None:
+    dense = ["--drain-timeout", "0.2", "--kv", "dense"]
+    with serving(folder, *dense, forks=fresh_processes) as server:
         assert server.facts["kv"] == "dense"
         found: list[httpx.Response] = []
         body = {"max_tokens": 600, "ignore_eos": True, "n": 16}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from fork_server import ForkServer
 from tiny_jobs import make_checkpoint
 from tiny_served import byte_tokenizer, served_model
 
@@ -77,7 +76,9 @@ def test_questions_shared_have_the_same_figures(folder: Path) -> None:
     assert alone["tasks"][0]["rows"] == 5
 
 
-def test_ranks_of_a_launcher_print_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_launcher_print_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fresh_processes: ForkServer
+) -> None:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -87,13 +88,7 @@ def test_ranks_of_a_launcher_print_once(folder: Path, monkeypatch: pytest.Monkey
     }
     arguments = ["ppl", folder / "model", "--text", folder / "text.txt", "--seq-len", "64"]
     arguments += ["--windows", "2"]
-    other = subprocess.Popen(
-        [sys.executable, "-m", "rotq", "eval", *map(str, arguments)],
-        env={**os.environ, **shared, "RANK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    other = fresh_processes.start("rotq", ["eval", *map(str, arguments)], **shared, RANK="1")
     for key, value in {**shared, "RANK": "0"}.items():
         monkeypatch.setenv(key, value)
     first = run(*arguments)

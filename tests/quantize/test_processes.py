@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import rank_jobs
 import torch
 import torch.distributed as dist
+from fork_server import ForkServer
 from safetensors.torch import load_file
 from tiny_jobs import make_checkpoint, quantize
 
@@ -23,10 +22,8 @@ from rotq.processes import joined, launched
 from rotq.ranks import Ranks
 from rotq_kernels.rounding import native
 
-SUPPORT = Path(rank_jobs.__file__)
 
-
-def launch(model: Path, out: Path) -> None:
+def launch(forks: ForkServer, model: Path, out: Path) -> None:
     """The jobs by two processes, this one and another, as a launcher lets them find each other."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -36,22 +33,18 @@ def launch(model: Path, out: Path) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    other = subprocess.Popen(
-        [sys.executable, str(SUPPORT), str(model), str(out)],
-        env={**os.environ, **shared, "RANK": "1"},
-        stderr=subprocess.PIPE,
-    )
+    other = forks.start("rank_jobs", [str(model), str(out)], **shared, RANK="1")
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {**shared, "RANK": "0"}.items():
             patch.setenv(key, value)
         with joined(1, []) as ranks:
             rank_jobs.run(model, out, ranks=ranks)
-    said = other.communicate()[1].decode()
+    said = other.communicate()
     assert other.returncode == 0, said
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, fresh_processes: ForkServer) -> Path:
     """Folders "1" and "2" with the jobs of as many processes."""
     folder = tmp_path_factory.mktemp("ranks")
     model = make_checkpoint(folder / "model", num_layers=2)
@@ -60,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # which these jobs set, and others in this process must find as they are
         patch.setattr(rotq.quantize.publish, "check_reload", rotq.quantize.publish.check_reload)
         patch.setattr(native, "NATIVE_FROM", native.NATIVE_FROM)
-        launch(model, folder / "2")
+        launch(fresh_processes, model, folder / "2")
         rank_jobs.run(model, folder / "1")
     return folder
 
