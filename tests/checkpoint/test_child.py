@@ -37,6 +37,16 @@ def test_forks_are_fresh_processes(
         assert said in done.stderr
 
 
+def test_a_fork_goes_on_by_itself(server: ForkServer) -> None:
+    process = server.start("rotq", ["--version"])
+    out, err = process.communicate()
+    assert out.startswith("rotq, version")
+    assert (err, process.returncode) == ("", 0)
+    told = server.start("rotq", ["no-such-command"], COLUMNS="60")
+    assert "no-such-command" in told.communicate()[1]
+    assert told.returncode == 2
+
+
 def test_the_module_that_users_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_run", really)
     assert child.run_module("rotq", ["--version"], doing="asking").startswith("rotq, version")

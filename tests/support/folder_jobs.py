@@ -114,7 +114,7 @@ def _run(action: Callable[[], None], number: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     # a kill loses nothing of what the system was told; only a power failure would
-    os.fsync = lambda _: None
+    os.fsync = lambda _: None  # type: ignore[assignment]
     sys.addaudithook(count)
     try:
         action()
