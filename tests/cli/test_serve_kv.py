@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -86,9 +85,9 @@ class Server:
 
 
 class Process(Server):
-    """One of its own: of Python, or a fork of what has imported everything."""
+    """One in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str] | Fork) -> None:
+    def __init__(self, process: Fork) -> None:
         self.process = process
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -123,21 +122,10 @@ def unread_stream(server: Process, body: dict[str, Any]) -> socket.socket:
 
 @contextmanager
 def serving(
-    folder: Path, *arguments: str, forks: ForkServer | None = None, **environment: str
+    forks: ForkServer, folder: Path, *arguments: str, **environment: str
 ) -> Iterator[Process]:
     command = ["serve-kv", str(folder), "--port", "0", "--json", "--kv-memory", "2MiB", *arguments]
-    process: subprocess.Popen[str] | Fork
-    if forks is not None:
-        process = forks.start("rotq", command, **environment)
-    else:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rotq", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-        )
+    process = forks.start("rotq", command, **environment)
     try:
         yield Process(process)
     finally:
@@ -175,7 +163,7 @@ def asked_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
 def test_it_serves_and_drains(folder: Path, fresh_processes: ForkServer) -> None:
     """On the loopback, under another name, with a key from the environment."""
     name = ["--model-name", "other"]
-    with serving(folder, *name, forks=fresh_processes, ROTQ_API_KEY="right") as server:
+    with serving(fresh_processes, folder, *name, ROTQ_API_KEY="right") as server:
         assert server.url.startswith("http://127.0.0.1:")
         assert server.facts["model"] == "other"
         assert server.facts["kv"] == "k3v3"
@@ -198,7 +186,7 @@ def test_it_serves_and_drains(folder: Path, fresh_processes: ForkServer) -> None
 
 def test_what_does_not_end_in_time_gets_an_error(folder: Path, fresh_processes: ForkServer) -> None:
     dense = ["--drain-timeout", "0.2", "--kv", "dense"]
-    with serving(folder, *dense, forks=fresh_processes) as server:
+    with serving(fresh_processes, folder, *dense) as server:
         assert server.facts["kv"] == "dense"
         found: list[httpx.Response] = []
         body = {"max_tokens": 600, "ignore_eos": True, "n": 16}
@@ -326,10 +314,12 @@ def test_results_that_round_keys_and_values_are_served(tmp_path: Path, asked_her
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT] * 4])
-def test_more_signals_end_it_without_a_traceback(folder: Path, signals: list[int]) -> None:
+def test_more_signals_end_it_without_a_traceback(
+    folder: Path, signals: list[int], fresh_processes: ForkServer
+) -> None:
     """Streams are under way, of which one has a client that does not read."""
     body = {"prompt": "a", "max_tokens": 600, "stream": True, "ignore_eos": True, "n": 8}
-    with serving(folder, "--drain-timeout", "60", "--kv", "dense") as server:
+    with serving(fresh_processes, folder, "--drain-timeout", "60", "--kv", "dense") as server:
         found: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: found.append(server.ask(**body)))
         thread.start()

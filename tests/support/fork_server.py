@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -45,7 +45,7 @@ class ForkServer:
             )
         with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            number = self.ask(module, list(arguments), str(Path.cwd()), str(out), str(err), {})
+            number = self.ask(module, list(arguments), str(Path.cwd()), str(out), str(err), None)
             return CompletedProcess(command, self.ask(number), out.read_text(), err.read_text())
 
     def start(self, module: str, arguments: Sequence[str], **environment: str) -> Fork:
@@ -105,15 +105,24 @@ class Fork:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self) -> tuple[str, str]:
-        """What is left to read, once the process has ended."""
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """What is left to read, once the process has ended.
+
+        Raises:
+            TimeoutError: it did not end, and was killed.
+        """
         if self.returncode is not None:
             return "", ""
-        with ThreadPoolExecutor(1) as pool, self.stdout, self.stderr:
-            said = pool.submit(self.stderr.read)
-            found = self.stdout.read(), said.result()
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            reads = [pool.submit(pipe.read) for pipe in (self.stdout, self.stderr)]
+            late = wait(reads, timeout).not_done
+            if late:
+                self.kill()
+        out, err = (read.result() for read in reads)
         self.returncode = self._server.ask(self.pid)
-        return found
+        if late:
+            raise TimeoutError(f"process {self.pid} did not end; it said {out!r} and {err!r}")
+        return out, err
 
 
 def _decisive(environment: Mapping[str, str]) -> dict[str, str]:
@@ -156,11 +165,12 @@ def _become(
     folder: str,
     out: str,
     err: str,
-    environment: dict[str, str],
+    environment: dict[str, str] | None,
 ) -> None:
-    """Does not return."""
+    """Does not return; without an environment it leaves at once, otherwise as Python does."""
     os.chdir(folder)
-    os.environ.update(environment)
+    os.environ.update(environment or {})
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # requests are for others
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv[1:] = arguments
@@ -176,6 +186,8 @@ def _become(
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if environment is not None:
+        sys.exit(status)
     os._exit(status)
 
 
