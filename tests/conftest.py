@@ -35,7 +35,7 @@ def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _fresh_processes(_user_cache: None) -> Iterator[None]:
+def fresh_processes(_user_cache: None) -> Iterator[ForkServer]:
     """Modules that jobs run in fresh processes need not import everything anew, each for seconds.
 
     tests/checkpoint/test_child.py runs the same ones as users do.
@@ -43,7 +43,7 @@ def _fresh_processes(_user_cache: None) -> Iterator[None]:
     server = ForkServer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotq.checkpoint.child, "_run", server.run)
-        yield
+        yield server
     server.close()
 
 

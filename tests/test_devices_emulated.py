@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from emulated_device import Emulated, emulated, moved
-from tiny_jobs import make_checkpoint
 from tiny_models import VOCAB, tiny_model
 from tiny_proteins import esm_tokenizer, sequences
 
@@ -23,8 +22,6 @@ from rotq.evaluation.representations import OriginalBasis, compare_representatio
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.calibration.calibrate import calibrate
 from rotq.kv.presets import preset
-from rotq.quantize.pipeline import quantize_model
-from rotq.recipe import Given, resolve
 from rotq.solvers.gptq import eliminate
 from rotq.solvers.statistics import corrected_target
 
@@ -97,65 +94,6 @@ def test_proteins(name: str, tmp_path: Path) -> None:
             )
 
 
-def test_a_job(tmp_path: Path) -> None:
-    """Rotations, moments and the solver on a GPU give what they give on the CPU."""
-    small = {"calibration.num_samples": 2, "calibration.seq_len": 32}
-    given = [Given(key=key, value=value, origin="test") for key, value in small.items()]
-    recipe = resolve(Path(__file__).parents[1] / "configs" / "quarot.yaml", given)
-    model = make_checkpoint(tmp_path / "model", num_layers=1)
-    quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
-    with emulated("cuda:0"):
-        quantize_model(model, recipe, tmp_path / "cuda", device="cuda:0")
-    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("cuda", "cpu"))
-    assert ours.read_bytes() == theirs.read_bytes()
-
-
-def test_a_job_without_double(tmp_path: Path) -> None:
-    """Rotations are fused and checked on the CPU; what comes out is the same model."""
-    small = {"calibration.num_samples": 1, "calibration.seq_len": 16}
-    changes = {**small, "rotation.residual": "hadamard", "rotation.down": "hadamard"}
-    given = [Given(key=key, value=value, origin="test") for key, value in changes.items()]
-    given.append(Given(key="output.format", value="rotq", origin="test"))
-    recipe = resolve(Path(__file__).parents[1] / "configs" / "rtn.yaml", given)
-    model = make_checkpoint(tmp_path / "model", num_layers=1)
-    theirs = quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
-    with emulated("mps"):
-        ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
-    for found, expected in zip(ours.layers, theirs.layers, strict=True):
-        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-
-
-JOBS: dict[str, tuple[str, dict[str, object]]] = {
-    "tuned": ("w3", {"tuning.steps": 3, "tuning.seq_len": 16}),
-    "codes": ("w3", {"tuning.steps": 0, "tuning.code_steps": 2}),
-    "gradients": ("gptq", {"importance.strategy": "gradient"}),
-    "mixed": ("gptq", {"weights.average_bits": 4.0, "weights.group_size": 16}),
-    "online": ("quarot-w4a4kv4", {}),
-}
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_every_kind_of_job_without_double(name: str, tmp_path: Path) -> None:
-    """Training, gradients and mixed bits compute there what the CPU computes.
-
-    Bit by bit on most processors; on an Intel Xeon with AMX a product's last bit depends on where
-    its operands lie, which moves codes near a tie and all that comes after them: a single layer's
-    loss by 14 % where inputs have 4 bits, that of all by a tenth of it.
-    """
-    config, changes = JOBS[name]
-    small = {"calibration.num_samples": 2, "calibration.seq_len": 32, "output.format": "rotq"}
-    given = [Given(key=k, value=v, origin="test") for k, v in (small | changes).items()]
-    recipe = resolve(Path(__file__).parents[1] / "configs" / f"{config}.yaml", given)
-    model = make_checkpoint(tmp_path / "model", num_layers=1)
-    theirs = quantize_model(model, recipe, tmp_path / "cpu", device="cpu")
-    with emulated("mps"):
-        ours = quantize_model(model, recipe, tmp_path / "mps", device="mps")
-    assert [layer.name for layer in ours.layers] == [layer.name for layer in theirs.layers]
-    assert ours.layers[0].loss == pytest.approx(theirs.layers[0].loss, rel=0.02)
-    found, expected = (sum(layer.loss for layer in each.layers) for each in (ours, theirs))
-    assert found == pytest.approx(expected, rel=0.1)
-
-
 def test_solving_without_double() -> None:
     """Factors are the CPU's, and come back to where the Hessian is."""
     x_MK = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
@@ -170,14 +108,6 @@ def test_solving_without_double() -> None:
         for ours, expected in (*pairs, (found.spread[0], factored.spread[0])):
             assert ours.device.type == "mps"
             assert torch.equal(ours.cpu(), expected)
-
-
-def test_a_search_without_double_is_refused(tmp_path: Path) -> None:
-    recipe = resolve(Path(__file__).parents[1] / "configs" / "spinquant.yaml", [])
-    model = make_checkpoint(tmp_path / "model", num_layers=1)
-    with emulated("mps"), pytest.raises(RotqError, match=r"--device mps has no fp64, which transf"):
-        quantize_model(model, recipe, tmp_path / "out", device="mps")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_packed_cache_without_kernels_is_refused() -> None:

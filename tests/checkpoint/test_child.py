@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,23 @@ def test_forks_are_fresh_processes(
         done = run(module, arguments, dict(os.environ))
         assert done.returncode == status
         assert said in done.stderr
+
+
+def test_a_fork_goes_on_by_itself(server: ForkServer) -> None:
+    process = server.start("rotq", ["--version"])
+    out, err = process.communicate()
+    assert out.startswith("rotq, version")
+    assert (err, process.returncode) == ("", 0)
+    told = server.start("rotq", ["no-such-command"], COLUMNS="60")
+    assert "no-such-command" in told.communicate()[1]
+    assert told.returncode == 2
+
+
+def test_a_fork_that_does_not_end_is_killed(server: ForkServer) -> None:
+    process = server.start("http.server", ["0", "--bind", "127.0.0.1"])
+    with pytest.raises(TimeoutError, match="did not end"):
+        process.communicate(timeout=0.5)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_the_module_that_users_run(monkeypatch: pytest.MonkeyPatch) -> None:

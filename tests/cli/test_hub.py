@@ -86,14 +86,13 @@ def test_another_commit_is_another_job(model: Path, hub: Hub, tmp_path: Path) ->
     shutil.copytree(model, changed)
     (changed / "NOTES.md").write_text("another commit, with the same weights")
     commit = hub.add(REPO, changed)
-    command += ["--resume", "required"]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
+    again = [*RTN, "-o", out, "--resume", "required"]
+    refused = quantize(REPO, *again)
+    assert refused.exit_code == 1
     assert "holds a job with another commit; use --resume never" in refused.stderr
     first = next(iter(hub.commits[REPO]))
-    command[4] = f"{REPO}@{first}"
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = quantize(f"{REPO}@{first}", *again)
+    assert resumed.exit_code == 0, resumed.stderr
     assert commit not in (out / "rotq_provenance.json").read_text()
 
 

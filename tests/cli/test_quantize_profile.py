@@ -14,7 +14,7 @@ PHASES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("profiled") / "model")
+    return make_checkpoint(tmp_path_factory.mktemp("profiled") / "model", num_layers=1)
 
 
 def test_a_job_s_phases_are_in_the_table_and_the_trace(model: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from fork_server import Fork, ForkServer
 from tiny_checkpoints import W4, write_checkpoint
 from tiny_jobs import load_script
 from tiny_served import byte_tokenizer, served_model
@@ -69,33 +70,35 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-class Process:
-    """A server of its own."""
+class Server:
+    """One that takes requests."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "rotq", "serve-kv", str(folder), "--port", "0", "--json"]
-        self.process = subprocess.Popen(
-            [*command, "--kv-memory", "2MiB", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.process.stderr and self.process.stderr.read()
-        self.facts: dict[str, Any] = json.loads(line)
-        self.url = self.facts["address"]
+    facts: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        return str(self.facts["address"])
 
     def ask(self, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         asked = {"model": self.facts["model"], "prompt": "Hello", "temperature": 0, **body}
         return httpx.post(f"{self.url}/v1/completions", json=asked, headers=headers, timeout=60)
 
+
+class Process(Server):
+    """One in a process of its own."""
+
+    def __init__(self, process: Fork) -> None:
+        self.process = process
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr and self.process.stderr.read()
+        self.facts = json.loads(line)
+
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Exit code and what was said on stderr."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate()
+        assert self.process.returncode is not None
         return self.process.returncode, said
 
     def stats(self) -> dict[str, Any]:
@@ -118,18 +121,49 @@ def unread_stream(server: Process, body: dict[str, Any]) -> socket.socket:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Process]:
-    process = Process(folder, *arguments, **environment)
+def serving(
+    forks: ForkServer, folder: Path, *arguments: str, **environment: str
+) -> Iterator[Process]:
+    command = ["serve-kv", str(folder), "--port", "0", "--json", "--kv-memory", "2MiB", *arguments]
+    process = forks.start("rotq", command, **environment)
     try:
-        yield process
+        yield Process(process)
     finally:
-        process.process.kill()
-        process.process.communicate()
+        process.kill()
+        process.communicate()
 
 
-def test_it_serves_and_drains(folder: Path) -> None:
+Asked = Callable[..., tuple[httpx.Response, str]]
+
+
+@pytest.fixture
+def asked_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    """What the command answers in this process, and what it says on stderr until SIGTERM."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def asked(folder: Path, *arguments: str, **body: Any) -> tuple[httpx.Response, str]:
+            found: list[Future[httpx.Response]] = []
+
+            def once(address: str, facts: dict[str, Any], _: bool) -> str:
+                server = Server()
+                server.facts = {"address": address, **facts}
+                found.append(pool.submit(server.ask, **body))
+                found[0].add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+                return ""
+
+            monkeypatch.setattr(serve_kv, "_ready_line", once)
+            command = ["serve-kv", folder, "--port", "0", "--kv-memory", "2MiB", *arguments]
+            result = run(*command)
+            assert result.exit_code == 0, result.stderr
+            return found[0].result(), result.stderr
+
+        yield asked
+
+
+def test_it_serves_and_drains(folder: Path, fresh_processes: ForkServer) -> None:
     """On the loopback, under another name, with a key from the environment."""
-    with serving(folder, "--model-name", "other", ROTQ_API_KEY="right") as server:
+    name = ["--model-name", "other"]
+    with serving(fresh_processes, folder, *name, ROTQ_API_KEY="right") as server:
         assert server.url.startswith("http://127.0.0.1:")
         assert server.facts["model"] == "other"
         assert server.facts["kv"] == "k3v3"
@@ -137,7 +171,7 @@ def test_it_serves_and_drains(folder: Path) -> None:
         key = {"authorization": "Bearer right"}
         assert server.ask(key, max_tokens=3).is_success
         found: list[httpx.Response] = []
-        body = {"max_tokens": 400, "ignore_eos": True}
+        body = {"max_tokens": 200, "ignore_eos": True}
         thread = threading.Thread(target=lambda: found.append(server.ask(key, **body)))
         thread.start()
         while httpx.get(f"{server.url}/stats", headers=key).json()["running"] == 0:
@@ -145,13 +179,14 @@ def test_it_serves_and_drains(folder: Path) -> None:
         code, said = server.end()
         thread.join()
         assert code == 0
-        assert found[0].json()["usage"]["completion_tokens"] == 400
+        assert found[0].json()["usage"]["completion_tokens"] == 200
         assert server.facts["calibrated"]
         assert "Traceback" not in said
 
 
-def test_what_does_not_end_in_time_gets_an_error(folder: Path) -> None:
-    with serving(folder, "--drain-timeout", "0.2", "--kv", "dense") as server:
+def test_what_does_not_end_in_time_gets_an_error(folder: Path, fresh_processes: ForkServer) -> None:
+    dense = ["--drain-timeout", "0.2", "--kv", "dense"]
+    with serving(fresh_processes, folder, *dense) as server:
         assert server.facts["kv"] == "dense"
         found: list[httpx.Response] = []
         body = {"max_tokens": 600, "ignore_eos": True, "n": 16}
@@ -209,14 +244,13 @@ def saved(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_advice_works(tmp_path: Path) -> None:
+def test_advice_works(tmp_path: Path, asked_here: Asked) -> None:
     """A head width that no packed cache has: what the refusal says to do can be done."""
     path = saved(tmp_path / "narrow")
     result = run("serve-kv", path)
     assert result.exit_code == 1
     assert "--kv dense serves it" in result.stderr.splitlines()[-1]
-    with serving(path, "--kv", "dense") as server:
-        assert server.ask(max_tokens=2).is_success
+    assert asked_here(path, "--kv", "dense", max_tokens=2)[0].is_success
     # and where it could not, nothing is advised
     heads = {"num_attention_heads": 3, "num_key_value_heads": 2, "hidden_size": 48}
     uneven = saved(tmp_path / "uneven", **heads)
@@ -247,10 +281,12 @@ def test_caches_are_refused_before_the_model_is_looked_for(
 
 
 @pytest.mark.parametrize("sinks", [0, 1])
-def test_a_server_keeps_as_many_sinks_whole_as_asked(folder: Path, sinks: int) -> None:
+def test_a_server_keeps_as_many_sinks_whole_as_asked(
+    folder: Path, sinks: int, asked_here: Asked
+) -> None:
     chosen = ["--kv", "k2v2", "--kv-calibration", "none", "--sinks", str(sinks)]
-    with serving(folder, *chosen) as server:
-        answer = server.ask(prompt="a cat sat on the mat" * 2, max_tokens=8, ignore_eos=True)
+    body = {"prompt": "a cat sat on the mat" * 2, "max_tokens": 8, "ignore_eos": True}
+    answer, _ = asked_here(folder, *chosen, **body)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     spec = dataclasses.replace(preset("k2v2"), sinks=sinks)
     cache = PackedCache(model, data_oblivious(model.config, spec))
@@ -263,7 +299,7 @@ def test_a_server_keeps_as_many_sinks_whole_as_asked(folder: Path, sinks: int) -
     assert answer.json()["choices"][0]["text"] == text
 
 
-def test_results_that_round_keys_and_values_are_served(tmp_path: Path) -> None:
+def test_results_that_round_keys_and_values_are_served(tmp_path: Path, asked_here: Asked) -> None:
     path = saved(tmp_path / "model", head_dim=16, num_key_value_heads=2)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 100)
@@ -271,18 +307,19 @@ def test_results_that_round_keys_and_values_are_served(tmp_path: Path) -> None:
     made = run("quantize", path, "-c", "quarot-w4a4kv4", "-o", tmp_path / "out", *small)
     assert made.exit_code == 0, made.stderr
     for kv in ("k3v3", "dense"):
-        with serving(tmp_path / "out", "--kv", kv) as server:
-            assert server.ask(max_tokens=2).is_success
-            _, said = server.end()
-            assert ("in place of the model's own rounding" in said) == (kv != "dense")
-            assert "calibrate-kv" not in said
+        answer, said = asked_here(tmp_path / "out", "--kv", kv, max_tokens=2)
+        assert answer.is_success
+        assert ("in place of the model's own rounding" in said) == (kv != "dense")
+        assert "calibrate-kv" not in said
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT] * 4])
-def test_more_signals_end_it_without_a_traceback(folder: Path, signals: list[int]) -> None:
+def test_more_signals_end_it_without_a_traceback(
+    folder: Path, signals: list[int], fresh_processes: ForkServer
+) -> None:
     """Streams are under way, of which one has a client that does not read."""
     body = {"prompt": "a", "max_tokens": 600, "stream": True, "ignore_eos": True, "n": 8}
-    with serving(folder, "--drain-timeout", "60", "--kv", "dense") as server:
+    with serving(fresh_processes, folder, "--drain-timeout", "60", "--kv", "dense") as server:
         found: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: found.append(server.ask(**body)))
         thread.start()
@@ -422,13 +459,26 @@ def test_a_calibration_file_serves_other_bits_and_no_other_scheme(
     assert "does not serve turboesm" in result.stderr
 
 
-def test_a_short_soak() -> None:
+def test_a_short_soak(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The script of the long one; see docs/serving.md for what that found."""
-    command = [sys.executable, str(ROOT / "scripts" / "soak_serve.py")]
-    command += ["--seconds", "4", "--clients", "24", "--queue", "6", "--growth", "0.5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    load_script("train_tiny")
+    soak = load_script("soak_serve")
+    arguments = ["--seconds", "3", "--clients", "24", "--queue", "6", "--growth", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["soak_serve.py", *arguments])
+    monkeypatch.chdir(ROOT)
+    servers, start = [], soak.start
+
+    def started(*given: Any) -> Any:
+        servers.append(start(*given))
+        return servers[0]
+
+    monkeypatch.setattr(soak, "start", started)
+    with pytest.raises(SystemExit) as end:
+        soak.main()
+    servers[0][0].stdout.close()
+    shown = capsys.readouterr()
+    assert end.value.code == 0, shown.out + shown.err
+    found = json.loads(shown.out)
     assert found["problems"] == []
     assert found["outcomes"]["stream"] > 0
     assert found["outcomes"]["429"] > 0

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from click.testing import CliRunner, Result
+from fork_server import ForkServer
 from tiny_jobs import make_checkpoint
 from tiny_served import byte_tokenizer, served_model
 
 from rotq.calibration.texts import read_text
+from rotq.cli.main import main
 
 SHARED = ["--num-processes", "2"]
 
 
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``rotq eval`` in a process of its own, with one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", "rotq", "eval", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this process, and in those that it starts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments: str | Path) -> Result:
+    """``rotq eval`` in this process, which leads those that it starts."""
+    command = ["eval", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rotq", *command])
+        return CliRunner().invoke(main, command, prog_name="rotq")
 
 
 def figures(*arguments: str | Path) -> dict[str, Any]:
     done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -65,7 +76,9 @@ def test_questions_shared_have_the_same_figures(folder: Path) -> None:
     assert alone["tasks"][0]["rows"] == 5
 
 
-def test_ranks_of_a_launcher_print_once(folder: Path) -> None:
+def test_ranks_of_a_launcher_print_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fresh_processes: ForkServer
+) -> None:
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -74,21 +87,15 @@ def test_ranks_of_a_launcher_print_once(folder: Path) -> None:
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
     }
     arguments = ["ppl", folder / "model", "--text", folder / "text.txt", "--seq-len", "64"]
-    command = [sys.executable, "-m", "rotq", "eval", *map(str, arguments), "--windows", "2"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert "perplexity" in said[0][0]
-    assert said[1] == ("", "")
+    arguments += ["--windows", "2"]
+    other = fresh_processes.start("rotq", ["eval", *map(str, arguments)], **shared, RANK="1")
+    for key, value in {**shared, "RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    first = run(*arguments)
+    said = other.communicate()
+    assert (first.exit_code, other.returncode) == (0, 0), (first.stderr, said)
+    assert "perplexity" in first.stdout
+    assert said == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -103,5 +110,5 @@ def test_what_cannot_be_shared_is_refused(
 ) -> None:
     text = ["--text", folder / "text.txt", "--seq-len", "64"]
     done = run("ppl", folder / "model", *text, *more)
-    assert done.returncode == code, done.stderr
+    assert done.exit_code == code, done.stderr
     assert message in done.stderr

@@ -3,18 +3,20 @@
 import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from folder_jobs import finish_part, killed, opened, partial_of, run_job, weights_of
+from folder_jobs import Killer, finish_part, opened, partial_of, run_job, weights_of
 
 from rotq.errors import RotqError
 
 
-@pytest.fixture(autouse=True)
-def _unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill loses nothing of what the system was told; only a power failure would."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Killer]:
+    killer = Killer()
+    yield killer
+    killer.close()
 
 
 def weights(output: Path) -> str:
@@ -28,7 +30,7 @@ def moments(limit: int = 400):
         yield number
 
 
-def test_a_killed_job_continues_to_the_same_end(tmp_path: Path) -> None:
+def test_a_killed_job_continues_to_the_same_end(killed: Killer, tmp_path: Path) -> None:
     for number in moments():
         output = tmp_path / str(number) / "out"
         if not killed(functools.partial(run_job, output), number):
@@ -52,7 +54,7 @@ def unfinished(output: Path) -> None:
             finish_part(folder, name, f"{name} of 0;")
 
 
-def test_no_part_of_a_discarded_job_outlives_it(tmp_path: Path) -> None:
+def test_no_part_of_a_discarded_job_outlives_it(killed: Killer, tmp_path: Path) -> None:
     for number in moments():
         output = tmp_path / str(number) / "out"
         unfinished(output)
@@ -68,7 +70,7 @@ def test_no_part_of_a_discarded_job_outlives_it(tmp_path: Path) -> None:
     assert number > 40
 
 
-def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path: Path) -> None:
+def test_what_is_replaced_is_there_until_the_new_one_is(killed: Killer, tmp_path: Path) -> None:
     for number in moments():
         output = tmp_path / str(number) / "out"
         run_job(output, seed=0)
@@ -85,7 +87,7 @@ def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path: Path) -> None:
     assert number > 40
 
 
-def test_a_job_that_is_given_up_gives_the_replaced_one_back(tmp_path: Path) -> None:
+def test_a_job_that_is_given_up_gives_the_replaced_one_back(killed: Killer, tmp_path: Path) -> None:
     """Killed between the two renames, and then begun anew with another seed and refused."""
     for number in moments():
         output = tmp_path / str(number) / "out"

@@ -1,13 +1,10 @@
 """`rotq quantize` from end to end: bad input, a full disk, and signals in mid-job."""
 
 import json
-import os
 import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from fork_server import Fork, ForkServer
 from safetensors.torch import load_file, save_file
 from tiny_jobs import SMALL, W3, files_of, make_checkpoint, quantize
 from transformers import AutoModelForCausalLM
@@ -228,17 +226,9 @@ def test_full_disk(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors*"))
 
 
-def start(model: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+def start(server: ForkServer, model: Path, output: Path) -> Fork:
     """`rotq quantize` in a process of its own, that has finished its first block."""
-    arguments = [*map(str, (model, *W3, "-o", output)), *options]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rotq", "quantize", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert process.stderr is not None
+    process = server.start("rotq", ["quantize", *map(str, (model, *W3, "-o", output))])
     seen = []
     for line in process.stderr:
         seen.append(line)
@@ -259,32 +249,38 @@ def assert_continues(model: Path, output: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_job_continues(
-    model: Path, unbroken: Path, tmp_path: Path, number: signal.Signals
+    model: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    fresh_processes: ForkServer,
 ) -> None:
     output = tmp_path / "out"
-    process = start(model, output)
+    process = start(fresh_processes, model, output)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert out == ""
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 75
-        assert "rotq: error: stopped" in err
-        assert f"{output}.partial" in err
+    assert process.returncode == 75
+    assert "rotq: error: stopped" in err
+    assert f"{output}.partial" in err
     assert not output.exists()
     assert_continues(model, output, unbroken)
 
 
 @pytest.fixture(scope="module")
-def partial(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def partial(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, fresh_processes: ForkServer
+) -> Path:
     """The folder of a job that was killed after its first block."""
     output = tmp_path_factory.mktemp("killed") / "out"
-    process = start(model, output)
+    process = start(fresh_processes, model, output)
     process.kill()
-    process.communicate(timeout=60)
+    out, _ = process.communicate()
+    assert out == ""
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
     return output.with_name("out.partial")
 
 
@@ -293,6 +289,10 @@ def killed(partial: Path, tmp_path: Path) -> Path:
     """An output whose job was killed."""
     shutil.copytree(partial, tmp_path / "out.partial")
     return tmp_path / "out"
+
+
+def test_killed_job_continues(model: Path, unbroken: Path, killed: Path) -> None:
+    assert_continues(model, killed, unbroken)
 
 
 @pytest.mark.parametrize(

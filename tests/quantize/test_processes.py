@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,46 +10,51 @@ import pytest
 import rank_jobs
 import torch
 import torch.distributed as dist
+from fork_server import ForkServer
 from safetensors.torch import load_file
 from tiny_jobs import make_checkpoint, quantize
 
+import rotq.quantize.publish
+from rotq.calibration.texts import read_text
 from rotq.checkpoint.files import read_json
 from rotq.errors import RotqError
 from rotq.processes import joined, launched
 from rotq.ranks import Ranks
+from rotq_kernels.rounding import native
 
-SUPPORT = Path(rank_jobs.__file__)
 
-
-def launch(model: Path, out: Path, size: int) -> None:
-    """The jobs by ``size`` processes, which find each other as a launcher lets them."""
+def launch(forks: ForkServer, model: Path, out: Path) -> None:
+    """The jobs by two processes, this one and another, as a launcher lets them find each other."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
-        "WORLD_SIZE": str(size),
+        "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SUPPORT), str(model), str(out)],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(size)
-    ]
-    said = [rank.communicate()[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, said
+    other = forks.start("rank_jobs", [str(model), str(out)], **shared, RANK="1")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {**shared, "RANK": "0"}.items():
+            patch.setenv(key, value)
+        with joined(1, []) as ranks:
+            rank_jobs.run(model, out, ranks=ranks)
+    said = other.communicate()
+    assert other.returncode == 0, said
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, fresh_processes: ForkServer) -> Path:
     """Folders "1" and "2" with the jobs of as many processes."""
     folder = tmp_path_factory.mktemp("ranks")
     model = make_checkpoint(folder / "model", num_layers=2)
-    launch(model, folder / "2", 2)
-    rank_jobs.run(model, folder / "1")
+    (folder / "text.txt").write_text(read_text("pydoc").content[:20_000])
+    with pytest.MonkeyPatch.context() as patch:
+        # which these jobs set, and others in this process must find as they are
+        patch.setattr(rotq.quantize.publish, "check_reload", rotq.quantize.publish.check_reload)
+        patch.setattr(native, "NATIVE_FROM", native.NATIVE_FROM)
+        launch(fresh_processes, model, folder / "2")
+        rank_jobs.run(model, folder / "1")
     return folder
 
 

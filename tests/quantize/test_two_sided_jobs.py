@@ -16,6 +16,11 @@ pytest.importorskip("numba")
 SMALL = ["--calibration", "pydoc", "--num-samples", "4", "--seq-len", "32", "--json"]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("two_sided") / "model", num_layers=1)
+
+
 def run(model: Path, out: Path, preset: str, **changes: Any) -> Any:
     sets = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     options = [word for each in sets for word in ("--set", each)]
@@ -30,9 +35,10 @@ def run(model: Path, out: Path, preset: str, **changes: Any) -> Any:
         ("t3", {"weights__state_bits": 8}),
     ],
 )
-def test_a_job_ends_in_a_checkpoint_that_loads(preset: str, changes: Any, tmp_path: Path) -> None:
+def test_a_job_ends_in_a_checkpoint_that_loads(
+    preset: str, changes: Any, model: Path, tmp_path: Path
+) -> None:
     """The job itself compares what it reloads with what it made."""
-    model = make_checkpoint(tmp_path / "model")
     result = run(
         model, tmp_path / "out", preset, tuning__steps=2, solver__two_sided="true", **changes
     )
@@ -74,12 +80,10 @@ def test_an_exl3_file_is_refused() -> None:
 
 
 def test_without_native_code_it_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotq.job.plan.is_native", lambda: False)
-    result = run(
-        make_checkpoint(tmp_path / "model"), tmp_path / "out", "w3", solver__two_sided="true"
-    )
+    result = run(model, tmp_path / "out", "w3", solver__two_sided="true")
     assert result.exit_code == 2
     assert "solver.two_sided needs numba" in result.stderr
     assert not (tmp_path / "out.partial").exists()

@@ -1,9 +1,10 @@
 """Fresh processes that need not import torch and transformers: forks of one that has.
 
 ``ForkServer().run(module, arguments, environment)`` is ``python -m module`` in a process that has
-loaded a model of its own, which imports what loading needs, and has done nothing else. ``python
-fork_server.py`` is the process that forks: it reads a request per line, and answers with the exit
-status.
+loaded a model of its own, which imports what loading needs, and has done nothing else.
+``ForkServer().start(module, arguments)`` is one that goes on by itself. ``python fork_server.py``
+is the process that forks: it reads a request per line, and answers with the exit status or the
+number of the process.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -34,6 +37,23 @@ class ForkServer:
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> CompletedProcess[str]:
         """Where a test has changed the environment, which imports look at, really a new process."""
+        self._begin(environment)
+        command = [sys.executable, "-m", module, *arguments]
+        if _decisive(environment) != _decisive(self._environment):
+            return subprocess.run(
+                command, capture_output=True, text=True, env=dict(environment), check=False
+            )
+        with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            number = self.ask(module, list(arguments), str(Path.cwd()), str(out), str(err), None)
+            return CompletedProcess(command, self.ask(number), out.read_text(), err.read_text())
+
+    def start(self, module: str, arguments: Sequence[str], **environment: str) -> Fork:
+        """A process that the caller ends, with more in its environment."""
+        self._begin(os.environ)
+        return Fork(self, module, arguments, environment)
+
+    def _begin(self, environment: Mapping[str, str]) -> None:
         if self._process is None:
             self._environment = dict(environment)
             self._process = subprocess.Popen(
@@ -43,21 +63,12 @@ class ForkServer:
                 text=True,
                 env=self._environment,
             )
-        command = [sys.executable, "-m", module, *arguments]
-        if _decisive(environment) != _decisive(self._environment):
-            return subprocess.run(
-                command, capture_output=True, text=True, env=dict(environment), check=False
-            )
-        with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            status = self._ask(module, arguments, out, err)
-            return CompletedProcess(command, status, out.read_text(), err.read_text())
 
-    def _ask(self, module: str, arguments: Sequence[str], out: Path, err: Path) -> int:
+    def ask(self, *request: object) -> int:
+        """The number of a process that has begun; or, asked for that, its exit status."""
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = [module, list(arguments), str(Path.cwd()), str(out), str(err)]
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -65,6 +76,53 @@ class ForkServer:
     def close(self) -> None:
         if self._process is not None:
             self._process.communicate()  # it ends with its input
+
+
+class Fork:
+    """A process of a ``ForkServer``, with what tests take of ``Popen[str]``."""
+
+    def __init__(
+        self,
+        server: ForkServer,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.returncode: int | None = None
+        self._server = server
+        with tempfile.TemporaryDirectory(prefix="rotq-fork-") as folder:
+            pipes = [Path(folder, name) for name in ("out", "err")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            request = [module, list(arguments), str(Path.cwd()), *map(str, pipes)]
+            self.pid = server.ask(*request, dict(environment))
+            self.stdout, self.stderr = (pipe.open(encoding="utf-8") for pipe in pipes)
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """What is left to read, once the process has ended.
+
+        Raises:
+            TimeoutError: it did not end, and was killed.
+        """
+        if self.returncode is not None:
+            return "", ""
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            reads = [pool.submit(pipe.read) for pipe in (self.stdout, self.stderr)]
+            late = wait(reads, timeout).not_done
+            if late:
+                self.kill()
+        out, err = (read.result() for read in reads)
+        self.returncode = self._server.ask(self.pid)
+        if late:
+            raise TimeoutError(f"process {self.pid} did not end; it said {out!r} and {err!r}")
+        return out, err
 
 
 def _decisive(environment: Mapping[str, str]) -> dict[str, str]:
@@ -90,17 +148,29 @@ def _serve() -> None:
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         _load_a_model()
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            _become(*json.loads(line))
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        request = json.loads(line)
+        if len(request) == 1:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request[0], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(*request)
+        sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
 
-def _become(module: str, arguments: list[str], folder: str, out: str, err: str) -> None:
-    """Does not return."""
+def _become(
+    module: str,
+    arguments: list[str],
+    folder: str,
+    out: str,
+    err: str,
+    environment: dict[str, str] | None,
+) -> None:
+    """Does not return; without an environment it leaves at once, otherwise as Python does."""
     os.chdir(folder)
+    os.environ.update(environment or {})
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # requests are for others
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv[1:] = arguments
@@ -116,6 +186,8 @@ def _become(module: str, arguments: list[str], folder: str, out: str, err: str) 
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if environment is not None:
+        sys.exit(status)
     os._exit(status)
 
 

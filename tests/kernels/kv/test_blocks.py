@@ -1,5 +1,6 @@
 """Pages that are parts of larger blocks, and packed tokens that are hidden."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -75,9 +76,14 @@ def test_tokens_are_written_into_blocks(name: str, encode: Encode) -> None:
     assert bool(block_PC[:, :32].eq(0xA5).all() and block_PC[:, -32:].eq(0xA5).all())
 
 
-@pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
-@pytest.mark.parametrize("tokens", [1, 18])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "tokens", "attend"),
+    [
+        *itertools.product(FORMATS, [1, 18], [packed_attention]),
+        *[("k3v2 qjl", 1, attend_by_kernel), ("k3v2 qjl", 18, attend_by_kernel)],
+        *[("k3v3 width 64", 1, attend_by_kernel), ("k5v4 fp16", 18, attend_by_kernel)],
+    ],
+)
 def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
     form = FORMATS[name]
     num_pages = paged_slots(LENGTHS, form.page_size)[2]
@@ -89,9 +95,14 @@ def test_attention_reads_blocks(name: str, tokens: int, attend: Attend) -> None:
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("attend", [packed_attention, attend_by_kernel])
-@pytest.mark.parametrize("tokens", [1, 18])
-@pytest.mark.parametrize("hidden", [[0, 4], [17, 40]])
+@pytest.mark.parametrize(
+    ("hidden", "tokens", "attend"),
+    [
+        *itertools.product([[0, 4], [17, 40]], [1, 18], [packed_attention]),
+        ([0, 4], 1, attend_by_kernel),
+        ([17, 40], 18, attend_by_kernel),
+    ],
+)
 def test_hidden_tokens_are_as_if_they_were_not_there(
     hidden: list[int], tokens: int, attend: Attend
 ) -> None:

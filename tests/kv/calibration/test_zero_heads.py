@@ -1,6 +1,7 @@
 """Heads whose keys, values or queries are zero, as pruning leaves them, in every scheme."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def calibrations(model: Any, name: str, folder: Path) -> list[KVCalibration]:
     return found if name == "turboesm" else [*found, data_oblivious(model.config, preset(name))]
 
 
-@pytest.mark.parametrize("what", PRUNED)
-@pytest.mark.parametrize("name", PRESETS)
+PARTS = itertools.cycle(["keys", "values", "queries"])
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [(name, what) for name in PRESETS for what in (next(PARTS), "all")]
+)
 @torch.no_grad()
 def test_every_scheme_serves_them(tmp_path: Path, name: str, what: str) -> None:
     model = pruned(**PRUNED[what])

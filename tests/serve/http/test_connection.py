@@ -22,7 +22,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     """Answers once it has the body, and takes longer than a head may."""
     while (await receive()).get("more_body"):
         pass
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(1.2)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"done"})
 
@@ -33,7 +33,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(guard, "BODY_SECONDS", 2.0)
     options: dict[str, Any] = {"api_key": None, "hosts": (), "max_body": 1000, "seconds": 20}
     app = Guard(application, **options, count=lambda *_: None, on_error=lambda _: None)
-    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", http=Connection)
+    quiet: dict[str, Any] = {"log_level": "critical", "lifespan": "off", "timeout_keep_alive": 2}
+    config = uvicorn.Config(app, port=0, http=Connection, **quiet)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -86,7 +87,7 @@ def test_a_second_request_has_its_own_time(port: int) -> None:
             found = b""
             while not found.endswith(b"0\r\n\r\n"):
                 found += client.recv(1000)
-            time.sleep(1.5)
+            time.sleep(1.2)
         client.sendall(ASK[:9])
         began = time.monotonic()
         assert client.recv(1000) == b""

