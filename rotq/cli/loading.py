@@ -159,8 +159,13 @@ def load(
     say_computed(dtype, (model, loaded))
     if placed is not None:
         say([f"device map {placed}: {_places(loaded)}"])
-    if in_integers:
-        multiply_integers(loaded)
+    if in_integers and multiply_integers(loaded):
+        say(
+            [
+                "this CPU multiplies no 8-bit integers: layers whose inputs are rounded to 8 bits "
+                "take their weights dense"
+            ]
+        )
     return loaded, tokenizer
 
 

@@ -30,12 +30,15 @@ def can_multiply_integers(x: Tensor, grid: Grid, input_grid: ActivationGrid | No
         grid: Of the weight, whose codes less zero points must fit int8.
         input_grid: Of the inputs; None leaves them as they are.
     """
-    if input_grid is None or input_grid.bits != TOKEN_BITS or x.device.type != "cpu":
-        return False
-    fits = grid.symmetric or grid.bits < TOKEN_BITS
     is_differentiated = x.requires_grad and torch.is_grad_enabled()
-    usable = x.dtype != torch.float64 and not is_differentiated
-    return fits and usable and multiplies_exactly()
+    usable = x.device.type == "cpu" and x.dtype != torch.float64 and not is_differentiated
+    return usable and is_in_bytes(grid, input_grid) and multiplies_exactly()
+
+
+def is_in_bytes(grid: Grid, input_grid: ActivationGrid | None) -> bool:
+    """Whether inputs are rounded to 8 bits, and codes of the weight less zero points fit int8."""
+    rounds = input_grid is not None and input_grid.bits == TOKEN_BITS
+    return rounds and (grid.symmetric or grid.bits < TOKEN_BITS)
 
 
 @functools.cache

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from rotq.formats.activations import ActivationGrid
 from rotq.formats.integer import Grid, Quantized
-from rotq.layers.integer_product import can_multiply_integers, integer_linear
+from rotq.layers.integer_product import (
+    can_multiply_integers,
+    integer_linear,
+    is_in_bytes,
+    multiplies_exactly,
+)
 from rotq.layers.online_linear import OnlineLinear, prepare_input, unit_scale
 from rotq.layers.packed_weight import PackedWeight
 
@@ -143,8 +148,19 @@ class QuantLinear(PackedWeight):
         )
 
 
-def multiply_integers(model: nn.Module) -> None:
-    """Let a model's linear layers multiply codes as integers from now on, where they can."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.in_integers = True
+def multiply_integers(model: nn.Module) -> bool:
+    """Let a model's linear layers multiply codes as integers from now on, where they can.
+
+    Returns:
+        Whether one is on a CPU that has no products of 8-bit integers, and stays as it is.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        layer.in_integers = True
+    return (
+        any(
+            layer.weight_packed.device.type == "cpu" and is_in_bytes(layer.grid, layer.input_grid)
+            for layer in layers
+        )
+        and not multiplies_exactly()
+    )

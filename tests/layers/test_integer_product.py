@@ -103,6 +103,26 @@ def test_layers_take_it_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert x.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("grid", "input_grid", "is_missed"),
+    [
+        (Grid(bits=8, symmetric=True, group_size=-1), BYTES, True),
+        (Grid(bits=8, symmetric=False, group_size=-1), BYTES, False),
+        (Grid(bits=8, symmetric=True, group_size=-1), None, False),
+    ],
+)
+def test_a_model_that_misses_them_is_known(
+    grid: Grid, input_grid: ActivationGrid | None, is_missed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = QuantLinear.from_quantized(weight(grid), input_grid=input_grid)
+    model = torch.nn.Sequential(torch.nn.ReLU(), layer)
+    monkeypatch.setattr("rotq.layers.quant_linear.multiplies_exactly", lambda: False)
+    assert multiply_integers(model) is is_missed
+    assert not multiply_integers(model.to("meta"))
+    monkeypatch.setattr("rotq.layers.quant_linear.multiplies_exactly", lambda: True)
+    assert not multiply_integers(model)
+
+
 @VNNI
 def test_where_it_is_not_taken() -> None:
     x, symmetric = tokens(torch.float32), Grid(bits=8, symmetric=True, group_size=-1)
