@@ -27,9 +27,11 @@ from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
 
-POSTPONED = {"cpu": 128, "cuda": 16}
-"""Up to so many columns are left to be coded with those of other layers, by device: those of a
-decode step, and of a pass over a prompt where coding it is many small operations."""
+POSTPONED = {"cpu": 16, "cuda": 16}
+"""Up to so many columns are left to be coded with those of other layers, by device."""
+
+SHORT = 128
+"""And on a CPU, where coding a prompt is many small operations, passes of so many tokens."""
 
 
 class EncodedLayer(CacheLayerMixin):
@@ -148,7 +150,7 @@ class EncodedLayer(CacheLayerMixin):
                 layout.encode_position_BE[:, first],
                 layout.encode_slot_BE[:, first] >= 0,
             )
-        if 0 < k_BHED.shape[2] <= POSTPONED.get(k_BHED.device.type, 0):
+        if _is_postponed(k_BHED):
             self.uncoded = k_BHED, v_BHED
             return
         self._encode_now(layout, k_BHED, v_BHED)
@@ -187,6 +189,12 @@ class EncodedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: transformers' word for no maximum."""
         return -1
+
+
+def _is_postponed(k_BHED: Tensor) -> bool:
+    (batch, _, number, _), device = k_BHED.shape, k_BHED.device.type
+    is_short = device == "cpu" and batch * number <= SHORT
+    return number > 0 and (is_short or number <= POSTPONED.get(device, 0))
 
 
 def stored_outgrown(pages: KVPages, slot_BE: Tensor) -> Tensor | None:

@@ -8,7 +8,8 @@ from kv_cases import transform_of
 from kv_oracle import calibration_of, calibration_with, oracle_cache
 from tiny_models import random_ids, tiny_model
 
-from rotq.kv.cache.batched_encoding import batched_encoders
+from rotq.kv.cache import encoded_layer
+from rotq.kv.cache.batched_encoding import BatchedEncoder, batched_encoders
 from rotq.kv.cache.layer import PackedLayer
 from rotq.kv.cache.packed_cache import PackedCache
 from rotq.kv.cache.pages import PageTable
@@ -76,3 +77,29 @@ def test_layers_of_other_kinds(residual: str) -> None:
         for cache in (PackedCache(model, calibration), oracle_cache(calibration))
     )
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 100), (4, 32), (1, 200), (5, 30)])
+@torch.no_grad()
+def test_a_short_prompt_is_coded_for_all_layers_at_once(
+    batch: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    calibration = calibration_of(model)
+    pages, postponed = [], list[list[bool]]()
+    encode_rest = BatchedEncoder.encode
+
+    def encode(encoder: BatchedEncoder) -> None:
+        postponed.append([layer.uncoded is not None for layer in encoder.layers])
+        encode_rest(encoder)
+
+    monkeypatch.setattr(BatchedEncoder, "encode", encode)
+    for short in (encoded_layer.SHORT, 0):
+        monkeypatch.setattr(encoded_layer, "SHORT", short)
+        cache = PackedCache(model, calibration)
+        postponed.clear()
+        model(input_ids=random_ids(batch, length), past_key_values=cache)
+        assert postponed == [[batch * length <= short] * len(cache.layers)]
+        pages.append([held for layer in cache.layers for held in layer.pages.tensors()])
+    for found, expected in zip(*pages, strict=True):
+        assert torch.equal(found, expected)
