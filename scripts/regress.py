@@ -84,9 +84,8 @@ def run_all(work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of each case, by "model/preset"; a case on each core, the long ones first."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        # the tiny model is trained here while SmolLM2's cases run
-        found = [(case.name, pool.submit(run, case)) for case in all_cases(work)]
-        yield from ((name, future.result()) for name, future in found)
+        # a case is handed over as soon as it is there: the tiny model is trained here meanwhile
+        yield from pool.map(run, all_cases(work))
 
 
 def all_cases(work: Path) -> Iterator[Case]:
@@ -108,8 +107,9 @@ def all_cases(work: Path) -> Iterator[Case]:
         yield Case(tiny, preset, work, 16, Protocol(windows=96, seq_len=128))
 
 
-def run(case: Case) -> dict[str, float]:
-    """Quantize and score, on one thread; calibration windows are as long as the protocol's."""
+def run(case: Case) -> tuple[str, dict[str, float]]:
+    """Name and figures, quantized and scored on one thread; calibration windows are as long as the
+    protocol's."""
     torch.set_num_threads(1)
     output, seq_len = case.work / "cases" / case.name, case.protocol.seq_len
     size = {"calibration.num_samples": case.num_samples, "calibration.seq_len": seq_len}
@@ -129,7 +129,7 @@ def run(case: Case) -> dict[str, float]:
         trust_remote_code=False,
     )
     assert scored.kl is not None
-    return {"ppl": scored.ppl, "kl": scored.kl}
+    return case.name, {"ppl": scored.ppl, "kl": scored.kl}
 
 
 def texts() -> dict[str, str]:

@@ -144,6 +144,15 @@ def test_hdf5_holds_the_same(esm: Path, fasta: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(stored[name][:], archive[name])
 
 
+@pytest.mark.parametrize("misses", [True, False])
+def test_a_cpu_without_products_of_bytes_is_told(
+    esm: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, misses: bool
+) -> None:
+    monkeypatch.setattr("rotq.layers.quant_linear.multiply_integers", lambda _: misses)
+    said = embed(esm, "--fasta", fasta, "-o", tmp_path / "o.npz").stderr
+    assert ("this CPU multiplies no 8-bit integers" in said) is misses
+
+
 @pytest.mark.parametrize("ending", ["npz", "h5"])
 def test_a_run_goes_on_where_it_stopped(
     esm: Path, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str

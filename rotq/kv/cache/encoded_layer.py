@@ -27,8 +27,11 @@ from rotq.ops import DenseKV, KVConstants, KVHistory, KVPages, encode_kv
 ENCODED = 1024
 """Columns coded at a time on a CPU, where coding takes several times their size."""
 
-POSTPONED = {"cpu": 16, "cuda": 16}
-"""Up to so many columns are left to be coded with those of other layers, by device."""
+POSTPONED = 16
+"""Up to so many columns are left to be coded with those of other layers."""
+
+BATCHED = ("cpu", "cuda")
+"""Devices on which they are."""
 
 SHORT = 128
 """And on a CPU, where coding a prompt is many small operations, passes of so many tokens."""
@@ -193,8 +196,9 @@ class EncodedLayer(CacheLayerMixin):
 
 def _is_postponed(k_BHED: Tensor) -> bool:
     (batch, _, number, _), device = k_BHED.shape, k_BHED.device.type
+    are_few = device in BATCHED and number <= POSTPONED
     is_short = device == "cpu" and batch * number <= SHORT
-    return number > 0 and (is_short or number <= POSTPONED.get(device, 0))
+    return number > 0 and (are_few or is_short)
 
 
 def stored_outgrown(pages: KVPages, slot_BE: Tensor) -> Tensor | None:

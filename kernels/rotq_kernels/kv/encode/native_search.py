@@ -21,14 +21,14 @@ from torch import Tensor
 
 from rotq_kernels.launching import is_native
 
-TINY = float(np.finfo(np.float32).tiny)
 FLAGS = {"reassoc", "contract", "nsz"}
 """Sums may be regrouped; a NaN stays one, and gains nothing."""
 
 
 def searches_rows_natively(y_BHTD: Tensor) -> bool:
-    """Whether there is native code for these rows."""
-    return y_BHTD.device.type == "cpu" and y_BHTD.dtype == torch.float32 and is_native()
+    """Whether there is native code for these rows; it has no gradients."""
+    is_plain = y_BHTD.device.type == "cpu" and y_BHTD.dtype == torch.float32
+    return is_plain and not y_BHTD.requires_grad and is_native()
 
 
 def search_codes_native(
@@ -73,7 +73,7 @@ def _compiled() -> Any:
 
     jit = numba.njit(nogil=True, fastmath=FLAGS, error_model="numpy")
     f = np.float32
-    zero, two, tiny = np.float32(0.0), np.float32(2.0), np.float32(TINY)
+    zero, two, tiny = f(0.0), f(2.0), np.finfo(f).tiny
 
     @jit
     def weigh(x_D, metric_DD, out_D):

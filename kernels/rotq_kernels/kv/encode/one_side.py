@@ -208,10 +208,13 @@ def dequantize_residual(
 
 def rotate(x_BHTD: Tensor, side: SideConstants) -> Tensor:
     """y = A x in fp32."""
+    x_BHTD, matrix_HDD = x_BHTD.float(), side.matrix_HDD.mT
+    if len(x_BHTD) < 2:
+        return x_BHTD @ matrix_HDD
     # a sequence at a time: matmul would copy A for each of them, and as rows of one product they
     # would have other roundings in other company
     # [H, T, D] @ [H, D, D]
-    return torch.stack([x_HTD @ side.matrix_HDD.mT for x_HTD in x_BHTD.float()])
+    return torch.stack([x_HTD @ matrix_HDD for x_HTD in x_BHTD])
 
 
 def side_levels(codes_BHTD: Tensor, side: SideConstants, bits: int) -> Tensor:

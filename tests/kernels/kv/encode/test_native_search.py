@@ -124,3 +124,19 @@ def test_other_widths_and_dtypes_are_plain_pytorch_s() -> None:
     assert searches_rows_natively(torch.zeros(1, 1, 1, 8))
     assert not searches_rows_natively(torch.zeros(1, 1, 1, 8, dtype=torch.float64))
     assert not searches_rows_natively(torch.zeros(1, 1, 1, 8, device="meta"))
+
+
+def test_gradients_are_plain_pytorch_s() -> None:
+    side, x_BHTD = side_with(3, 64), tokens(64).requires_grad_()
+    assert not searches_rows_natively(x_BHTD)
+    codes, _ = quantize_side(x_BHTD, side, 3, "float16")
+    assert codes.shape == x_BHTD.shape
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_sequences_are_turned_as_they_are_alone(batch: int) -> None:
+    side, x_BHTD = side_with(3, 64), tokens(64, batch)
+    found = one_side.rotate(x_BHTD, side)
+    assert found.shape == x_BHTD.shape
+    for turned, alone in zip(found, x_BHTD, strict=True):
+        assert torch.equal(turned, one_side.rotate(alone[None], side)[0])
