@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Loops over the columns of a weight, and over candidates for its scales, compiled by numba.
 
 A column's error goes to the columns after it. Plain PyTorch does that with half a dozen small
@@ -15,7 +14,6 @@ Shape suffixes: N out features, B columns of one block, G groups, g columns of a
 group, C candidates.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,6 @@ from rotq_kernels.launching import is_native
 
 NATIVE_FROM = 1 << 16
 """Numbers of a weight from which on it is worth compiling."""
-
-STRIP = 64
-"""Rows of the weight that stay in the first cache, with a block of 128 columns."""
 
 
 def rounds_natively(weight_NK: Tensor) -> bool:
@@ -63,8 +58,7 @@ def round_block(
     """
     error_BN = torch.empty(w_BN.shape)
     given = (w_BN, factor_BB, scale_BN, zero_BN, bounds_2N, q_BN, error_BN)
-    run, _ = _compiled_loops()
-    run(*(tensor.numpy() for tensor in given))
+    _loops().round_all(*(tensor.numpy() for tensor in given))
     return error_BN
 
 
@@ -91,8 +85,7 @@ def refine_block(
     given = (gradient_BN, hessian_BB, scale_BN, step_BN)
     arrays = [tensor.numpy() for tensor in given]
     low, high = (np.float32(bound) for bound in bounds)
-    _, run = _compiled_loops()
-    run(*arrays, low, high, q_BN.numpy(), change_BN.numpy())
+    _loops().refine_all(*arrays, low, high, q_BN.numpy(), change_BN.numpy())
     return change_BN
 
 
@@ -119,7 +112,7 @@ def best_candidates(
     lower_Ggg = block_Ggg.tril() + block_Ggg.tril(-1)
     given = (w_NGg.contiguous(), scale_NGC, zero_NGC, lower_Ggg)
     arrays = [tensor.numpy() for tensor in given]
-    run = _compiled_search(C, g)
+    run = _loops().candidate_search(C, g)
     run(*arrays, low, high, best_NG.numpy())
     return best_NG
 
@@ -135,144 +128,12 @@ def unpacked_levels(packed_NW: Tensor, zero_NG: Tensor | None, bits: int, shape:
     level_NGg = torch.empty(shape)
     zero_NG = torch.zeros(shape[:2], dtype=torch.int8) if zero_NG is None else zero_NG
     stream = packed_NW.view(torch.uint8).numpy()
-    run = _compiled_unpacking(bits)
+    run = _loops().unpacking(bits)
     run(stream, zero_NG.contiguous().numpy(), level_NGg.flatten(1).numpy(), shape[2])
     return level_NGg
 
 
-@functools.cache
-def _compiled_unpacking(bits: int) -> Any:
-    import numba
+def _loops() -> Any:
+    from rotq_kernels.rounding import loops  # imports numba, which is optional
 
-    mask, half = np.uint64((1 << bits) - 1), np.int32(1 << (bits - 1))
-    shifts, eight = np.uint64(bits), np.uint64(8)
-
-    @numba.njit(nogil=True)
-    def run(byte_NY, zero_NG, level_NK, width):
-        for n in range(len(level_NK)):
-            for e in range(level_NK.shape[1] // 8):
-                word = np.uint64(0)
-                for y in range(bits):
-                    word |= np.uint64(byte_NY[n, bits * e + y]) << (eight * np.uint64(y))
-                zero = half + np.int32(zero_NG[n, 8 * e // width])
-                for i in range(8):
-                    code = np.int32((word >> (shifts * np.uint64(i))) & mask)
-                    level_NK[n, 8 * e + i] = np.float32(code - zero)
-
-    return run
-
-
-@functools.cache
-def _compiled_loops() -> tuple[Any, Any]:
-    import numba  # optional, and looked for by who calls this
-
-    jit = numba.njit(nogil=True, error_model="numpy")
-
-    @jit
-    def spread(strip_BS, row_B, k, change_S):
-        for j in range(k + 1, len(strip_BS)):
-            factor = row_B[j]
-            for n in range(STRIP):
-                strip_BS[j, n] += factor * change_S[n]
-
-    @jit
-    def round_column(w_S, pivot, scale_S, zero_S, low_S, high_S, q_S, error_S, less_S):
-        for n in range(len(q_S)):
-            q = np.rint(w_S[n] / scale_S[n] + zero_S[n])
-            q = min(max(q, low_S[n]), high_S[n])
-            error = (w_S[n] - (q - zero_S[n]) * scale_S[n]) / pivot
-            q_S[n], error_S[n], less_S[n] = q, error, -error
-
-    @jit
-    def round_all(w_BN, factor_BB, scale_BN, zero_BN, bounds_2N, q_BN, error_BN):
-        columns, rows = w_BN.shape
-        strip_BS = np.zeros((columns, STRIP), np.float32)
-        less_S = np.zeros(STRIP, np.float32)
-        for first in range(0, rows, STRIP):
-            end = min(first + STRIP, rows)
-            strip_BS[:, : end - first] = w_BN[:, first:end]
-            low_S, high_S = bounds_2N[0, first:end], bounds_2N[1, first:end]
-            for k in range(columns):
-                scale_S, zero_S = scale_BN[k, first:end], zero_BN[k, first:end]
-                q_S, error_S = q_BN[k, first:end], error_BN[k, first:end]
-                pivot = factor_BB[k, k]
-                round_column(
-                    strip_BS[k], pivot, scale_S, zero_S, low_S, high_S, q_S, error_S, less_S
-                )
-                spread(strip_BS, factor_BB[k], k, less_S)
-
-    @jit
-    def refine_column(gradient_S, rate, scale_S, step_S, low, high, q_S, change_S):
-        for n in range(len(q_S)):
-            q = np.rint(q_S[n] - rate * (gradient_S[n] * step_S[n]))
-            q = min(max(q, low), high)
-            change_S[n] = (q - q_S[n]) * scale_S[n]
-            q_S[n] = q
-
-    @jit
-    def refine_all(gradient_BN, hessian_BB, scale_BN, step_BN, low, high, q_BN, change_BN):
-        columns, rows = q_BN.shape
-        strip_BS = np.zeros((columns, STRIP), np.float32)
-        change_S = np.zeros(STRIP, np.float32)
-        for first in range(0, rows, STRIP):
-            end = min(first + STRIP, rows)
-            strip_BS[:, : end - first] = gradient_BN[:, first:end]
-            for k in range(columns):
-                rate = np.float32(1.0 / np.float64(hessian_BB[k, k]))
-                scale_S, step_S = scale_BN[k, first:end], step_BN[k, first:end]
-                refine_column(
-                    strip_BS[k], rate, scale_S, step_S, low, high, q_BN[k, first:end], change_S
-                )
-                change_BN[k, first:end] = change_S[: end - first]
-                spread(strip_BS, hessian_BB[k], k, change_S)
-
-    return round_all, refine_all
-
-
-@functools.cache
-def _compiled_search(candidates: int, width: int) -> Any:
-    import numba
-
-    jit = numba.njit(
-        nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "nnan"}
-    )
-
-    @jit
-    def errors(w_g, scale_C, zero_C, low, high, error_gC):
-        for k in range(width):
-            w = w_g[k]
-            for c in range(candidates):
-                q = min(max(np.rint(w / scale_C[c] + zero_C[c]), low), high)
-                error_gC[k, c] = (q - zero_C[c]) * scale_C[c] - w
-
-    @jit
-    def losses(lower_gg, error_gC, half_C, loss_C):
-        loss_C[:] = np.float32(0.0)
-        for k in range(width):
-            half_C[:] = np.float32(0.0)
-            for j in range(0, k + 1, 4):
-                h0, h1 = lower_gg[k, j], lower_gg[k, j + 1]
-                h2, h3 = lower_gg[k, j + 2], lower_gg[k, j + 3]
-                for c in range(candidates):
-                    half_C[c] += (h0 * error_gC[j, c] + h1 * error_gC[j + 1, c]) + (
-                        h2 * error_gC[j + 2, c] + h3 * error_gC[j + 3, c]
-                    )
-            for c in range(candidates):
-                loss_C[c] += error_gC[k, c] * half_C[c]
-
-    @jit
-    def search(w_NGg, scale_NGC, zero_NGC, lower_Ggg, low, high, best_NG):
-        error_gC = np.empty((width, candidates), np.float32)
-        half_C, loss_C = np.empty(candidates, np.float32), np.empty(candidates, np.float32)
-        for n in range(w_NGg.shape[0]):
-            for group in range(w_NGg.shape[1]):
-                scale_C, zero_C = scale_NGC[n, group], zero_NGC[n, group]
-                errors(w_NGg[n, group], scale_C, zero_C, low, high, error_gC)
-                losses(lower_Ggg[group], error_gC, half_C, loss_C)
-                best = 0
-                for c in range(1, candidates):
-                    if loss_C[c] < loss_C[best]:
-                        best = c
-                best_NG[n, group] = best
-
-    return search
+    return loops

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Rounding columns of a weight one by one where its rows feel each other's errors, by numba.
 
     round:   w~_n = w_n - sum_{m < n} e_m U_mn / U_mm,   e_m = w~_m - w^_m,   U^T U = H_O^-1
@@ -7,7 +6,6 @@
 The interpreter's lock is not held. Shape suffixes: N out features, B columns of one block.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,9 @@ def round_column(
         bounds_2N: Least and largest code of each row.
         q_N: Gets the codes.
     """
-    run, _ = _compiled()
-    run(*(tensor.numpy() for tensor in (w_N, factor_NN, scale_N, zero_N, bounds_2N, q_N)))
+    _loops().round_all(
+        *(tensor.numpy() for tensor in (w_N, factor_NN, scale_N, zero_N, bounds_2N, q_N))
+    )
 
 
 def refine_column(
@@ -52,46 +51,12 @@ def refine_column(
         What changed of the column's weights, (N).
     """
     change_N = gradient_N.new_empty(gradient_N.shape)
-    _, run = _compiled()
     given = (gradient_N, hessian_NN, np.float32(curvature), scale_N, bounds_2N, q_N, change_N)
-    run(*(each.numpy() if isinstance(each, Tensor) else each for each in given))
+    _loops().refine_all(*(each.numpy() if isinstance(each, Tensor) else each for each in given))
     return change_N
 
 
-@functools.cache
-def _compiled() -> tuple[Any, Any]:
-    import numba  # optional, and looked for by who calls this
+def _loops() -> Any:
+    from rotq_kernels.rounding import two_sided_loops  # imports numba, which is optional
 
-    jit = numba.njit(nogil=True, error_model="numpy")
-
-    @jit
-    def spread(w_N, row_N, n, by):
-        for m in range(n + 1, len(w_N)):
-            w_N[m] += row_N[m] * by
-
-    @jit
-    def round_all(w_N, factor_NN, scale_N, zero_N, bounds_2N, q_N):
-        for n in range(len(w_N)):
-            q = np.rint(w_N[n] / scale_N[n] + zero_N[n])
-            q = min(max(q, bounds_2N[0, n]), bounds_2N[1, n])
-            q_N[n] = q
-            spread(w_N, factor_NN[n], n, -(w_N[n] - (q - zero_N[n]) * scale_N[n]))
-
-    @jit
-    def add(w_N, row_N, by):
-        for m in range(len(w_N)):
-            w_N[m] += row_N[m] * by
-
-    @jit
-    def refine_all(gradient_N, hessian_NN, curvature, scale_N, bounds_2N, q_N, change_N):
-        for n in range(len(q_N)):
-            rate = hessian_NN[n, n] * curvature * scale_N[n]
-            q = np.rint(q_N[n] - gradient_N[n] / rate)
-            q = min(max(q, bounds_2N[0, n]), bounds_2N[1, n])
-            change = (q - q_N[n]) * scale_N[n]
-            change_N[n] = change
-            q_N[n] = q
-            if change != 0:
-                add(gradient_N, hessian_NN[n], change * curvature)
-
-    return round_all, refine_all
+    return two_sided_loops

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rotq_kernels.compiled import inlined, kept
+
 
 def search_native(
     x_SR: Tensor, levels_P: Tensor, bits: int, around: tuple[int, int] | None = None
@@ -42,16 +44,11 @@ def search_native(
 @functools.cache
 def _compiled(bits: int, state_bits: int) -> Any:
     """The whole search for one code; sizes are constants of the compiled loops."""
-    import numba  # optional, and looked for by who calls this
 
-    jit = numba.njit(nogil=True)
-    forward = (_wide if state_bits >= 2 * bits else _narrow)(jit, bits, state_bits)
-    back = _back(jit, bits, state_bits)
-    groups = 1 << (state_bits - bits)
-
-    @jit
+    @kept()
     def search(x_SR, levels_P, state_SR, before, behind):
         rings, rows = x_SR.shape
+        groups = 1 << (state_bits - bits)
         x_T = np.empty(rows, np.float32)
         middle_T = np.empty(before + behind, np.float32)
         least_G = np.empty(groups, np.float32)
@@ -62,90 +59,95 @@ def _compiled(bits: int, state_bits: int) -> Any:
                 x_T[t] = x_SR[ring, rows - 1 - t]
             for t in range(before + behind):
                 middle_T[t] = x_T[(rows - before + t) % rows]
-            least_G[:] = 0.0
-            forward(middle_T, levels_P, least_G, history_TG)
-            end = 0
-            for u in range(1, groups):
-                if least_G[u] < least_G[end]:
-                    end = u
-            middle = back(middle_T, levels_P, history_TG, end, before, unused_T)
-            least_G[:] = np.inf
-            least_G[middle] = 0.0
-            forward(x_T, levels_P, least_G, history_TG)
-            back(x_T, levels_P, history_TG, middle, 0, state_SR[ring])
+            end = -1
+            # the first walk is open and says where the second, which is the path, begins and ends
+            for walked_T, first, found_T in (
+                (middle_T, before, unused_T),
+                (x_T, 0, state_SR[ring]),
+            ):
+                least_G[:] = 0.0 if end < 0 else np.inf
+                least_G[max(end, 0)] = 0.0
+                _forward(walked_T, levels_P, least_G, history_TG, bits, state_bits)
+                end = _least(least_G) if end < 0 else end
+                end = _back(walked_T, levels_P, history_TG, end, first, found_T, bits, state_bits)
 
     return search
 
 
-def _wide(jit: Any, bits: int, state_bits: int) -> Any:
+@inlined()
+def _least(least_G):
+    end = 0
+    for u in range(1, len(least_G)):
+        if least_G[u] < least_G[end]:
+            end = u
+    return end
+
+
+@inlined()
+def _forward(x_T, levels_P, least_G, history_TG, bits, state_bits):
+    if state_bits >= 2 * bits:
+        _wide(x_T, levels_P, least_G, history_TG, bits, state_bits)
+    else:
+        _narrow(x_T, levels_P, least_G, history_TG, bits, state_bits)
+
+
+@inlined()
+def _wide(x_T, levels_P, least_G, history_TG, bits, state_bits):
     """Steps where a state holds two symbols or more."""
     branches, groups = 1 << bits, 1 << (state_bits - bits)
     run = groups >> bits
-
-    @jit
-    def forward(x_T, levels_P, least_G, history_TG):
-        # by j, lowest symbol, rest of u
-        level_JBU = np.empty((branches, branches, run), np.float32)
-        for p in range(branches * groups):
-            level_JBU[p // groups, p % branches, (p % groups) >> bits] = levels_P[p]
-        found_BU = np.empty((branches, run), np.float32)
-        for t in range(len(x_T)):
-            history_TG[t] = least_G
-            x = x_T[t]
-            for b in range(branches):
-                for u in range(run):
-                    error = x - level_JBU[0, b, u]
-                    best = least_G[u] + error * error
-                    for j in range(1, branches):
-                        error = x - level_JBU[j, b, u]
-                        cost = least_G[j * run + u] + error * error
-                        best = cost if cost < best else best
-                    found_BU[b, u] = best
+    # by j, lowest symbol, rest of u
+    level_JBU = np.empty((branches, branches, run), np.float32)
+    for p in range(branches * groups):
+        level_JBU[p // groups, p % branches, (p % groups) >> bits] = levels_P[p]
+    found_BU = np.empty((branches, run), np.float32)
+    for t in range(len(x_T)):
+        history_TG[t] = least_G
+        x = x_T[t]
+        for b in range(branches):
             for u in range(run):
-                for b in range(branches):
-                    least_G[u * branches + b] = found_BU[b, u]
+                error = x - level_JBU[0, b, u]
+                best = least_G[u] + error * error
+                for j in range(1, branches):
+                    error = x - level_JBU[j, b, u]
+                    cost = least_G[j * run + u] + error * error
+                    best = cost if cost < best else best
+                found_BU[b, u] = best
+        for u in range(run):
+            for b in range(branches):
+                least_G[u * branches + b] = found_BU[b, u]
 
-    return forward
 
-
-def _narrow(jit: Any, bits: int, state_bits: int) -> Any:
+@inlined()
+def _narrow(x_T, levels_P, least_G, history_TG, bits, state_bits):
     """Steps where it holds less than two: all that lead to one u have one M each."""
     branches, groups = 1 << bits, 1 << (state_bits - bits)
-
-    @jit
-    def forward(x_T, levels_P, least_G, history_TG):
-        found_G = np.empty(groups, np.float32)
-        for t in range(len(x_T)):
-            history_TG[t] = least_G
-            x = x_T[t]
-            found_G[:] = np.inf
-            for j in range(branches):
-                before = least_G[(j * groups) >> bits]
-                for u in range(groups):
-                    error = x - levels_P[j * groups + u]
-                    cost = before + error * error
-                    found_G[u] = cost if cost < found_G[u] else found_G[u]
-            least_G[:] = found_G
-
-    return forward
+    found_G = np.empty(groups, np.float32)
+    for t in range(len(x_T)):
+        history_TG[t] = least_G
+        x = x_T[t]
+        found_G[:] = np.inf
+        for j in range(branches):
+            before = least_G[(j * groups) >> bits]
+            for u in range(groups):
+                error = x - levels_P[j * groups + u]
+                cost = before + error * error
+                found_G[u] = cost if cost < found_G[u] else found_G[u]
+        least_G[:] = found_G
 
 
-def _back(jit: Any, bits: int, state_bits: int) -> Any:
+@inlined()
+def _back(x_T, levels_P, history_TG, u, first, state_R, bits, state_bits):
+    """Write the states of steps T - 1, ..., first as those of rows 0, 1, ...; returns u."""
     branches, groups = 1 << bits, 1 << (state_bits - bits)
-
-    @jit
-    def back(x_T, levels_P, history_TG, u, first, state_R):
-        """Write the states of steps T - 1, ..., first as those of rows 0, 1, ...; returns u."""
-        for t in range(len(x_T) - 1, first - 1, -1):
-            least, chosen = np.float32(np.inf), u
-            for j in range(branches):
-                p = u + j * groups
-                error = x_T[t] - levels_P[p]
-                cost = history_TG[t, p >> bits] + error * error
-                if cost < least:
-                    least, chosen = cost, p
-            state_R[len(x_T) - 1 - t] = chosen
-            u = chosen >> bits
-        return u
-
-    return back
+    for t in range(len(x_T) - 1, first - 1, -1):
+        least, chosen = np.float32(np.inf), u
+        for j in range(branches):
+            p = u + j * groups
+            error = x_T[t] - levels_P[p]
+            cost = history_TG[t, p >> bits] + error * error
+            if cost < least:
+                least, chosen = cost, p
+        state_R[len(x_T) - 1 - t] = chosen
+        u = chosen >> bits
+    return u

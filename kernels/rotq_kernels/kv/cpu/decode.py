@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.cpu.native import compiled_scores, compiled_values
 from rotq_kernels.kv.format import (
     TABLE_BITS,
     DenseKV,
@@ -132,7 +131,7 @@ class _Step:
         freq_R = _no_pairs() if constants.inv_freq_R is None else constants.inv_freq_R
         if constants.mean != "rope":
             freq_R = _no_pairs()
-        run = compiled_scores(pages.format.k_bits, M, -(-D // 32) * 8, size)
+        run = _native().compiled_scores(pages.format.k_bits, M, -(-D // 32) * 8, size)
         arguments = (
             x_BHMD.contiguous().numpy(),
             *_codes(pages, "k", constants.key),
@@ -151,7 +150,7 @@ class _Step:
     def _add_values(self, weight_BHMN: Tensor, part: slice, out_BHMD: Tensor) -> None:
         pages, value = self.history.pages, self.history.constants.value
         (_, _, M, D), form = out_BHMD.shape, pages.format
-        run = compiled_values(form.v_bits, M, -(-D // 32) * 8, form.page_size)
+        run = _native().compiled_values(form.v_bits, M, -(-D // 32) * 8, form.page_size)
         arguments = (
             weight_BHMN.numpy(),
             *_codes(pages, "v", value),
@@ -182,6 +181,12 @@ class _Step:
         ]
         for call in calls:
             call.result()
+
+
+def _native() -> Any:
+    from rotq_kernels.kv.cpu import native  # imports numba, which is optional
+
+    return native
 
 
 def _spans(history: KVHistory, position_B: Any) -> tuple[Any, Any]:

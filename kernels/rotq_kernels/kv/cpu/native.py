@@ -5,8 +5,9 @@ A page of one head is looked up at a time, four levels for each 16 bits of codes
 int32, into a buffer that stays in the first cache, and meets all query rows of its KV head there.
 For scores the buffer's lanes are tokens, so that nothing is summed across a register; for values
 they are elements. Levels are exact in int8 and in fp32; sums are in fp32, in another order than
-torch's. The mean that RoPE has turned costs no sine per token: from page to page its coefficients
-turn by one angle, in fp64, and within a page they meet a constant table.
+torch's, and infinities, which stand for tokens that are not seen, stay. The mean that RoPE has
+turned costs no sine per token: from page to page its coefficients turn by one angle, in fp64, and
+within a page they meet a constant table.
 
 A unit is one KV head of one sequence: units do not know of each other, and the interpreter's lock
 is not held. ``decode`` prepares the arguments.
@@ -21,69 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from rotq_kernels.compiled import SUMS, inlined, kept
 from rotq_kernels.kv.format import STEPS_PER_OCTAVE
-
-FLAGS = {"reassoc", "contract", "nsz"}
-"""Sums may be regrouped; infinities, which stand for tokens that are not seen, stay."""
 
 
 @functools.cache
 def compiled_scores(bits: int, rows: int, quads: int, size: int) -> Any:
     """Scores of packed tokens; bits of the keys, M, Q and S are constants of the loops."""
-    import numba  # optional, and looked for by who calls this
+    half, step = np.float32(0.5 if bits == 8 else 0.0), np.float32(1 / STEPS_PER_OCTAVE)
 
-    jit = numba.njit(nogil=True, fastmath=FLAGS)
-    look_up = _look_up(numba.njit(nogil=True, inline="always"), bits)
-    worth = _worth(jit)
-    half = np.float32(0.5 if bits == 8 else 0.0)
-
-    @jit
-    def turn(x_MD, inverse_DD, turned_ME, offset_M):
-        """x A^-1, and what a level of one half adds."""
-        turned_ME[:] = 0.0
-        for m in range(rows):
-            for d in range(x_MD.shape[1]):
-                for e in range(x_MD.shape[1]):
-                    turned_ME[m, e] += x_MD[m, d] * inverse_DD[d, e]
-            offset_M[m] = half * turned_ME[m].sum()
-
-    @jit
-    def products(turned_ME, quad_QS, score_MS):
-        for i in range(quads):
-            x_M4 = turned_ME[:, 4 * i : 4 * i + 4]
-            for n in range(size):
-                quad = quad_QS[i, n]
-                x0 = np.float32(np.int32(quad << 24) >> 24)
-                x1 = np.float32(np.int32(quad << 16) >> 24)
-                x2 = np.float32(np.int32(quad << 8) >> 24)
-                x3 = np.float32(quad >> 24)
-                for m in range(rows):
-                    low = x_M4[m, 0] * x0 + x_M4[m, 1] * x1
-                    score_MS[m, n] += low + (x_M4[m, 2] * x2 + x_M4[m, 3] * x3)
-
-    @jit
-    def add_mean(mean_MR2, cos_R, sin_R, angle_2RS, score_MS):
-        pairs = len(cos_R)
-        for r in range(pairs):
-            cosine, sine = np.float32(cos_R[r]), np.float32(sin_R[r])
-            for m in range(rows):
-                c, s = mean_MR2[m, r, 0], mean_MR2[m, r, 1]
-                c, s = c * cosine + s * sine, s * cosine - c * sine
-                for n in range(size):
-                    score_MS[m, n] += c * angle_2RS[r, n] + s * angle_2RS[pairs + r, n]
-
-    @jit
-    def turned_mean(x_MD, mean_D, pairs, factor, mean_MR2, rest_M):
-        """Coefficients of cosine and sine, and what does not turn."""
-        for m in range(rows):
-            for r in range(pairs):
-                x1, x2 = x_MD[m, r], x_MD[m, pairs + r]
-                mean1, mean2 = mean_D[r], mean_D[pairs + r]
-                mean_MR2[m, r, 0] = (x1 * mean1 + x2 * mean2) * factor
-                mean_MR2[m, r, 1] = (x2 * mean1 - x1 * mean2) * factor
-            rest_M[m] = (x_MD[m, 2 * pairs :] * mean_D[2 * pairs :]).sum()
-
-    @jit
+    @kept(fastmath=SUMS)
     def scores(
         units,
         x_BHMD,
@@ -115,24 +63,24 @@ def compiled_scores(bits: int, rows: int, quads: int, size: int) -> Any:
             first, end = span_B2[b, 0], span_B2[b, 1]
             score_MN = score_BHMN[b, h]
             score_MN[:, num_dense + end - first :] = -np.inf
-            turn(x_BHMD[b, h], inverse_HDD[h], turned_ME, offset_M)
-            turned_mean(x_BHMD[b, h], mean_HD[h], pairs, factor, mean_MR2, rest_M)
+            _turn(x_BHMD[b, h], inverse_HDD[h], turned_ME, offset_M, half, rows)
+            _turned_mean(x_BHMD[b, h], mean_HD[h], pairs, factor, mean_MR2, rest_M, rows)
             table_L = table_HL[h % len(table_HL)]
-            worth(base_H[h], scale_L)
+            _worth(base_H[h], scale_L, step)
             begins = first // size * size
             angle_R = (start_B[b] + begins) * freq_R
             cos_R, sin_R = np.cos(angle_R), np.sin(angle_R)
             for begin in range(begins, end, size):
                 page = page_BJ[b, begin // size]
                 low, high = max(0, first - begin), min(size, end - begin)
-                look_up(word_PHSW[page, h], table_L, low, high, quad_QS.T)
+                _look_up(word_PHSW[page, h], table_L, low, high, quad_QS.T, bits)
                 score_MS[:] = 0.0
-                products(turned_ME, quad_QS, score_MS)
+                _products(turned_ME, quad_QS, score_MS, rows, quads, size)
                 for n in range(low, high):
                     scale = scale_L[norm_PHS[page, h, n] if len(norm_PHS) else 0]
                     for m in range(rows):
                         score_MS[m, n] = (score_MS[m, n] + offset_M[m]) * scale + rest_M[m]
-                add_mean(mean_MR2, cos_R, sin_R, angle_2RS, score_MS)
+                _add_mean(mean_MR2, cos_R, sin_R, angle_2RS, score_MS, rows, size)
                 for r in range(pairs):
                     cosine, sine = cos_R[r], sin_R[r]
                     cos_R[r] = cosine * turn_cos_R[r] - sine * turn_sin_R[r]
@@ -148,33 +96,9 @@ def compiled_scores(bits: int, rows: int, quads: int, size: int) -> Any:
 @functools.cache
 def compiled_values(bits: int, rows: int, quads: int, size: int) -> Any:
     """Weighted sums of packed values; bits of the values, M, Q and S are constants of the loops."""
-    import numba
+    half, step = np.float32(0.5 if bits == 8 else 0.0), np.float32(1 / STEPS_PER_OCTAVE)
 
-    jit = numba.njit(nogil=True, fastmath=FLAGS)
-    look_up = _look_up(numba.njit(nogil=True, inline="always"), bits)
-    worth = _worth(jit)
-    half = np.float32(0.5 if bits == 8 else 0.0)
-
-    @jit
-    def add_levels(weight_MS, level_SE, low, high, sum_ME):
-        for n in range(low, high):
-            for e in range(4 * quads):
-                level = np.float32(level_SE[n, e])
-                for m in range(rows):
-                    sum_ME[m, e] += weight_MS[m, n] * level
-
-    @jit
-    def turn_back(sum_ME, total_M, mass_M, inverse_DD, mean_D, out_MD):
-        for m in range(rows):
-            for e in range(len(mean_D)):
-                sum_ME[m, e] += half * total_M[m]
-            for d in range(len(mean_D)):
-                turned = np.float32(0.0)
-                for e in range(len(mean_D)):
-                    turned += sum_ME[m, e] * inverse_DD[d, e]
-                out_MD[m, d] += turned + mass_M[m] * mean_D[d]
-
-    @jit
+    @kept(fastmath=SUMS)
     def values(
         units,
         weight_BHMN,
@@ -201,12 +125,12 @@ def compiled_values(bits: int, rows: int, quads: int, size: int) -> Any:
             first, end = span_B2[b, 0], span_B2[b, 1]
             weight_MN = weight_BHMN[b, h]
             table_L = table_HL[h % len(table_HL)]
-            worth(base_H[h], scale_L)
+            _worth(base_H[h], scale_L, step)
             sum_ME[:], total_M[:], mass_M[:] = 0.0, 0.0, 0.0
             for begin in range(first // size * size, end, size):
                 page, at = page_BJ[b, begin // size], num_dense + begin - first
                 low, high = max(0, first - begin), min(size, end - begin)
-                look_up(word_PHSW[page, h], table_L, low, high, quad_SQ)
+                _look_up(word_PHSW[page, h], table_L, low, high, quad_SQ, bits)
                 for n in range(low, high):
                     scale = scale_L[norm_PHS[page, h, n] if len(norm_PHS) else 0]
                     for m in range(rows):
@@ -214,56 +138,130 @@ def compiled_values(bits: int, rows: int, quads: int, size: int) -> Any:
                         weight_MS[m, n] = weight * scale
                         mass_M[m] += weight
                         total_M[m] += weight * scale
-                add_levels(weight_MS, level_SE, low, high, sum_ME)
-            turn_back(sum_ME, total_M, mass_M, inverse_HDD[h], mean_HD[h], out_BHMD[b, h])
+                _add_levels(weight_MS, level_SE, low, high, sum_ME, rows, quads)
+            _turn_back(
+                sum_ME, total_M, mass_M, inverse_HDD[h], mean_HD[h], out_BHMD[b, h], half, rows
+            )
 
     return values
 
 
-def _worth(jit: Any) -> Any:
-    step = np.float32(1 / STEPS_PER_OCTAVE)
+@inlined(fastmath=SUMS)
+def _turn(x_MD, inverse_DD, turned_ME, offset_M, half, rows):
+    """x A^-1, and what a level of one half adds."""
+    turned_ME[:] = 0.0
+    for m in range(rows):
+        for d in range(x_MD.shape[1]):
+            for e in range(x_MD.shape[1]):
+                turned_ME[m, e] += x_MD[m, d] * inverse_DD[d, e]
+        offset_M[m] = half * turned_ME[m].sum()
 
-    @jit
-    def worth(base, scale_L):
-        """What each code of a norm stands for."""
-        for code in range(len(scale_L)):
-            scale_L[code] = np.exp2(base + np.float32(code) * step)
 
-    return worth
+@inlined(fastmath=SUMS)
+def _products(turned_ME, quad_QS, score_MS, rows, quads, size):
+    for i in range(quads):
+        x_M4 = turned_ME[:, 4 * i : 4 * i + 4]
+        for n in range(size):
+            quad = quad_QS[i, n]
+            x0 = np.float32(np.int32(quad << 24) >> 24)
+            x1 = np.float32(np.int32(quad << 16) >> 24)
+            x2 = np.float32(np.int32(quad << 8) >> 24)
+            x3 = np.float32(quad >> 24)
+            for m in range(rows):
+                low = x_M4[m, 0] * x0 + x_M4[m, 1] * x1
+                score_MS[m, n] += low + (x_M4[m, 2] * x2 + x_M4[m, 3] * x3)
 
 
-def _look_up(jit: Any, bits: int) -> Any:
+@inlined(fastmath=SUMS)
+def _add_mean(mean_MR2, cos_R, sin_R, angle_2RS, score_MS, rows, size):
+    pairs = len(cos_R)
+    for r in range(pairs):
+        cosine, sine = np.float32(cos_R[r]), np.float32(sin_R[r])
+        for m in range(rows):
+            c, s = mean_MR2[m, r, 0], mean_MR2[m, r, 1]
+            c, s = c * cosine + s * sine, s * cosine - c * sine
+            for n in range(size):
+                score_MS[m, n] += c * angle_2RS[r, n] + s * angle_2RS[pairs + r, n]
+
+
+@inlined(fastmath=SUMS)
+def _turned_mean(x_MD, mean_D, pairs, factor, mean_MR2, rest_M, rows):
+    """Coefficients of cosine and sine, and what does not turn."""
+    for m in range(rows):
+        for r in range(pairs):
+            x1, x2 = x_MD[m, r], x_MD[m, pairs + r]
+            mean1, mean2 = mean_D[r], mean_D[pairs + r]
+            mean_MR2[m, r, 0] = (x1 * mean1 + x2 * mean2) * factor
+            mean_MR2[m, r, 1] = (x2 * mean1 - x1 * mean2) * factor
+        rest_M[m] = (x_MD[m, 2 * pairs :] * mean_D[2 * pairs :]).sum()
+
+
+@inlined(fastmath=SUMS)
+def _add_levels(weight_MS, level_SE, low, high, sum_ME, rows, quads):
+    for n in range(low, high):
+        for e in range(4 * quads):
+            level = np.float32(level_SE[n, e])
+            for m in range(rows):
+                sum_ME[m, e] += weight_MS[m, n] * level
+
+
+@inlined(fastmath=SUMS)
+def _turn_back(sum_ME, total_M, mass_M, inverse_DD, mean_D, out_MD, half, rows):
+    for m in range(rows):
+        for e in range(len(mean_D)):
+            sum_ME[m, e] += half * total_M[m]
+        for d in range(len(mean_D)):
+            turned = np.float32(0.0)
+            for e in range(len(mean_D)):
+                turned += sum_ME[m, e] * inverse_DD[d, e]
+            out_MD[m, d] += turned + mass_M[m] * mean_D[d]
+
+
+@inlined(fastmath=SUMS)
+def _worth(base, scale_L, step):
+    """What each code of a norm stands for."""
+    for code in range(len(scale_L)):
+        scale_L[code] = np.exp2(base + np.float32(code) * step)
+
+
+@inlined()
+def _look_up(word_SW, table_L, low, high, quad_SQ, bits):
     """Levels of tokens ``low`` to ``high`` of one page of one head, four in an int32."""
+    if bits == 3:
+        _three(word_SW, table_L, low, high, quad_SQ)
+    else:
+        _even(word_SW, table_L, low, high, quad_SQ, bits)
+
+
+@inlined()
+def _three(word_SW, table_L, low, high, quad_SQ):
     u = np.uint32
     nibbles, ones, twos, fours = u(0x7777), u(0x11111111), u(0x22222222), u(0x44444444)
+    for n in range(low, high):
+        for c in range(word_SW.shape[1] // 3):
+            a, b, d = word_SW[n, 3 * c], word_SW[n, 3 * c + 1], word_SW[n, 3 * c + 2]
+            spare = ((a >> u(3)) & ones) | ((b >> u(2)) & twos) | ((d >> u(1)) & fours)
+            quad_SQ[n, 8 * c] = table_L[a & nibbles]
+            quad_SQ[n, 8 * c + 1] = table_L[(a >> u(16)) & nibbles]
+            quad_SQ[n, 8 * c + 2] = table_L[b & nibbles]
+            quad_SQ[n, 8 * c + 3] = table_L[(b >> u(16)) & nibbles]
+            quad_SQ[n, 8 * c + 4] = table_L[d & nibbles]
+            quad_SQ[n, 8 * c + 5] = table_L[(d >> u(16)) & nibbles]
+            quad_SQ[n, 8 * c + 6] = table_L[spare & u(0xFFFF)]
+            quad_SQ[n, 8 * c + 7] = table_L[spare >> u(16)]
 
-    @jit
-    def three(word_SW, table_L, low, high, quad_SQ):
-        for n in range(low, high):
-            for c in range(word_SW.shape[1] // 3):
-                a, b, d = word_SW[n, 3 * c], word_SW[n, 3 * c + 1], word_SW[n, 3 * c + 2]
-                spare = ((a >> u(3)) & ones) | ((b >> u(2)) & twos) | ((d >> u(1)) & fours)
-                quad_SQ[n, 8 * c] = table_L[a & nibbles]
-                quad_SQ[n, 8 * c + 1] = table_L[(a >> u(16)) & nibbles]
-                quad_SQ[n, 8 * c + 2] = table_L[b & nibbles]
-                quad_SQ[n, 8 * c + 3] = table_L[(b >> u(16)) & nibbles]
-                quad_SQ[n, 8 * c + 4] = table_L[d & nibbles]
-                quad_SQ[n, 8 * c + 5] = table_L[(d >> u(16)) & nibbles]
-                quad_SQ[n, 8 * c + 6] = table_L[spare & u(0xFFFF)]
-                quad_SQ[n, 8 * c + 7] = table_L[spare >> u(16)]
 
-    @jit
-    def even(word_SW, table_L, low, high, quad_SQ):
-        for n in range(low, high):
-            for w in range(word_SW.shape[1]):
-                word = word_SW[n, w]
-                if bits == 8:
-                    quad_SQ[n, w] = np.int32(word ^ u(0x80808080))
-                elif bits == 4:
-                    quad_SQ[n, 2 * w] = table_L[word & u(0xFFFF)]
-                    quad_SQ[n, 2 * w + 1] = table_L[word >> u(16)]
-                else:
-                    for byte in range(4):
-                        quad_SQ[n, 4 * w + byte] = table_L[(word >> u(8 * byte)) & u(0xFF)]
-
-    return three if bits == 3 else even
+@inlined()
+def _even(word_SW, table_L, low, high, quad_SQ, bits):
+    u = np.uint32
+    for n in range(low, high):
+        for w in range(word_SW.shape[1]):
+            word = word_SW[n, w]
+            if bits == 8:
+                quad_SQ[n, w] = np.int32(word ^ u(0x80808080))
+            elif bits == 4:
+                quad_SQ[n, 2 * w] = table_L[word & u(0xFFFF)]
+                quad_SQ[n, 2 * w + 1] = table_L[word >> u(16)]
+            else:
+                for byte in range(4):
+                    quad_SQ[n, 4 * w + byte] = table_L[(word >> u(8 * byte)) & u(0xFF)]
