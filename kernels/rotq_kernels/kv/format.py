@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -265,6 +265,9 @@ class KVHistory:
     """Of sliding attention in tokens; 0 for none."""
     extent: Extent | None = None
     """None where a query may not see something before it, or the host does not know."""
+    worked_out: dict[int, Any] | None = None
+    """By window, what attention on a CPU has worked out of lengths and positions, where several
+    layers have the same; None where no other has."""
 
 
 def gap_of(stored_PHS: Tensor | None) -> int | None:

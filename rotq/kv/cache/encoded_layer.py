@@ -132,6 +132,7 @@ class EncodedLayer(CacheLayerMixin):
             dense=DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=layout.dense_position_BN),
             window=self.window,
             extent=layout.extent,
+            worked_out=layout.worked_out,
         )
         return Visible(history=history, layout=layout)
 

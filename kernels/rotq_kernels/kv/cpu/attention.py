@@ -60,8 +60,8 @@ def packed_attention_cpu(
     for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         position_T = position_BT[b]
         dense_N = history.length_B[:0] if dense is None else dense.position_BN[b]
-        if dense is not None and not (length or window) and torch.equal(dense_N, position_T):
-            _attend_fresh(out_BMTD[b], q_BMTD[b], dense, b, scale)
+        if dense is not None and not (length or window) and _is_fresh(dense_N, position_T):
+            _attend_fresh(out_BMTD[b], q_BMTD[b], position_T, dense, b, scale)
             continue
         if packed is not None:
             packed.open(history.page_table_BJ[b].tolist(), range(hidden[b], length), start)
@@ -79,12 +79,22 @@ def _turns(num_heads: int, position_T: Tensor, length: int, dense_N: Tensor) -> 
         yield slice(t, t + step)
 
 
-def _attend_fresh(out_MTD: Tensor, q_MTD: Tensor, dense: DenseKV, b: int, scale: float) -> None:
+def _is_fresh(dense_N: Tensor, position_T: Tensor) -> bool:
+    """Whether the queries' own are all tokens there are; both may have padding, of their own."""
+    return torch.equal(dense_N[dense_N >= 0], position_T[position_T >= 0])
+
+
+def _attend_fresh(
+    out_MTD: Tensor, q_MTD: Tensor, position_T: Tensor, dense: DenseKV, b: int, scale: float
+) -> None:
     """Queries that see nothing but each other: causal attention without padding."""
+    asking = (position_T >= 0).nonzero().flatten()
     there = (dense.position_BN[b] >= 0).nonzero().flatten()
-    q, k, v = (x[None].index_select(2, there) for x in (q_MTD, dense.k_BHND[b], dense.v_BHND[b]))
+    held = (dense.k_BHND[b : b + 1], dense.v_BHND[b : b + 1])
+    k, v = (x_1HND.index_select(2, there).to(q_MTD.dtype) for x_1HND in held)
+    q = q_MTD[None].index_select(2, asking)
     out_1MTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    out_MTD.index_copy_(1, there, out_1MTD[0])
+    out_MTD.index_copy_(1, asking, out_1MTD[0])
 
 
 class _Queries:

@@ -12,9 +12,7 @@ entries of a table.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from rotq_kernels.kv.format import (
     SideConstants,
 )
 from rotq_kernels.launching import is_native
+from rotq_kernels.sharing import share
 
 BITS = (2, 3, 4, 8)
 """Widths of codes with native code."""
@@ -71,7 +70,7 @@ def decode_native(
     x_BHMD = (q_BMTD[:, :, 0].float() * scale).view(B, H, heads // H, D)
     out_BHMD = torch.empty_like(x_BHMD)
     step = _Step(history, position_BT[:, 0])
-    longest = step.num_dense + int(step.num_packed_B.max(initial=0))
+    longest = step.places.num_dense + step.places.longest
     turn = max(1, SCORES // (heads * max(1, longest)))
     for b in range(0, B, turn):
         part = slice(b, b + turn)
@@ -79,16 +78,34 @@ def decode_native(
     return out_BHMD.view(B, heads, 1, D).to(q_BMTD.dtype)
 
 
-class _Step:
-    """What there is to see for one token of each sequence."""
+class _Places:
+    """What one token of each sequence sees, and where: the same for all layers of one window."""
 
     def __init__(self, history: KVHistory, position_B: Tensor) -> None:
-        self.history, self.position_B = history, position_B
         dense = history.dense
         self.num_dense = 0 if dense is None else dense.k_BHND.shape[2]
         first_B, end_B = _spans(history, position_B.numpy().astype(np.int64))
-        self.span_B2 = np.stack((first_B, end_B), axis=1)
         self.num_packed_B = end_B - first_B
+        self.longest = int(self.num_packed_B.max(initial=0))
+        self.span_B2 = np.stack((first_B, end_B), axis=1)
+        self.page_BJ, self.start_B = history.page_table_BJ.numpy(), history.start_B.numpy()
+        self.unseen_B11N = None if dense is None else ~_seen(dense, position_B, history.window)
+
+    @classmethod
+    def of(cls, history: KVHistory, position_B: Tensor) -> _Places:
+        """From another layer of the same pass, if it has been there."""
+        known = {} if history.worked_out is None else history.worked_out
+        if history.window not in known:
+            known[history.window] = cls(history, position_B)
+        found: _Places = known[history.window]
+        return found
+
+
+class _Step:
+    """One token of each sequence in one layer."""
+
+    def __init__(self, history: KVHistory, position_B: Tensor) -> None:
+        self.history, self.places = history, _Places.of(history, position_B)
 
     def attend(self, x_BHMD: Tensor, part: slice) -> Tensor:
         """(B, H, M, D) of the sequences in ``part``.
@@ -97,15 +114,17 @@ class _Step:
             x_BHMD: fp32 queries of these, scaled.
         """
         B, H, M, _ = x_BHMD.shape
-        num_packed = int(self.num_packed_B[part].max(initial=0))
-        width = -(-(self.num_dense + num_packed) // WHOLE) * WHOLE
+        places, num_dense = self.places, self.places.num_dense
+        num_packed = int(places.num_packed_B[part].max(initial=0))
+        width = -(-(num_dense + num_packed) // WHOLE) * WHOLE
         score_BHMN = torch.full((B, H, M, width), -torch.inf)
         dense = self.history.dense
         if dense is not None:
             k_BHND, v_BHND = dense.k_BHND[part].float(), dense.v_BHND[part].float()
-            seen_BN = self._seen(dense, part)
-            torch.matmul(x_BHMD, k_BHND.mT, out=score_BHMN[..., : self.num_dense])
-            score_BHMN[..., : self.num_dense].masked_fill_(~seen_BN[:, None, None], -torch.inf)
+            assert places.unseen_B11N is not None
+            whole_BHMN = score_BHMN[..., :num_dense]
+            torch.matmul(x_BHMD, k_BHND.mT, out=whole_BHMN)
+            whole_BHMN.masked_fill_(places.unseen_B11N[part], -torch.inf)
         if num_packed:
             self._scores(x_BHMD, part, score_BHMN)
         # a query that sees nothing is 0 / 0
@@ -113,17 +132,10 @@ class _Step:
         if dense is None:
             out_BHMD = torch.zeros_like(x_BHMD)
         else:
-            out_BHMD = weight_BHMN[..., : self.num_dense].contiguous() @ v_BHND
+            out_BHMD = weight_BHMN[..., :num_dense].contiguous() @ v_BHND
         if num_packed:
             self._add_values(weight_BHMN, part, out_BHMD)
         return out_BHMD
-
-    def _seen(self, dense: DenseKV, part: slice) -> Tensor:
-        key_BN, query_B1 = dense.position_BN[part], self.position_B[part, None]
-        seen_BN = (key_BN >= 0) & (key_BN <= query_B1)
-        if self.history.window:
-            seen_BN &= query_B1 - key_BN < self.history.window
-        return seen_BN
 
     def _scores(self, x_BHMD: Tensor, part: slice, score_BHMN: Tensor) -> None:
         pages, constants = self.history.pages, self.history.constants
@@ -135,17 +147,18 @@ class _Step:
         arguments = (
             x_BHMD.contiguous().numpy(),
             *_codes(pages, "k", constants.key),
-            *self._places(part),
-            self.history.start_B[part].numpy(),
+            self.places.page_BJ[part],
+            self.places.span_B2[part],
+            self.places.start_B[part],
             constants.key.inverse_HDD.numpy(),
             constants.key.mean_HD.numpy(),
             freq_R.double().numpy(),
             np.float32(constants.rotary_scale),
             _page_angles(tuple(freq_R.tolist()), size),
-            self.num_dense,
+            self.places.num_dense,
             score_BHMN.numpy(),
         )
-        self._share(run, arguments, x_BHMD.shape, part)
+        self._share(run, arguments, part)
 
     def _add_values(self, weight_BHMN: Tensor, part: slice, out_BHMD: Tensor) -> None:
         pages, value = self.history.pages, self.history.constants.value
@@ -154,39 +167,34 @@ class _Step:
         arguments = (
             weight_BHMN.numpy(),
             *_codes(pages, "v", value),
-            *self._places(part),
+            self.places.page_BJ[part],
+            self.places.span_B2[part],
             value.inverse_HDD.numpy(),
             value.mean_HD.numpy(),
-            self.num_dense,
+            self.places.num_dense,
             out_BHMD.numpy(),
         )
-        self._share(run, arguments, out_BHMD.shape, part)
+        self._share(run, arguments, part)
 
-    def _places(self, part: slice) -> tuple[Any, Any]:
-        return self.history.page_table_BJ[part].numpy(), self.span_B2[part]
-
-    def _share(
-        self, run: Callable[..., None], arguments: tuple[Any, ...], shape: torch.Size, part: slice
-    ) -> None:
-        """A native call for all units, or one on each of torch's threads."""
-        B, H = shape[:2]
-        threads = min(torch.get_num_threads(), B * H)
-        if threads == 1 or H * int(self.num_packed_B[part].sum()) < SHARED:
-            run((0, B * H), *arguments)
-            return
-        edges = [B * H * n // threads for n in range(threads + 1)]
-        calls = [
-            _threads(threads).submit(run, (low, high), *arguments)
-            for low, high in itertools.pairwise(edges)
-        ]
-        for call in calls:
-            call.result()
+    def _share(self, run: Callable[..., None], arguments: tuple[Any, ...], part: slice) -> None:
+        H, num_packed_B = self.history.pages.k_codes.shape[1], self.places.num_packed_B[part]
+        many = H * int(num_packed_B.sum()) >= SHARED
+        share(run, len(num_packed_B) * H, *arguments, worth_it=many)
 
 
 def _native() -> Any:
     from rotq_kernels.kv.cpu import native  # imports numba, which is optional
 
     return native
+
+
+def _seen(dense: DenseKV, position_B: Tensor, window: int) -> Tensor:
+    """bool (B, 1, 1, N): whether a query sees each whole token."""
+    key_BN, query_B1 = dense.position_BN, position_B[:, None]
+    seen_BN = (key_BN >= 0) & (key_BN <= query_B1)
+    if window:
+        seen_BN &= query_B1 - key_BN < window
+    return seen_BN[:, None, None]
 
 
 def _spans(history: KVHistory, position_B: Any) -> tuple[Any, Any]:
@@ -235,11 +243,6 @@ def _page_angles(inv_freq: tuple[float, ...], size: int) -> Any:
     """fp32 (2 R, S): cosines, then sines, of 0, 1, ... times each frequency."""
     angle_RS = np.array(inv_freq, np.float64)[:, None] * np.arange(size)
     return np.concatenate((np.cos(angle_RS), np.sin(angle_RS))).astype(np.float32)
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="rotq-attention")
 
 
 def _no_pairs() -> Tensor:

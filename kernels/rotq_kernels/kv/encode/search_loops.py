@@ -84,21 +84,22 @@ def _search_row(y_D, metric_DD, unit, threshold_E, value_L, steps, code_D, room)
 
 
 @kept(fastmath=SUMS, error_model="numpy")
-def search(y_BHTD, metric_HDD, unit_H, threshold_HE, value_HL, steps, code_BHTD, scale_BHT):
-    B, H, T, D = y_BHTD.shape
+def search(units, y_BHTD, metric_HDD, unit_H, threshold_HE, value_HL, steps, code_BHTD, scale_BHT):
+    """``search_codes_native``, of a run of heads, counted over all sequences."""
+    H, T, D = y_BHTD.shape[1:]
     level_D, g_D, damped_D = np.empty(D, f), np.empty(D, f), np.empty(D, f)
     wanted_D, other_D, change_D = np.empty(D, f), np.empty(D, f), np.empty(D, f)
     room = level_D, g_D, damped_D, wanted_D, other_D, change_D
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                scale_BHT[b, h, t] = _search_row(
-                    y_BHTD[b, h, t],
-                    metric_HDD[h],
-                    unit_H[h],
-                    threshold_HE[h],
-                    value_HL[h],
-                    steps,
-                    code_BHTD[b, h, t],
-                    room,
-                )
+    for unit in range(units[0], units[1]):
+        b, h = unit // H, unit % H
+        for t in range(T):
+            scale_BHT[b, h, t] = _search_row(
+                y_BHTD[b, h, t],
+                metric_HDD[h],
+                unit_H[h],
+                threshold_HE[h],
+                value_HL[h],
+                steps,
+                code_BHTD[b, h, t],
+                room,
+            )

@@ -154,17 +154,23 @@ def test_query_without_keys_gets_zeros() -> None:
     torch.testing.assert_close(found, case.oracle(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("group", [1, 3])
-def test_first_prefill_of_padded_sequences(group: int, window: int) -> None:
-    """Nothing packed yet; padding on the left, in the middle, everywhere."""
+def test_first_prefill_of_padded_sequences(
+    group: int, window: int, sinks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing packed yet; padding on the left, in the middle, everywhere; room for sinks."""
     case = Case(transform_of(FORMATS["k3v3"], 2), group=group, tokens=9)
     case.length_B.zero_()
     there_BT = torch.ones(4, 9, dtype=torch.bool)
     there_BT[0, :4] = there_BT[1, 3:5] = there_BT[2] = False
     case.position_BT = (there_BT.cumsum(1) + 6).where(there_BT, -1).int()
-    k_BHND, v_BHND = case.dense.k_BHND[:, :, 3:], case.dense.v_BHND[:, :, 3:]
-    case.dense = DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=case.position_BT)
+    k_BHND, v_BHND = (x[:, :, 3 - sinks :] for x in (case.dense.k_BHND, case.dense.v_BHND))
+    position_BN = torch.nn.functional.pad(case.position_BT, (sinks, 0), value=-1)
+    case.dense = DenseKV(k_BHND=k_BHND, v_BHND=v_BHND, position_BN=position_BN)
+    if not window:
+        monkeypatch.setattr(attention, "_attend", None)  # all of it is sdpa's
     found = case.run(window)
     torch.testing.assert_close(found, case.oracle(window), rtol=1e-5, atol=1e-5)
     assert found.transpose(1, 2)[~there_BT].eq(0).all()

@@ -1,6 +1,7 @@
 """Native code for a decode step against the chunked path, which is tested in fp64, in fp32."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,15 @@ def test_sequences_in_turns_and_heads_on_threads(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     parts = packed_attention_cpu(query, position, history, scale=0.2)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_of_several_windows_share_what_was_worked_out() -> None:
+    worked_out: dict[int, Any] = {}
+    for window in (0, 7, 0, 7):
+        query, position, history = step_of(transform_of(FORMATS["k3v3"], 2))
+        history = replace(history, window=window, worked_out=worked_out)
+        assert_is_reference(query, position, history)
+    assert sorted(worked_out) == [0, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

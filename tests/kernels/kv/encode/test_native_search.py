@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rotq_kernels.kv.encode import one_side
+from rotq_kernels.kv.encode import native_search, one_side
 from rotq_kernels.kv.encode.native_search import search_codes_native, searches_rows_natively
 from rotq_kernels.kv.encode.one_side import dequantize_side, quantize_side
 from rotq_kernels.kv.format import SideConstants, level_values
@@ -106,6 +106,18 @@ def test_a_row_does_not_know_of_the_others() -> None:
     assert torch.equal(together[1:, :, 7:8], alone)
     assert torch.equal(scales[1:, :, 7:8], scale)
     assert not codes.any()
+
+
+def test_threads_share_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    side, x_BHTD = side_with(3, 64), tokens(64, batch=3)
+    codes, norm = quantize_side(x_BHTD, side, 3, "log8")
+    monkeypatch.setattr(native_search, "SHARED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    shared_codes, shared_norm = quantize_side(x_BHTD, side, 3, "log8")
+    assert torch.equal(codes, shared_codes)
+    assert norm is not None
+    assert shared_norm is not None
+    assert torch.equal(norm, shared_norm)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
