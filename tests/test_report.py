@@ -188,8 +188,25 @@ def test_plain_progress_writes_a_line_per_block() -> None:
     assert lines[1].endswith("0:00 left")
 
 
+def test_plain_progress_tells_how_far_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("rotq.report.progress.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    with PlainProgress(stream) as progress:
+        for way, seconds in (("forward", 1.0), ("backward", 10.0)):
+            for done in range(1, 17):
+                now += seconds
+                progress.gradient_block(way, done, 16)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 16
+    assert lines[0] == "gradients forward 2/16 blocks  0:14 left"
+    assert lines[7] == "gradients forward 16/16 blocks  0:00 left"
+    assert lines[8] == "gradients backward 2/16 blocks  2:20 left"
+
+
 def test_rich_progress_keeps_stdout_clean(capsys: pytest.CaptureFixture[str]) -> None:
     with RichProgress() as progress:
+        progress.gradient_block("backward", 1, 2)
         progress.block_started(0, 2)
         progress.layer_done(layer_result("model.layers.0.mlp.up_proj", relative_error=0.25))
         progress.message("[not markup]")

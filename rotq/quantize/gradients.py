@@ -93,11 +93,13 @@ class GradientPass:
                 states[number] = hidden_BTD
             for index in range(num_blocks):
                 self._forward(index, batches, states)
+                self.job.progress.gradient_block("forward", index + 1, num_blocks)
             for number, batch in enumerate(batches):
                 last = num_blocks * len(batches) + number
                 states[last] = self._at_the_head(states[last], batch, first + number)
             for index in reversed(range(num_blocks)):
                 self._backward(index, batches, states)
+                self.job.progress.gradient_block("backward", num_blocks - index, num_blocks)
         ranks.once(self._record)
         remove(file)
 

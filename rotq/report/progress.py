@@ -42,6 +42,9 @@ class Progress:
     def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
         """Step ``step`` of ``total`` of a basis' training is done; its loss before it."""
 
+    def gradient_block(self, way: str, done: int, total: int) -> None:
+        """``done`` of ``total`` blocks were run ``forward``, or then ``backward``."""
+
     def message(self, text: str) -> None:
         """A warning or a step worth a line."""
 
@@ -55,6 +58,7 @@ class PlainProgress(Progress):
         self._layers: list[LayerResult] = []
         self._tuning: list[float] = []
         self._transform: list[float] = []
+        self._gradients = _Clock()
 
     def block_started(self, index: int, total: int) -> None:
         self._clock.start(index, total)
@@ -84,6 +88,11 @@ class PlainProgress(Progress):
             self.message(f"transform {name} step {step + 1}/{total}  loss {mean:.4f}")
             self._transform = []
 
+    def gradient_block(self, way: str, done: int, total: int) -> None:
+        self._gradients = _Clock.after(self._gradients, done, total)
+        if done % max(1, total // 8) == 0:
+            self.message(f"gradients {way} {done}/{total} blocks  {self._gradients.left()} left")
+
     def message(self, text: str) -> None:
         self._stream.write(f"{text}\n")
         self._stream.flush()
@@ -97,7 +106,7 @@ class RichProgress(Progress):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichBar
 
-        self._clock = _Clock()
+        self._clock, self._gradients = _Clock(), _Clock()
         self._bar: RichBar = RichBar(
             TextColumn("block"),
             MofNCompleteColumn(),
@@ -137,6 +146,11 @@ class RichProgress(Progress):
     def transform_step(self, name: str, step: int, total: int, loss: float) -> None:
         self._describe(f"transform {name} {step + 1}/{total}  loss {loss:.4f}")
 
+    def gradient_block(self, way: str, done: int, total: int) -> None:
+        self._gradients = _Clock.after(self._gradients, done, total)
+        left = self._gradients.left()
+        self._bar.update(self._task, description=f"gradients {way} {done}/{total}  {left} left")
+
     def message(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
 
@@ -153,6 +167,14 @@ class _Clock:
         self._began: float | None = None
         self._first = 0
         self._next = 0
+
+    @classmethod
+    def after(cls, before: _Clock, done: int, total: int) -> _Clock:
+        """Of a loop over all blocks, when ``done`` are; a new one behind the first."""
+        clock = cls() if done == 1 else before
+        clock.start(done, total)
+        clock.done(done - 1)
+        return clock
 
     def start(self, index: int, total: int) -> None:
         self.total = total
