@@ -17,6 +17,7 @@ def main():
     p.add_argument(
         "--mse", type=float, default=0.0, help="exponent of the clipping search; 0: min-max"
     )
+    p.add_argument("--dtype", help="of the computation; without, GPTQModel's choice: bf16 on a CPU")
     p.add_argument("--desc-act", action="store_true", help="columns by falling activation")
     args = p.parse_args()
     windows = torch.load(args.calibration_ids)
@@ -32,7 +33,8 @@ def main():
         act_group_aware=args.group_size > 0 and not args.desc_act,
         device="cpu",
     )
-    model = GPTQModel.load(str(args.model), config)
+    chosen = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
+    model = GPTQModel.load(str(args.model), config, **chosen)
     calibration = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
     model.quantize(calibration, batch_size=1)
     with tempfile.TemporaryDirectory() as packed:
