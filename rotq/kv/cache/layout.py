@@ -44,8 +44,9 @@ class Layout:
     """Of a long chunk before which everything is seen; see ``extent_of``."""
     elsewhere: dict[torch.device, Self] = field(default_factory=dict, repr=False)
     """Copies on other devices, which ``to`` has made."""
-    worked_out: dict[int, Any] = field(default_factory=dict, repr=False)
-    """What attention keeps here for the layers that follow; see ``KVHistory``."""
+    worked_out: dict[int, Any] | None = field(default_factory=dict, repr=False)
+    """What attention keeps here for the layers that follow, see ``KVHistory``; None where the
+    tensors get other contents later."""
 
     def to(self, device: torch.device) -> Self:
         """Itself, or a copy on another device, made once for all layers there."""
@@ -65,7 +66,7 @@ class Layout:
         names = [item.name for item in fields(self)]
         names = [name for name in names if isinstance(getattr(self, name), Tensor)]
         moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
-        return replace(self, worked_out={}, **moved)
+        return replace(self, worked_out=None, **moved)
 
 
 def extent_of(
