@@ -5,6 +5,11 @@ at the same time may take the same number, and a later one would run the code of
 other. So an entry has a file of its own here, named by types of arguments, constants of the
 closure and the processor; with it are numba's version and a digest of the source file.
 
+Parts of a kept function are forced inline. A call of one would be a call of another machine code in
+the process that compiled it, which has compiled the part on its own, too, than in one that has the
+entry alone; where sums may be regrouped the two differ. It would also make numba count an id of the
+process among the constants.
+
 Only modules of loops import this, and they are imported where numba is installed. What they take
 from other modules they hold as constants of a closure, since a change of those files is not seen.
 """

@@ -28,7 +28,7 @@ def levels_native(word_WK: Tensor, num_rows: int, ring: int, bits: int, state_bi
         ring: Rows of each.
     """
     level_NK = torch.empty(num_rows, word_WK.shape[1])
-    run = _compiled(bits, state_bits, MULTIPLIER, CENTRE, UNIT)[0]
+    run = _compiled(bits, state_bits)[0]
     run(_unsigned(word_WK), ring, level_NK.numpy())
     return level_NK
 
@@ -45,7 +45,7 @@ def product_native(
     """
     N = len(scale_NG)
     y_MN = torch.empty(len(x_MK), N)
-    run = _compiled(bits, state_bits, MULTIPLIER, CENTRE, UNIT)[1]
+    run = _compiled(bits, state_bits)[1]
     x, scale = x_MK.contiguous().numpy(), scale_NG.contiguous().numpy()
     run(x, _unsigned(word_WK), scale, ring_rows(N), y_MN.numpy())
     return y_MN
@@ -56,11 +56,9 @@ def _unsigned(word_WK: Tensor) -> Any:
 
 
 @functools.cache
-def _compiled(
-    bits: int, state_bits: int, multiplier: int, centre: int, unit: int
-) -> tuple[Any, Any]:
+def _compiled(bits: int, state_bits: int) -> tuple[Any, Any]:
     """Levels, and products, of one code."""
-    code = (bits, state_bits, multiplier, centre, unit)
+    code = (bits, state_bits, MULTIPLIER, CENTRE, UNIT)
 
     @kept()
     def levels(word_WK, rows, level_NK):

@@ -91,13 +91,11 @@ def stepwise(model: Any, cache: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name: str) -> None:
     model = made(*SERVED[name])
-    calibration, ids = oblivious(model), random_ids(2, 30)
+    # with seed 0 one key of one family lies between two codes, and rounding decides
+    calibration, ids = oblivious(model), random_ids(2, 30, seed=1)
     expected = stepwise(model, oracle_cache(calibration), ids)
     found = stepwise(model, PackedCache(model, calibration), ids)
-    # a code on a tie may fall the other way, which the few tokens feel that see it in a window
-    off_BT = ((found - expected).abs() > 1e-3 + 1e-3 * expected.abs()).any(-1)
-    assert off_BT.sum() <= 2
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - model(input_ids=ids).logits).abs().max() > 0.01
 
 
