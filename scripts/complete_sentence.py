@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rotq.checkpoint.gguf_reading import read_once
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.errors import RotqError
 
@@ -21,7 +22,8 @@ def complete(model: Path, prompt: str, tokens: int) -> str:
     Raises:
         RotqError: the model cannot be loaded.
     """
-    tokenizer, loaded = load_tokenizer(model), load_model(model, packed=False)
+    with read_once(model):
+        tokenizer, loaded = load_tokenizer(model), load_model(model, packed=False)
     given = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         # a model's own settings may ask for a sample

@@ -12,6 +12,7 @@ from typing import Any
 
 from rotq.checkpoint.child import run_module
 from rotq.checkpoint.files import read_json, write_json
+from rotq.checkpoint.gguf_reading import read_once
 from rotq.disk.destination import check_apart, check_replaceable, exists
 from rotq.disk.files import make_folder, remove, rename, sha256_of
 from rotq.errors import RotqError
@@ -115,9 +116,14 @@ def load_gguf(gguf: Path, *, dtype: Any, device_map: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, device_map=device_map, local_files_only=True
-    )
+    with read_once(gguf):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=dtype,
+            device_map=device_map,
+            local_files_only=True,
+        )
     # transformers leaves the GGUF config in place of the dense model it has made, and a model
     # saved with it is taken for a GGUF file again
     if getattr(model.config, "quantization_config", None) is not None:
@@ -133,8 +139,9 @@ def main(arguments: list[str]) -> None:
     from transformers import AutoTokenizer
 
     gguf, folder = Path(arguments[0]).absolute(), Path(arguments[1])
-    model = load_gguf(gguf, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with read_once(gguf):
+        model = load_gguf(gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -188,30 +188,26 @@ def measure(
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
+    from rotq.checkpoint.gguf_reading import read_once
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.checkpoint.location import locate
     from rotq.evaluation.perplexity import evaluate
     from rotq.ranks import ALONE
 
     found = [locate(model) for model in (checkpoint, reference) if model is not None]
-    # what is refused or cut is so before a model is loaded
-    ids_N, within = scored_tokens(
-        found, text, protocol, bos=bos, trust_remote_code=trust_remote_code
-    )
-    before()
-    models = [
-        load_model(
-            model,
-            dtype=run_dtype(dtype),
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-        )
-        for model in found
-    ]
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with read_once(*(model.path for model in found)):
+        # what is refused or cut is so before a model is loaded
+        ids_N, within = scored_tokens(found, text, protocol, bos=bos, **options)
+        before()
+        models = [
+            load_model(model, dtype=run_dtype(dtype), device_map=device_map, **options)
+            for model in found
+        ]
     say_computed(dtype, *zip(found, models, strict=True))
     attention = None
     if packed is not None:
-        tokenizer = load_tokenizer(found[0], trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(found[0], **options)
         attention = packed.attention(models[0], tokenizer)
     return evaluate(
         models[0],

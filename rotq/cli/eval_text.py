@@ -30,16 +30,20 @@ class EvalText:
     dtype: str
     trust_remote_code: bool
 
-    def check(self) -> None:
+    def check(self, dense: Path | None = None) -> None:
         """Refuse now what would be refused after the job.
+
+        Args:
+            dense: The model, where a GGUF file was made dense already.
 
         Raises:
             RotqError: the model predicts no next token, or the text is missing or short.
         """
+        from rotq.checkpoint.location import locate
         from rotq.evaluation.perplexity import Protocol
 
         scored_tokens(
-            [self.model],
+            [self.model if dense is None else locate(dense)],
             self.text,
             Protocol(windows=self.windows),
             bos=self.bos,
@@ -47,17 +51,20 @@ class EvalText:
         )
 
     @phase("evaluation")
-    def before(self) -> str:
+    def before(self, dense: Path) -> str:
         """Score the model; returns a line that says so.
 
         A process of its own does it: the whole model would count as memory of the job.
+
+        Args:
+            dense: Its folder, or that of a GGUF file's dense tensors.
 
         Raises:
             RotqError: the model cannot be scored.
         """
         from rotq.checkpoint.child import run_module
 
-        arguments: list[str | Path] = ["eval", "ppl", self.model.path, "--text", self.text]
+        arguments: list[str | Path] = ["eval", "ppl", dense, "--text", self.text]
         arguments += ["--json"]
         arguments += ["--windows", str(self.windows), "--bos", self.bos, "--dtype", self.dtype]
         arguments += ["--device", self.device]

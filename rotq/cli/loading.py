@@ -143,19 +143,21 @@ def load(
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
+    from rotq.checkpoint.gguf_reading import read_once
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.layers.quant_linear import multiply_integers
 
     chosen = choose(device, in_double=in_double) if placed is None else placed
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    if placed is None:
-        say_device(device, chosen)
-    loaded = load_model(
-        model,
-        dtype=run_dtype(dtype),
-        device_map=device_map(chosen),
-        trust_remote_code=trust_remote_code,
-    )
+    with read_once(model.path):
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        if placed is None:
+            say_device(device, chosen)
+        loaded = load_model(
+            model,
+            dtype=run_dtype(dtype),
+            device_map=device_map(chosen),
+            trust_remote_code=trust_remote_code,
+        )
     say_computed(dtype, (model, loaded))
     if placed is not None:
         say([f"device map {placed}: {_places(loaded)}"])

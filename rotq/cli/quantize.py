@@ -223,11 +223,11 @@ def _run(
         raise Stopped("stopped; the same command continues") from None
 
 
-def _score(scored: EvalText, progress: Progress, is_new: bool) -> None:
+def _score(scored: EvalText, progress: Progress, dense: Path, is_new: bool) -> None:
     """Before the first block: the text is as it must be, and what the model itself has on it."""
-    scored.check()
+    scored.check(dense)
     if is_new:
-        progress.message(scored.before())
+        progress.message(scored.before(dense))
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def quantize_model(
     progress: Progress | None = None,
     inputs: Inputs | None = None,
     ranks: Ranks | None = None,
-    settled: Callable[[bool], None] | None = None,
+    settled: Callable[[Path, bool], None] | None = None,
 ) -> JobReport:
     """Quantize a checkpoint folder, a GGUF file or a model of the hub into ``output``.
 
@@ -80,8 +80,8 @@ def quantize_model(
         inputs: What the caller reads besides, see ``find_place``: it is never replaced.
         ranks: The processes that call this with the same arguments; alone where left out. Only
             the leader writes, tells and refuses before the work.
-        settled: Called before the first block, once all that can be refused was; told whether
-            the job is new.
+        settled: Called before the first block, once all that can be refused was; told the folder
+            with the dense model, which a GGUF file was converted to, and whether the job is new.
 
     Returns:
         The report, as written to ``report.json``.
@@ -108,7 +108,7 @@ def quantize_model(
         try:
             job, drawn = setup(found, recipe, folder, ranks=ranks, progress=progress, **options)
             if settled is not None:
-                settled(folder.is_new)
+                settled(job.source.path, folder.is_new)
             folder.claim(fingerprint(job, trust_remote_code=trust_remote_code))
             if ranks.told(lambda: (folder.path, folder.output, folder.is_published))[-1]:
                 return ranks.told(lambda: _finished_report(folder))

@@ -12,6 +12,7 @@ import torch
 
 import rotq
 from rotq.calibration.data import Windows, load_windows
+from rotq.checkpoint.gguf_reading import read_once
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.opening import describe_source, open_source
@@ -131,7 +132,8 @@ def setup(
         options: As for ``settle``.
     """
     if model.is_gguf or not model.is_complete:
-        settle_described(model, recipe, **options)  # converting and fetching take long
+        with read_once(model.path):
+            settle_described(model, recipe, **options)  # converting and fetching take long
     source = open_source(
         model, gguf_dir=folder.source, trust_remote_code=options["trust_remote_code"]
     )

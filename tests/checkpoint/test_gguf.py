@@ -12,9 +12,12 @@ import torch
 from tiny_models import CONFIGS, tiny_model
 
 from rotq.checkpoint.gguf import STAMP, convert, find_gguf
+from rotq.checkpoint.gguf_reading import read_once
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.opening import describe_source, open_source
 from rotq.errors import RotqError
+from rotq.quantize.pipeline import quantize_model
+from rotq.recipe.reading import from_dict
 
 gguf = pytest.importorskip("gguf")
 
@@ -201,3 +204,39 @@ def test_which_file(folder: Path, tmp_path: Path) -> None:
     assert find_gguf(folder) is None
     with pytest.raises(RotqError, match="is a file"):
         find_gguf(folder / "config.json")
+
+
+def test_a_file_is_parsed_once_for_all_that_is_read_of_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Path] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: Path) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    whole = load_model(folder).state_dict()
+    assert len(parsed) == 1
+    with read_once(tmp_path, folder):
+        tokenizer = load_tokenizer(folder)
+        inside = load_model(folder).state_dict()
+        assert describe_source(folder / "tiny.gguf").config.vocab_size == tokenizer.vocab_size
+    assert len(parsed) == 2
+    assert gguf.GGUFReader is Counted
+    assert all(torch.equal(inside[name], tensor) for name, tensor in whole.items())
+    with read_once(tmp_path):  # holds no such file
+        assert gguf.GGUFReader is Counted
+
+
+def test_a_job_tells_where_the_dense_model_is(folder: Path, tmp_path: Path) -> None:
+    """Scores from before the job need not parse the file again."""
+    recipe = from_dict({"solver": {"method": "rtn"}, "weights": {"group_size": -1}})
+
+    def told(dense: Path, is_new: bool) -> None:
+        assert is_new
+        raise RotqError(", ".join(sorted(path.name for path in dense.iterdir())))
+
+    with pytest.raises(RotqError, match=r"config\.json.*model\.safetensors"):
+        quantize_model(folder, recipe, tmp_path / "out", settled=told)
