@@ -56,13 +56,13 @@ docs: .venv/docs  ## build the site into out/site; a link to nothing fails
 	$(BIN)/python scripts/cli_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# FULL=1 calibrates on 64 windows of 1024 tokens and tunes for 20 steps, as w3 does
-FAST := --set calibration.num_samples=16 --set calibration.seq_len=512 --set tuning.steps=6
+# FULL=1 takes preset w3 as it is: 64 windows of 1024 tokens, two streams, 20 steps of tuning
+FAST := --set calibration.num_samples=16 --set calibration.seq_len=512
 demo: setup  ## quantize SmolLM2-135M to 3 bits in minutes and show what it cost; FULL=1 takes w3 as it is
 	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
-	HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(SMOLLM2) -c w3 -o out/smollm2-w3 --overwrite \
+	HF_HUB_OFFLINE=1 $(BIN)/rotq quantize $(SMOLLM2) -c $(if $(FULL),w3,w3-fast) -o out/smollm2-w3 --overwrite \
 	  --set output.format=rotq $(if $(FULL),,$(FAST)) \
-	  --calibration pydoc --eval-text pydoc-test --eval-windows $(if $(FULL),8,4)
+	  --calibration pydoc --eval-text pydoc-test --eval-windows $(if $(FULL),8,2)
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/complete_sentence.py $(SMOLLM2) out/smollm2-w3
 
 demo-plm: setup  ## quantize AntiBERTy, a protein model, to 4 and 3 bits, pseudo-perplexity before and after
