@@ -25,6 +25,7 @@ from fetch_smollm2 import PACKAGE, find_gguf
 from train_tiny import make_tiny
 
 from rotq.calibration.texts import read_text
+from rotq.checkpoint import child
 from rotq.checkpoint.gguf import convert
 from rotq.cli.eval import measure
 from rotq.evaluation.perplexity import Protocol
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "regress")
     arguments = parser.parse_args()
     # nothing here is on a hub, and asking one would only cost time
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}
     for name, figures in run_all(arguments.work):
@@ -83,9 +84,17 @@ class Case:
 def run_all(work: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of each case, by "model/preset"; a case on each core, the long ones first."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), context, share_imports) as pool:
         # a case is handed over as soon as it is there: the tiny model is trained here meanwhile
         yield from pool.map(run, all_cases(work))
+
+
+def share_imports() -> None:
+    """Each job checks its result in a fresh process, which takes longer to import than to check."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from fork_server import ForkServer
+
+    child._run = ForkServer().run
 
 
 def all_cases(work: Path) -> Iterator[Case]:
