@@ -28,6 +28,8 @@ from rotq_kernels.kv.encode.launch import encode_kv_triton
 from rotq_kernels.kv.format import KVFormat, KVHistory, KVPages
 from rotq_kernels.packed_linear import packed_linear_triton
 
+pytestmark = pytest.mark.slow
+
 HIDDEN = 'import sys\nsys.modules["triton"] = None  # not found, by import and by find_spec\n'
 
 

@@ -15,6 +15,8 @@ from tiny_checkpoints import write_checkpoint
 
 from rotq.checkpoint import registration
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 CHECK = """
@@ -69,21 +71,17 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
 """
 
 
-def test_rotq_first_and_light() -> None:
-    run(LIGHT + CHECK + AS_IT_WAS)
+MODELS = "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import rotq; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
-        "from transformers import AutoModelForCausalLM, LlamaForCausalLM; import rotq",
-    ],
-    ids=["rotq first", "transformers first"],
-)
-def test_both_orders(tmp_path: Path, imports: str) -> None:
+def test_rotq_first_and_light(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, format="rotq")
-    run(imports + LOAD + CHECK, str(written.path))
+    run(LIGHT + CHECK + AS_IT_WAS + MODELS + LOAD, str(written.path))
+
+
+def test_transformers_first(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, format="rotq")
+    run(MODELS + "import rotq" + LOAD + CHECK, str(written.path))
 
 
 @pytest.fixture

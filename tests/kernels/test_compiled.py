@@ -12,13 +12,16 @@ pytest.importorskip("numba")
 
 from rotq_kernels import compiled
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
-import sys, torch
+import sys, numpy as np
 from rotq_kernels.rounding import loops
-from rotq_kernels.rounding.native import unpacked_levels
 bits = int(sys.argv[1])
-words = torch.arange(2 * bits, dtype=torch.int32).view(2, bits) * 0x01234567
-print(unpacked_levels(words, None, bits, (2, 1, 32)).long().sum().item())
+bytes_NY = (np.arange(8 * bits) * 37 % 251).astype(np.uint8).reshape(2, 4 * bits)
+level_NK = np.empty((2, 32), np.float32)
+loops.unpacking(bits)(bytes_NY, np.zeros((2, 1), np.int8), level_NK, 32)
+print(int(level_NK.sum()))
 stats = loops.unpacking(bits).stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """

@@ -22,6 +22,8 @@ from rotq.processes import joined, launched
 from rotq.ranks import Ranks
 from rotq_kernels.rounding import native
 
+pytestmark = pytest.mark.slow
+
 
 def launch(forks: ForkServer, model: Path, out: Path) -> None:
     """The jobs by two processes, this one and another, as a launcher lets them find each other."""

@@ -12,6 +12,7 @@ from rotq.checkpoint.files import read_json
 from rotq.recipe import load_recipe
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.slow
 
 SMALL = ["--calibration", "pydoc", "--num-samples", "4", "--seq-len", "32", "--json"]
 

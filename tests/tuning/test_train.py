@@ -14,6 +14,8 @@ from rotq.recipe import load_recipe
 from rotq.report.progress import Progress
 from rotq.tuning.train import _schedule, hollow
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ["-c", "w3", *SMALL, "--set", "tuning.steps=0", "--resume", "never"]
 TUNED = ["--set", "tuning.steps=8", "--set", "tuning.learning_rate=0.02"]
 ONLINE = ["--set", "rotation.down=hadamard", "--set", "output.format=rotq"]
