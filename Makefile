@@ -28,7 +28,7 @@ type: setup  ## check types
 	$(BIN)/mypy
 
 test: setup  ## run all tests, a process on each core
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile
 
 .venv-vllm/done: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

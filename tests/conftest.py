@@ -47,12 +47,6 @@ def fresh_processes(_user_cache: None) -> Iterator[ForkServer]:
     server.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: what begins last would keep one process busy by itself."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 _freeze, _unfreeze = gc.freeze, gc.unfreeze
 _MODULES_PER_SWEEP = 20
 
