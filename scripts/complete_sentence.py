@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rotq.checkpoint.gguf_reading import read_once
+from rotq.checkpoint.gguf import read_once
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.errors import RotqError
 

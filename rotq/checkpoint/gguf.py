@@ -6,18 +6,24 @@ fp32 in its memory, and the caller's memory stays small.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rotq.checkpoint.child import run_module
 from rotq.checkpoint.files import read_json, write_json
-from rotq.checkpoint.gguf_reading import read_once
 from rotq.disk.destination import check_apart, check_replaceable, exists
 from rotq.disk.files import make_folder, remove, rename, sha256_of
 from rotq.errors import RotqError
 
 STAMP = "rotq_gguf.json"
+
+_REMEMBERED = ("GGUFReader", "get_tensor_name_map")
+"""Of the package ``gguf``: their results depend on nothing but arguments, and are only read."""
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -107,6 +113,35 @@ def _is_conversion(folder: Path, digest: str) -> bool:
         and all((folder / name).is_file() for name in files)
         and all(sha256_of(folder / name) == sha256 for name, sha256 in files.items())
     )
+
+
+@contextmanager
+def read_once(*models: Path) -> Iterator[None]:
+    """Inside, what transformers has parsed of a GGUF file is remembered, until the outermost end.
+
+    It parses a file's metadata, with each token of its vocabulary, anew for the configuration, the
+    tokenizer and the weights, and makes the table of tensor names anew for each module: seconds
+    each, most of what a small model takes to load.
+
+    Args:
+        models: What will be read; nothing is remembered where none of them is a GGUF file.
+
+    Raises:
+        RotqError: see ``find_gguf``.
+    """
+    if importlib.util.find_spec("gguf") is None or not any(map(find_gguf, models)):
+        yield
+        return
+    import gguf
+
+    outside = {name: getattr(gguf, name) for name in _REMEMBERED}
+    for name, made in outside.items():
+        setattr(gguf, name, made if hasattr(made, "cache_clear") else lru_cache(made))
+    try:
+        yield
+    finally:
+        for name, made in outside.items():
+            setattr(gguf, name, made)
 
 
 def load_gguf(gguf: Path, *, dtype: Any, device_map: Any = None) -> Any:

@@ -188,7 +188,7 @@ def measure(
     Raises:
         RotqError: the checkpoint, the reference or the text cannot be read, or the text is short.
     """
-    from rotq.checkpoint.gguf_reading import read_once
+    from rotq.checkpoint.gguf import read_once
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.checkpoint.location import locate
     from rotq.evaluation.perplexity import evaluate

@@ -34,7 +34,7 @@ class EvalText:
         """Refuse now what would be refused after the job.
 
         Args:
-            dense: The model, where a GGUF file was made dense already.
+            dense: What a GGUF file was converted to, once it was; of others nothing is asked.
 
         Raises:
             RotqError: the model predicts no next token, or the text is missing or short.
@@ -43,7 +43,7 @@ class EvalText:
         from rotq.evaluation.perplexity import Protocol
 
         scored_tokens(
-            [self.model if dense is None else locate(dense)],
+            [locate(dense) if dense is not None and self.model.is_gguf else self.model],
             self.text,
             Protocol(windows=self.windows),
             bos=self.bos,

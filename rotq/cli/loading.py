@@ -143,7 +143,7 @@ def load(
     Raises:
         RotqError: one of them cannot be read, or this machine has no such device.
     """
-    from rotq.checkpoint.gguf_reading import read_once
+    from rotq.checkpoint.gguf import read_once
     from rotq.checkpoint.load import load_model, load_tokenizer
     from rotq.layers.quant_linear import multiply_integers
 

@@ -12,7 +12,7 @@ import torch
 
 import rotq
 from rotq.calibration.data import Windows, load_windows
-from rotq.checkpoint.gguf_reading import read_once
+from rotq.checkpoint.gguf import read_once
 from rotq.checkpoint.load import load_tokenizer
 from rotq.checkpoint.location import Location, ModelName, locate
 from rotq.checkpoint.opening import describe_source, open_source

@@ -11,8 +11,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny_model
 
-from rotq.checkpoint.gguf import STAMP, convert, find_gguf
-from rotq.checkpoint.gguf_reading import read_once
+from rotq.checkpoint.gguf import STAMP, convert, find_gguf, read_once
 from rotq.checkpoint.load import load_model, load_tokenizer
 from rotq.checkpoint.opening import describe_source, open_source
 from rotq.errors import RotqError

@@ -71,17 +71,21 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
 """
 
 
-MODELS = "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
+def test_rotq_first_and_light() -> None:
+    run(LIGHT + CHECK + AS_IT_WAS)
 
 
-def test_rotq_first_and_light(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import rotq; from transformers import AutoModelForCausalLM, LlamaForCausalLM",
+        "from transformers import AutoModelForCausalLM, LlamaForCausalLM; import rotq",
+    ],
+    ids=["rotq first", "transformers first"],
+)
+def test_both_orders(tmp_path: Path, imports: str) -> None:
     written = write_checkpoint(tmp_path, format="rotq")
-    run(LIGHT + CHECK + AS_IT_WAS + MODELS + LOAD, str(written.path))
-
-
-def test_transformers_first(tmp_path: Path) -> None:
-    written = write_checkpoint(tmp_path, format="rotq")
-    run(MODELS + "import rotq" + LOAD + CHECK, str(written.path))
+    run(imports + LOAD + CHECK, str(written.path))
 
 
 @pytest.fixture
